@@ -1,0 +1,49 @@
+"""Configurations of routed Qwen2 and Llama models: the stock ones plus `RoutingFields`."""
+
+from dataclasses import fields
+
+from transformers import LlamaConfig, Qwen2Config
+from transformers.configuration_utils import strict
+
+from .configuration_fields import RoutingFields, check_routing_fields, resolve_routed_layers
+
+
+class RoutingConfigMixin(RoutingFields):
+    """Validation and derived values; mixed in front of a stock config class."""
+
+    def validate_routing(self) -> None:
+        """Run by Transformers after construction; raises ValueError naming field, value and remedy."""
+        check_routing_fields({f.name: getattr(self, f.name) for f in fields(RoutingFields)}, self.num_hidden_layers)
+
+    @property
+    def routed_layer_indices(self) -> list[int]:
+        """Layers that route, in increasing order."""
+        return resolve_routed_layers(self.routed_layers, self.dense_edges, self.num_hidden_layers)
+
+    @property
+    def skips_sinks_in_average(self) -> bool:
+        """Whether the moving average of eq. 3.9 leaves the sink tokens out."""
+        return self.sink_tokens > 0 if self.ma_skip_sinks is None else self.ma_skip_sinks
+
+    def layer_capacity(self, layer: int) -> float:
+        """γ of one routed layer."""
+        if isinstance(self.capacity, (list, tuple)):
+            return float(self.capacity[self.routed_layer_indices.index(layer)])
+        return float(self.capacity)
+
+
+@strict
+class DynamicQwenConfig(RoutingConfigMixin, Qwen2Config):
+    """A Qwen2 (2.5) backbone with routed layers."""
+
+    model_type = "dynamic_qwen2"
+
+
+@strict
+class DynamicLlamaConfig(RoutingConfigMixin, LlamaConfig):
+    """A Llama-type backbone (SmolLM2 among them) with routed layers."""
+
+    model_type = "dynamic_llama"
+
+
+__all__ = ["DynamicLlamaConfig", "DynamicQwenConfig"]

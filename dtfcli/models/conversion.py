@@ -1,0 +1,173 @@
+"""Dense ↔ routed, without losing or copying a weight."""
+
+import copy as copy_module
+from dataclasses import fields as dataclass_fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
+from .configuration_fields import RoutingFields
+from .modeling_dynamic import DynamicLlamaForCausalLM, DynamicQwenForCausalLM, is_added
+
+FAMILIES: dict[str, tuple[type, type, type, type]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, DynamicLlamaForCausalLM, DynamicLlamaConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, DynamicQwenForCausalLM, DynamicQwenConfig),
+}
+"""Model type → dense class and config, routed class and config."""
+
+ROUTING_FIELD_NAMES = tuple(field.name for field in dataclass_fields(RoutingFields))
+
+
+def convert(
+    dense: PreTrainedModel,
+    architecture: str = "dtf",
+    capacity: float | list[float] = 0.5,
+    *,
+    copy: bool = False,
+    **config_fields: Any,
+) -> PreTrainedModel:
+    """A routed model with the weights of a dense one.
+
+    New routers and priors are initialized from torch's global generator. At capacity 1 with the straight-through
+    gate the result computes exactly what the dense model does.
+
+    Args:
+        dense: a `Qwen2ForCausalLM` or `LlamaForCausalLM`; left intact.
+        architecture: "dtf" or "mod".
+        capacity: γ, one number or one per routed layer.
+        copy: give the routed model tensors of its own; otherwise it shares the dense model's.
+        config_fields: any other field of `RoutingFields`.
+
+    Returns:
+        `DynamicQwenForCausalLM` or `DynamicLlamaForCausalLM`, same device, dtype and train/eval mode.
+
+    Raises:
+        ValueError: another kind of model, sliding windows, an unknown field or a wrong value, by name.
+    """
+    config = routed_config(dense.config, architecture=architecture, capacity=capacity, **config_fields)
+    routed_class = FAMILIES[dense.config.model_type][2]
+    return _transplant(dense, routed_class, config, copy)
+
+
+def to_dense(model: PreTrainedModel, *, copy: bool = False) -> PreTrainedModel:
+    """The stock model inside a routed one: its backbone, bit for bit, without routers and priors.
+
+    Args:
+        model: a routed model; left intact.
+        copy: give the dense model tensors of its own; otherwise they are shared.
+
+    Raises:
+        ValueError: the model is not a routed one.
+    """
+    family = model.config.model_type.removeprefix("dynamic_")
+    if family == model.config.model_type or family not in FAMILIES:
+        raise ValueError(f"model is a {type(model).__name__}: to_dense takes a routed model")
+    dense_class, dense_config_class, _, _ = FAMILIES[family]
+    values = _config_values(model.config)
+    return _transplant(model, dense_class, dense_config_class(**values), copy)
+
+
+def routed_config(dense_config: Any, **config_fields: Any) -> Any:
+    """The routed configuration for a dense one; checks family, sliding windows and fields.
+
+    Raises:
+        ValueError: see `convert`.
+    """
+    model_type = dense_config.model_type
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model type {model_type!r} cannot be converted. "
+            f"dtf knows {', '.join(sorted(FAMILIES))} (Qwen2, Qwen2.5, Llama, SmolLM2 and models of the same shape)"
+        )
+    if "sliding_attention" in (getattr(dense_config, "layer_types", None) or ()):
+        raise ValueError(
+            f"model type {model_type!r} with sliding windows cannot be converted: over the routed tokens alone a "
+            "window would reach further back than in training. Load it with use_sliding_window=False if you mean it"
+        )
+    for name in config_fields:
+        if name not in ROUTING_FIELD_NAMES:
+            close = get_close_matches(name, ROUTING_FIELD_NAMES, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" The fields are: {', '.join(ROUTING_FIELD_NAMES)}"
+            raise ValueError(f"{name} is no field of a routed model.{hint}")
+    set_fields = {name: value for name, value in config_fields.items() if value is not None}
+    try:
+        return FAMILIES[model_type][3](**_config_values(dense_config), **set_fields)
+    except Exception as error:
+        # Strict dataclasses wrap what a validator raised; the validator's own words are the useful ones.
+        raise ValueError(str(error.__cause__ or error)) from error
+
+
+def _config_values(config: Any) -> dict[str, Any]:
+    values = config.to_dict()
+    for name in (*ROUTING_FIELD_NAMES, "model_type", "architectures", "transformers_version", "auto_map"):
+        values.pop(name, None)
+    # A GGUF base was dequantized while loading; the entry would forbid saving.
+    values.pop("quantization_config", None)
+    values["attn_implementation"] = config._attn_implementation
+    return values
+
+
+def _transplant(source: PreTrainedModel, target_class: type, config: Any, copy: bool) -> PreTrainedModel:
+    """Build `target_class` around the backbone tensors of `source`; only routing's own parameters are new."""
+    state = {name: tensor for name, tensor in source.state_dict().items() if not is_added(name)}
+    if copy:
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    device, dtype = source.device, source.dtype
+    with torch.device("meta"):
+        target = target_class(config)
+    missing, unexpected = target.load_state_dict(state, strict=False, assign=True)
+    lost = [name for name in missing if not is_added(name) and name not in target.all_tied_weights_keys]
+    if lost or unexpected:
+        raise ValueError(f"backbone weights do not fit {target_class.__name__}: missing {lost}, not known {unexpected}")
+    for module in target.modules():
+        fresh = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in fresh):
+            module._apply(lambda tensor: torch.empty_like(tensor, device=device), recurse=False)
+            target._init_weights(module)
+    target.tie_weights()
+    for name, parameter in target.named_parameters():
+        if is_added(name):
+            parameter.requires_grad_(True)
+            if "router" not in name:
+                parameter.data = parameter.data.to(dtype)
+    config.dtype = dtype
+    target.generation_config = copy_module.deepcopy(source.generation_config)
+    return target.train(source.training)
+
+
+def load_dense(
+    path: str | Path,
+    *,
+    dtype: Any = torch.float32,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A dense base model from a folder, a Hub id, or a `.gguf` file (dequantized).
+
+    Raises:
+        OSError, ValueError: as Transformers reports them.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if str(path).endswith(".gguf"):
+        file = Path(path)
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **options)
+        # Says "gguf", and would make save_pretrained refuse: the weights are plain tensors now.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+        return model
+    return AutoModelForCausalLM.from_pretrained(str(path), revision=revision, **options)

@@ -1,0 +1,283 @@
+"""The two kinds of layer around the backbone's own blocks, and the small networks that routing adds.
+
+Everything is a subclass of the stock decoder layer, so that the backbone keeps its parameter names; what is new has
+`prior` or `router` in its name:
+
+    decision layer   dense block, then PriorFFN: hands D_st, D_ch upwards (DTF)
+    routed layer     router → slots → block on the routed tokens → gated update
+
+Layers return flat tuples of tensors, hidden states first: gradient checkpointing runs a forward twice, so nothing may
+be recorded on the side.
+"""
+
+from dataclasses import dataclass
+from math import ceil, exp, log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from .routing import (
+    Scores,
+    assign_slots,
+    dtf_scores,
+    gated_update,
+    gather_tokens,
+    mod_scores,
+    moving_average,
+    prior_error,
+    scatter_tokens,
+    select_threshold,
+    select_topk,
+    surprise,
+    topk_capacity,
+)
+
+CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
+"""γ for which calibration measures thresholds; others are interpolated."""
+
+THRESHOLD_COLUMNS = 1 + len(CAPACITY_GRID)
+"""Column 0 is the threshold at the model's own capacity (also tracked while training), then the grid."""
+
+
+@dataclass(frozen=True)
+class RoutingFrame:
+    """What all routed layers of one forward pass share.
+
+    Attributes:
+        mode: "topk" or "threshold".
+        capacity: γ asked for at inference; None: each layer's own.
+        real: bool [B, T], False for padding; None: no padding.
+        sinks: bool [B, T]; None: no sinks.
+        column: the threshold column to use instead of `capacity` (calibration).
+    """
+
+    mode: str
+    capacity: float | None = None
+    real: Tensor | None = None
+    sinks: Tensor | None = None
+    column: int | None = None
+
+
+class PriorFFN(nn.Module):
+    """prior = x + W_out(silu(W_gate n) · W_up n), n = RMSNorm(x) (3.1–3.3): a cheap guess at the decision layer.
+
+    Width ⌈D·f⌉ rounded up to an even number, at least 2; no biases.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width = ceil(config.hidden_size * config.prior_factor)
+        width = max(2, width + width % 2)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.w_gate = nn.Linear(config.hidden_size, width, bias=False)
+        self.w_up = nn.Linear(config.hidden_size, width, bias=False)
+        self.w_out = nn.Linear(width, config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.prior_dropout)
+
+    def forward(self, original: Tensor) -> Tensor:
+        """[B, T, D] → [B, T, D]."""
+        normed = self.norm(original)
+        return original + self.dropout(self.w_out(nn.functional.silu(self.w_gate(normed)) * self.w_up(normed)))
+
+
+class Router(nn.Module):
+    """Thresholds of one routed layer, common to both architectures; always float32, whatever the model's dtype.
+
+    Calibrated thresholds lie close together: bfloat16 would merge them.
+    """
+
+    thresholds: Tensor
+
+    def __init__(self, capacity: float) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.register_buffer("thresholds", torch.full((THRESHOLD_COLUMNS,), torch.nan, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        self.thresholds.fill_(torch.nan)
+
+    def threshold(self, capacity: float | None, column: int | None = None) -> Tensor:
+        """The threshold at γ (None: the layer's own), float32 0-d; NaN where nothing was calibrated."""
+        if column is not None:
+            return self.thresholds[column]
+        if (self.capacity if capacity is None else capacity) >= 1.0:
+            return self.thresholds.new_full((), -torch.inf)
+        if capacity is None or capacity == self.capacity:
+            return self.thresholds[0]
+        above = next(i for i, share in enumerate(CAPACITY_GRID) if share >= capacity)
+        low, high = CAPACITY_GRID[above - 1], CAPACITY_GRID[above]
+        return torch.lerp(self.thresholds[above], self.thresholds[above + 1], (capacity - low) / (high - low))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or tensor.is_meta:
+                return moved.float() if moved.is_floating_point() else moved
+            return tensor.to(device=moved.device, dtype=torch.float32)
+
+        return super()._apply(keep_float32, recurse)
+
+
+class PredictiveRouter(Router):
+    """DTF: gates by expected and unexpected change (3.8–3.12), with four learnable scalars.
+
+    o_ce and m_cu are stored as logarithms: they must stay positive (ln of a negative o_ce is a NaN).
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config.layer_capacity(layer_idx))
+        self.window = config.ma_window
+        self.skip_sinks = config.skips_sinks_in_average
+        self.initial = {
+            "log_o_ce": log(config.o_ce_init),
+            "log_m_cu": log(config.m_cu_init),
+            "beta_ce": config.beta_ce_init,
+            "beta_cu": config.beta_cu_init,
+        }
+        for name in self.initial:
+            self.register_parameter(name, nn.Parameter(torch.empty(1, dtype=torch.float32)))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, value in self.initial.items():
+            getattr(self, name).fill_(value)
+
+    def forward(self, static: Tensor, change: Tensor, frame: RoutingFrame) -> Scores:
+        """D_st, D_ch: float32 [B, T]."""
+        counted = frame.real
+        if self.skip_sinks and frame.sinks is not None:
+            counted = ~frame.sinks if frame.real is None else frame.real & ~frame.sinks
+        average = moving_average(static, self.window, counted)
+        return dtf_scores(static, change, average, self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
+
+    def scalars(self) -> dict[str, float]:
+        """The four scalars of the paper, for reports."""
+        return {
+            "o_ce": exp(self.log_o_ce.item()),
+            "m_cu": exp(self.log_m_cu.item()),
+            "beta_ce": self.beta_ce.item(),
+            "beta_cu": self.beta_cu.item(),
+        }
+
+
+class LinearRouter(Router):
+    """MoD: a linear score of the token's hidden state."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config.layer_capacity(layer_idx))
+        self.gate = config.mod_gate
+        self.std = config.initializer_range
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight.normal_(0.0, self.std)
+
+    def forward(self, hidden_states: Tensor) -> Scores:
+        """[B, T, D] → scores [B, T]."""
+        return mod_scores(hidden_states, self.weight, self.gate)
+
+    def scalars(self) -> dict[str, float]:
+        return {}
+
+
+class DecisionLayerMixin(nn.Module):
+    """A dense decoder layer that also says how surprising each token was to it."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.prior = PriorFFN(config)
+        self.prior_input_gradient = config.prior_input_gradient
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[B, T, D] → posterior [B, T, D]; D_st, D_ch, prior error: float32 [B, T]."""
+        posterior = super().forward(hidden_states, **kwargs)
+        prior = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
+        static, change = surprise(hidden_states, posterior, prior)
+        return posterior, static, change, prior_error(prior, posterior)
+
+
+class RoutedLayerMixin(nn.Module):
+    """A decoder layer that only some tokens enter."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.config = config
+        self.router = (PredictiveRouter if config.architecture == "dtf" else LinearRouter)(config, layer_idx)
+
+    def score(self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame) -> Scores:
+        """The router's scores in float32, also under autocast; `surprises` is (D_st, D_ch) for DTF, () for MoD."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            if isinstance(self.router, PredictiveRouter):
+                return self.router(*surprises, frame)
+            return self.router(hidden_states)
+
+    def select(self, scores: Tensor, frame: RoutingFrame) -> tuple[Tensor, int]:
+        """Which tokens enter, bool [B, T], and the slots that the fullest row needs."""
+        if frame.mode == "topk":
+            capacity = self.router.capacity if frame.capacity is None else frame.capacity
+            selected = select_topk(scores, capacity, frame.real, frame.sinks)
+            return selected, topk_capacity(capacity, scores.shape[1])
+        threshold = self.router.threshold(frame.capacity, frame.column)
+        selected = select_threshold(scores, threshold, frame.real, frame.sinks)
+        return selected, int(selected.sum(1).max())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *surprises: Tensor,
+        frame: RoutingFrame,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """Route, process, write back.
+
+        Args:
+            hidden_states: [B, T, D].
+            surprises: D_st, D_ch of the decision layer below, float32 [B, T] (DTF); none (MoD).
+            frame: mode, padding and sinks.
+            position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
+            attention_mask, position_ids: those of the dense layers, not used: the slots have their own.
+
+        Returns:
+            hidden states [B, T, D], scores [B, T], selected bool [B, T], gate [B, T], s_ce, s_cu (None for MoD).
+        """
+        scores = self.score(hidden_states, surprises, frame)
+        selected, slots = self.select(scores.score, frame)
+        if slots > 0:
+            index_BK, routed_BK = assign_slots(selected, slots)
+            x_BKD = gather_tokens(hidden_states, index_BK)
+            cos, sin = (gather_tokens(part, index_BK) for part in position_embeddings)
+            # Routed tokens fill the leading slots in position order, so plain causal attention is all they need.
+            processed = super().forward(
+                x_BKD,
+                attention_mask=create_causal_mask(self.config, x_BKD, attention_mask=None, past_key_values=None),
+                position_embeddings=(cos, sin),
+                **kwargs,
+            )
+            updated = gated_update(x_BKD, processed, scores.gate.gather(1, index_BK), self.config.gate)
+            updated = torch.where(routed_BK.unsqueeze(-1), updated, x_BKD)
+            hidden_states = scatter_tokens(hidden_states, index_BK, updated)
+        return hidden_states, scores.score, selected, scores.gate, scores.s_ce, scores.s_cu
+
+
+class DecisionLlamaLayer(DecisionLayerMixin, LlamaDecoderLayer):
+    """Decision layer of a Llama-type backbone."""
+
+
+class RoutedLlamaLayer(RoutedLayerMixin, LlamaDecoderLayer):
+    """Routed layer of a Llama-type backbone."""
+
+
+class DecisionQwenLayer(DecisionLayerMixin, Qwen2DecoderLayer):
+    """Decision layer of a Qwen2 backbone."""
+
+
+class RoutedQwenLayer(RoutedLayerMixin, Qwen2DecoderLayer):
+    """Routed layer of a Qwen2 backbone."""

@@ -1,0 +1,76 @@
+"""What a routed model returns beyond the stock outputs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import FloatTensor, Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class RoutingRecord(ModelOutput):
+    """How one routed layer treated each token.
+
+    Attributes:
+        layer: index of the layer in the stack.
+        scores: float32 [B, T], what is ranked and compared with the threshold.
+        selected: bool [B, T], True where the token entered the layer.
+        gate: float32 [B, T], the soft gate: G (DTF), σ(r) or r (MoD).
+        threshold: float32 0-d, in `threshold` mode.
+        static_surprise, change_surprise: float32 [B, T], D_st and D_ch (DTF).
+        s_ce, s_cu: float32 [B, T], the two criteria after their sigmoids (DTF).
+    """
+
+    layer: int | None = None
+    scores: FloatTensor | None = None
+    selected: Tensor | None = None
+    gate: FloatTensor | None = None
+    threshold: FloatTensor | None = None
+    static_surprise: FloatTensor | None = None
+    change_surprise: FloatTensor | None = None
+    s_ce: FloatTensor | None = None
+    s_cu: FloatTensor | None = None
+
+
+@dataclass
+class RoutedModelOutput(ModelOutput):
+    """Output of the stack without its head.
+
+    Attributes:
+        prior_errors: float32 [B, T] for each decision layer, ‖prior − stop_grad(posterior)‖² / D.
+        routing: a `RoutingRecord` for each routed layer.
+        real, sinks: bool [B, T] or None: tokens that are not padding, tokens that are sinks.
+    """
+
+    last_hidden_state: FloatTensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[FloatTensor, ...] | None = None
+    attentions: tuple[FloatTensor, ...] | None = None
+    prior_errors: tuple[FloatTensor, ...] | None = None
+    routing: tuple[RoutingRecord, ...] | None = None
+    real: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass
+class RoutedCausalLMOutput(ModelOutput):
+    """Output of a routed causal language model.
+
+    Attributes:
+        loss: what is minimized: `lm_loss` plus the weighted auxiliary losses while training, `lm_loss` in eval.
+        lm_loss: mean next-token cross-entropy, nats.
+        prior_loss: mean prior error over real tokens without sinks and over decision layers, unweighted (DTF).
+        router_loss: the router's auxiliary losses, weighted and summed (MoD).
+        logits: [B, T, V]; None while training with labels, where they are never held whole.
+        routing: a `RoutingRecord` for each routed layer, when `output_routing` asks for it.
+    """
+
+    loss: FloatTensor | None = None
+    logits: FloatTensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[FloatTensor, ...] | None = None
+    attentions: tuple[FloatTensor, ...] | None = None
+    lm_loss: FloatTensor | None = None
+    prior_loss: FloatTensor | None = None
+    router_loss: FloatTensor | None = None
+    routing: tuple[RoutingRecord, ...] | None = None

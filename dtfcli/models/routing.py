@@ -1,0 +1,285 @@
+"""What routing computes: pure functions on tensors, each next to its equation.
+
+Equation numbers (3.x) are those of the MSc thesis "Dynamic Transformers" (Wieser, UCL 2025); Mixture-of-Depths is
+arXiv 2404.02258. `routing_naive` holds the same as loops over tokens, which is what the tests compare with.
+
+The idea, for one routed layer: every token has a score that depends on nothing after it. The tokens with the highest
+scores (`topk`, while training) or with a score above a calibrated threshold (`threshold`, causal) are gathered, pass
+through the backbone's own block among themselves, and are scattered back; the others stay as they are.
+
+Shape suffixes: B rows, T tokens of a row, K slots for routed tokens, D hidden size. All surprise arithmetic is float32.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Scores(NamedTuple):
+    """A router's opinion of each token; float32 [B, T] each."""
+
+    score: Tensor
+    """What is ranked and compared with thresholds; strictly increasing in the gate."""
+    gate: Tensor
+    """G (DTF) or σ(r), or r itself (MoD): scales the residual update."""
+    s_ce: Tensor | None = None
+    s_cu: Tensor | None = None
+
+
+def surprise(original: Tensor, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Static and change surprise of each token.
+
+    D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token.
+    D_ch = ‖posterior − prior‖² / D (3.7): how far the cheap prediction of that change was off.
+
+    Args:
+        original, posterior, prior: [B, T, D], any float dtype.
+
+    Returns:
+        D_st, D_ch: float32 [B, T].
+    """
+    posterior = posterior.float()
+    static = (posterior - original.float()).square().mean(-1)
+    change = (posterior - prior.float()).square().mean(-1)
+    return static, change
+
+
+def prior_error(prior: Tensor, posterior: Tensor) -> Tensor:
+    """‖prior − stop_grad(posterior)‖² / D of each token (3.4), before the mean over tokens.
+
+    Args:
+        prior, posterior: [B, T, D].
+
+    Returns:
+        float32 [B, T]; no gradient reaches the posterior.
+    """
+    return (prior.float() - posterior.detach().float()).square().mean(-1)
+
+
+def moving_average(values: Tensor, window: int, counted: Tensor | None = None) -> Tensor:
+    """MA in (3.9): the mean of the last `window` counted values at or before each token, without gradient.
+
+    Each window is summed afresh: a difference of running sums would lose the small values that follow the massive
+    first one (position 0 of a pretrained model).
+
+    Args:
+        values: float32 [B, T].
+        window: length in counted tokens.
+        counted: bool [B, T]; padding (and sinks, if they are left out) are False. None: all count.
+
+    Returns:
+        float32 [B, T]; 0 where nothing has been counted yet.
+    """
+    values = values.detach()
+    tokens = values.shape[1]
+    window = min(window, tokens)
+    if counted is None:
+        compact_BT = values
+    else:
+        seen_BT = counted.long().cumsum(1)
+        place_BT = torch.where(counted, seen_BT - 1, tokens)
+        compact_BT = values.new_zeros(values.shape[0], tokens + 1).scatter(1, place_BT, values)[:, :tokens]
+    sums_BT = F.avg_pool1d(F.pad(compact_BT, (window - 1, 0)), window, stride=1) * window
+    lengths_T = torch.arange(1, tokens + 1, device=values.device).clamp(max=window)
+    means_BT = sums_BT / lengths_T
+    if counted is None:
+        return means_BT
+    return torch.where(seen_BT > 0, means_BT.gather(1, (seen_BT - 1).clamp(min=0)), 0.0)
+
+
+def dtf_scores(
+    static: Tensor, change: Tensor, average: Tensor, o_ce: Tensor, m_cu: Tensor, beta_ce: Tensor, beta_cu: Tensor
+) -> Scores:
+    """Surprise → gate, token by token.
+
+    CE = D_st − (D_ch − ln(o_ce + 1e-10)) (3.8): the change the prior saw coming.
+    CU = D_st − m_cu · MA(D_st) (3.9): change out of proportion to the recent past.
+    S = σ(softplus(β) · C) for each (3.10, 3.11); G = S_CE + S_CU − S_CE · S_CU (3.12), their probabilistic "or".
+    G saturates in float32, so the ranked score is −ln(1 − G) = softplus(a) + softplus(b), where a and b are the
+    arguments of the two sigmoids: the same order without ties.
+
+    Args:
+        static, change, average: D_st, D_ch, MA(D_st); float32 [B, T].
+        o_ce, m_cu, beta_ce, beta_cu: learnable scalars, broadcastable; o_ce and m_cu positive.
+    """
+    expected = static - (change - torch.log(o_ce + 1e-10))
+    unexpected = static - m_cu * average
+    a, b = F.softplus(beta_ce) * expected, F.softplus(beta_cu) * unexpected
+    s_ce, s_cu = torch.sigmoid(a), torch.sigmoid(b)
+    return Scores(
+        score=F.softplus(a) + F.softplus(b),
+        gate=s_ce + s_cu - s_ce * s_cu,
+        s_ce=s_ce,
+        s_cu=s_cu,
+    )
+
+
+def mod_scores(hidden_states: Tensor, weight: Tensor, gate: str = "sigmoid") -> Scores:
+    """Mixture-of-Depths: r = x · w, a linear score of the token alone; gate σ(r), or r itself ("raw").
+
+    Args:
+        hidden_states: [B, T, D].
+        weight: float32 [D].
+    """
+    score = hidden_states.float() @ weight
+    return Scores(score=score, gate=score if gate == "raw" else torch.sigmoid(score))
+
+
+def sink_mask(real: Tensor | None, sinks: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """The first `sinks` real tokens of each row, wherever padding puts them; bool [B, T], None without sinks."""
+    if sinks == 0:
+        return None
+    if real is None:
+        return (torch.arange(shape[1], device=device) < sinks).expand(shape)
+    return real & (real.long().cumsum(1) <= sinks)
+
+
+@lru_cache(maxsize=32)
+def _capacity_table(capacity: float, tokens: int, device: torch.device) -> Tensor:
+    """K for every row length 0 … T, in Python's float64: a float32 floor differs for hundreds of pairs."""
+    return torch.tensor([topk_capacity(capacity, length) for length in range(tokens + 1)], device=device)
+
+
+def topk_capacity(capacity: float, length: int) -> int:
+    """K = max(1, ⌊γ · L⌋) routed tokens for a row of L real ones; 0 for a row of padding alone."""
+    return max(1, int(capacity * length)) if length else 0
+
+
+def select_topk(scores: Tensor, capacity: float, real: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+    """The training rule (3.13): exactly K tokens of each row, the sinks first, then by score. Not causal.
+
+    Args:
+        scores: float32 [B, T].
+        capacity: γ.
+        real: bool [B, T], False for padding; None: all real.
+        sinks: bool [B, T] from `sink_mask`.
+
+    Returns:
+        bool [B, T] with `topk_capacity` True entries in each row.
+    """
+    tokens = scores.shape[1]
+    ranked = scores.detach()
+    if sinks is not None:
+        # Earlier sinks first, should there be more of them than K.
+        first = torch.finfo(ranked.dtype).max / torch.arange(1, tokens + 1, device=scores.device)
+        ranked = torch.where(sinks, first, ranked)
+    if real is not None:
+        ranked = ranked.masked_fill(~real, -torch.inf)
+    best_BK = ranked.topk(topk_capacity(capacity, tokens), dim=1).indices
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    if real is None:
+        return chosen.scatter(1, best_BK, True)
+    allowed_B1 = _capacity_table(capacity, tokens, scores.device)[real.sum(1, keepdim=True)]
+    return chosen.scatter(1, best_BK, torch.arange(best_BK.shape[1], device=scores.device) < allowed_B1)
+
+
+def select_threshold(
+    scores: Tensor, threshold: Tensor, real: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """The causal rule: a token is routed when its score exceeds the layer's threshold, whatever comes later.
+
+    Args:
+        scores: float32 [B, T].
+        threshold: float32, 0-d.
+        real, sinks: as in `select_topk`.
+
+    Returns:
+        bool [B, T].
+    """
+    chosen = scores.detach() > threshold
+    if sinks is not None:
+        chosen = chosen | sinks
+    return chosen if real is None else chosen & real
+
+
+def share_threshold(scores: Tensor, capacity: float, real: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+    """The threshold that routes the share γ of the real tokens of these rows together, sinks counted in.
+
+    The (1 − γ) quantile of the scores of real tokens that are no sinks, taken midway between two scores. Without
+    host synchronization.
+
+    Args:
+        scores: float32 [B, T].
+        capacity: γ in [0, 1].
+        real, sinks: as in `select_topk`.
+
+    Returns:
+        float32, 0-d.
+    """
+    scores = scores.detach().flatten()
+    free = torch.ones_like(scores, dtype=torch.bool) if real is None else real.flatten()
+    wanted = capacity * free.sum()
+    if sinks is not None:
+        sinks = sinks.flatten() & free
+        wanted = wanted - sinks.sum()
+        free = free & ~sinks
+    ordered = scores.masked_fill(~free, -torch.inf).sort(descending=True).values
+    last = (free.sum() - 1).clamp(min=0)
+    count = wanted.round().long()
+    bounds = torch.stack([count - 1, count]).clamp(min=0).clamp(max=last)
+    return ordered[bounds].mean()
+
+
+class Slots(NamedTuple):
+    """Where the routed tokens of each row sit while the block runs: in position order, then free slots.
+
+    A free slot holds a token that is not routed, a different one for each, so that writing back never collides; being
+    last it is seen by no routed token under causal attention.
+    """
+
+    position: Tensor
+    """int64 [B, K], position of the token in each slot."""
+    routed: Tensor
+    """bool [B, K], False for free slots."""
+
+
+def assign_slots(selected: Tensor, slots: int) -> Slots:
+    """Slots for the selected tokens: `selected` bool [B, T], `slots` ≥ the selected tokens of any row."""
+    order_BT = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    routed_BK = torch.arange(slots, device=selected.device) < selected.sum(1, keepdim=True)
+    return Slots(order_BT[:, :slots], routed_BK)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """[B, T, D] or [1, T, D], [B, K] → [B, K, D]: the tokens at these positions of the same row."""
+    rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+    flat_BK = index + rows * tokens.shape[1] if tokens.shape[0] > 1 else index
+    return tokens.flatten(0, 1).index_select(0, flat_BK.flatten()).unflatten(0, index.shape)
+
+
+def scatter_tokens(tokens: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """[B, T, D] with `values` [B, K, D] written at positions `index` [B, K], distinct in each row."""
+    rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+    flat_BK = index + rows * tokens.shape[1]
+    written = tokens.flatten(0, 1).index_copy(0, flat_BK.flatten(), values.flatten(0, 1).to(tokens.dtype))
+    return written.view_as(tokens)
+
+
+def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor, kind: str) -> Tensor:
+    """hidden_states + gate · (processed − hidden_states).
+
+    "straight_through" has the value of gate 1 and the gradient of the soft gate. It starts from `processed`
+    itself, because x + (block(x) − x) is not block(x) in floating point.
+
+    Args:
+        hidden_states, processed: x and block(x), [B, K, D].
+        gate: float32 [B, K].
+        kind: "soft" or "straight_through".
+    """
+    if kind == "straight_through":
+        if not gate.requires_grad:
+            return processed
+        base, gate = processed, gate - gate.detach()
+    else:
+        base = hidden_states
+    return base + gate.unsqueeze(-1).to(processed.dtype) * (processed - hidden_states)
+
+
+def masked_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean of [B, T] values over the counted tokens; 0 when there are none."""
+    if counted is None:
+        return values.mean()
+    return (values * counted).sum() / counted.sum().clamp(min=1)

@@ -1,0 +1,102 @@
+"""The same as `routing`, as loops over rows and tokens: the specification that the tests compare with.
+
+Slow on purpose, differentiable, and written to read like the equations. Not uploaded with a model.
+Each function treats one row, given as a list of its real tokens in order: padding is somebody else's business.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def surprise(original: Tensor, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """D_st (3.6) and D_ch (3.7) of one token; [D] each → two 0-d tensors."""
+    size = original.shape[0]
+    static = change = torch.zeros(())
+    for i in range(size):
+        static = static + (posterior[i].float() - original[i].float()) ** 2 / size
+        change = change + (posterior[i].float() - prior[i].float()) ** 2 / size
+    return static, change
+
+
+def moving_average(values: list[Tensor], window: int, skip: int = 0) -> list[Tensor]:
+    """MA in (3.9): mean of the last `window` values up to each token, the first `skip` tokens left out."""
+    averages = []
+    for t in range(len(values)):
+        recent = [values[s].detach() for s in range(skip, t + 1)][-window:]
+        averages.append(torch.stack(recent).mean() if recent else torch.zeros(()))
+    return averages
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def dtf_gate(
+    static: Tensor, change: Tensor, average: Tensor, o_ce: Tensor, m_cu: Tensor, beta_ce: Tensor, beta_cu: Tensor
+) -> tuple[Tensor, Tensor]:
+    """G (3.12) of one token and the score that orders tokens like it, −ln(1 − G)."""
+    expected = static - (change - torch.log(o_ce + 1e-10))
+    unexpected = static - m_cu * average
+    s_ce = sigmoid(torch.log1p(torch.exp(beta_ce)) * expected)
+    s_cu = sigmoid(torch.log1p(torch.exp(beta_cu)) * unexpected)
+    gate = s_ce + s_cu - s_ce * s_cu
+    return gate, -torch.log(1 - gate.double())
+
+
+def capacity(share: float, length: int) -> int:
+    """K of a row of `length` real tokens."""
+    if length == 0:
+        return 0
+    return max(1, math.floor(share * length))
+
+
+def select_topk(scores: list[float], share: float, sinks: int = 0) -> list[int]:
+    """Positions of the K tokens: the sinks first, then the best scores; in position order."""
+    count = capacity(share, len(scores))
+    forced = list(range(min(sinks, count)))
+    others = sorted(range(len(forced), len(scores)), key=lambda t: scores[t], reverse=True)
+    return sorted(forced + others[: count - len(forced)])
+
+
+def select_threshold(scores: list[float], threshold: float, sinks: int = 0) -> list[int]:
+    """Positions of the tokens that are sinks or score above the threshold."""
+    return [t for t in range(len(scores)) if t < sinks or scores[t] > threshold]
+
+
+def routed_layer(
+    row: Tensor, chosen: list[int], gates: list[Tensor], block: Callable[[Tensor, list[int]], Tensor], kind: str
+) -> Tensor:
+    """One row through a routed layer: x + gate · (block(x) − x) at the chosen places.
+
+    Args:
+        row: [T, D], the row's real tokens.
+        chosen: positions in order.
+        gates: soft gate of every token.
+        block: the backbone's block on [K, D] tokens at given positions, causal among themselves.
+        kind: "soft" or "straight_through".
+
+    Returns:
+        [T, D].
+    """
+    if not chosen:
+        return row
+    processed = block(torch.stack([row[t] for t in chosen]), chosen)
+    result = [row[t] for t in range(row.shape[0])]
+    for slot, t in enumerate(chosen):
+        update = processed[slot] - row[t]
+        if kind == "straight_through":
+            result[t] = processed[slot] + (gates[t] - gates[t].detach()) * update
+        else:
+            result[t] = row[t] + gates[t] * update
+    return torch.stack(result)
+
+
+def share_threshold(scores: list[float], share: float, sinks: int = 0) -> float:
+    """Midway between the last score that is routed and the first that is not, at the share γ of all tokens."""
+    free = sorted(scores[sinks:], reverse=True)
+    count = round(share * len(scores) - sinks)
+    last, first = max(count - 1, 0), min(max(count, 0), len(free) - 1)
+    return (free[min(last, len(free) - 1)] + free[first]) / 2

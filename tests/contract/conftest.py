@@ -1,0 +1,36 @@
+"""What the contract tests share."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import VOCABULARY
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the tiny models' vocabulary: letters and numbered words."""
+    words = {chr(ord("a") + i): i for i in range(26)} | {f"w{i}": i for i in range(26, VOCABULARY - 1)}
+    words["<unk>"] = VOCABULARY - 1
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> str:
+    """A real pretrained model: the file DTF_SMOLLM2 names, or what ../shared/tools/get-smollm2 fetches."""
+    if given := os.environ.get("DTF_SMOLLM2"):
+        return given
+    root = Path(__file__).parents[2]
+    fetch = Path(os.environ.get("DTF_SHARED", root.parent / "shared")) / "tools" / "get-smollm2"
+    if not fetch.exists():
+        pytest.skip("no SmolLM2: set DTF_SMOLLM2 to its .gguf file")
+    result = subprocess.run(["bash", str(fetch), str(root / ".cache")], capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip(f"SmolLM2 could not be fetched: {result.stderr[-200:]}")
+    return result.stdout.strip().splitlines()[-1]

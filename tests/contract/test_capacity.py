@@ -1,0 +1,102 @@
+"""quality.md 6: `topk` routes exactly K tokens of each row; calibrated `threshold` routes the share asked for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtfcli.models.routing import select_topk, sink_mask
+from tests.tiny import ARCHITECTURES, routed_model, tokens
+
+
+@given(
+    length=st.integers(1, 300),
+    capacity=st.floats(0.001, 1.0),
+    sinks=st.integers(0, 4),
+    seed=st.integers(0, 2**20),
+    data=st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_topk_routes_exactly_k(length: int, capacity: float, sinks: int, seed: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, length, generator=generator).round(decimals=1)  # with ties
+    real = torch.rand(3, length, generator=generator) < data.draw(st.floats(0, 1))
+    for mask in (None, real):
+        forced = sink_mask(mask, sinks, (3, length), scores.device)
+        selected = select_topk(scores, capacity, mask, forced)
+        lengths = [length] * 3 if mask is None else mask.sum(1).tolist()
+        assert selected.sum(1).tolist() == [max(1, int(capacity * n)) if n else 0 for n in lengths]
+        assert mask is None or not (selected & ~mask).any()
+        if forced is not None:
+            assert (selected & forced).sum(1).tolist() == [
+                min(int(f), int(k)) for f, k in zip(forced.sum(1), selected.sum(1), strict=True)
+            ]
+
+
+def test_k_is_pythons_floor_where_float32_differs() -> None:
+    # 0.29 * 100 is 28.999999999999996 in float64 and 29 in float32.
+    scores = torch.randn(1, 100)
+    assert int(0.29 * 100) == 28
+    assert int(select_topk(scores, 0.29).sum()) == 28
+    assert int(select_topk(scores, 0.29, torch.ones(1, 100, dtype=torch.bool)).sum()) == 28
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_thresholds_route_the_share_asked_for_on_other_text(family: str, architecture: str) -> None:
+    """Random weights and random tokens, 512 sequences; shares by layer and over all layers."""
+    model = routed_model(family, architecture)
+    model.calibrate([{"input_ids": tokens(64, 96, seed=s)} for s in range(4)])
+    other = [tokens(128, 96, seed=100 + s) for s in range(4)]
+    for capacity in (0.125, 0.25, 0.5, 0.75, 0.6, 0.04):
+        with model.routing_mode("threshold", capacity):
+            runs = [model(batch, output_routing=True).routing for batch in other]
+        shares = torch.tensor([[record.selected.float().mean() for record in run] for run in runs]).mean(0)
+        assert (shares - capacity).abs().max() <= 0.03, (capacity, shares)
+        assert (shares.mean() - capacity).abs() <= 0.02, (capacity, shares)
+
+
+@torch.no_grad()
+def test_per_layer_capacities() -> None:
+    model = routed_model(capacity=[0.25, 0.75, 1.0])
+    model.calibrate([{"input_ids": tokens(64, 96, seed=s)} for s in range(4)])
+    batch = tokens(256, 96, seed=50)
+    shares = [record.selected.float().mean().item() for record in model(batch, output_routing=True).routing]
+    assert shares == pytest.approx([0.25, 0.75, 1.0], abs=0.03)
+    with model.routing_mode("topk"):
+        counts = [int(record.selected[0].sum()) for record in model(batch, output_routing=True).routing]
+    assert counts == [24, 72, 96]
+
+
+@torch.no_grad()
+def test_sinks_are_always_routed_and_counted() -> None:
+    model = routed_model(sink_tokens=4, capacity=0.25)
+    model.calibrate([{"input_ids": tokens(64, 32, seed=s)} for s in range(4)])
+    records = model(tokens(256, 32, seed=9), output_routing=True).routing
+    for record in records:
+        assert record.selected[:, :4].all()
+        assert record.selected.float().mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_uncalibrated_threshold_routing_is_refused() -> None:
+    from dtfcli.models.conversion import convert
+    from tests.tiny import dense_model
+
+    model = convert(dense_model())
+    assert not model.is_calibrated
+    with pytest.raises(ValueError, match=r"calibrate\(batches\)"):
+        model(tokens(1, 8))
+
+
+def test_training_tracks_thresholds() -> None:
+    from dtfcli.models.conversion import convert
+    from tests.tiny import dense_model
+
+    model = convert(dense_model(), capacity=0.25).train()
+    for seed in range(30):
+        model(tokens(16, 64, seed=seed))
+    model.eval()
+    assert model.is_calibrated
+    records = model(tokens(64, 64, seed=77), output_routing=True).routing
+    assert [r.selected.float().mean().item() for r in records] == pytest.approx([0.25] * 3, abs=0.12)

@@ -1,0 +1,231 @@
+"""quality.md 7: the tensor functions equal the loops of `routing_naive`, in value and in gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtfcli.models import routing, routing_naive
+from dtfcli.models.losses import causal_lm_loss, reference_causal_lm_loss
+from tests.tiny import ARCHITECTURES, FAMILIES, pad, shared_routed_model, tokens
+
+
+def rows_and_mask(data: st.DataObject, most: int = 14) -> tuple[torch.Tensor, list[list[int]]]:
+    """A mask [B, T] with holes anywhere, and the real positions of each row."""
+    batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, most))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    mask = torch.rand(batch, length, generator=generator) < data.draw(st.floats(0.2, 1.0))
+    return mask, [row.nonzero().flatten().tolist() for row in mask]
+
+
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=30, deadline=None)
+def test_surprise(data: st.DataObject, dtype: torch.dtype) -> None:
+    mask, _ = rows_and_mask(data, 5)
+    states = [torch.randn(*mask.shape, 6).to(dtype).requires_grad_() for _ in range(3)]
+    weight_st, weight_ch = torch.randn(mask.shape), torch.randn(mask.shape)
+    static, change = routing.surprise(*states)
+    naive = [
+        [routing_naive.surprise(*(s[b, t] for s in states)) for t in range(mask.shape[1])] for b in range(len(mask))
+    ]
+    naive_static = torch.stack([torch.stack([pair[0] for pair in row]) for row in naive])
+    naive_change = torch.stack([torch.stack([pair[1] for pair in row]) for row in naive])
+    assert static.dtype == change.dtype == torch.float32
+    torch.testing.assert_close(static, naive_static)
+    torch.testing.assert_close(change, naive_change)
+    ours = torch.autograd.grad((static * weight_st + change * weight_ch).sum(), states)
+    theirs = torch.autograd.grad((naive_static * weight_st + naive_change * weight_ch).sum(), states)
+    loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}  # bfloat16 gradients are summed in bfloat16
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **loose)
+
+
+@given(data=st.data(), window=st.integers(1, 8), skip=st.integers(0, 3), spike=st.sampled_from([1.0, 1e4]))
+@settings(max_examples=100, deadline=None)
+def test_moving_average(data: st.DataObject, window: int, skip: int, spike: float) -> None:
+    mask, places = rows_and_mask(data)
+    values = torch.rand(mask.shape)
+    values[:, 0] *= spike  # as at position 0 of a pretrained model
+    sinks = routing.sink_mask(mask, skip, mask.shape, mask.device)
+    counted = mask if sinks is None else mask & ~sinks
+    ours = routing.moving_average(values, window, counted)
+    for b, places_b in enumerate(places):
+        naive = routing_naive.moving_average([values[b, t] for t in places_b], window, skip)
+        for t, expected in zip(places_b, naive, strict=True):
+            torch.testing.assert_close(ours[b, t], expected)
+    if mask.all() and skip == 0:
+        torch.testing.assert_close(routing.moving_average(values, window), ours)
+
+
+@given(seed=st.integers(0, 2**20), scale=st.sampled_from([0.1, 1.0, 5.0]))
+@settings(max_examples=40, deadline=None)
+def test_dtf_scores(seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    static, change, average = (scale * torch.rand(2, 5, generator=generator) for _ in range(3))
+    inputs = [static.requires_grad_(), change.requires_grad_(), average]
+    scalars = [torch.tensor(v, requires_grad=True) for v in (1.025, 1.1, -0.3, -0.6)]
+    ours = routing.dtf_scores(*inputs, *scalars)
+    naive = [[routing_naive.dtf_gate(*(x[b, t] for x in inputs), *scalars) for t in range(5)] for b in range(2)]
+    gate = torch.stack([torch.stack([pair[0] for pair in row]) for row in naive])
+    score = torch.stack([torch.stack([pair[1] for pair in row]) for row in naive])
+    torch.testing.assert_close(ours.gate, gate)
+    # −ln(1 − G) loses digits where G nears 1; that is why the score is not computed that way.
+    safe = gate < 0.999
+    torch.testing.assert_close(ours.score.double()[safe], score[safe], rtol=1e-3, atol=1e-6)
+    weight = torch.randn(2, 5, generator=generator)
+    wanted = [*inputs[:2], *scalars]
+    for a, b in zip(
+        torch.autograd.grad((ours.gate * weight).sum(), wanted),
+        torch.autograd.grad((gate * weight).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_score_ranks_like_the_gate_without_ties() -> None:
+    static = torch.linspace(0, 60, 500).unsqueeze(0)
+    zero, one = torch.zeros(()), torch.ones(())
+    out = routing.dtf_scores(static, static * 0, static * 0, one, one, zero, zero)
+    assert (out.gate[0, -100:] == 1).all()  # saturated in float32
+    assert (out.score.diff() > 0).all()
+
+
+@given(data=st.data(), share=st.floats(0.01, 1.0), sinks=st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_selection(data: st.DataObject, share: float, sinks: int) -> None:
+    mask, places = rows_and_mask(data)
+    scores = torch.rand(mask.shape)
+    forced = routing.sink_mask(mask, sinks, mask.shape, mask.device)
+    best = routing.select_topk(scores, share, mask, forced)
+    above = routing.select_threshold(scores, torch.tensor(0.6), mask, forced)
+    for b, places_b in enumerate(places):
+        row = [float(scores[b, t]) for t in places_b]
+        chosen = [places_b[k] for k in routing_naive.select_topk(row, share, sinks)]
+        assert best[b].nonzero().flatten().tolist() == chosen
+        chosen = [places_b[k] for k in routing_naive.select_threshold(row, 0.6, sinks)]
+        assert above[b].nonzero().flatten().tolist() == chosen
+
+
+@given(data=st.data(), share=st.floats(0.0, 1.0), sinks=st.integers(0, 2))
+@settings(max_examples=100, deadline=None)
+def test_share_threshold(data: st.DataObject, share: float, sinks: int) -> None:
+    length = data.draw(st.integers(4, 40))
+    scores = torch.rand(1, length)
+    forced = routing.sink_mask(None, sinks, (1, length), scores.device)
+    ours = routing.share_threshold(scores, share, sinks=forced)
+    naive = routing_naive.share_threshold(scores[0].tolist(), share, sinks)
+    assert float(ours) == pytest.approx(naive, abs=1e-6)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_slots_gather_and_scatter(data: st.DataObject) -> None:
+    selected, places = rows_and_mask(data)
+    slots = max(1, int(selected.sum(1).max()))
+    index, routed = routing.assign_slots(selected, slots)
+    assert index.shape == routed.shape == (len(selected), slots)
+    for b, places_b in enumerate(places):
+        assert index[b][routed[b]].tolist() == places_b  # position order: causal attention depends on it
+        assert len(set(index[b].tolist())) == slots
+    hidden_states = torch.randn(*selected.shape, 3, requires_grad=True)
+    taken = routing.gather_tokens(hidden_states, index)
+    assert all(torch.equal(taken[b, k], hidden_states[b, index[b, k]]) for b in range(len(index)) for k in range(slots))
+    written = routing.scatter_tokens(hidden_states, index, taken * 2)
+    factor = torch.ones(selected.shape).scatter(1, index, 2.0).unsqueeze(-1)
+    torch.testing.assert_close(written, hidden_states * factor)
+    (gradient,) = torch.autograd.grad(written.sum(), hidden_states)
+    torch.testing.assert_close(gradient, factor.expand_as(gradient))
+
+
+@pytest.mark.parametrize("mode", ["topk", "threshold"])
+@pytest.mark.parametrize("gate", ["soft", "straight_through"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+@given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=3), seed=st.integers(0, 999))
+@settings(max_examples=4, deadline=None)
+def test_routed_layer(family: str, architecture: str, gate: str, mode: str, lengths: list[int], seed: int) -> None:
+    """A whole routed layer, rows padded on either side, against one row at a time and token by token."""
+    model = shared_routed_model(family, architecture, gate=gate)
+    stack, index = model.model, 3
+    layer = stack.layers[index]
+    width = max(lengths) + 1
+    padded = [
+        pad(tokens(1, n, seed + i)[0], (width - n) * (i % 2), (width - n) * (1 - i % 2)) for i, n in enumerate(lengths)
+    ]
+    input_ids, mask = (torch.stack(parts) for parts in zip(*padded, strict=True))
+    with model.routing_mode(mode), torch.no_grad():
+        stream = stack._enter(input_ids, None, mask)
+        for below in range(index):
+            stack._step(below, stack.layers[below], stream)
+    entering = stream.hidden_states.clone().requires_grad_()
+    surprises = tuple(s.clone().requires_grad_() for s in stream.surprises)
+    out, scores, selected, gates, *_ = layer(entering, *surprises, frame=stream.frame, **stream.layer_inputs)
+
+    cos, sin = stream.layer_inputs["position_embeddings"]
+    stock = type(layer).__mro__[2]  # the backbone's own decoder layer
+    threshold = float(layer.router.thresholds[0])
+    weight = torch.randn_like(out) * mask.unsqueeze(-1)
+    total = torch.zeros(())
+    for b in range(len(lengths)):
+        real = mask[b].nonzero().flatten()
+        row_scores = scores[b, real].tolist()
+        if mode == "topk":
+            chosen = routing_naive.select_topk(row_scores, 0.5, sinks=1)
+        else:
+            chosen = routing_naive.select_threshold(row_scores, threshold, sinks=1)
+        assert selected[b].nonzero().flatten().tolist() == real[chosen].tolist()
+
+        def block(x: torch.Tensor, places: list[int], b: int = b, real: torch.Tensor = real) -> torch.Tensor:
+            at = real[places]
+            causal = torch.ones(len(places), len(places), dtype=torch.bool).tril()[None, None]
+            rotary = (cos[b, at].unsqueeze(0), sin[b, at].unsqueeze(0))
+            return stock.forward(layer, x.unsqueeze(0), attention_mask=causal, position_embeddings=rotary)[0]
+
+        naive = routing_naive.routed_layer(entering[b, real], chosen, list(gates[b, real]), block, gate)
+        torch.testing.assert_close(out[b, real], naive, rtol=1e-4, atol=1e-5)
+        total = total + (naive * weight[b, real]).sum()
+    wanted = [entering, *surprises, layer.mlp.up_proj.weight, *layer.router.parameters()]
+    ours = torch.autograd.grad((out * weight).sum(), wanted, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad(total, wanted, allow_unused=True)
+    for a, b_ in zip(ours, theirs, strict=True):
+        assert (a is None) == (b_ is None) or a is None or not a.any()
+        if a is not None and b_ is not None:
+            torch.testing.assert_close(a, b_, rtol=1e-3, atol=1e-4)
+
+
+def test_straight_through_writes_the_block_itself() -> None:
+    x, processed = torch.randn(1, 4, 8) * 1e3, torch.randn(1, 4, 8)
+    gate = torch.rand(1, 4, requires_grad=True)
+    updated = routing.gated_update(x, processed, gate, "straight_through")
+    assert torch.equal(updated, processed)
+    (gradient,) = torch.autograd.grad(updated.sum(), gate)
+    torch.testing.assert_close(gradient, (processed - x).sum(-1))
+
+
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=20, deadline=None)
+def test_chunked_cross_entropy(data: st.DataObject, dtype: torch.dtype) -> None:
+    batch, length, size, vocabulary = (data.draw(st.integers(2, n)) for n in (3, 9, 6, 40))
+    hidden = torch.randn(batch, length, size).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, size).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (batch, length))
+    labels[torch.rand(labels.shape) < 0.2] = -100
+    labels[0, 1] = 1
+    ours, theirs = causal_lm_loss(hidden, weight, labels), reference_causal_lm_loss(hidden, weight, labels)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_chunked_cross_entropy_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = torch.randn(2, 50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    labels = torch.randint(0, 30, (2, 50))
+    reference = torch.autograd.grad(reference_causal_lm_loss(hidden, weight, labels), (hidden, weight))
+    monkeypatch.setattr("dtfcli.models.losses._CHUNK_ELEMENTS", 30 * 7)
+    for a, b in zip(
+        torch.autograd.grad(causal_lm_loss(hidden, weight, labels), (hidden, weight)), reference, strict=True
+    ):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,62 @@
+"""Small random models that the tests share."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from dtfcli.models.conversion import convert
+
+VOCABULARY = 97
+FAMILIES = ("llama", "qwen2")
+ARCHITECTURES = ("dtf", "mod")
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # Larger than the usual 0.02: small random models should have something to say.
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def dense_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A dense model in eval mode, float32."""
+    torch.manual_seed(seed)
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE | changes)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE | changes)).eval()
+
+
+def routed_model(
+    family: str = "llama", architecture: str = "dtf", capacity: Any = 0.5, *, seed: int = 0, **fields: Any
+) -> PreTrainedModel:
+    """A converted model in eval mode, calibrated at its own capacity and on the grid."""
+    model = convert(dense_model(family, seed), architecture, capacity, **fields)
+    model.calibrate([{"input_ids": tokens(32, 64, seed=7)}])
+    return model
+
+
+@cache
+def shared_routed_model(family: str, architecture: str, **fields: Any) -> PreTrainedModel:
+    """As `routed_model`, built once; do not change it."""
+    return routed_model(family, architecture, **fields)
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    """Random token ids [rows, length]."""
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pad(row: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
+    """A row [T] with padding on both sides, and its attention mask; padding is filled with real token ids."""
+    filled = torch.cat([torch.full((left,), 3), row, torch.full((right,), 5)])
+    mask = torch.cat([torch.zeros(left), torch.ones(len(row)), torch.zeros(right)]).long()
+    return filled, mask
