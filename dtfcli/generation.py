@@ -1,0 +1,208 @@
+"""Prompt → continuation, streamed, for dense and routed models alike. Transformers' `generate` does the work."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from dtfcli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: at most so many; the end-of-text token stops earlier.
+        temperature: 0 takes the likeliest token (greedy); above 0 samples from logits / temperature.
+        top_p: sample from the smallest set of tokens that holds this much probability.
+        top_k: sample from the so many likeliest tokens; 0: all.
+        seed: of torch's generators, so that a sample can be repeated.
+
+    Raises:
+        ConfigError: a value out of range, by option name.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good, remedy in (
+            ("max-new-tokens", self.max_new_tokens >= 1, "ask for 1 or more"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "0 is greedy, 1 samples the model's probabilities"),
+            ("top-p", 0.0 < self.top_p <= 1.0, "a probability above 0 and at most 1"),
+            ("top-k", self.top_k >= 0, "0 keeps all tokens, 50 the fifty likeliest"),
+            ("seed", 0 <= self.seed < 2**63, "a whole number, 0 or more"),
+        ):
+            if not good:
+                raise ConfigError(f"--{name} {getattr(self, name.replace('-', '_'))}: {remedy}.")
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `generate` that this amounts to."""
+        if self.temperature == 0.0:
+            # Neutral values keep a checkpoint's own sampling settings from raising warnings in greedy decoding.
+            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One continuation.
+
+    Attributes:
+        prompt: the text that was continued.
+        text: the continuation alone, without special tokens.
+        prompt_tokens, new_tokens: counts.
+        seconds: wall time, from the first forward pass to the last token.
+    """
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+class _CallbackStreamer(TextStreamer):
+    """Hands text over as it becomes certain (a token may end in the middle of a character)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    sampling: Sampling | None = None,
+    *,
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generated:
+    """Continue one prompt.
+
+    Args:
+        model: dense or routed, in eval mode.
+        tokenizer: the model's.
+        prompt: text; empty starts a new document.
+        sampling: how tokens are chosen; greedy by default.
+        chat: treat the prompt as a user's message and apply the tokenizer's chat template.
+        on_text: called with each piece of the continuation as it appears.
+
+    Raises:
+        ConfigError: the prompt does not fit the model, there is no chat template, or `topk` routing.
+    """
+    sampling = sampling or Sampling()
+    encoded = _encode(model, tokenizer, [prompt], sampling, chat)
+    streamer = _CallbackStreamer(tokenizer, on_text) if on_text else None
+    sequences, seconds = _run(model, tokenizer, encoded, sampling, streamer)
+    return _results(tokenizer, [prompt], encoded, sequences, seconds)[0]
+
+
+def generate_many(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling | None = None,
+    *,
+    chat: bool = False,
+    batch_size: int = 8,
+) -> Iterator[Generated]:
+    """Continue many prompts, left-padded in batches; the same texts as one by one when decoding is greedy.
+
+    Raises:
+        ConfigError: as `generate`.
+    """
+    sampling = sampling or Sampling()
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        encoded = _encode(model, tokenizer, batch, sampling, chat)
+        sequences, seconds = _run(model, tokenizer, encoded, sampling, None)
+        yield from _results(tokenizer, batch, encoded, sequences, seconds)
+
+
+def _encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], sampling: Sampling, chat: bool
+) -> dict[str, torch.Tensor]:
+    if getattr(model, "routing", None) == "topk":
+        raise ConfigError(
+            "routing 'topk' looks at the whole sequence, so it cannot write one token after another; use --routing threshold."
+        )
+    if chat:
+        if not tokenizer.chat_template:
+            raise ConfigError("--chat: this model's tokenizer has no chat template; leave --chat out.")
+        prompts = [
+            str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
+            )
+            for prompt in prompts
+        ]
+    rows = [tokenizer(prompt, add_special_tokens=not chat)["input_ids"] for prompt in prompts]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if any(not row for row in rows):
+        if start is None:
+            raise ConfigError("the prompt is empty and the tokenizer has no token that starts a document; give a PROMPT.")
+        rows = [row or [start] for row in rows]
+    width = max(map(len, rows))
+    limit = model.config.max_position_embeddings
+    if width + sampling.max_new_tokens > limit:
+        raise ConfigError(
+            f"the prompt has {width} tokens and --max-new-tokens is {sampling.max_new_tokens}: together more than the "
+            f"model's {limit} positions. Shorten the prompt or ask for at most {max(0, limit - width)} new tokens."
+        )
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (start or 0)
+    return {
+        "input_ids": torch.tensor([[filler] * (width - len(row)) + row for row in rows], device=model.device),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device),
+    }
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: dict[str, torch.Tensor],
+    sampling: Sampling,
+    streamer: TextStreamer | None,
+) -> tuple[torch.Tensor, float]:
+    set_seed(sampling.seed)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    started = time.perf_counter()
+    with torch.inference_mode():
+        sequences = model.generate(  # type: ignore[operator]
+            **encoded,
+            **sampling.arguments(),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=padding,
+            streamer=streamer,
+        )
+    return sequences[:, encoded["input_ids"].shape[1] :], time.perf_counter() - started
+
+
+def _results(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    encoded: dict[str, torch.Tensor],
+    sequences: torch.Tensor,
+    seconds: float,
+) -> list[Generated]:
+    results = []
+    for prompt, mask, row in zip(prompts, encoded["attention_mask"], sequences, strict=True):
+        ids = row.tolist()
+        if tokenizer.eos_token_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_token_id)]
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        results.append(Generated(prompt, text, int(mask.sum()), len(ids), seconds))
+    return results

@@ -1,0 +1,236 @@
+"""Text to token ids and back: byte-level BPE trained on the data, and encoding that no text can subvert.
+
+Notable choices:
+
+- A text is only text: `<|endoftext|>` written in a document is encoded like any other characters.
+- The trained tokenizer has one special token, end-of-text, which also pads; it round-trips every string.
+- It is trained on at most 6 million characters, an equal share from the head of every document.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dtfcli.documents import Document, OnProgress, open_sources, read_documents
+from dtfcli.errors import ConfigError, DataError
+from dtfcli.settings import DataSettings
+from dtfcli.token_cache import cache_folder, fingerprint_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+Encode = Callable[[list[str]], list[np.ndarray]]
+
+_SAMPLE_CHARACTERS = 6_000_000
+_SMALLEST_SHARE = 1_000
+_CONTROL_TOKEN = re.compile(r"<.+>|\[[A-Z_]+\]", re.DOTALL)
+_PIECE_CHARACTERS = 2**20
+_BATCH_CHARACTERS = 2**22
+_BATCH_DOCUMENTS = 1024
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the documents: deterministic, and lossless for any text.
+
+    Args:
+        documents: Read once; of many or long ones, only an equal share of each is looked at.
+        vocab_size: Tokens in all. Text with too few distinct words gives fewer.
+
+    Raises:
+        ConfigError: The vocabulary has no room for the 256 bytes and the end-of-text token.
+        DataError: There is no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size <= len(alphabet):
+        raise ConfigError(
+            f"model.scratch.vocab_size = {vocab_size}: a byte-level tokenizer needs at least "
+            f"{len(alphabet) + 1} tokens (every byte and the end of text)."
+        )
+    sample = _sample(documents)
+    if not sample:
+        raise DataError("no text to train a tokenizer on: data.sources gave no documents.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    return _wrap(tokenizer)
+
+
+def data_tokenizer(
+    data: DataSettings, *, vocab_size: int, seed: int, on_progress: OnProgress | None = None
+) -> PreTrainedTokenizerFast:
+    """The tokenizer trained on `data.sources`: from the cache as long as text and size stay the same."""
+    from tokenizers import Tokenizer
+
+    readers = open_sources(data.sources, on_progress=on_progress)
+    identity = {
+        "sources": [reader.identity() for reader in readers],
+        "vocab_size": vocab_size,
+        "max_documents": data.max_documents,
+        "seed": seed,
+    }
+    cached = cache_folder(data) / f"tokenizer-{fingerprint_of(identity)}.json"
+    if cached.is_file():
+        with suppress(Exception):  # which is what `tokenizers` raises for a damaged file; it is made anew
+            return _wrap(Tokenizer.from_file(str(cached)))
+    reports = [reader.new_report() for reader in readers]
+    texts = read_documents(
+        readers,
+        reports,
+        seed=seed,
+        max_documents=data.max_documents,
+        on_progress=on_progress,
+        message="Reading text for the tokenizer",
+    )
+    tokenizer = train_tokenizer(texts, vocab_size)
+    _save_beside(tokenizer.backend_tokenizer.to_str(), cached)
+    return tokenizer
+
+
+def _save_beside(content: str, target: Path) -> None:
+    """Write a file in one step; a cache that cannot be written is none."""
+    beside = target.with_name(f".building-{uuid.uuid4().hex}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, target)
+    except OSError:
+        beside.unlink(missing_ok=True)
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _sample(documents: Iterable[Document]) -> list[str]:
+    """The heads of all documents, cut ever shorter so that together they stay within the limit."""
+    share, texts, total = _SAMPLE_CHARACTERS, [], 0
+    for document in documents:
+        texts.append(document.text[:share])
+        total += len(texts[-1])
+        while total > _SAMPLE_CHARACTERS:
+            if share <= _SMALLEST_SHARE:
+                return texts
+            share = max(_SMALLEST_SHARE, share * 3 // 4)
+            texts = [text[:share] for text in texts]
+            total = sum(len(text) for text in texts)
+    return texts
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """A function from texts to their ids (int32), without special tokens added or found in the text.
+
+    Tokens that a tokenizer lists as added but not as special (Qwen's `<|fim_prefix|>` and `<tool_call>`) are
+    control tokens too; runs of blanks and the like, which some tokenizers add, are ordinary text. The
+    caller's tokenizer is left as it is: truncation and padding switched on there have no effect here.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+
+        def encode_slowly(texts: list[str]) -> list[np.ndarray]:
+            encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+        return encode_slowly
+
+    from tokenizers import AddedToken
+
+    backend = copy.deepcopy(backend)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    backend.add_special_tokens(
+        [
+            AddedToken(token.content, special=True, normalized=False)
+            for token in backend.get_added_tokens_decoder().values()
+            if not token.special and _CONTROL_TOKEN.fullmatch(token.content)
+        ]
+    )
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+    return encode
+
+
+def encode_documents(
+    documents: Iterable[Document], encode: Encode, end_of_text: int
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Every document with its ids and the end-of-text token, encoded in batches of bounded size."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield from _encode_batch(batch, encode, end_of_text)
+            batch, characters = [], 0
+    if batch:
+        yield from _encode_batch(batch, encode, end_of_text)
+
+
+def _encode_batch(batch: list[Document], encode: Encode, end_of_text: int) -> Iterator[tuple[Document, np.ndarray]]:
+    pieces = [list(split_text(document.text)) for document in batch]
+    encoded = iter(encode([piece for document in pieces for piece in document]))
+    end = np.array([end_of_text], dtype=np.int32)
+    for document, parts in zip(batch, pieces, strict=True):
+        yield document, np.concatenate([*(next(encoded) for _ in parts), end])
+
+
+def split_text(text: str, limit: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut a long text into pieces of at most `limit` characters, so that a batch stays small in memory.
+
+    Cuts fall before a single space between two other characters, where byte-level tokenizers begin a new
+    word anyway: the ids of the pieces are those of the whole. Only text without such a place is cut inside.
+    """
+    start = 0
+    while len(text) - start > limit:
+        cut = text.rfind(" ", start + 1, start + limit)
+        while cut > start and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+            cut = text.rfind(" ", start + 1, cut)
+        end = cut if cut > start else start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what decides the ids that a tokenizer gives."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    else:
+        if backend.truncation is not None or backend.padding is not None:
+            backend = copy.deepcopy(backend)
+            backend.no_truncation()
+            backend.no_padding()
+        content = backend.to_str()
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,58 @@
+"""What the tests of data share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dtfcli import tokenization
+from dtfcli.data import Document, train_tokenizer
+from dtfcli.settings import DataSettings, Source
+from tests.data.texts import VOCABULARY, sentence
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer((Document(sentence(i)) for i in range(50)), VOCABULARY)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty text files."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(20):
+        (texts / f"{i:02}.txt").write_text(sentence(i))
+    return texts
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., DataSettings]:
+    """Data settings for one path (or several sources), with small blocks and a cache of their own."""
+
+    def make(path: Path | str | None = None, *, source: dict[str, Any] | None = None, **values: Any) -> DataSettings:
+        if "sources" not in values:
+            values["sources"] = [Source(**{"path": str(path), **(source or {})})]
+        return DataSettings(
+            **{"seq_len": 16, "validation_fraction": 0.1, "cache_dir": str(tmp_path / "cache"), **values}
+        )
+
+    return make
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for each batch that is tokenized."""
+    calls: list[int] = []
+    original = tokenization._encode_batch
+
+    def counted(batch: list[Document], *rest: Any) -> Any:
+        calls.append(len(batch))
+        return original(batch, *rest)
+
+    monkeypatch.setattr(tokenization, "_encode_batch", counted)
+    return calls
