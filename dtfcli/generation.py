@@ -154,7 +154,9 @@ def _encode(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if any(not row for row in rows):
         if start is None:
-            raise ConfigError("the prompt is empty and the tokenizer has no token that starts a document; give a PROMPT.")
+            raise ConfigError(
+                "the prompt is empty and the tokenizer has no token that starts a document; give a PROMPT."
+            )
         rows = [row or [start] for row in rows]
     width = max(map(len, rows))
     limit = model.config.max_position_embeddings
@@ -166,7 +168,9 @@ def _encode(
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (start or 0)
     return {
         "input_ids": torch.tensor([[filler] * (width - len(row)) + row for row in rows], device=model.device),
-        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device),
+        "attention_mask": torch.tensor(
+            [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device
+        ),
     }
 
 

@@ -15,7 +15,7 @@ ARCHITECTURES = ("dtf", "mod")
 ROUTING_MODES = ("threshold", "topk")
 GATES = ("straight_through", "soft")
 MOD_GATES = ("sigmoid", "raw")
-KV_TOKENS = ("routed",)
+KV_TOKENS = ("routed", "all")
 
 DTF_ONLY = (
     "prior_factor",
@@ -51,7 +51,10 @@ class RoutingFields:
     )
     dense_edges: int = _option(0, "Layers kept dense at either end when routed_layers is 'alternate'.")
     sink_tokens: int = _option(1, "Leading tokens of a row that are always routed (attention sinks); count towards γ.")
-    kv_tokens: str = _option("routed", "Whose keys and values a routed layer offers: those of its routed tokens.")
+    kv_tokens: str = _option(
+        "routed",
+        "Whose keys and values a routed layer offers: those of its routed tokens, or of all (no cache saving).",
+    )
     gate: str = _option(
         "straight_through",
         "soft: scale the residual update by the gate; straight_through: scale by 1, keep the gate's gradient.",

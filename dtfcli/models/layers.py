@@ -11,15 +11,17 @@ be recorded on the side.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, exp, log
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from .cache import RoutedCache
+from .keys import EveryKey, OwnKeys, StoredKeys
 from .routing import (
     Scores,
     assign_slots,
@@ -32,6 +34,7 @@ from .routing import (
     scatter_tokens,
     select_threshold,
     select_topk,
+    sink_mask,
     surprise,
     topk_capacity,
 )
@@ -50,16 +53,36 @@ class RoutingFrame:
     Attributes:
         mode: "topk" or "threshold".
         capacity: γ asked for at inference; None: each layer's own.
-        real: bool [B, T], False for padding; None: no padding.
-        sinks: bool [B, T]; None: no sinks.
+        seen: bool [B, S + T], False for padding, over the S cached positions and the T new ones; None: no padding.
+        sink_tokens: how many leading real tokens of each row are sinks.
+        shape: B and T.
+        past: S.
         column: the threshold column to use instead of `capacity` (calibration).
     """
 
     mode: str
+    shape: tuple[int, int]
+    device: torch.device
     capacity: float | None = None
-    real: Tensor | None = None
-    sinks: Tensor | None = None
+    seen: Tensor | None = None
+    sink_tokens: int = 0
+    past: int = 0
     column: int | None = None
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Which of the new tokens are not padding, bool [B, T]; None: all."""
+        return None if self.seen is None else self.seen[:, self.past :]
+
+    @cached_property
+    def seen_sinks(self) -> Tensor | None:
+        """Which of all tokens are sinks, bool [B, S + T]; None: there are none."""
+        return sink_mask(self.seen, self.sink_tokens, (self.shape[0], self.past + self.shape[1]), self.device)
+
+    @cached_property
+    def sinks(self) -> Tensor | None:
+        """Which of the new tokens are sinks, bool [B, T]; None: there are none."""
+        return None if self.seen_sinks is None else self.seen_sinks[:, self.past :]
 
 
 class PriorFFN(nn.Module):
@@ -146,12 +169,12 @@ class PredictiveRouter(Router):
         for name, value in self.initial.items():
             getattr(self, name).fill_(value)
 
-    def forward(self, static: Tensor, change: Tensor, frame: RoutingFrame) -> Scores:
-        """D_st, D_ch: float32 [B, T]."""
-        counted = frame.real
-        if self.skip_sinks and frame.sinks is not None:
-            counted = ~frame.sinks if frame.real is None else frame.real & ~frame.sinks
-        average = moving_average(static, self.window, counted)
+    def forward(self, static: Tensor, change: Tensor, history: Tensor, frame: RoutingFrame) -> Scores:
+        """D_st, D_ch of the new tokens: float32 [B, T]; D_st of the row up to them: float32 [B, S + T]."""
+        counted = frame.seen
+        if self.skip_sinks and frame.seen_sinks is not None:
+            counted = ~frame.seen_sinks if counted is None else counted & ~frame.seen_sinks
+        average = moving_average(history, self.window, counted)[:, frame.past :]
         return dtf_scores(static, change, average, self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
 
     def scalars(self) -> dict[str, float]:
@@ -209,22 +232,30 @@ class RoutedLayerMixin(nn.Module):
         self.config = config
         self.router = (PredictiveRouter if config.architecture == "dtf" else LinearRouter)(config, layer_idx)
 
-    def score(self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame) -> Scores:
+    def score(
+        self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
+    ) -> Scores:
         """The router's scores in float32, also under autocast; `surprises` is (D_st, D_ch) for DTF, () for MoD."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            if isinstance(self.router, PredictiveRouter):
-                return self.router(*surprises, frame)
-            return self.router(hidden_states)
+            if not isinstance(self.router, PredictiveRouter):
+                return self.router(hidden_states)
+            static, change = surprises
+            history = static if store is None else store.extend_surprise(static)
+            return self.router(static, change, history, frame)
 
-    def select(self, scores: Tensor, frame: RoutingFrame) -> tuple[Tensor, int]:
-        """Which tokens enter, bool [B, T], and the slots that the fullest row needs."""
+    def select(self, scores: Tensor, frame: RoutingFrame) -> tuple[Tensor, int, list[int] | None]:
+        """Which tokens enter, bool [B, T]; the slots that the fullest row needs; how many of each row, where known.
+
+        `topk` never waits for the device. `threshold` looks once: its number of slots depends on the scores.
+        """
         if frame.mode == "topk":
             capacity = self.router.capacity if frame.capacity is None else frame.capacity
             selected = select_topk(scores, capacity, frame.real, frame.sinks)
-            return selected, topk_capacity(capacity, scores.shape[1])
+            return selected, topk_capacity(capacity, scores.shape[1]), None
         threshold = self.router.threshold(frame.capacity, frame.column)
         selected = select_threshold(scores, threshold, frame.real, frame.sinks)
-        return selected, int(selected.sum(1).max())
+        counts = selected.sum(1).tolist()
+        return selected, max(counts), counts
 
     def forward(
         self,
@@ -234,6 +265,7 @@ class RoutedLayerMixin(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor | None, ...]:
         """Route, process, write back.
@@ -244,27 +276,54 @@ class RoutedLayerMixin(nn.Module):
             frame: mode, padding and sinks.
             position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
             attention_mask, position_ids: those of the dense layers, not used: the slots have their own.
+            past_key_values: the model's cache; this layer's own part of it grows.
 
         Returns:
             hidden states [B, T, D], scores [B, T], selected bool [B, T], gate [B, T], s_ce, s_cu (None for MoD).
         """
-        scores = self.score(hidden_states, surprises, frame)
-        selected, slots = self.select(scores.score, frame)
-        if slots > 0:
-            index_BK, routed_BK = assign_slots(selected, slots)
-            x_BKD = gather_tokens(hidden_states, index_BK)
-            cos, sin = (gather_tokens(part, index_BK) for part in position_embeddings)
-            # Routed tokens fill the leading slots in position order, so plain causal attention is all they need.
+        store = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
+        scores = self.score(hidden_states, surprises, frame, store)
+        selected, width, counts = self.select(scores.score, frame)
+        keys = self._keys(hidden_states, position_embeddings, selected, counts, store)
+        if width > 0:
+            slots = assign_slots(selected, width, counts)
+            x_RKD = gather_tokens(hidden_states, slots)
+            cos, sin = (gather_tokens(part, slots) for part in position_embeddings)
             processed = super().forward(
-                x_BKD,
-                attention_mask=create_causal_mask(self.config, x_BKD, attention_mask=None, past_key_values=None),
+                x_RKD,
+                attention_mask=keys.mask(x_RKD, slots, frame, self.config),
                 position_embeddings=(cos, sin),
+                past_key_values=keys.for_slots(slots),
                 **kwargs,
             )
-            updated = gated_update(x_BKD, processed, scores.gate.gather(1, index_BK), self.config.gate)
-            updated = torch.where(routed_BK.unsqueeze(-1), updated, x_BKD)
-            hidden_states = scatter_tokens(hidden_states, index_BK, updated)
+            gate_RK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
+            updated = gated_update(x_RKD, processed, gate_RK, self.config.gate)
+            hidden_states = scatter_tokens(
+                hidden_states, slots, torch.where(slots.routed.unsqueeze(-1), updated, x_RKD)
+            )
         return hidden_states, scores.score, selected, scores.gate, scores.s_ce, scores.s_cu
+
+    def _keys(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        selected: Tensor,
+        counts: list[int] | None,
+        store: Any,
+    ) -> OwnKeys:
+        """Whose keys and values the routed tokens attend to; what the cache keeps is kept here."""
+        if self.config.kv_tokens == "all":
+            attention = self.self_attn
+            normed = self.input_layernorm(hidden_states)
+            shape = (*normed.shape[:-1], -1, attention.head_dim)
+            keys = attention.k_proj(normed).view(shape).transpose(1, 2)
+            values = attention.v_proj(normed).view(shape).transpose(1, 2)
+            _, keys = apply_rotary_pos_emb(keys, keys, *position_embeddings)
+            return EveryKey(*((keys, values) if store is None else store.update(keys, values)))
+        if store is None:
+            return OwnKeys()
+        store.advance(selected)
+        return StoredKeys(store, counts)
 
 
 class DecisionLlamaLayer(DecisionLayerMixin, LlamaDecoderLayer):

@@ -20,6 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache import RoutedCache
 from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import ROUTING_MODES
 from .layers import (
@@ -35,7 +36,7 @@ from .layers import (
 )
 from .losses import causal_lm_loss
 from .outputs import RoutedCausalLMOutput, RoutedModelOutput, RoutingRecord
-from .routing import masked_mean, share_threshold, sink_mask
+from .routing import masked_mean, share_threshold
 
 ADDED_NAMES = ("router", "prior", "predictor")
 """Every parameter and buffer that routing adds has one of these in its name."""
@@ -154,12 +155,9 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             attention_mask: [B, T], 0 for padding on either side.
             position_ids: [B or 1, T]; by default real tokens are counted from 0.
         """
-        if past_key_values is not None:
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}: routed models take no key/value cache yet; "
-                "pass use_cache=False"
-            )
-        stream = self._enter(input_ids, inputs_embeds, attention_mask, position_ids)
+        if past_key_values is None and use_cache and not self.training and self.config.routing != "topk":
+            past_key_values = RoutedCache(self.config)
+        stream = self._enter(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if stream.frame.mode == "threshold":
             self._require_thresholds(stream.frame)
         for index, layer in enumerate(self.layers):
@@ -168,6 +166,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             self._track_thresholds(stream)
         return RoutedModelOutput(
             last_hidden_state=self.norm(stream.hidden_states),
+            past_key_values=past_key_values,
             prior_errors=tuple(stream.prior_errors),
             routing=tuple(stream.records),
             real=stream.frame.real,
@@ -180,8 +179,17 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
+        cache: RoutedCache | None = None,
     ) -> Stream:
         """Embeddings, masks and rotary positions. Positions count real tokens, so padding shifts nothing."""
+        if cache is not None and not isinstance(cache, RoutedCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}: routed layers keep the tokens they routed alone. Pass "
+                "RoutedCache(model.config), or leave it out and the model makes its own"
+            )
+        mode = self.training_mode if self.training else self.config.routing
+        if cache is not None and mode == "topk":
+            raise ValueError("routing 'topk' sees the whole sequence and cannot continue a cache; use 'threshold'")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if attention_mask is not None and attention_mask.dim() != 2:
@@ -190,28 +198,38 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        shape, device = inputs_embeds.shape[:2], inputs_embeds.device
-        real = None if attention_mask is None else attention_mask.bool().to(device)
-        if position_ids is None and real is None:
-            position_ids = torch.arange(shape[1], device=device).unsqueeze(0)
+        (batch, tokens), device = inputs_embeds.shape[:2], inputs_embeds.device
+        past = 0 if cache is None else cache.get_seq_length()
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + tokens):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but there are {batch} rows of {past} cached and "
+                f"{tokens} new tokens: it must cover them all"
+            )
+        seen = None if attention_mask is None else attention_mask.bool().to(device)
+        if position_ids is None and seen is None:
+            position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
         elif position_ids is None:
-            position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
+            position_ids = (seen.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         return Stream(
             hidden_states=inputs_embeds,
             frame=RoutingFrame(
-                mode=self.training_mode if self.training else self.config.routing,
+                mode=mode,
+                shape=(batch, tokens),
+                device=device,
                 capacity=None if self.training else self.capacity_override,
-                real=real,
-                sinks=sink_mask(real, self.config.sink_tokens, shape, device),
+                seen=seen,
+                sink_tokens=self.config.sink_tokens,
+                past=past,
             ),
             layer_inputs={
                 "attention_mask": create_causal_mask(
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
-                    past_key_values=None,
+                    past_key_values=cache,
                     position_ids=position_ids,
                 ),
+                "past_key_values": cache,
                 "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             },
         )
@@ -332,7 +350,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
                 this batch, the auxiliary ones scaled alike.
 
         Raises:
-            ValueError: `threshold` routing without calibration; a cache; a mask that is not [B, T].
+            ValueError: `threshold` routing without calibration; a foreign cache; a mask that does not cover all tokens.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -360,6 +378,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         result = RoutedCausalLMOutput(
             loss=loss,
             logits=logits,
+            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
@@ -482,14 +501,20 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
             for index, router in self.model.routers.items()
         }
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
-        """Generation recomputes the prefix: there is no routed key/value cache yet."""
-        if model_kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values: routed models take no key/value cache yet; leave it out")
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *sizes: Any
+    ) -> None:
+        """Give `generate` a `RoutedCache`: assisted decoding and chunked prefill ask for it before the first forward."""
         if self.config.routing == "topk":
-            raise ValueError("routing = 'topk' sees the whole sequence: generate with routing 'threshold'")
-        generation_config.use_cache = False
-        model_kwargs["use_cache"] = False
+            raise ValueError("routing 'topk' sees the whole sequence: generate with routing 'threshold'")
+        if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
+            raise ValueError(
+                f"cache_implementation = {generation_config.cache_implementation!r}: routed models have a cache of their "
+                "own; leave it out, or choose 'offloaded'"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            offloading = generation_config.cache_implementation == "offloaded"
+            model_kwargs["past_key_values"] = RoutedCache(self.config, offloading=offloading)
 
 
 class DynamicLlamaModel(DynamicModelMixin, LlamaModel):

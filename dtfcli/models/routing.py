@@ -227,35 +227,50 @@ class Slots(NamedTuple):
     """Where the routed tokens of each row sit while the block runs: in position order, then free slots.
 
     A free slot holds a token that is not routed, a different one for each, so that writing back never collides; being
-    last it is seen by no routed token under causal attention.
+    last it is seen by no routed token under causal attention. R of the B rows take part.
     """
 
     position: Tensor
-    """int64 [B, K], position of the token in each slot."""
+    """int64 [R, K], position of the token in each slot."""
     routed: Tensor
-    """bool [B, K], False for free slots."""
+    """bool [R, K], False for free slots."""
+    rows: Tensor | None = None
+    """int64 [R], which rows take part; None: all."""
 
 
-def assign_slots(selected: Tensor, slots: int) -> Slots:
-    """Slots for the selected tokens: `selected` bool [B, T], `slots` ≥ the selected tokens of any row."""
-    order_BT = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    routed_BK = torch.arange(slots, device=selected.device) < selected.sum(1, keepdim=True)
-    return Slots(order_BT[:, :slots], routed_BK)
+def assign_slots(selected: Tensor, width: int, counts: list[int] | None = None) -> Slots:
+    """Slots for the selected tokens.
+
+    Args:
+        selected: bool [B, T].
+        width: slots of each row; at least as many as any row has selected tokens.
+        counts: selected tokens of each row, where known: rows without any are left out.
+    """
+    rows = None
+    if counts is not None and not all(counts):
+        rows = torch.tensor([row for row, count in enumerate(counts) if count], device=selected.device)
+        selected = selected.index_select(0, rows)
+    order_RT = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    routed_RK = torch.arange(width, device=selected.device) < selected.sum(1, keepdim=True)
+    return Slots(order_RT[:, :width], routed_RK, rows)
 
 
-def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """[B, T, D] or [1, T, D], [B, K] → [B, K, D]: the tokens at these positions of the same row."""
-    rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
-    flat_BK = index + rows * tokens.shape[1] if tokens.shape[0] > 1 else index
-    return tokens.flatten(0, 1).index_select(0, flat_BK.flatten()).unflatten(0, index.shape)
+def _flat_index(slots: Slots, tokens: int) -> Tensor:
+    """Index of each slot's token in the rows laid end to end, int64 [R · K]."""
+    rows = torch.arange(len(slots.position), device=slots.position.device) if slots.rows is None else slots.rows
+    return (slots.position + rows.unsqueeze(1) * tokens).flatten()
 
 
-def scatter_tokens(tokens: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """[B, T, D] with `values` [B, K, D] written at positions `index` [B, K], distinct in each row."""
-    rows = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
-    flat_BK = index + rows * tokens.shape[1]
-    written = tokens.flatten(0, 1).index_copy(0, flat_BK.flatten(), values.flatten(0, 1).to(tokens.dtype))
-    return written.view_as(tokens)
+def gather_tokens(tokens: Tensor, slots: Slots) -> Tensor:
+    """[B, T, D] → [R, K, D]: the token of each slot. [1, T, D], the same for all rows, will do."""
+    flat = slots.position.flatten() if tokens.shape[0] == 1 else _flat_index(slots, tokens.shape[1])
+    return tokens.flatten(0, 1).index_select(0, flat).unflatten(0, slots.position.shape)
+
+
+def scatter_tokens(tokens: Tensor, slots: Slots, values: Tensor) -> Tensor:
+    """[B, T, D] with `values` [R, K, D] written where the slots' tokens came from."""
+    flat = _flat_index(slots, tokens.shape[1])
+    return tokens.flatten(0, 1).index_copy(0, flat, values.flatten(0, 1).to(tokens.dtype)).view_as(tokens)
 
 
 def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor, kind: str) -> Tensor:

@@ -122,15 +122,15 @@ def test_share_threshold(data: st.DataObject, share: float, sinks: int) -> None:
 def test_slots_gather_and_scatter(data: st.DataObject) -> None:
     selected, places = rows_and_mask(data)
     slots = max(1, int(selected.sum(1).max()))
-    index, routed = routing.assign_slots(selected, slots)
+    index, routed, _ = assigned = routing.assign_slots(selected, slots)
     assert index.shape == routed.shape == (len(selected), slots)
     for b, places_b in enumerate(places):
         assert index[b][routed[b]].tolist() == places_b  # position order: causal attention depends on it
         assert len(set(index[b].tolist())) == slots
     hidden_states = torch.randn(*selected.shape, 3, requires_grad=True)
-    taken = routing.gather_tokens(hidden_states, index)
+    taken = routing.gather_tokens(hidden_states, assigned)
     assert all(torch.equal(taken[b, k], hidden_states[b, index[b, k]]) for b in range(len(index)) for k in range(slots))
-    written = routing.scatter_tokens(hidden_states, index, taken * 2)
+    written = routing.scatter_tokens(hidden_states, assigned, taken * 2)
     factor = torch.ones(selected.shape).scatter(1, index, 2.0).unsqueeze(-1)
     torch.testing.assert_close(written, hidden_states * factor)
     (gradient,) = torch.autograd.grad(written.sum(), hidden_states)

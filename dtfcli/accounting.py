@@ -1,0 +1,124 @@
+"""Parameters, FLOPs and memory of a model, counted from its shapes: works on the meta device.
+
+FLOPs of one forward pass, per token of a sequence of T tokens:
+
+    2 · (matrix parameters the token meets)  +  4 · T · H   in each layer's attention,
+
+H being query heads × head size; scores and weighted values cost 2 · T · H each, counted over the full T × T square as
+torch's FLOP counter does. A routed layer processes K = max(1, ⌊γT⌋) of T tokens, so its matrices count K / T and its
+attention (K / T)². The language-model head counts, embeddings (a lookup) do not; priors and routers see every token.
+Norms, gates and other element-wise work are left out. A training step costs three forward passes.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_ADDED = ("router", "prior", "predictor")
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model costs.
+
+    Attributes:
+        parameters: all of them; tied ones once.
+        new_parameters: those that routing adds.
+        trainable_parameters: those that receive gradients.
+        flops_per_token: of a forward pass.
+        share_of_dense: `flops_per_token` over that of the dense backbone.
+        training_bytes: estimate of the peak while training.
+    """
+
+    parameters: int
+    new_parameters: int
+    trainable_parameters: int
+    flops_per_token: float
+    share_of_dense: float
+    training_bytes: int
+
+
+def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: str, checkpointing: bool) -> Account:
+    """Count a model.
+
+    Args:
+        model: routed or dense, on any device.
+        seq_len: T.
+        micro_batch_size: rows of a forward pass in training.
+        dtype: precision of the computation: float32, bfloat16 or float16.
+        checkpointing: whether activations are recomputed.
+    """
+    named = list(model.named_parameters())
+    flops = forward_flops_per_token(model, seq_len)
+    return Account(
+        parameters=sum(p.numel() for _, p in named),
+        new_parameters=sum(p.numel() for name, p in named if _is_added(name)),
+        trainable_parameters=sum(p.numel() for _, p in named if p.requires_grad),
+        flops_per_token=flops,
+        share_of_dense=flops / forward_flops_per_token(model, seq_len, dense=True),
+        training_bytes=_training_bytes(model, seq_len, micro_batch_size, _BYTES[dtype], checkpointing),
+    )
+
+
+def forward_flops_per_token(model: Any, seq_len: int, *, dense: bool = False) -> float:
+    """FLOPs of one forward pass, per token of a sequence of `seq_len`; see the module's formula.
+
+    Args:
+        model: routed or dense.
+        seq_len: T.
+        dense: count the backbone alone, as if every layer were dense.
+    """
+    config = model.config
+    shares = {} if dense else routed_shares(config, seq_len)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * seq_len * config.num_attention_heads * head_size
+    flops = 2.0 * config.vocab_size * config.hidden_size
+    flops += sum(attention * shares.get(layer, 1.0) ** 2 for layer in range(config.num_hidden_layers))
+    for name, parameter in model.named_parameters():
+        found = _LAYER.search(name)
+        if found is None:
+            continue
+        if _is_added(name):
+            # MoD's router is a matrix with one row, kept as a vector; DTF's has scalars only.
+            size = parameter.numel() if parameter.numel() >= config.hidden_size and "norm" not in name else 0
+            flops += 0.0 if dense else 2.0 * size
+        elif parameter.ndim == 2:
+            flops += 2.0 * parameter.numel() * shares.get(int(found.group(1)), 1.0)
+    return flops
+
+
+def routed_shares(config: Any, seq_len: int) -> dict[int, float]:
+    """K / T of each routed layer; empty for a dense model."""
+    layers = getattr(config, "routed_layer_indices", [])
+    return {layer: max(1, int(config.layer_capacity(layer) * seq_len)) / seq_len for layer in layers}
+
+
+def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointing: bool) -> int:
+    """Weights, gradients and AdamW's two moments in float32, copies for autocast, and saved activations.
+
+    Activations of a block that the backward pass needs, per token: about 6 vectors of D (residual stream and norms in
+    float32 count double), queries, keys, values and their output, and 4 vectors of the feed-forward width; with
+    checkpointing one vector of D per layer and one whole block at a time. The loss holds a chunk of logits and the
+    gradient of the head. An estimate: allocators and fused kernels differ.
+    """
+    config = model.config
+    numbers = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = 4 * numbers + 12 * trainable + (width * numbers if width < 4 else 0)
+
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = head_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    block = width * (heads + 4 * config.intermediate_size) + 4 * 6 * config.hidden_size
+    shares = routed_shares(config, seq_len)
+    layers = [shares.get(layer, 1.0) for layer in range(config.num_hidden_layers)]
+    per_token = 4.0 * config.hidden_size * len(layers) + block if checkpointing else block * sum(layers)
+    logits = 4 * min(rows * seq_len * config.vocab_size, 2**25) * 2
+    return int(states + per_token * rows * seq_len + logits + 4 * config.vocab_size * config.hidden_size)
+
+
+def _is_added(name: str) -> bool:
+    return any(part in name for part in _ADDED)

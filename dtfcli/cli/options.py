@@ -1,0 +1,99 @@
+"""Options that several commands share, and what completes them.
+
+Every command that takes a MODEL takes `Device`, `Dtype`, `AttnImplementation`, `Revision`, `TrustRemoteCode`,
+`Routing`, `Capacity` and `Json`, spelled and explained the same everywhere.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import typer
+
+from dtfcli import presets
+
+COMMON = "Options every command with a model takes"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a run folder (its final model), a .gguf file, or a Hub id with or without @revision.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="auto (the best there is), cpu, cuda, cuda:1, mps or xpu.", rich_help_panel=COMMON),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        "--dtype", help="Precision of the weights; auto is what the device does well.", rich_help_panel=COMMON
+    ),
+]
+AttnImplementation = Annotated[
+    Literal["sdpa", "eager", "flash_attention_2"],
+    typer.Option(
+        "--attn-implementation", help="Attention kernel; flash_attention_2 needs a GPU.", rich_help_panel=COMMON
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        help="Branch, tag or commit of a Hub model.",
+        metavar="REVISION",
+        show_default=False,
+        rich_help_panel=COMMON,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the model; this package's own models need none.",
+        rich_help_panel=COMMON,
+    ),
+]
+Routing = Annotated[
+    Literal["auto", "threshold", "topk"],
+    typer.Option(
+        "--routing",
+        help="auto: the checkpoint's own mode; threshold: causal; topk: the training rule, which sees the whole text.",
+        rich_help_panel=COMMON,
+    ),
+]
+Capacity = Annotated[
+    float | None,
+    typer.Option(
+        "--capacity",
+        help="Share γ of the tokens a routed layer processes, such as 0.25; unset: the checkpoint's own.",
+        metavar="γ",
+        show_default=False,
+        rich_help_panel=COMMON,
+    ),
+]
+
+
+def complete_preset(incomplete: str) -> list[tuple[str, str]]:
+    """Preset names, each with what it is for."""
+    names = [name for name in presets.preset_names() if name.startswith(incomplete)]
+    return [(name, presets.preset_summary(name)) for name in names]
+
+
+def complete_preset_or_setting(incomplete: str) -> list[tuple[str, str]]:
+    """Preset names and the keys of settings, for `dtf train`."""
+    from dtfcli.schema import walk
+    from dtfcli.settings import Settings
+
+    keys = [(f"{key}=", field.description or "") for key, field in walk(Settings) if "[]" not in key]
+    return complete_preset(incomplete) + [item for item in keys if item[0].startswith(incomplete)]
+
+
+def split_preset(arguments: Iterable[str] | None) -> tuple[str | None, list[str]]:
+    """Split `[PRESET] [KEY=VALUE …]`: a first argument without "=" names the preset."""
+    items = list(arguments or ())
+    if items and "=" not in items[0]:
+        return items[0], items[1:]
+    return None, items

@@ -1,0 +1,136 @@
+"""`dtf train`: settings → a run folder with a trained model."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dtfcli.cli import options
+from dtfcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dtfcli.settings import Settings
+
+
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PRESET] [KEY=VALUE]...",
+            help="A preset (`dtf presets list`), then settings that override it. With --resume: the run folder.",
+            autocompletion=options.complete_preset_or_setting,
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="A TOML file of settings, laid over the preset."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a run that was interrupted: the one named, else the newest."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, show settings, size and cost of the model, and stop."),
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Train a model: DTF, MoD or dense, from scratch or from a pretrained one.
+
+    The last line on stdout is the folder of the final model. Without PRESET: `<architecture>-qwen2.5-0.5b`.
+
+    \b
+    Examples:
+      dtf train quickstart
+      dtf train quickstart model=mod run.name=mod-run1 training.max_steps=200
+      dtf train dtf-smollm2-135m data.sources='[{path="novels.parquet"}]' data.seq_len=512
+      dtf train thesis-dtf --dry-run
+      dtf train --resume outputs/2025-12-01/quickstart
+    """
+    if resume:
+        if dry_run or config is not None:
+            option = "--dry-run" if dry_run else "--config"
+            raise ConfigError(f"{option}: a resumed run keeps the settings it began with; leave it out.")
+        _resume(list(arguments or ()), json)
+        return
+    from dtfcli.settings import load_settings
+
+    preset, overrides = options.split_preset(arguments)
+    settings = load_settings(preset, overrides, config)
+    if dry_run:
+        _dry_run(settings, json)
+    else:
+        _train(settings, None, preset, rename=not _is_named(overrides, config), json=json)
+
+
+def _resume(arguments: list[str], json: bool) -> None:
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: a resumed run keeps the settings it began with; leave it out.")
+    if len(arguments) > 1:
+        raise ConfigError(f"--resume takes one run folder, not {len(arguments)}: {' '.join(arguments)}.")
+    from dtfcli.overrides import environment_name
+    from dtfcli.training.runs import newest_run, run_settings
+
+    if arguments:
+        folder = Path(arguments[0])
+    else:
+        folder = newest_run(Path(os.environ.get(environment_name("run.output_dir"), "outputs")))
+    _train(run_settings(folder), folder, None, rename=False, json=json)
+
+
+def _is_named(overrides: list[str], config: Path | None) -> bool:
+    """Whether the user chose the run's name: then it is never changed, even if it is taken."""
+    from dtfcli.overrides import environment_name, lookup
+    from dtfcli.presets import read_toml
+
+    given = any(item.partition("=")[0].strip() == "run.name" for item in overrides)
+    in_file = config is not None and lookup(read_toml(config), "run.name") is not None
+    return given or in_file or environment_name("run.name") in os.environ
+
+
+def _train(settings: "Settings", resume: Path | None, preset: str | None, *, rename: bool, json: bool) -> None:
+    from dtfcli.cli import render, train_view
+
+    with train_view.view_of(settings) as view:
+        # Inside, so that there is something to see while torch and Transformers load.
+        from dtfcli.training.loop import train as run_training
+
+        result = run_training(settings, resume=resume, rename=rename, on_event=view)
+    if json:
+        render.emit_json(result)
+        return
+    train_view.show_summary(result, settings, preset)
+    render.emit(str(result.final_model_path))
+
+
+def _dry_run(settings: "Settings", json: bool) -> None:
+    from dtfcli.accounting import describe
+    from dtfcli.cli import render, train_view
+    from dtfcli.devices import compute_dtype, resolve_device
+    from dtfcli.factory import build_model
+    from dtfcli.training.plan import plan_run
+
+    dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
+    account = describe(
+        build_model(settings, meta=True),
+        seq_len=settings.data.seq_len,
+        micro_batch_size=settings.training.micro_batch_size,
+        dtype=dtype,
+        checkpointing=settings.training.gradient_checkpointing,
+    )
+    plan = plan_run(settings, None)
+    if json:
+        document: dict[str, Any] = {
+            "settings": settings.model_dump(exclude_none=True),
+            "account": account,
+            "tokens_per_update": settings.tokens_per_update,
+            "updates": plan.total_steps if plan else None,
+        }
+        render.emit_json(document)
+        return
+    render.emit(settings.to_toml())
+    rows = train_view.account_rows(account, plan, settings)
+    render.out.print(render.table(["What it costs", "", ""], rows))

@@ -1,0 +1,228 @@
+"""What `dtf train` shows on stderr: a live panel in a terminal, plain lines elsewhere, a summary at the end."""
+
+import itertools
+import math
+import shlex
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dtfcli.cli.render import err, note, warn
+
+if TYPE_CHECKING:
+    from dtfcli.accounting import Account
+    from dtfcli.settings import Settings
+    from dtfcli.training.loop import TrainResult
+    from dtfcli.training.plan import Plan
+    from dtfcli.training.tracking import Event
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_CURVE_WIDTH = 48
+
+
+class PlainView:
+    """One line for each logged step, evaluation and phase."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+
+    def __enter__(self) -> "PlainView":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, event: "Event") -> None:
+        """Show an event."""
+        place, metrics = f"step {event.step}/{event.total_steps}", event.metrics
+        if event.kind == "warning":
+            warn(event.message)
+        elif event.kind == "phase" and event.message != self._phase:
+            note(f"{event.message} …")
+            self._phase = event.message
+        elif event.kind == "start":
+            note(f"Training in {event.message}")
+        elif event.kind == "step" and "tokens_per_second" in metrics:
+            note(f"{place}  loss {metrics['train/loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s")
+        elif event.kind == "evaluation":
+            topk = metrics.get("val/loss_topk")
+            routed = routed_share(metrics)
+            parts = [f"{place}  val {metrics['val/loss']:.4f}"]
+            parts += [f"top-k {topk:.4f}"] if topk is not None else []
+            parts += [f"routed {routed:.2f}"] if routed is not None else []
+            note("  ".join([*parts, f"counting words {metrics['val/unigram']:.4f}"]))
+
+
+class LiveView:
+    """A panel that is redrawn in place: progress, losses, speed, routed share and the curve of the loss."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._phase = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), console=err, transient=True
+        )
+        self._phase_task = self._phase.add_task("Starting", total=None)
+        self._steps = Progress(
+            TextColumn(f"[bold]{name}"),
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+            expand=True,
+        )
+        self._steps_task: Any = None
+        self._latest: dict[str, float | None] = {}
+        self._losses: deque[float] = deque(maxlen=4096)
+        self._live = Live(console=err, get_renderable=self._draw, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> "LiveView":
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def __call__(self, event: "Event") -> None:
+        """Take an event in; the panel is redrawn four times a second."""
+        if event.kind == "warning":
+            warn(event.message)
+            return
+        if event.kind == "start":
+            self._steps_task = self._steps.add_task("", total=event.total_steps, completed=event.step)
+            note(f"Training in {event.message}")
+        if event.kind == "phase":
+            fraction = event.fraction
+            self._phase.update(
+                self._phase_task,
+                description=event.message,
+                total=None if fraction is None else 1.0,
+                completed=fraction or 0,
+            )
+        elif event.kind in ("start", "step"):
+            self._phase.update(self._phase_task, description="Training", total=None)
+        if event.kind == "step":
+            self._steps.update(self._steps_task, completed=event.step)
+            self._losses.append(event.metrics["train/loss"] or 0.0)
+        if event.kind in ("step", "evaluation"):
+            # The share that counts is the causal one, of evaluations; a training step routes a fixed share.
+            routed = event.kind == "evaluation"
+            self._latest |= {k: v for k, v in event.metrics.items() if routed or not k.endswith("/routed_share")}
+
+    def _draw(self) -> Group:
+        parts: list[Any] = []
+        if self._steps_task is not None:
+            parts += [self._steps, self._figures()]
+            if len(self._losses) > 1:
+                parts.append(Text(sparkline(list(self._losses), _CURVE_WIDTH), style="cyan"))
+        return Group(*parts, self._phase)
+
+    def _figures(self) -> Text:
+        latest, routed = self._latest, routed_share(self._latest)
+        figures = [
+            ("loss", latest.get("train/loss"), ".3f"),
+            ("val", latest.get("val/loss"), ".3f"),
+            ("counting words", latest.get("val/unigram"), ".3f"),
+            ("tokens/s", latest.get("tokens_per_second"), ",.0f"),
+            ("routed", routed, ".2f"),
+        ]
+        line = Text()
+        for label, value, shape in figures:
+            if value is not None:
+                line.append(f"{label} ", style="dim").append(f"{value:{shape}}   ", style="bold")
+        return line
+
+
+def view_of(settings: "Settings") -> PlainView | LiveView:
+    """The view for this terminal: live where stderr is one and `logging.live` is on."""
+    return LiveView(settings.run.name) if err.is_terminal and settings.logging.live else PlainView()
+
+
+def routed_share(metrics: dict[str, Any]) -> float | None:
+    """Mean realized share over the routed layers; None for a dense model."""
+    shares = [value for name, value in metrics.items() if name.endswith("/routed_share") and value is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """A curve of block characters, `width` wide at most, each the mean of its stretch of values."""
+    width = min(width, len(values))
+    edges = [len(values) * place // width for place in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
+
+
+def show_summary(result: "TrainResult", settings: "Settings", preset: str | None) -> None:
+    """Losses, a sample and the next commands, on stderr."""
+    rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    metrics = result.metrics
+    if metrics:
+        below = metrics["val/unigram"] - metrics["val/loss"]
+        rows.add_row("validation loss", Text(f"{metrics['val/loss']:.3f}", style="bold"), "nats per token, causal")
+        rows.add_row("counting words", f"{metrics['val/unigram']:.3f}", f"what counts alone reach: {below:+.3f} to it")
+        if "val/loss_topk" in metrics:
+            rows.add_row("with top-k", f"{metrics['val/loss_topk']:.3f}", "the training rule; not causal")
+        rows.add_row("bits per byte", f"{metrics['val/bits_per_byte']:.3f}")
+        if result.best_step != result.steps and result.best_val_loss is not None:
+            rows.add_row("best", f"{result.best_val_loss:.3f}", f"at step {result.best_step}, kept as best_model")
+    routed = routed_share(metrics)
+    if routed is not None:
+        layers = [(name.split("/")[1], share) for name, share in metrics.items() if name.endswith("/routed_share")]
+        rows.add_row("routed share", f"{routed:.2f}", ", ".join(f"layer {i} {share:.2f}" for i, share in layers[:8]))
+    rows.add_row("curves", str(result.run_dir / "curves.png"), style="dim")
+    err.print()
+    err.print(rows)
+    err.print("\nA sample, its prompt in bold:", style="dim")
+    err.print(Text(result.prompt, style="bold").append(result.sample, style="not bold"))
+    err.print("\nNext:", style="dim")
+    for command in next_commands(result.final_model_path, settings, preset):
+        err.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def next_commands(model: Path, settings: "Settings", preset: str | None) -> list[str]:
+    """What to type after a run."""
+    path = shlex.quote(str(model))
+    python = any(source.path == "python-stdlib" for source in settings.data.sources)
+    commands = [f"dtf generate {path} {shlex.quote('def main(' if python else 'Once upon a time')}"]
+    if settings.model.architecture != "dense":
+        commands.append(f"dtf generate {path} 'import ' --capacity 0.25")
+    if preset is not None:
+        other = "mod" if settings.model.architecture == "dtf" else "dtf"
+        commands.append(f"dtf train {preset} model={other}")
+    return commands
+
+
+def account_rows(account: "Account", plan: "Plan | None", settings: "Settings") -> list[tuple[str, str, str]]:
+    """The rows of a dry run's account: name, figure, remark."""
+    seq_len = settings.data.seq_len
+    updates = "follows from the data (training.epochs)"
+    return [
+        ("parameters", _count(account.parameters), f"{account.parameters:,}"),
+        ("new", _count(account.new_parameters), "routers and priors"),
+        ("trainable", _count(account.trainable_parameters), ""),
+        ("FLOPs per token", _count(account.flops_per_token), f"one forward pass at {seq_len} tokens"),
+        ("share of dense", f"{account.share_of_dense:.3f}", "of those FLOPs"),
+        ("memory", f"{account.training_bytes / 2**30:.1f} GiB", "estimate for training"),
+        ("tokens per update", f"{settings.tokens_per_update:,}", f"{settings.accumulation_steps()} micro-batches"),
+        ("updates", f"{plan.total_steps:,}" if plan else "–", "" if plan else updates),
+        ("tokens", _count(plan.total_steps * plan.tokens_per_update) if plan else "–", "in all" if plan else ""),
+    ]
+
+
+def _count(number: float) -> str:
+    """A number in short: 134.5 M."""
+    if number < 1000:
+        return f"{number:.0f}"
+    power = min(4, int(math.log10(number) // 3))
+    return f"{number / 1000**power:.1f} {' kMGT'[power]}"

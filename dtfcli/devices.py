@@ -1,0 +1,48 @@
+"""Which device and which precision a name such as "auto" means on this machine."""
+
+import torch
+
+from dtfcli.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name: auto (the best there is), cpu, cuda, cuda:N, mps or xpu.
+
+    Raises:
+        ConfigError: this machine or this build of torch does not have it.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device = {name!r}: choose auto, cpu, cuda, cuda:0 and so on, mps or xpu.") from error
+    if device.type == "cpu":
+        return device
+    backend = getattr(torch, device.type, None)
+    if backend is None or not backend.is_available():
+        raise ConfigError(f"device = {name!r}: torch {torch.__version__} finds none here; use cpu or auto.")
+    count = backend.device_count()
+    if device.index is not None and device.index >= count:
+        raise ConfigError(f"device = {name!r}: there are {count} of them, numbered from 0.")
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; without, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    return device.type == "xpu"
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision to compute in; "auto" is bfloat16 where the hardware has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return DTYPES[name]

@@ -1,0 +1,246 @@
+"""The key/value cache of a routed model: a routed layer keeps the tokens it routed, and no others.
+
+Rows differ in how many tokens they store. Each row's tokens lie at the front of its slots in position order, and the
+counts are plain Python numbers, known from the one look at the device that routing by threshold takes anyway.
+`get_seq_length()` answers in positions (tokens seen), not in stored keys: masks, rotary positions and cropping follow
+the text.
+
+Shape suffixes: B rows, H key/value heads, S positions seen, N slots stored, K new slots, E size of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+
+class SurpriseHistory:
+    """D_st of every position of a DTF layer, kept whole: 4 bytes for each, and cropping is exact."""
+
+    surprise: Tensor | None = None
+    """float32 [B, S]."""
+
+    def extend_surprise(self, static: Tensor) -> Tensor:
+        """Append D_st of new tokens [B, T]; returns that of all [B, S + T]."""
+        past = self.surprise
+        self.surprise = static.detach() if past is None else torch.cat([past, static.detach()], dim=1)
+        return self.surprise
+
+    def _map_surprise(self, change: Any) -> None:
+        if self.surprise is not None:
+            self.surprise = change(self.surprise)
+
+    @property
+    def surprise_nbytes(self) -> int:
+        return 0 if self.surprise is None else self.surprise.nbytes
+
+
+class FullLayerCache(SurpriseHistory, DynamicLayer):
+    """A layer that keeps every token: a dense one, or a routed one with `kv_tokens = "all"`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and surprise."""
+        stored = 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return stored + self.surprise_nbytes
+
+    def offload(self) -> None:
+        super().offload()
+        self._map_surprise(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.is_initialized:
+            self._map_surprise(lambda x: x.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        super().reset()
+        self.surprise = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._map_surprise(lambda x: x[:, :tokens_to_remove])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_surprise(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_surprise(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_surprise(lambda x: x[indices])
+
+
+class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
+    """Keys and values of the tokens that a layer routed.
+
+    Attributes:
+        keys, values: [B, H, N, E]; row b uses the first counts[b] slots.
+        counts: stored tokens of each row.
+        entered: bool [B, S], which positions are stored; what cropping counts.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+        self.entered: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start with no slots, in the shape, dtype and device of these states [R, H, K, E]."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, (_, heads, _, size) = len(self.counts), key_states.shape
+        self.keys = key_states.new_empty(batch, heads, 0, size)
+        self.values = value_states.new_empty(batch, heads, 0, value_states.shape[3])
+        self.is_initialized = True
+
+    def advance(self, selected: Tensor) -> None:
+        """Count new positions, bool [B, T], True where the token is being stored."""
+        past = self.entered
+        self.entered = selected if past is None else torch.cat([past, selected], dim=1)
+        if not self.counts:
+            self.counts = [0] * selected.shape[0]
+
+    def append(self, keys: Tensor, values: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Store new tokens; returns all that the rows with new tokens have, [R, H, N', E].
+
+        Args:
+            keys, values: [R, H, K, E], for the R rows that have new tokens; the first of a row's slots are stored,
+                the others are free.
+            counts: new tokens of each of the B rows.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        rows = [row for row, count in enumerate(counts) if count]
+        before, self.counts = self.counts, [a + b for a, b in zip(self.counts, counts, strict=True)]
+        if len(rows) == len(counts) and not any(before):
+            # What lies in free slots is overwritten before any mask shows it.
+            self.keys, self.values = keys, values
+        elif len(counts) == 1:
+            self.keys = torch.cat([self.keys, keys], dim=2)
+            self.values = torch.cat([self.values, values], dim=2)
+        else:
+            self._grow(max(self.counts))
+            to_row = [row for row in rows for _ in range(counts[row])]
+            to_slot = [before[row] + k for row in rows for k in range(counts[row])]
+            from_row = [r for r, row in enumerate(rows) for _ in range(counts[row])]
+            from_slot = [k for row in rows for k in range(counts[row])]
+            self.keys[to_row, :, to_slot] = keys[from_row, :, from_slot]
+            self.values[to_row, :, to_slot] = values[from_row, :, from_slot]
+        longest = max(self.counts[row] for row in rows)
+        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
+        if len(rows) == len(counts):
+            return keys, values
+        index = torch.tensor(rows, device=keys.device)
+        return keys.index_select(0, index), values.index_select(0, index)
+
+    def _grow(self, slots: int) -> None:
+        """Room for so many slots, in tensors that may be written to."""
+        missing = max(0, slots - self.keys.shape[2])
+        if missing or torch.is_grad_enabled():
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not how a routed layer stores its tokens; see `append`."""
+        raise NotImplementedError("a routed layer stores the tokens it routed through `append`")
+
+    def get_seq_length(self) -> int:
+        """Positions seen."""
+        return 0 if self.entered is None else self.entered.shape[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tokens' keys and values, the record of who entered, and surprise."""
+        if self.entered is None:
+            return 0
+        stored = 0
+        if self.keys is not None and self.values is not None:
+            stored = sum(self.counts) * self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3])
+            stored *= self.keys.element_size()
+        return stored + self.entered.nbytes + self.surprise_nbytes
+
+    def _map(self, change: Any) -> None:
+        """Apply a change of rows to everything."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+        if self.entered is not None:
+            self.entered = change(self.entered)
+            self.counts = self.entered.sum(1).tolist()
+        self._map_surprise(change)
+
+    def offload(self) -> None:
+        super().offload()
+        self._map_surprise(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.is_initialized:
+            self._map_surprise(lambda x: x.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.entered = self.surprise = None
+        self.counts, self.is_initialized = [], False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last so many positions (a negative number, as in Transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number of positions to remove")
+        if tokens_to_remove == 0 or self.entered is None:
+            return
+        self.entered = self.entered[:, :tokens_to_remove]
+        self.counts = self.entered.sum(1).tolist()
+        if self.keys is not None and self.values is not None:
+            kept = max(self.counts, default=0)
+            self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
+        self._map_surprise(lambda x: x[:, :tokens_to_remove])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices])
+
+
+class RoutedCache(Cache):
+    """One layer cache for each layer of a routed model, made by the model itself.
+
+    Works in `generate` with sampling, beams, left padding and assisted decoding; `crop`, `reorder_cache`,
+    `batch_repeat_interleave`, `batch_select_indices` and `reset` as for any Transformers cache.
+    """
+
+    def __init__(self, config: Any, offloading: bool = False) -> None:
+        routed = set(config.routed_layer_indices) if config.kv_tokens == "routed" else set()
+        layers = [RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
+        super().__init__(layers=layers, offloading=offloading)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys and values of the tokens each layer keeps, and what routing remembers of them."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def routed_shares(self) -> dict[int, float]:
+        """For each layer that keeps routed tokens alone, the share of the positions seen that it keeps."""
+        return {
+            index: sum(layer.counts) / max(1, layer.entered.numel())
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer, RoutedLayerCache) and layer.entered is not None
+        }

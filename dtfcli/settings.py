@@ -1,0 +1,366 @@
+"""The one schema of a run: every setting, its type, its default and what it means.
+
+`load_settings` gathers the layers, highest first: overrides, environment (DTF_…), a TOML file, a preset, the
+defaults below. Unknown keys, wrong types and settings that nothing reads are refused with the key, the value
+and the remedy. The architecture's hyper-parameters are not repeated here: `model.*` takes them from
+`RoutingFields`, where the config classes of the models take them too.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tomlkit
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dtfcli import schema
+from dtfcli.errors import ConfigError
+from dtfcli.models.configuration_fields import RoutingFields, check_routing_fields
+from dtfcli.overrides import remove
+from dtfcli.resolution import ROUTING_NAMES, Layers, resolve, unread_keys
+
+SHOWN_PROBLEMS = 3
+
+
+def _whole(value: Any) -> Any:
+    """Let 1e6 stand for 1000000 where a whole number is wanted."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {schema.show_value(value)}: {remedy}")
+
+
+def _check_name(name: str) -> str:
+    _require(
+        bool(re.fullmatch(r"[\w][\w .+@=-]*", name)) and not name.endswith((" ", ".")) and len(name) <= 100,
+        "name",
+        name,
+        "it becomes a folder; use letters, digits and . _ - and at most 100 of them",
+    )
+    return name
+
+
+def _check_device(device: str) -> str:
+    known = re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d+)?", device)
+    _require(bool(known), "device", device, "choose auto, cpu, mps, xpu, cuda or a numbered one such as cuda:0")
+    return device
+
+
+def _check_betas(betas: list[float]) -> list[float]:
+    _require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "betas",
+        betas,
+        "AdamW takes two numbers from 0 up to, but not, 1, such as [0.9, 0.95]",
+    )
+    return betas
+
+
+def _check_routing_field(name: str, value: Any) -> Any:
+    if value is not None:
+        check_routing_fields({name: value})
+    return value
+
+
+Architecture = Literal["dtf", "mod", "dense"]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Group(BaseModel):
+    """A group of settings: unknown keys are refused, values are not bent into shape, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class RunSettings(Group):
+    """`run.*`: name, place and machine."""
+
+    name: Annotated[str, AfterValidator(_check_name)] = Field("run", description="Name of the run folder.")
+    output_dir: str = Field("outputs", min_length=1, description="Runs go to OUTPUT_DIR/<date>/<name>/.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialization, data order and dropout.")
+    device: Annotated[str, AfterValidator(_check_device)] = Field(
+        "auto", description="auto (the best there is), cpu, cuda, cuda:N, mps or xpu."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of computation; weights stay float32. auto: what the device does well."
+    )
+
+
+class ScratchSettings(Group):
+    """`model.scratch.*`: the backbone's shape when there is no base model."""
+
+    family: Literal["llama", "qwen2"] = Field("llama", description="Which backbone to build.")
+    hidden_size: Count = Field(256, description="Width of the residual stream, D.")
+    intermediate_size: Count = Field(704, description="Width of the feed-forward blocks.")
+    num_hidden_layers: Count = Field(6, description="Decoder layers.")
+    num_attention_heads: Count = Field(4, description="Query heads.")
+    num_key_value_heads: Count = Field(2, description="Key and value heads (grouped-query attention).")
+    vocab_size: Count = Field(4096, ge=300, description="Vocabulary, also that of the tokenizer trained for it.")
+    max_position_embeddings: Count = Field(2048, description="Longest sequence.")
+    tie_word_embeddings: bool = Field(True, description="Share the input embeddings with the output layer.")
+    rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="Base of the rotary positions.")
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> "ScratchSettings":
+        heads, size = self.num_attention_heads, self.hidden_size
+        _require(
+            size % (2 * heads) == 0,
+            "hidden_size",
+            size,
+            f"rotary positions need an even size for each of the {heads} heads; take a multiple of {2 * heads}",
+        )
+        _require(
+            heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"must divide num_attention_heads = {heads}",
+        )
+        return self
+
+
+def _routing_group() -> type[Group]:
+    """A group with every field of `RoutingFields`; unset (None) means the config class's own default."""
+    hints = get_type_hints(RoutingFields)
+    definitions: dict[str, Any] = {
+        f.name: (
+            Annotated[hints[f.name] | None, AfterValidator(partial(_check_routing_field, f.name))],
+            Field(None, description=f.metadata["help"]),
+        )
+        for f in fields(RoutingFields)
+        if f.name in ROUTING_NAMES
+    }
+    return create_model("RoutingGroup", __base__=Group, **definitions)
+
+
+RoutingGroup = _routing_group()
+
+
+class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at run time from RoutingFields
+    """`model.*`: what to start from and how to route it."""
+
+    architecture: Architecture = Field(
+        "dtf", description="dtf (routes by surprise), mod (Mixture-of-Depths) or dense (the stock model)."
+    )
+    base: str = Field("", description="Hub id, model folder or .gguf file to start from; empty: from scratch.")
+    revision: str = Field("", description="Branch, tag or commit of a Hub base; empty: its default branch.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel; flash_attention_2 needs a GPU and the flash-attn package."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the base model.")
+    scratch: ScratchSettings = Field(default_factory=ScratchSettings, description="Shape of a model from scratch.")
+
+    @model_validator(mode="after")
+    def _check_routing(self) -> "ModelSettings":
+        if self.architecture != "dense":
+            layers = None if self.base else self.scratch.num_hidden_layers
+            check_routing_fields({"architecture": self.architecture, **self.routing_fields()}, layers)
+        return self
+
+    def routing_fields(self) -> dict[str, Any]:
+        """The routing fields that are set; the others keep the config class's defaults."""
+        values = {name: getattr(self, name) for name in ROUTING_NAMES}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class Source(Group):
+    """One entry of `data.sources`."""
+
+    path: str = Field(
+        min_length=1,
+        description="Hub id, folder or file (.txt .md .py .jsonl .parquet), or python-stdlib: the interpreter's own.",
+    )
+    name: str = Field("", description="Configuration of a Hub dataset.")
+    split: str = Field("train", min_length=1, description="Split of a Hub dataset.")
+    text_field: str = Field("text", min_length=1, description="Column or key that holds the text.")
+    ratio: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Share of the documents kept.")
+    weight: Annotated[float, Field(gt=0)] | None = Field(None, description="Sampling probability when streaming.")
+    streaming: bool = Field(False, description="Read the source while training; not in this version.")
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> "Source":
+        _require(not self.streaming, "streaming", True, "this version reads whole sources; leave streaming out")
+        _require(self.weight is None, "weight", self.weight, "only streaming reads it; use ratio to keep a share")
+        return self
+
+
+class DataSettings(Group):
+    """`data.*`: the text to train on."""
+
+    sources: list[Source] = Field(
+        default_factory=lambda: [Source(path="python-stdlib")],
+        min_length=1,
+        description="Where documents come from.",
+        examples=['[{path = "novels.parquet"}]'],
+    )
+    seq_len: Annotated[int, BeforeValidator(_whole), Field(ge=8)] = Field(1024, description="Tokens per sequence.")
+    validation_fraction: Share = Field(0.01, description="Share of the documents held out; 0: no validation.")
+    validation_blocks: Count = Field(64, description="Held-out sequences used for each evaluation.")
+    tokenizer: str = Field("", description="Hub id or folder; empty: the base model's, or one trained on the data.")
+    max_documents: Count | None = Field(None, description="Read only so many, from the sources in turns; unset: all.")
+    cache_dir: str = Field("", description="Where tokenized text is kept; empty: ~/.cache/dtf/tokens.")
+
+
+class LearningRates(Group):
+    """`training.learning_rates.*`: the peak rate of each group of parameters."""
+
+    base: Rate = Field(1e-5, description="The backbone.")
+    prior: Rate = Field(1e-3, description="PriorFFN (dtf).")
+    router: Rate = Field(1e-2, description="Routers: DTF's four scalars, MoD's linear score.")
+    predictor: Rate = Field(1e-3, description="Routing predictors; not in this version.")
+
+
+class TrainingSettings(Group):
+    """`training.*`: how long and how."""
+
+    max_steps: Count | None = Field(None, description="Optimizer steps; unset: as many as training.epochs takes.")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the data when max_steps is unset.")
+    micro_batch_size: Count = Field(8, description="Sequences per forward and backward on each process.")
+    tokens_per_update: Count | None = Field(
+        None, description="Tokens per optimizer step, accumulated over micro-batches; unset: one micro-batch."
+    )
+    learning_rates: LearningRates = Field(default_factory=LearningRates, description="Peak learning rates.")
+    weight_decay: Rate = Field(0.01, description="AdamW's weight decay, of weight matrices alone.")
+    decay_router_scalars: bool = Field(
+        False, description="Decay the routers too (DTF's scalars, MoD's linear score), as the thesis did."
+    )
+    betas: Annotated[list[float], AfterValidator(_check_betas)] = Field(
+        default_factory=lambda: [0.9, 0.95], description="AdamW's two averaging coefficients."
+    )
+    warmup_ratio: Share = Field(0.01, description="Share of the steps over which the rates rise from 0.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the rates fall after warm-up; cosine and linear end at 0."
+    )
+    gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of the whole gradient.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
+    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    eval_every: Count | None = Field(None, description="Steps between evaluations; unset: about ten over the run.")
+    log_every: Count = Field(10, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: Count | None = Field(
+        None, description="Steps between checkpoints; unset: about ten over the run."
+    )
+    keep_checkpoints: Count = Field(2, description="How many checkpoints are kept.")
+    calibration_tokens: Count = Field(16384, description="Training tokens that calibrate the thresholds at the end.")
+
+
+class LoggingSettings(Group):
+    """`logging.*`: what a run shows."""
+
+    live: bool = Field(True, description="Draw progress in the terminal (never when stderr is none).")
+
+
+class Settings(BaseSettings):
+    """All settings of a run; `load_settings` makes one."""
+
+    model_config = SettingsConfigDict(extra="forbid", strict=True, frozen=True)
+
+    run: RunSettings = Field(default_factory=RunSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is given: `load_settings` gathers the layers itself, to know where each value came from."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check_across(self) -> "Settings":
+        scratch, length = self.model.scratch, self.data.seq_len
+        if not self.model.base:
+            longest = scratch.max_position_embeddings
+            _require(
+                length <= longest,
+                "data.seq_len",
+                length,
+                f"a model of model.scratch.max_position_embeddings = {longest} takes no more; change one of the two",
+            )
+        self.accumulation_steps()
+        return self
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Tokens per optimizer step, over all processes."""
+        return self.training.tokens_per_update or self.training.micro_batch_size * self.data.seq_len
+
+    def accumulation_steps(self, processes: int = 1) -> int:
+        """Micro-batches per optimizer step on each process.
+
+        Raises:
+            ValueError: tokens_per_update is no multiple of what the processes take at a time.
+        """
+        micro, length = self.training.micro_batch_size, self.data.seq_len
+        unit = micro * length * processes
+        wanted = self.tokens_per_update
+        if wanted % unit == 0:
+            return wanted // unit
+        below, above = wanted // unit * unit, (wanted // unit + 1) * unit
+        nearest = f"the nearest are {below} and {above}" if below else f"the smallest is {unit}"
+        names, numbers = "training.micro_batch_size × data.seq_len", f"{micro} × {length}"
+        if processes > 1:
+            names, numbers = f"{names} × processes", f"{numbers} × {processes}"
+        remedy = f"must be a multiple of {names} = {numbers} = {unit}; {nearest}"
+        rows, left = divmod(wanted, length * processes)
+        if left == 0 and rows < micro:
+            remedy += f", or set training.micro_batch_size={rows}"
+        raise ValueError(f"training.tokens_per_update = {wanted}: {remedy}")
+
+    def to_toml(self) -> str:
+        """The resolved settings as TOML that `--config` takes: what is read and set, without the rest."""
+        values = self.model_dump(exclude_none=True)
+        for key in unread_keys(values):
+            remove(values, key)
+        return tomlkit.dumps(values)
+
+
+def load_settings(preset: str | None = None, overrides: Sequence[str] = (), config: Path | None = None) -> Settings:
+    """Resolve the settings of a run.
+
+    Args:
+        preset: name of a preset; without one and without `config`, `<architecture>-qwen2.5-0.5b`.
+        overrides: `KEY=VALUE` strings such as `training.max_steps=200` or `model=mod`.
+        config: a TOML file laid over the preset.
+
+    Raises:
+        ConfigError: anything in them is wrong; the message has a line for each of the first few mistakes.
+    """
+    settings, lines = resolve(
+        Settings, Layers(Settings, preset, overrides, Path(config) if config is not None else None)
+    )
+    if settings is None:
+        hidden = len(lines) - SHOWN_PROBLEMS
+        more = [f"… and {hidden} more."] if hidden > 0 else []
+        raise ConfigError("\n".join([*lines[:SHOWN_PROBLEMS], *more]))
+    return settings
+
+
+def file_problems(config: Path) -> list[str]:
+    """Every mistake in a settings file, one line each; an empty list when it is right.
+
+    Raises:
+        ConfigError: it cannot be read at all.
+    """
+    return resolve(Settings, Layers(Settings, None, (), config))[1]

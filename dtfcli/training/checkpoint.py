@@ -1,0 +1,164 @@
+"""Checkpoints that a run can be resumed from, and folders that appear whole or not at all.
+
+Choices: `accelerate` writes and reads the states (weights as safetensors, the rest loaded with weights_only), so that
+sharded runs need nothing else; ours is that a checkpoint is written beside its place, hashed, and then renamed. A kill
+at any moment leaves the previous checkpoints as they were; a file damaged later is noticed by its hash and the
+checkpoint before it is used.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dtfcli.errors import DTFError
+
+STATE_FILE = "state.json"
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands, apart from tensors and random generators.
+
+    Attributes:
+        step: updates done.
+        evaluated_step: the last step whose evaluation is in the metrics; -1: none.
+        best_step, best_loss: of the best evaluation after the start; -1 and None: none yet.
+        metrics_bytes: length of metrics.jsonl at this point.
+        data: fingerprint of the tokenized data.
+    """
+
+    step: int = 0
+    evaluated_step: int = -1
+    best_step: int = -1
+    best_loss: float | None = None
+    metrics_bytes: int = 0
+    data: str = ""
+
+
+@contextmanager
+def explained_write_errors(folder: Path) -> Iterator[None]:
+    """Turn what a full disk or a missing permission raises into one line that names the folder and the remedy.
+
+    safetensors and torch report a full disk with errors of their own, so those are looked through too.
+
+    Raises:
+        DTFError: the folder cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        text = str(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "PytorchStreamWriter" in text:
+            reason = "the disk is full; free some space"
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in text:
+            reason = "no permission to write there"
+        elif isinstance(error, OSError):
+            reason = error.strerror or text
+        else:
+            raise
+        raise DTFError(f"{folder}: cannot be written, {reason}, or choose another run.output_dir.") from error
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill beside `folder`, which takes its place when the block ends without an error."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with explained_write_errors(folder.parent):
+            partial.mkdir(parents=True)
+            yield partial
+            if folder.exists():
+                previous = folder.with_name(f".{folder.name}.previous")
+                shutil.rmtree(previous, ignore_errors=True)
+                os.replace(folder, previous)
+                os.replace(partial, folder)
+                shutil.rmtree(previous, ignore_errors=True)
+            else:
+                os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """A run's checkpoints, newest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def save_checkpoint(accelerator: Any, run_dir: Path, state: TrainingState, keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`.
+
+    Args:
+        accelerator: holds model, optimizer and scaler.
+        run_dir: the run folder.
+        state: where the run stands.
+        keep: checkpoints to keep, at least 1.
+
+    Raises:
+        DTFError: the folder cannot be written to.
+    """
+    folder = checkpoint_folder(run_dir, state.step)
+    with replaced_folder(folder) as partial:
+        accelerator.save_state(str(partial))
+        hashes = {path.name: _hash(path) for path in sorted(partial.iterdir())}
+        (partial / STATE_FILE).write_text(json.dumps({"state": asdict(state), "sha256": hashes}, indent=2))
+    for old in list_checkpoints(run_dir)[max(1, keep) :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def find_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path, TrainingState] | None:
+    """The newest undamaged checkpoint of a run; damaged ones are named to `warn` and passed over."""
+    for folder in list_checkpoints(run_dir):
+        try:
+            return folder, read_state(folder)
+        except ValueError as error:
+            warn(f"{folder} is damaged ({error}); looking for the checkpoint before it.")
+    return None
+
+
+def read_state(folder: Path) -> TrainingState:
+    """A checkpoint's state, after its files have been compared with their hashes.
+
+    Raises:
+        ValueError: what is damaged.
+    """
+    try:
+        content = json.loads((folder / STATE_FILE).read_text())
+        state = TrainingState(**{field.name: content["state"][field.name] for field in fields(TrainingState)})
+        hashes = dict(content["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{STATE_FILE} cannot be read") from error
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if _hash(path) != expected:
+            raise ValueError(f"{name} does not match its hash")
+    return state
+
+
+def load_checkpoint(accelerator: Any, folder: Path) -> None:
+    """Put a checkpoint's weights, optimizer, scaler and random generators into the prepared objects."""
+    accelerator.load_state(str(folder))
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM: the first asks the run to stop at a safe place, the second stops it at once."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+class StopRequested(Exception):
+    """The run should save and end; raised between batches."""
+
+
+class StopSignal:
+    """Catches SIGINT and SIGTERM inside a `with` block, in the main thread; elsewhere it never asks to stop."""
+
+    def __init__(self, on_request: Callable[[], Any]) -> None:
+        self.requested = False
+        self._on_request = on_request
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        # The signal may have come in the middle of a write to the same stream, which cannot be entered twice.
+        with contextlib.suppress(RuntimeError):
+            self._on_request()
+
+    def check(self) -> None:
+        """Raise `StopRequested` when a signal has come."""
+        if self.requested:
+            raise StopRequested
+
+    def between(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, with a `check` before each."""
+        for item in items:
+            self.check()
+            yield item

@@ -1,0 +1,467 @@
+"""The whole of a training run, top to bottom: setup → fit → finish.
+
+The notable choices:
+
+- `accelerate` owns device, autocast and gradient reduction; accumulation is done by hand, because a mean over the
+  whole update (and not over each micro-batch) is what one large batch would give.
+- The order of the data and the learning rates are pure functions of the step; together with weights, optimizer and
+  random generators in a checkpoint, a resumed run repeats the undisturbed one exactly.
+- `train/loss` and `val/loss` are the language-model loss alone. `val/loss` is measured causally, with thresholds
+  that were calibrated on training text.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_model as load_weights
+
+from dtfcli.accounting import forward_flops_per_token
+from dtfcli.data import TokenizedData, prepare_data, update_indices
+from dtfcli.devices import compute_dtype, resolve_device
+from dtfcli.errors import ConfigError, DataError, DTFError
+from dtfcli.factory import build_model, build_tokenizer, quiet_libraries
+from dtfcli.settings import Settings
+from dtfcli.training.checkpoint import (
+    TrainingState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    replaced_folder,
+    save_checkpoint,
+)
+from dtfcli.training.curves import draw_curves
+from dtfcli.training.interrupt import StopRequested, StopSignal
+from dtfcli.training.objectives import Objective
+from dtfcli.training.optim import build_optimizer, parameter_groups, schedule_factor, set_learning_rates
+from dtfcli.training.plan import Plan, plan_run
+from dtfcli.training.runs import CURVES_FILE, METRICS_FILE, create_run_folder, new_run_folder
+from dtfcli.training.tracking import Event, Listener, MetricsLog, Stopwatch, matmul_peak, read_metrics
+from dtfcli.training.validation import calibration_batches, evaluation_rows, to_batch, validate
+
+_MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_CURVES_EVERY_SECONDS = 30.0
+
+
+class TrainingInterrupted(DTFError):
+    """The run was stopped by a signal; its checkpoint is saved."""
+
+    exit_code = 130
+
+
+class TrainingDiverged(DTFError):
+    """The loss became infinite or NaN."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        run_dir: the run folder.
+        final_model_path, best_model_path: model folders; no best one without validation text.
+        steps: updates done.
+        metrics: of the last evaluation, by the names of metrics.jsonl, `val/unigram` included.
+        best_step, best_val_loss: of the best evaluation.
+        prompt, sample: a few tokens of validation text and how the model goes on.
+    """
+
+    run_dir: Path
+    final_model_path: Path
+    best_model_path: Path | None
+    steps: int
+    metrics: dict[str, float]
+    best_step: int
+    best_val_loss: float | None
+    prompt: str
+    sample: str
+
+
+@dataclass
+class Run:
+    """Everything that a running run needs."""
+
+    settings: Settings
+    plan: Plan
+    folder: Path
+    accelerator: Accelerator
+    objective: Any
+    model: Any
+    optimizer: Any
+    tokenizer: Any
+    data: TokenizedData
+    log: MetricsLog
+    state: TrainingState
+    emit: Listener
+    stop: StopSignal
+    peak_flops: float | None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    curves_drawn_at: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def validation(self) -> np.ndarray:
+        """int32 [N, T]: the rows of every evaluation; none without validation text."""
+        return evaluation_rows(self.data.validation, self.settings.data.validation_blocks)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.state.step * self.plan.tokens_per_update
+
+    def tell(self, kind: Any, message: str = "", metrics: dict[str, Any] | None = None) -> None:
+        """Emit an event of this step."""
+        self.emit(Event(kind, message, self.state.step, self.plan.total_steps, metrics=metrics or {}))
+
+
+def train(
+    settings: Settings, *, resume: Path | None = None, rename: bool = False, on_event: Listener | None = None
+) -> TrainResult:
+    """Train a model as the settings say.
+
+    Args:
+        settings: of the run; when resuming, those from its folder (`runs.run_settings`).
+        resume: the folder of a run to go on with.
+        rename: give a new run another name when its own is taken, instead of refusing.
+        on_event: called with every `Event`.
+
+    Raises:
+        TrainingInterrupted: by Ctrl-C or SIGTERM, after a checkpoint was saved.
+        TrainingDiverged: the loss became infinite or NaN; the last good checkpoint is kept.
+        ConfigError, DataError, CheckpointError, HubError: the input is wrong.
+        DTFError: the run folder cannot be written.
+    """
+    emit = on_event or (lambda event: None)
+    stop = StopSignal(lambda: emit(Event("warning", "Stopping after this step; Ctrl-C again stops at once.")))
+    run = setup(settings, resume, rename, emit, stop)
+    with stop:
+        try:
+            fit(run)
+            return finish(run)
+        except StopRequested:
+            checkpoint = _save_checkpoint(run)
+            _draw_curves(run, at_once=True)
+            raise TrainingInterrupted(
+                f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
+                f"Go on with: dtf train --resume {run.folder}"
+            ) from None
+
+
+def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener, stop: StopSignal) -> Run:
+    """Build everything, check what can be checked, and make or reopen the run folder."""
+    if resume is not None and (resume / "final_model").exists():
+        raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / 'final_model'}.")
+    folder = resume or new_run_folder(settings, rename=rename)
+    accelerator = _accelerator(settings)
+
+    def progress(message: str, fraction: float | None) -> None:
+        emit(Event("phase", message, fraction=fraction))
+
+    progress("Preparing the tokenizer", None)
+    tokenizer = build_tokenizer(settings, on_progress=progress)
+    progress("Building the model", None)
+    model = build_model(settings, tokenizer=tokenizer)
+    _check_length(settings, model)
+    data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
+    plan = plan_run(settings, len(data.train))
+    assert plan is not None, "known once the rows are"
+
+    torch.manual_seed(settings.run.seed)
+    objective = _objective(settings, model).to(accelerator.device)
+    training = settings.training
+    groups = parameter_groups(
+        model.named_parameters(),
+        training.learning_rates.model_dump(),
+        training.weight_decay,
+        training.decay_router_scalars,
+    )
+    optimizer = build_optimizer(groups, (training.betas[0], training.betas[1]))
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+
+    state = TrainingState(data=data.fingerprint)
+    if resume is None:
+        create_run_folder(folder, settings)
+    else:
+        state = _restore(folder, accelerator, state, emit)
+    return Run(
+        settings=settings,
+        plan=plan,
+        folder=folder,
+        accelerator=accelerator,
+        objective=objective,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        data=data,
+        log=MetricsLog(folder / METRICS_FILE, keep_bytes=state.metrics_bytes),
+        state=state,
+        emit=emit,
+        stop=stop,
+        peak_flops=matmul_peak(accelerator.device, compute_dtype(settings.run.dtype, accelerator.device)),
+    )
+
+
+def fit(run: Run) -> None:
+    """Update the weights until all steps are done; evaluate, log and save on the way."""
+    plan, state = run.plan, run.state
+    run.tell("start", str(run.folder))
+    while state.step < plan.total_steps:
+        run.stop.check()
+        if state.step % plan.eval_every == 0 and state.evaluated_step != state.step:
+            evaluate(run)
+        run.stop.check()
+        run.watch.start()
+        losses = update(run)
+        run.watch.stop(plan.tokens_per_update)
+        state.step += 1
+        log_step(run, losses)
+        if state.step % plan.checkpoint_every == 0 and state.step < plan.total_steps:
+            _save_checkpoint(run)
+
+
+def update(run: Run) -> dict[str, Any]:
+    """One optimizer step over `rows_per_update` rows, in micro-batches.
+
+    Returns:
+        Metrics of the update: losses averaged over all of it, gradient norm, learning rates and, when the step is
+        logged, routing statistics.
+
+    Raises:
+        TrainingDiverged: a loss or the gradient is not finite; the weights are still those before the step.
+    """
+    plan, step = run.plan, run.state.step
+    factor = schedule_factor(step, plan.total_steps, plan.warmup_steps, run.settings.training.schedule)
+    rates = set_learning_rates(run.optimizer.param_groups, factor)
+    rows = update_indices(
+        step, num_blocks=len(run.data.train), blocks_per_update=plan.rows_per_update, seed=run.settings.run.seed
+    )
+
+    run.objective.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Any] = {}
+    for part in plan.micro_batches(rows):
+        input_ids = to_batch(run.data.train[part], run.accelerator.device)
+        losses = run.objective(input_ids, plan.targets_per_update, output_routing=_is_logged(plan, step + 1))
+        run.accelerator.backward(losses.loss)
+        parts = {
+            "train/loss": losses.lm_loss,
+            "train/prior_loss": losses.prior_loss,
+            "train/router_loss": losses.router_loss,
+            **(losses.routing or {}),
+        }
+        for name, value in parts.items():
+            if value is not None:
+                sums[name] = sums.get(name, 0.0) + value.detach()
+    norm = run.accelerator.clip_grad_norm_(run.objective.parameters(), run.settings.training.gradient_clip)
+    metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": norm.item()}
+    _check_finite(run, metrics)
+    run.optimizer.step()
+    return metrics | sums | {f"lr/{name}": rate for name, rate in rates.items()}
+
+
+def log_step(run: Run, losses: dict[str, Any]) -> None:
+    """Tell the listener about an update and, on logging steps, write its line."""
+    if not _is_logged(run.plan, run.state.step):
+        run.tell("step", metrics={"train/loss": losses["train/loss"]})
+        return
+    rate = run.watch.take_rate()
+    flops = 3 * forward_flops_per_token(run.model, run.plan.seq_len) * rate
+    line: dict[str, Any] = {"step": run.state.step, "tokens": run.tokens}
+    line |= {name: value.item() if torch.is_tensor(value) else value for name, value in losses.items()}
+    if run.objective.routed:
+        for layer, scalars in run.model.router_scalars().items():
+            line |= {f"router/{layer}/{name}": value for name, value in scalars.items()}
+    line |= {"tokens_per_second": rate, "mfu": flops / run.peak_flops if run.peak_flops else None}
+    line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
+    run.log.write(line)
+    run.tell("step", metrics=line)
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Measure the held-out losses, write their line, and keep the model if it is the best so far."""
+    state = run.state
+    if run.objective.routed and not run.model.is_calibrated:
+        calibrate(run, capacities=())
+    metrics: dict[str, Any] = {}
+    if len(run.validation):
+        run.tell("phase", "Evaluating")
+        metrics = validate(
+            run.objective,
+            run.validation,
+            batch_size=run.plan.micro_batch_size,
+            bytes_per_token=run.data.validation_bytes_per_token,
+            device=run.accelerator.device,
+            between=run.stop.between,
+        )
+        _check_finite(run, {"val/loss": metrics["val/loss"]})
+        once = {"val/unigram": run.data.validation_unigram} if state.evaluated_step < 0 else {}
+        run.log.write({"step": state.step, "tokens": run.tokens, **metrics, **once})
+        if state.step > 0 and (state.best_loss is None or metrics["val/loss"] < state.best_loss):
+            state.best_step, state.best_loss = state.step, metrics["val/loss"]
+            _save_model(run, "best_model")
+        run.tell("evaluation", metrics={**metrics, "val/unigram": run.data.validation_unigram})
+    state.evaluated_step = state.step
+    _draw_curves(run)
+    return metrics
+
+
+def calibrate(run: Run, capacities: tuple[float, ...] | None = None) -> None:
+    """Measure thresholds on training text: at the model's own capacity alone (`()`), or on the whole grid (None)."""
+    run.tell("phase", "Calibrating thresholds")
+    training = run.settings.training
+    batches = calibration_batches(
+        run.data.train, training.calibration_tokens, run.plan.micro_batch_size, run.settings.run.seed
+    )
+    # In the precision that the losses are measured in: thresholds are quantiles of its scores.
+    with run.accelerator.autocast():
+        run.model.calibrate(batches, capacities=capacities)
+
+
+def finish(run: Run) -> TrainResult:
+    """Calibrate, evaluate for the last time, save the final model and show what it writes."""
+    if run.objective.routed:
+        calibrate(run)
+    metrics = evaluate(run)
+    final = _save_model(run, "final_model")
+    prompt, sample = write_sample(run)
+    best = run.folder / "best_model"
+    if run.objective.routed and 0 <= run.state.best_step < run.state.step:
+        # Saved on the way with the thresholds of its own capacity alone; now any γ can be asked of it too.
+        load_weights(run.model, best / "model.safetensors", device=str(run.accelerator.device))
+        calibrate(run)
+        _save_model(run, "best_model")
+    _draw_curves(run, at_once=True)
+    run.tell("end", str(final))
+    return TrainResult(
+        run_dir=run.folder,
+        final_model_path=final,
+        best_model_path=best if best.exists() else None,
+        steps=run.state.step,
+        metrics=metrics | ({"val/unigram": run.data.validation_unigram} if metrics else {}),
+        best_step=run.state.best_step,
+        best_val_loss=run.state.best_loss,
+        prompt=prompt,
+        sample=sample,
+    )
+
+
+def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tuple[str, str]:
+    """The beginning of a validation row, and how the model goes on at a low temperature; both as text."""
+    rows = run.validation if len(run.validation) else run.data.train
+    prompt = to_batch(np.asarray(rows[:1, :prompt_tokens]), run.accelerator.device)
+    run.tell("phase", "Writing a sample")
+    run.objective.eval()
+    torch.manual_seed(run.settings.run.seed)
+    with run.accelerator.autocast(), _threshold_routing(run.model, run.objective.routed):
+        written = run.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=True, temperature=0.5
+        )[0]
+    split = prompt.shape[1]
+    return run.tokenizer.decode(written[:split]), run.tokenizer.decode(written[split:], skip_special_tokens=True)
+
+
+@contextmanager
+def _threshold_routing(model: Any, routed: bool) -> Iterator[None]:
+    if not routed:
+        yield
+        return
+    with model.routing_mode("threshold"):
+        yield
+
+
+def _accelerator(settings: Settings) -> Accelerator:
+    device = resolve_device(settings.run.device)
+    dtype = compute_dtype(settings.run.dtype, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ConfigError("run.dtype = 'float16': the CPU does not train in it; use bfloat16, float32 or auto.")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    # accelerate keeps one state per process and refuses another precision: a second run starts afresh.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Accelerator(mixed_precision=_MIXED_PRECISION[dtype], cpu=device.type == "cpu")
+
+
+def _objective(settings: Settings, model: Any) -> Objective:
+    if settings.training.gradient_checkpointing:
+        # Named so from Transformers 5.20 or so on, where the old name warns.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    objective = Objective(model)
+    if settings.training.compile:
+        objective.compile()
+    return objective
+
+
+def _check_length(settings: Settings, model: Any) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and settings.data.seq_len > longest:
+        raise ConfigError(
+            f"data.seq_len = {settings.data.seq_len}: {settings.model.base} was made for at most {longest} tokens."
+        )
+
+
+def _restore(folder: Path, accelerator: Accelerator, start: TrainingState, emit: Listener) -> TrainingState:
+    """Load the newest undamaged checkpoint; without any, the run begins again."""
+    found = find_checkpoint(folder, lambda message: emit(Event("warning", message)))
+    if found is None:
+        emit(Event("warning", f"{folder} has no usable checkpoint: starting from the beginning."))
+        return start
+    checkpoint, state = found
+    if state.data != start.data:
+        raise DataError(
+            f"{folder}: data.sources have changed since this run began, so it cannot be resumed. Start a new run."
+        )
+    load_checkpoint(accelerator, checkpoint)
+    emit(Event("phase", f"Resuming from {checkpoint}"))
+    return state
+
+
+def _save_checkpoint(run: Run) -> Path:
+    run.state.metrics_bytes = run.log.bytes
+    with quiet_libraries():
+        folder = save_checkpoint(run.accelerator, run.folder, run.state, run.settings.training.keep_checkpoints)
+    run.tell("checkpoint", str(folder))
+    return folder
+
+
+def _save_model(run: Run, name: str) -> Path:
+    """A model folder: weights in float32, configuration, tokenizer and, for routed models, their code."""
+    folder = run.folder / name
+    with quiet_libraries(), replaced_folder(folder) as partial:
+        run.model.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
+    return folder
+
+
+def _draw_curves(run: Run, at_once: bool = False) -> None:
+    """Redraw curves.png, now and then: a picture takes about as long as some updates."""
+    if at_once or time.monotonic() - run.curves_drawn_at > _CURVES_EVERY_SECONDS:
+        draw_curves(read_metrics(run.log.path), run.folder / CURVES_FILE, run.settings.run.name)
+        run.curves_drawn_at = time.monotonic()
+
+
+def _is_logged(plan: Plan, step: int) -> bool:
+    return step % plan.log_every == 0 or step in (1, plan.total_steps)
+
+
+def _check_finite(run: Run, values: dict[str, float]) -> None:
+    # Loss scaling in float16 meets infinite gradients now and then, and skips those steps itself.
+    scaled = run.accelerator.scaler is not None
+    for name, value in values.items():
+        if math.isfinite(value) or (scaled and name == "train/grad_norm"):
+            continue
+        kept = list_checkpoints(run.folder)
+        last = f"The last good checkpoint is kept: {kept[0]}." if kept else "There was no checkpoint yet."
+        raise TrainingDiverged(
+            f"{name} became {value} at step {run.state.step + 1}. {last} Start again with lower "
+            "training.learning_rates, a longer training.warmup_ratio, or run.dtype=float32."
+        )

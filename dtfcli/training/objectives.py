@@ -1,0 +1,91 @@
+"""What a training step minimizes, the same for routed and dense models.
+
+The wrapper is the module that `accelerate` prepares: one forward gives every loss, so that whatever it adds around a
+forward (autocast, gradient reduction, sharding) covers all of them. Logits over the vocabulary are never held whole.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from dtfcli.models.losses import causal_lm_loss
+
+STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}
+"""Metric name → field of a routing record whose mean it is."""
+
+
+class Losses(NamedTuple):
+    """One micro-batch's part of an update: summed over its micro-batches, each field is the update's mean."""
+
+    loss: Tensor
+    """What to backpropagate: `lm_loss` plus, while training, the weighted auxiliary losses."""
+    lm_loss: Tensor
+    """Next-token cross-entropy, nats."""
+    prior_loss: Tensor | None = None
+    """Unweighted prior loss (DTF)."""
+    router_loss: Tensor | None = None
+    """Weighted auxiliary losses of the router (MoD)."""
+    routing: dict[str, Tensor] | None = None
+    """`router/<layer>/<statistic>`, where asked for."""
+
+
+class Objective(nn.Module):
+    """A causal language model with its training losses.
+
+    Attributes:
+        model: a routed model, or a stock one.
+        routed: which of the two.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.routed = hasattr(model, "set_routing")
+
+    def forward(self, input_ids: Tensor, targets: int, output_routing: bool = False) -> Losses:
+        """Losses of one micro-batch of rows without padding.
+
+        Args:
+            input_ids: int64 [B, T]; each token but the first of a row is a target.
+            targets: targets in the whole update: every loss is a sum over it, the auxiliary ones scaled alike.
+            output_routing: also return routing statistics.
+        """
+        if not self.routed:
+            hidden_states = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+            lm_loss = causal_lm_loss(hidden_states, self.model.lm_head.weight, input_ids, targets)
+            return Losses(lm_loss, lm_loss)
+        output = self.model(
+            input_ids=input_ids,
+            labels=input_ids,
+            num_items_in_batch=targets,
+            output_routing=output_routing,
+            output_logits=False,
+        )
+        routing = None
+        if output_routing:
+            routing = routing_statistics(output.routing, input_ids[:, 1:].numel() / targets)
+        return Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, routing)
+
+
+def routing_statistics(records: Any, share: float) -> dict[str, Tensor]:
+    """Means over the tokens of unpadded rows, times `share`, as 0-d tensors without gradient.
+
+    Args:
+        records: a `RoutingRecord` for each routed layer.
+        share: the micro-batch's share of the update.
+
+    Returns:
+        `router/<layer>/<statistic>` → value; score_std is that within the micro-batch.
+    """
+    statistics = {}
+    for record in records:
+        prefix = f"router/{record.layer}/"
+        scores = record.scores.detach()
+        statistics[prefix + "score_mean"] = scores.mean() * share
+        statistics[prefix + "score_std"] = scores.std(correction=0) * share
+        statistics[prefix + "routed_share"] = record.selected.float().mean() * share
+        for name, field in STATISTICS.items():
+            values = getattr(record, field, None)
+            if values is not None:
+                statistics[prefix + name] = values.detach().mean() * share
+    return statistics

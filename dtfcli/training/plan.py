@@ -1,0 +1,79 @@
+"""Sizes and moments of a run: rows, tokens and micro-batches of an update; when to log, evaluate and save.
+
+A pure function of the settings and the number of rows, so that a resumed run works out the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dtfcli.errors import DataError
+from dtfcli.settings import Settings
+
+_EVALUATIONS = 10
+_STEPS_APART = 10
+"""Evaluations of a run and the steps between two of them at least, where the settings leave it open; then as many
+checkpoints."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run, in rows, tokens and updates."""
+
+    seq_len: int
+    rows_per_update: int
+    micro_batch_size: int
+    total_steps: int
+    warmup_steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.rows_per_update * self.seq_len
+
+    @property
+    def targets_per_update(self) -> int:
+        """Predicted tokens of an update: all but the first of each row."""
+        return self.rows_per_update * (self.seq_len - 1)
+
+    def micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """An update's rows in parts of `micro_batch_size`; the last may be smaller."""
+        for start in range(0, len(rows), self.micro_batch_size):
+            yield rows[start : start + self.micro_batch_size]
+
+
+def plan_run(settings: Settings, train_rows: int | None) -> Plan | None:
+    """Work out a run's sizes.
+
+    Args:
+        settings: the run's settings.
+        train_rows: rows of `data.seq_len` tokens to train on; None: not known yet (a dry run).
+
+    Returns:
+        The plan; None when the number of updates follows from rows that are not known.
+    """
+    training, seq_len = settings.training, settings.data.seq_len
+    rows_per_update = settings.tokens_per_update // seq_len
+    if train_rows == 0:
+        raise DataError(
+            f"data.sources give no row of data.seq_len = {seq_len} tokens to train on; add text or shorten the rows."
+        )
+    total = training.max_steps
+    if total is None:
+        if train_rows is None:
+            return None
+        total = max(1, int(training.epochs * train_rows / rows_per_update))
+    every = max(_STEPS_APART, total // _EVALUATIONS)
+    return Plan(
+        seq_len=seq_len,
+        rows_per_update=rows_per_update,
+        micro_batch_size=min(training.micro_batch_size, rows_per_update),
+        total_steps=total,
+        warmup_steps=round(training.warmup_ratio * total),
+        log_every=training.log_every,
+        eval_every=training.eval_every or every,
+        checkpoint_every=training.checkpoint_every or every,
+    )

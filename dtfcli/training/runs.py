@@ -1,0 +1,91 @@
+"""Run folders: OUTPUT_DIR/<date>/<name>/, never overwritten, found again by their settings.toml."""
+
+import datetime
+import os
+import tomllib
+from pathlib import Path
+
+from dtfcli.errors import CheckpointError, ConfigError, did_you_mean
+from dtfcli.settings import Settings
+from dtfcli.training.checkpoint import explained_write_errors
+
+SETTINGS_FILE = "settings.toml"
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+
+
+def new_run_folder(settings: Settings, *, rename: bool) -> Path:
+    """The folder of a new run; not made yet.
+
+    Args:
+        settings: `run.output_dir` and `run.name`.
+        rename: append -2, -3 and so on to a name that is taken today, instead of refusing it.
+
+    Raises:
+        ConfigError: today has a run of this name.
+    """
+    day = Path(settings.run.output_dir).expanduser() / datetime.date.today().isoformat()
+    folder, count = day / settings.run.name, 1
+    while folder.exists():
+        if not rename:
+            raise ConfigError(
+                f"run.name = {settings.run.name!r}: {folder} exists and is not overwritten. Choose another name "
+                f"(run.name={settings.run.name}-2), or go on with it (--resume {folder})."
+            )
+        count += 1
+        folder = day / f"{settings.run.name}-{count}"
+    return folder
+
+
+def create_run_folder(folder: Path, settings: Settings) -> None:
+    """Make a run folder with its resolved settings.
+
+    Raises:
+        ConfigError: another run took the name meanwhile.
+        DTFError: the folder cannot be written.
+    """
+    with explained_write_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError as error:
+            raise ConfigError(f"{folder}: another run took this name just now; choose another run.name.") from error
+        partial = folder / f".{SETTINGS_FILE}.partial"
+        partial.write_text(settings.to_toml(), encoding="utf-8")
+        os.replace(partial, folder / SETTINGS_FILE)
+
+
+def run_settings(folder: Path) -> Settings:
+    """The settings of an existing run, exactly as it was started: the environment has no say.
+
+    Raises:
+        CheckpointError: this is no run folder, or its settings are damaged.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint = "" if folder.is_dir() else did_you_mean(folder.name, siblings)
+        raise CheckpointError(f"{folder}: no run to resume (it has no {SETTINGS_FILE}).{hint}")
+    try:
+        return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, the run cannot be resumed. Start a new one.") from error
+
+
+def newest_run(output_dir: Path) -> Path:
+    """The run that was written to last, among those that have not finished.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    runs = [path.parent for path in output_dir.glob(f"*/*/{SETTINGS_FILE}")]
+    unfinished = [run for run in runs if not (run / "final_model").exists()]
+    if not unfinished:
+        found = f"all {len(runs)} have finished" if runs else "there are none"
+        raise CheckpointError(f"{output_dir}: no run to resume ({found}). Give a run folder: --resume RUN_DIR.")
+    return max(unfinished, key=_last_written)
+
+
+def _last_written(run: Path) -> float:
+    paths = (run / METRICS_FILE, run / SETTINGS_FILE)
+    return max(path.stat().st_mtime for path in paths if path.exists())

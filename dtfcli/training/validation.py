@@ -1,0 +1,115 @@
+"""What a run measures on held-out text, and the calibration of thresholds on training text."""
+
+from collections.abc import Callable, Iterable, Iterator
+from math import log
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Between = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
+
+
+def to_batch(rows: np.ndarray, device: torch.device) -> Tensor:
+    """int32 [B, T], possibly a memory map, → int64 tensor on the device."""
+    return torch.from_numpy(rows.astype(np.int64)).to(device)
+
+
+def evaluation_rows(validation: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` rows, evenly spread over the held-out text so that all of its documents have a chance."""
+    if len(validation) <= count:
+        return validation
+    return validation[np.linspace(0, len(validation) - 1, count).astype(np.int64)]
+
+
+@torch.no_grad()
+def mean_loss(
+    objective: Any, rows: np.ndarray, batch_size: int, device: torch.device, between: Between, output_routing: bool
+) -> tuple[float, dict[str, float]]:
+    """Cross-entropy per target in nats, in the model's present routing mode, and each layer's routed share."""
+    targets = rows.shape[0] * (rows.shape[1] - 1)
+    total = torch.zeros((), device=device)
+    shares: dict[str, Tensor] = {}
+    starts = range(0, len(rows), batch_size)
+    for batch in between(rows[start : start + batch_size] for start in starts):
+        losses = objective(to_batch(batch, device), targets, output_routing)
+        total += losses.lm_loss
+        for name, value in (losses.routing or {}).items():
+            if name.endswith("/routed_share"):
+                shares[name] = shares.get(name, 0.0) + value
+    return total.item(), {name: value.item() for name, value in shares.items()}
+
+
+def validate(
+    objective: Any,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    bytes_per_token: float,
+    device: torch.device,
+    between: Between,
+) -> dict[str, float]:
+    """The losses of an evaluation under the names of metrics.jsonl.
+
+    A routed model is measured causally (`val/loss`, with each layer's realized share) and by its training rule
+    (`val/loss_topk`); a dense one has `val/loss` alone.
+
+    Args:
+        objective: the prepared `Objective`; left in eval mode.
+        rows: int32 [N, T] of held-out tokens.
+        batch_size: rows of a forward.
+        bytes_per_token: of the validation text, for bits per byte.
+        device: of the model.
+        between: wraps the batches, to stop between two of them.
+    """
+    objective.eval()
+    model = objective.model
+    metrics: dict[str, float] = {}
+    if objective.routed:
+        with model.routing_mode("threshold"):
+            loss, shares = mean_loss(objective, rows, batch_size, device, between, output_routing=True)
+        with model.routing_mode("topk"):
+            metrics["val/loss_topk"], _ = mean_loss(objective, rows, batch_size, device, between, output_routing=False)
+        metrics |= shares
+    else:
+        loss, _ = mean_loss(objective, rows, batch_size, device, between, output_routing=False)
+    return {"val/loss": loss, "val/bits_per_byte": loss / log(2) / bytes_per_token, **metrics}
+
+
+def calibration_rows(total_rows: int, seq_len: int, tokens: int, seed: int) -> list[tuple[int, int]]:
+    """Rows for calibrating thresholds, as (row, length).
+
+    Every other row is cut to a random length: shares depend on the position in a row (the moving average of surprise
+    starts empty), so short texts must be among those that the thresholds are measured on.
+
+    Args:
+        total_rows: rows of training text.
+        seq_len: their length.
+        tokens: real tokens wanted, reached or exceeded by less than a row; each row is used at most once.
+        seed: of the run.
+    """
+    rng = np.random.RandomState(seed)  # its stream is frozen across versions of NumPy
+    chosen: list[tuple[int, int]] = []
+    found = 0
+    for place, row in enumerate(rng.permutation(total_rows)):
+        if found >= tokens:
+            break
+        length = seq_len if place % 2 == 0 else int(rng.randint(min(16, seq_len), seq_len + 1))
+        chosen.append((int(row), length))
+        found += length
+    return chosen
+
+
+def calibration_batches(train: np.ndarray, tokens: int, batch_size: int, seed: int) -> list[dict[str, Tensor]]:
+    """Training text of mixed lengths for `model.calibrate`, right-padded, rows of similar length together."""
+    rows = sorted(calibration_rows(train.shape[0], train.shape[1], tokens, seed), key=lambda row: -row[1])
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        longest = part[0][1]
+        input_ids = torch.from_numpy(np.stack([train[row, :longest] for row, _ in part]).astype(np.int64))
+        lengths = torch.tensor([length for _, length in part])
+        mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+        batches.append({"input_ids": input_ids, "attention_mask": mask})
+    return batches

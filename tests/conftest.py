@@ -1,0 +1,53 @@
+"""What all tests share: no network, no settings from the caller's environment, and a way to run `dtf`."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: before any test file is
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtfcli.overrides import NOT_SETTINGS
+
+    for name in [name for name in os.environ if name.startswith("DTF_") and name not in NOT_SETTINGS]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of measuring data: DTF_SHARED, or ../shared beside the project."""
+    folder = Path(os.environ.get("DTF_SHARED") or Path(__file__).parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip("no measuring data: set DTF_SHARED to its folder")
+    return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def dtf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run `dtf` with these arguments in this process; returns exit code, stdout and stderr."""
+    from dtfcli.cli.app import main
+
+    def run(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["dtf", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), printed.out, printed.err)
+
+    return run

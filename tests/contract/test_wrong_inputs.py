@@ -1,0 +1,195 @@
+"""What a user can get wrong: exit code 2, the field or file and the remedy in one or two lines, no traceback.
+
+A row is a command and what its message must contain. `{model}` is a small model folder, `{dense}` a dense one;
+the other names are files that `workplace` makes. Nothing that was there may be changed by a failing command.
+"""
+
+import hashlib
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.conftest import Outcome
+from tests.tiny import dense_model, routed_model
+
+SOURCES = "data.sources='[{path=\"%s\"}]'"
+
+PRESETS = [
+    ("presets show quickstrat", ["quickstrat", "Did you mean 'quickstart'"]),
+    ("presets show nothing-like-it", ["nothing-like-it", "dtf presets list"]),
+    ("presets copy quickstart taken.toml", ["taken.toml", "not overwritten", "another name"]),
+    ("presets copy quickstart nowhere/my.toml", ["nowhere", "does not exist", "Make it first"]),
+    ("presets copy quickstrat my.toml", ["quickstrat", "Did you mean 'quickstart'"]),
+    ("presets validate missing.toml", ["missing.toml", "no such file", "dtf presets copy"]),
+    ("presets validate broken.toml", ["broken.toml", "not valid TOML", "line 1"]),
+    ("presets validate binary.toml", ["binary.toml", "not UTF-8", "give a TOML file"]),
+    ("presets validate folder", ["folder", "cannot be read", "give a TOML file"]),
+    ("presets validate wrong.toml", ["training.max_stpes", "in wrong.toml", "Did you mean 'training.max_steps'"]),
+    ("presets shwo quickstart", ["shwo", "Did you mean 'show'"]),
+    ("presets show", ["NAME", "--help"]),
+]
+
+TRAIN = [
+    ("train quickstrat", ["quickstrat", "Did you mean 'quickstart'"]),
+    ("train taken.toml", ["taken.toml", "--config taken.toml"]),
+    ("train --config missing.toml", ["missing.toml", "no such file"]),
+    ("train quickstart --config wrong.toml", ["training.max_stpes", "in wrong.toml", "training.max_steps"]),
+    ("train quickstart training.max_steps", ["'training.max_steps' is not KEY=VALUE"]),
+    ("train quickstart =3", ["'=3' is not KEY=VALUE"]),
+    ("train quickstart training.max_stpes=3", ["training.max_stpes", "Did you mean 'training.max_steps'"]),
+    ("train quickstart max_steps=3", ["max_steps", "Did you mean 'training.max_steps'"]),
+    ("train quickstart trainng.max_steps=3", ["trainng", "Did you mean 'training'"]),
+    ("train quickstart training.max_steps=many", ['training.max_steps = "many"', "a whole number"]),
+    ("train quickstart training.max_steps=0", ["training.max_steps = 0", "at least 1"]),
+    ("train quickstart training.max_steps=1.5", ["training.max_steps = 1.5", "a whole number"]),
+    ("train quickstart training.max_steps=true", ["training.max_steps = true", "a whole number"]),
+    ("train quickstart training=3", ["training = 3", "a table"]),
+    ("train quickstart model=modd", ["model.architecture", "modd", "Did you mean 'mod'"]),
+    ("train quickstart model.capacity=1.5", ["model.capacity = 1.5", "at most at 1"]),
+    ("train quickstart model.capacity=0", ["model.capacity = 0", "above 0"]),
+    ("train quickstart 'model.capacity=[0.5]'", ["model.capacity = [0.5]", "one share for each of the"]),
+    ("train quickstart model.gate=hard", ["model.gate = 'hard'", "straight_through"]),
+    ("train quickstart model.o_ce_init=-1", ["model.o_ce_init = -1", "positive"]),
+    ("train quickstart model.dense_edges=9", ["model.dense_edges = 9", "lower dense_edges"]),
+    ("train quickstart 'model.routed_layers=[0]'", ["model.routed_layers = [0]", "leave out layer 0"]),
+    ("train quickstart 'model.routed_layers=[1,99]'", ["model.routed_layers", "from 0 to"]),
+    (
+        "train quickstart model=mod model.prior_factor=0.1",
+        ["model.prior_factor = 0.1", "nothing reads it", "Leave it out"],
+    ),
+    ("train quickstart model=dense model.capacity=0.5", ["model.capacity = 0.5", "nothing reads it", "dense"]),
+    ("train quickstart model.scratch.num_attention_heads=5", ["model.scratch", "multiple of 10"]),
+    ("train quickstart model.scratch.num_key_value_heads=3", ["num_key_value_heads = 3", "must divide"]),
+    ("train quickstart data.seq_len=100000", ["data.seq_len = 100000", "max_position_embeddings"]),
+    ("train quickstart training.tokens_per_update=1000", ["training.tokens_per_update = 1000", "multiple of"]),
+    ("train quickstart training.learning_rates.base=-1", ["learning_rates.base = -1", "at least 0"]),
+    ("train quickstart training.learning_rates.base=nan", ["training.learning_rates.base", "finite"]),
+    ("train quickstart training.schedule=cosin", ["training.schedule", "Did you mean 'cosine'"]),
+    ("train quickstart run.name=a/b", ["run.name", "it becomes a folder"]),
+    ("train quickstart run.device=gpu", ["run.device", "cuda:0"]),
+    ("train quickstart run.dtype=fp16", ["run.dtype", "float16"]),
+    ("train quickstart run.seed=-1", ["run.seed = -1", "at least 0"]),
+    ("train quickstart data.sources=novels.parquet", ["data.sources", "a list of tables", "Write for example"]),
+    ("train quickstart 'data.sources=[]'", ["data.sources = []", "must not be empty"]),
+    ("train quickstart 'data.sources=[{pth=\"a\"}]'", ["data.sources[0].path: missing"]),
+    ("train quickstart 'data.sources=[{path=\"a\",ratio=2}]'", ["data.sources[0].ratio = 2", "at most 1"]),
+    ("train quickstart data.validation_fraction=1", ["data.validation_fraction = 1", "less than 1"]),
+    ("train quickstart training.max_steps=3 training.epochs=1", ["training.epochs", "nothing reads it"]),
+    ("train quickstart --training.max_steps=3", ["Settings are written without dashes"]),
+    ("train quickstart --dryrun", ["--dryrun", "Did you mean '--dry-run'"]),
+    ("train dtf-smollm2-135m model.base=missing.gguf", ["missing.gguf", "no such file"]),
+    ("train dtf-smollm2-135m model.base=notes.gguf", ["notes.gguf", "no GGUF file"]),
+    ("train dtf-smollm2-135m model.base=folder", ["folder", "empty folder"]),
+    (f"train quickstart {SOURCES % 'missing.txt'}", ["missing.txt"]),
+    (f"train quickstart {SOURCES % 'empty.txt'}", ["empty.txt"]),
+    ("train --resume nowhere", ["nowhere"]),
+    ("train --resume", ["outputs"]),
+]
+
+GENERATE = [
+    ("generate", ["MODEL", "--help"]),
+    ("generate folder x", ["folder", "empty folder"]),
+    ("generate taken.toml x", ["taken.toml", "no model"]),
+    ("generate nowhere/at/all x", ["nowhere/at/all", "no such file or folder"]),
+    ("generate notes.gguf x", ["notes.gguf", "no GGUF file"]),
+    ("generate {model} ''", ["prompt"]),
+    ("generate {model} a --max-new-tokens 0", ["max", "0"]),
+    ("generate {model} a --max-new-tokens many", ["max-new-tokens", "many"]),
+    ("generate {model} a --temperature -1", ["temperature", "-1"]),
+    ("generate {model} a --top-p 2", ["top", "2"]),
+    ("generate {model} a --capacity 2", ["capacity", "2"]),
+    ("generate {model} a --routing predict", ["routing", "predict", "threshold"]),
+    ("generate {dense} a --routing threshold", ["routing", "dense"]),
+    ("generate {dense} a --capacity 0.5", ["capacity", "dense"]),
+    ("generate {model} a --device gpu", ["device", "gpu", "cuda"]),
+    ("generate {model} a --device cuda:99", ["device", "cuda:99"]),
+    ("generate {model} a --dtype fp16", ["dtype", "fp16", "float16"]),
+    ("generate {model} a --revision main", ["revision", "main"]),
+    ("generate {model} a --prompts prompts.txt", ["PROMPT and --prompts"]),
+    ("generate {model} --prompts missing.txt --output out.jsonl", ["missing.txt", "no such file"]),
+    ("generate {model} --prompts empty.txt --output out.jsonl", ["empty.txt", "one on each line"]),
+    ("generate {model} --prompts prompts.txt --output taken.toml", ["taken.toml", "exists already"]),
+    ("generate {model} --prompts prompts.txt", ["--output FILE.jsonl"]),
+    ("generate {model} a --chat", ["chat"]),
+    ("generate {model} a --max_new_token 3", ["Did you mean '--max-new-tokens'"]),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """A routed and a dense model folder."""
+    root = tmp_path_factory.mktemp("models")
+    for name, model in (("model", routed_model()), ("dense", dense_model())):
+        model.save_pretrained(root / name)
+        word_tokenizer.save_pretrained(root / name)
+    return {name: str(root / name) for name in ("model", "dense")}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with files that are not what they should be; token caches go there too."""
+    (tmp_path / "taken.toml").write_text("# mine\n")
+    (tmp_path / "broken.toml").write_text("[training\n")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00x")
+    (tmp_path / "wrong.toml").write_text("[training]\nmax_stpes = 3\n")
+    (tmp_path / "notes.gguf").write_text("not a model")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "prompts.txt").write_text("a b\n")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DTF_DATA__CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and "cache" not in path.parts]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _check(result: Outcome, expected: list[str]) -> None:
+    assert result.code == 2, result
+    for text in expected:
+        assert text in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) <= 2, result.stderr
+
+
+@pytest.mark.parametrize(("command", "expected"), PRESETS, ids=[row[0] for row in PRESETS])
+def test_presets(dtf: Callable[..., Outcome], workplace: Path, command: str, expected: list[str]) -> None:
+    before = _contents(workplace)
+    _check(dtf(*shlex.split(command)), expected)
+    assert _contents(workplace) == before
+
+
+@pytest.mark.parametrize(("command", "expected"), TRAIN, ids=[row[0] for row in TRAIN])
+def test_train(dtf: Callable[..., Outcome], workplace: Path, command: str, expected: list[str]) -> None:
+    before = _contents(workplace)
+    _check(dtf(*shlex.split(command)), expected)
+    assert _contents(workplace) == before
+
+
+@pytest.mark.parametrize(("command", "expected"), GENERATE, ids=[row[0] for row in GENERATE])
+def test_generate(
+    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
+) -> None:
+    before = _contents(workplace)
+    _check(dtf(*shlex.split(command.format(**folders))), expected)
+    assert _contents(workplace) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("DTF_TRAINING__MAX_STEPS", "many", ["training.max_steps", "DTF_TRAINING__MAX_STEPS", "a whole number"]),
+        ("DTF_TRAINING__MAXSTEPS", "3", ["DTF_TRAINING__MAXSTEPS", "Did you mean 'training.max_steps'"]),
+        ("DTF_MAX_STEPS", "3", ["max_steps: unknown key (from DTF_MAX_STEPS)", "Did you mean 'training.max_steps'"]),
+    ],
+)
+def test_environment(
+    dtf: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: list[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    _check(dtf("train", "quickstart", "--dry-run"), expected)

@@ -1,0 +1,56 @@
+"""`import dtfcli` registers the Auto classes, whatever is imported first, and does not import Transformers for it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import routed_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without the code files that Transformers would load instead."""
+    folder = tmp_path_factory.mktemp("model")
+    model = routed_model("qwen2")
+    model.config.auto_map = None
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import dtfcli",
+        "from transformers import AutoModelForCausalLM; import dtfcli",
+        "import dtfcli.models.routing",
+        "from dtfcli.models.configuration_dynamic import DynamicLlamaConfig",
+    ],
+)
+def test_auto_classes_open_a_routed_model(folder: Path, first: str) -> None:
+    code = f"""
+{first}
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.from_pretrained({str(folder)!r})
+print(type(config).__module__, type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__module__)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["dtfcli.models.configuration_dynamic", "dtfcli.models.modeling_dynamic"]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import dtfcli, sys; print(*sorted({'torch', 'transformers', 'pydantic', 'typer'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+def test_the_public_api_is_there() -> None:
+    import dtfcli
+
+    for name in dtfcli.__all__:
+        assert getattr(dtfcli, name) is not None
+    assert set(dir(dtfcli)) == set(dtfcli.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = dtfcli.trian

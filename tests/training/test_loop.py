@@ -1,0 +1,234 @@
+"""Whole runs, small ones."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import dtfcli
+from dtfcli.errors import ConfigError
+from dtfcli.training import loop
+from dtfcli.training.loop import TrainingDiverged, TrainResult, train
+from dtfcli.training.tracking import Event, read_metrics
+from tests.training.small_runs import small_settings
+
+ARCHITECTURES = ("dtf", "mod", "dense")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TrainResult, list[Event]]]:
+    """One finished run of each architecture, from the same folder of text."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {}
+    for architecture in ARCHITECTURES:
+        events: list[Event] = []
+        settings = small_settings(folder, architecture, run={"name": architecture})
+        runs[architecture] = train(settings, on_event=events.append), events
+    return runs
+
+
+def lines_of(result: TrainResult) -> list[dict[str, Any]]:
+    return read_metrics(result.run_dir / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_run_folder(finished: dict[str, tuple[TrainResult, list[Event]]], architecture: str) -> None:
+    result, _ = finished[architecture]
+    assert {path.name for path in result.run_dir.iterdir()} == {
+        "settings.toml",
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoints",
+        "best_model",
+        "final_model",
+    }
+    assert {path.name for path in (result.run_dir / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
+    assert result.final_model_path == result.run_dir / "final_model"
+    files = {path.name for path in result.final_model_path.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= files
+    assert ("modeling_dynamic.py" in files) == (architecture != "dense")
+    assert (result.run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_metrics_keys(finished: dict[str, tuple[TrainResult, list[Event]]], architecture: str) -> None:
+    result, _ = finished[architecture]
+    lines = lines_of(result)
+    updates = [line for line in lines if "train/loss" in line]
+    evaluations = [line for line in lines if "val/loss" in line]
+    assert [line["step"] for line in updates] == [1, 2, 4, 6]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    assert all(line["tokens"] == line["step"] * 128 for line in lines)
+
+    expected = {"step", "tokens", "train/loss", "train/grad_norm", "lr/base", "tokens_per_second", "mfu"}
+    measured = {"step", "tokens", "val/loss", "val/bits_per_byte"}
+    if architecture != "dense":
+        names = {"score_mean", "score_std", "threshold", "routed_share", "gate"}
+        expected |= {"lr/router"}
+        measured |= {"val/loss_topk", "router/1/routed_share", "router/3/routed_share"}
+        if architecture == "dtf":
+            expected |= {"train/prior_loss", "lr/prior"}
+            names |= {"beta_ce", "beta_cu", "o_ce", "m_cu", "s_ce", "s_cu", "d_st", "d_ch"}
+        expected |= {f"router/{layer}/{name}" for layer in (1, 3) for name in names}
+    assert all(set(line) == expected for line in updates)
+    assert set(evaluations[0]) == measured | {"val/unigram"}
+    assert all(set(line) == measured for line in evaluations[1:])
+
+
+def test_all_architectures_start_from_the_same_function_and_learn(
+    finished: dict[str, tuple[TrainResult, list[Event]]],
+) -> None:
+    """Step 0 in training mode: routed layers skip tokens, but backbone and data are the same."""
+    first = {name: lines_of(result)[1] for name, (result, _) in finished.items()}
+    assert all(line["step"] == 1 for line in first.values())
+    assert (
+        max(line["train/loss"] for line in first.values()) - min(line["train/loss"] for line in first.values()) < 0.01
+    )
+    for result, _ in finished.values():
+        assert result.metrics["val/loss"] < lines_of(result)[0]["val/loss"] - 0.1
+        assert result.best_val_loss is not None
+        assert result.best_val_loss <= result.metrics["val/loss"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_final_model_reloads(finished: dict[str, tuple[TrainResult, list[Event]]], architecture: str) -> None:
+    result, _ = finished[architecture]
+    for path in (result.run_dir, result.final_model_path, result.best_model_path):
+        model = dtfcli.load_model(path, device="cpu")
+        assert model.dtype == torch.float32
+        if architecture != "dense":
+            assert model.routing == "threshold"
+            assert model.is_calibrated
+            model.set_routing("threshold", capacity=0.3)
+        tokenizer = dtfcli.load_tokenizer(path)
+        batch = tokenizer("the cat sleeps under the moon", return_tensors="pt")
+        assert torch.isfinite(model(**batch, use_cache=False).logits).all()
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert AutoTokenizer.from_pretrained(result.final_model_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_final_model_has_the_reported_loss(finished: dict[str, tuple[TrainResult, list[Event]]]) -> None:
+    for architecture, (result, _) in finished.items():
+        settings = loop_settings(result)
+        model = dtfcli.load_model(result.final_model_path, device="cpu")
+        rows = validation_rows(settings, result)
+        losses = [model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in rows]
+        assert sum(losses) / len(losses) == pytest.approx(result.metrics["val/loss"], abs=1e-4), architecture
+
+
+def loop_settings(result: TrainResult) -> Any:
+    from dtfcli.training.runs import run_settings
+
+    return run_settings(result.run_dir)
+
+
+def validation_rows(settings: Any, result: TrainResult) -> torch.Tensor:
+    data = loop.prepare_data(settings.data, dtfcli.load_tokenizer(result.run_dir), seed=settings.run.seed)
+    rows = loop.evaluation_rows(data.validation, settings.data.validation_blocks)
+    return torch.from_numpy(rows.astype("int64"))
+
+
+def test_events_tell_the_story(finished: dict[str, tuple[TrainResult, list[Event]]]) -> None:
+    _, events = finished["dtf"]
+    kinds = [event.kind for event in events if event.kind != "phase"]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert [event.step for event in events if event.kind == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events if event.kind == "evaluation"] == [0, 3, 6]
+    assert [event.step for event in events if event.kind == "checkpoint"] == [2, 4]
+    assert all(event.total_steps == 6 for event in events if event.kind == "step")
+
+
+def test_train_loss_is_the_mean_over_the_whole_update(tmp_path: Path) -> None:
+    """Micro-batches of 1, 2 and 4 rows give the same logged losses, and the same weights to 1e-5."""
+    results = []
+    for size in (1, 2, 4):
+        settings = small_settings(
+            tmp_path, run={"name": f"micro{size}"}, training={"micro_batch_size": size, "tokens_per_update": 128}
+        )
+        results.append(train(settings))
+    logged = [[line for line in lines_of(result) if "train/loss" in line] for result in results]
+    weights = [load_file(result.final_model_path / "model.safetensors") for result in results]
+    for lines, tensors in zip(logged[1:], weights[1:], strict=True):
+        for line, reference in zip(lines, logged[0], strict=True):
+            assert line["train/loss"] == pytest.approx(reference["train/loss"], abs=1e-5)
+            assert line["train/prior_loss"] == pytest.approx(reference["train/prior_loss"], rel=1e-4)
+        for name, tensor in tensors.items():
+            if "thresholds" not in name:  # averages over micro-batches, which differ
+                assert torch.allclose(tensor, weights[0][name], atol=1e-4), name
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    settings = small_settings(tmp_path, "dense", training={"max_steps": 1})
+    first = train(settings)
+    before = (first.run_dir / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"run\.name = 'small'.*run\.name=small-2.*--resume"):
+        train(settings)
+    assert train(settings, rename=True).run_dir.name == "small-2"
+    assert (first.run_dir / "metrics.jsonl").read_text() == before
+    with pytest.raises(ConfigError, match="has finished"):
+        train(settings, resume=first.run_dir)
+
+
+def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = loop.update
+
+    def poisoned(run: Any) -> dict[str, Any]:
+        if run.state.step == 4:
+            with torch.no_grad():
+                run.model.model.norm.weight.fill_(math.nan)
+        return update(run)
+
+    monkeypatch.setattr(loop, "update", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"train/loss became nan at step 5.*step-000004") as caught:
+        train(small_settings(tmp_path))
+    assert caught.value.exit_code == 1
+    (run,) = (tmp_path / "outputs").glob("*/small")
+    assert not (run / "final_model").exists()
+    weights = load_file(run / "checkpoints" / "step-000004" / "model.safetensors")
+    assert all(torch.isfinite(t).all() for name, t in weights.items() if "thresholds" not in name)
+
+
+def test_without_validation_text(tmp_path: Path) -> None:
+    settings = small_settings(tmp_path, "mod", data={"validation_fraction": 0}, training={"max_steps": 2})
+    result = train(settings)
+    assert result.metrics == {}
+    assert result.best_model_path is None
+    assert dtfcli.load_model(result.run_dir, device="cpu").is_calibrated
+
+
+def test_best_model_from_the_middle_takes_any_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    validate = loop.validate
+
+    def rising(*args: Any, **options: Any) -> dict[str, float]:
+        metrics = validate(*args, **options)
+        seen.append(metrics["val/loss"])
+        return metrics | {"val/loss": float(len(seen))}
+
+    seen: list[float] = []
+    monkeypatch.setattr(loop, "validate", rising)
+    result = train(small_settings(tmp_path))
+    assert result.best_step == 3
+    assert result.best_model_path is not None
+    best, final = (load_file(path / "model.safetensors") for path in (result.best_model_path, result.final_model_path))
+    assert not torch.equal(best["model.layers.0.mlp.up_proj.weight"], final["model.layers.0.mlp.up_proj.weight"])
+    dtfcli.load_model(result.best_model_path, capacity=0.25, device="cpu")(torch.arange(20)[None])
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "bfloat16"])
+def test_memory_and_precision_options(tmp_path: Path, option: str) -> None:
+    changes: dict[str, Any] = {"training": {"max_steps": 2}}
+    if option == "gradient_checkpointing":
+        changes["training"]["gradient_checkpointing"] = True
+    else:
+        changes["run"] = {"dtype": "bfloat16"}
+    plain = train(small_settings(tmp_path, run={"name": "plain"}, training={"max_steps": 2}))
+    result = train(small_settings(tmp_path, **changes))
+    tolerance = 1e-5 if option == "gradient_checkpointing" else 0.05
+    assert result.metrics["val/loss"] == pytest.approx(plain.metrics["val/loss"], abs=tolerance)
+    weights = load_file(result.final_model_path / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}

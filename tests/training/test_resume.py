@@ -1,0 +1,218 @@
+"""Interrupted and resumed runs end like undisturbed ones, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from dtfcli.errors import CheckpointError, DataError, DTFError
+from dtfcli.training.checkpoint import list_checkpoints, read_state
+from dtfcli.training.loop import TrainingInterrupted, TrainResult, train
+from dtfcli.training.runs import newest_run, run_settings
+from dtfcli.training.tracking import Event, read_metrics
+from tests.training.small_runs import small_settings
+
+# A prior with dropout, so that the random generators matter.
+DROPOUT = {"prior_dropout": 0.3}
+
+
+class Killed(BaseException):
+    """What no handler in the loop catches."""
+
+
+def kill_when(condition: Callable[[Event], bool]) -> Callable[[Event], None]:
+    def listener(event: Event) -> None:
+        if condition(event):
+            raise Killed
+
+    return listener
+
+
+def the_run(folder: Path) -> Path:
+    (run,) = (folder / "outputs").glob("*/small")
+    return run
+
+
+def weights(path: Path) -> dict[str, bytes]:
+    with safe_open(path / "model.safetensors", "np") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118  # not a dict
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """All that does not measure time."""
+    return [
+        {name: value for name, value in line.items() if name not in ("tokens_per_second", "mfu")}
+        for line in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def assert_same(result: TrainResult, undisturbed: TrainResult) -> None:
+    assert weights(result.final_model_path) == weights(undisturbed.final_model_path)
+    assert result.best_model_path is not None
+    assert undisturbed.best_model_path is not None
+    assert weights(result.best_model_path) == weights(undisturbed.best_model_path)
+    assert metrics(result.run_dir) == metrics(undisturbed.run_dir)
+    assert result.metrics == undisturbed.metrics
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return train(small_settings(tmp_path_factory.mktemp("undisturbed"), model=DROPOUT))
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("step", 1), ("checkpoint", 2), ("step", 3), ("evaluation", 3), ("evaluation", 6)],
+)
+def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, kind: str, step: int) -> None:
+    settings = small_settings(tmp_path, model=DROPOUT)
+    with pytest.raises(Killed):
+        train(settings, on_event=kill_when(lambda event: (event.kind, event.step) == (kind, step)))
+    assert not (the_run(tmp_path) / "final_model").exists()
+    resumed = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
+    assert_same(resumed, undisturbed)
+
+
+def test_killed_twice(tmp_path: Path, undisturbed: TrainResult) -> None:
+    with pytest.raises(Killed):
+        train(small_settings(tmp_path, model=DROPOUT), on_event=kill_when(lambda event: event.step == 3))
+    with pytest.raises(Killed):
+        train(
+            run_settings(the_run(tmp_path)),
+            resume=the_run(tmp_path),
+            on_event=kill_when(lambda event: event.kind == "step" and event.step == 5),
+        )
+    resumed = train(run_settings(the_run(tmp_path)), resume=newest_run(tmp_path / "outputs"))
+    assert_same(resumed, undisturbed)
+
+
+def test_metrics_cut_off_in_a_line(tmp_path: Path, undisturbed: TrainResult) -> None:
+    with pytest.raises(Killed):
+        train(small_settings(tmp_path, model=DROPOUT), on_event=kill_when(lambda event: event.step == 5))
+    with (the_run(tmp_path) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tra')
+    assert_same(train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path)), undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    tmp_path: Path, undisturbed: TrainResult, damage: str
+) -> None:
+    with pytest.raises(Killed):
+        train(small_settings(tmp_path, model=DROPOUT), on_event=kill_when(lambda event: event.step == 5))
+    newest, before = list_checkpoints(the_run(tmp_path))
+    assert (newest.name, before.name) == ("step-000004", "step-000002")
+    if damage == "cut":
+        os.truncate(newest / "model.safetensors", 100)
+    elif damage == "missing":
+        (newest / "optimizer.bin").unlink()
+    else:
+        (newest / "state.json").write_text("{")
+    events: list[Event] = []
+    resumed = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path), on_event=events.append)
+    warnings = [event.message for event in events if event.kind == "warning"]
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
+    assert any(event.message == f"Resuming from {before}" for event in events)
+    assert_same(resumed, undisturbed)
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(small_settings(tmp_path), on_event=kill_when(lambda event: event.step == 3))
+    with (tmp_path / "text.jsonl").open("a") as file:
+        file.write('\n{"text": "one more document"}')
+    with pytest.raises(DataError, match="have changed since this run began"):
+        train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
+
+
+def test_no_run_to_resume(tmp_path: Path) -> None:
+    (tmp_path / "outputs" / "2026-01-01" / "mine").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no settings\.toml"):
+        run_settings(tmp_path / "outputs" / "2026-01-01" / "mine")
+    with pytest.raises(CheckpointError, match="Did you mean 'mine'"):
+        run_settings(tmp_path / "outputs" / "2026-01-01" / "mime")
+    with pytest.raises(CheckpointError, match="there are none"):
+        newest_run(tmp_path / "outputs")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    settings = small_settings(tmp_path, run={"output_dir": str(tmp_path / "file" / "outputs")})
+    with pytest.raises(DTFError, match="cannot be written"):
+        train(settings)
+
+
+SCRIPT = """
+import sys, time, torch
+from pathlib import Path
+from dtfcli.errors import DTFError
+from dtfcli.training.loop import train
+from tests.training.small_runs import small_settings
+torch.set_num_threads(1)
+
+def listener(event):
+    if event.kind == "step":
+        print(event.step, flush=True)
+        if event.step >= 3:
+            time.sleep(float(sys.argv[2]))
+
+settings = small_settings(Path(sys.argv[1]), training={"max_steps": 400, "eval_every": 400, "checkpoint_every": 400})
+try:
+    train(settings, on_event=listener)
+except DTFError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def start(folder: Path, pause: float) -> "subprocess.Popen[str]":
+    """A run in a process of its own, past its third step."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), str(pause)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != "3":
+        assert process.poll() is None
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_with_130(tmp_path: Path, number: signal.Signals) -> None:
+    small_settings(tmp_path)
+    process = start(tmp_path, 0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == TrainingInterrupted.exit_code == 130
+    (checkpoint,) = list_checkpoints(the_run(tmp_path))
+    step = read_state(checkpoint).step
+    assert step >= 3
+    assert errors.strip().splitlines()[-1] == (
+        f"Interrupted at step {step} of 400, saved as {checkpoint}. Go on with: dtf train --resume {the_run(tmp_path)}"
+    )
+    assert (the_run(tmp_path) / "curves.png").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    small_settings(tmp_path)
+    process = start(tmp_path, 20.0)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    assert list_checkpoints(the_run(tmp_path)) == []
