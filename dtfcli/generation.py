@@ -137,7 +137,7 @@ def _encode(
 ) -> dict[str, torch.Tensor]:
     if getattr(model, "routing", None) == "topk":
         raise ConfigError(
-            "routing 'topk' looks at the whole sequence, so it cannot write one token after another; use --routing threshold."
+            "routing 'topk' sees the whole sequence: it cannot write one token after another. Use --routing threshold."
         )
     if chat:
         if not tokenizer.chat_template:

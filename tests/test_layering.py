@@ -69,8 +69,8 @@ def _own(name: str) -> str | None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_downwards(module: str) -> None:
-    upwards = [name for name in _imports(FILES[module]) if (own := _own(name)) and _level(own) > _level(module)]
-    assert upwards == []
+    level = _level(module)
+    assert [name for name in _imports(FILES[module]) if (own := _own(name)) and _level(own) > level] == []
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("models.")])

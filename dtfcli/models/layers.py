@@ -230,6 +230,7 @@ class RoutedLayerMixin(nn.Module):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.config = config
+        self.layer_idx = layer_idx
         self.router = (PredictiveRouter if config.architecture == "dtf" else LinearRouter)(config, layer_idx)
 
     def score(
@@ -281,7 +282,7 @@ class RoutedLayerMixin(nn.Module):
         Returns:
             hidden states [B, T, D], scores [B, T], selected bool [B, T], gate [B, T], s_ce, s_cu (None for MoD).
         """
-        store = None if past_key_values is None else past_key_values.layers[self.self_attn.layer_idx]
+        store = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         scores = self.score(hidden_states, surprises, frame, store)
         selected, width, counts = self.select(scores.score, frame)
         keys = self._keys(hidden_states, position_embeddings, selected, counts, store)

@@ -202,8 +202,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         past = 0 if cache is None else cache.get_seq_length()
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + tokens):
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, but there are {batch} rows of {past} cached and "
-                f"{tokens} new tokens: it must cover them all"
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but must cover {batch} rows of {past} "
+                f"cached and {tokens} new tokens"
             )
         seen = None if attention_mask is None else attention_mask.bool().to(device)
         if position_ids is None and seen is None:
@@ -504,13 +504,13 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *sizes: Any
     ) -> None:
-        """Give `generate` a `RoutedCache`: assisted decoding and chunked prefill ask for it before the first forward."""
+        """Give `generate` a `RoutedCache`: assisted decoding asks for it before the first forward."""
         if self.config.routing == "topk":
             raise ValueError("routing 'topk' sees the whole sequence: generate with routing 'threshold'")
         if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
             raise ValueError(
-                f"cache_implementation = {generation_config.cache_implementation!r}: routed models have a cache of their "
-                "own; leave it out, or choose 'offloaded'"
+                f"cache_implementation = {generation_config.cache_implementation!r}: routed models have their own "
+                "cache; leave it out, or choose 'offloaded'"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             offloading = generation_config.cache_implementation == "offloaded"

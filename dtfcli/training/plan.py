@@ -3,6 +3,7 @@
 A pure function of the settings and the number of rows, so that a resumed run works out the same.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ from dtfcli.errors import DataError
 from dtfcli.settings import Settings
 
 _EVALUATIONS = 10
-_STEPS_APART = 10
-"""Evaluations of a run and the steps between two of them at least, where the settings leave it open; then as many
-checkpoints."""
+_EVALUATION_SHARE = 0.2
+"""Where the settings leave it open: so many evaluations in a run, unless they would take more than this share of the
+time that training takes; and a checkpoint with each."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def plan_run(settings: Settings, train_rows: int | None) -> Plan | None:
         if train_rows is None:
             return None
         total = max(1, int(training.epochs * train_rows / rows_per_update))
-    every = max(_STEPS_APART, total // _EVALUATIONS)
+    every = max(1, total // _EVALUATIONS, _affordable_interval(settings))
     return Plan(
         seq_len=seq_len,
         rows_per_update=rows_per_update,
@@ -77,3 +78,13 @@ def plan_run(settings: Settings, train_rows: int | None) -> Plan | None:
         eval_every=training.eval_every or every,
         checkpoint_every=training.checkpoint_every or every,
     )
+
+
+def _affordable_interval(settings: Settings) -> int:
+    """Updates between evaluations at which these take `_EVALUATION_SHARE` of the training's time.
+
+    A token costs three forward passes in training, and one in each of the modes that are evaluated.
+    """
+    modes = 1 if settings.model.architecture == "dense" else 2
+    evaluation = modes * settings.data.validation_blocks * settings.data.seq_len
+    return math.ceil(evaluation / (_EVALUATION_SHARE * 3 * settings.tokens_per_update))

@@ -89,7 +89,7 @@ print(json.dumps(generator("a b c", max_new_tokens=4, do_sample=False)[0]["gener
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_opens_in_a_process_without_dtfcli(family: str, architecture: str, tmp_path: Path, word_tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_opens_in_a_process_without_dtfcli(family: str, architecture: str, tmp_path: Path, word_tokenizer) -> None:
     model = routed_model(family, architecture)
     folder = tmp_path / "model"
     model.save_pretrained(folder)

@@ -1,0 +1,161 @@
+"""`dtf train` from the outside."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dtfcli.cli.train_view import sparkline
+from tests.conftest import Outcome
+from tests.training.small_runs import small_settings
+
+Dtf = Callable[..., Outcome]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A settings file for a run of three updates; the test runs beside it."""
+    monkeypatch.chdir(tmp_path)
+    settings = small_settings(tmp_path, run={"output_dir": "outputs"}, training={"max_steps": 3, "log_every": 1})
+    (tmp_path / "small.toml").write_text(settings.to_toml())
+    return "small.toml"
+
+
+def test_the_last_line_is_the_final_model(dtf: Dtf, config: str) -> None:
+    result = dtf("train", "--config", config, "run.name=mine")
+    assert result.code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    model = Path(result.stdout.strip())
+    assert model.name == "final_model"
+    assert model.parent.name == "mine"
+    for shown in ("step 3/3", "validation loss", "counting words", "routed share", "A sample", f"dtf generate {model}"):
+        assert shown in result.stderr
+    assert "\x1b" not in result.stderr
+
+    again = dtf("train", "--config", config, "run.name=mine")
+    assert again.code == 2
+    assert "run.name=mine-2" in again.stderr
+    assert len(again.stderr.strip().splitlines()) <= 2
+
+
+def test_json(dtf: Dtf, config: str) -> None:
+    result = dtf("train", "--config", config, "--json", "training.max_steps=1")
+    assert result.code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert {"run_dir", "final_model_path", "best_model_path", "metrics", "steps"} <= set(document)
+    assert document["steps"] == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    from dtfcli.training import loop
+
+    update, stopped = loop.update, []
+
+    def stop_once(run: loop.Run) -> dict[str, object]:
+        if run.state.step == 1 and not stopped:
+            stopped.append(True)
+            run.stop.requested = True
+        return update(run)
+
+    monkeypatch.setattr(loop, "update", stop_once)
+    first = dtf("train", "--config", config)
+    assert first.code == 130
+    assert first.stdout == ""
+    command = first.stderr.strip().splitlines()[-1].partition("Go on with: dtf ")[2].split()
+    assert command[:2] == ["train", "--resume"]
+
+    second = dtf(*(command if named else command[:2]))
+    assert second.code == 0, second.stderr
+    assert second.stdout.strip() == f"{command[2]}/final_model"
+    assert "step-000002" in second.stderr
+
+    finished = dtf(*command)
+    assert finished.code == 2
+    assert "has finished" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "training.max_steps=9"], "training.max_steps=9: a resumed run keeps the settings"),
+        (["--resume", "a", "b"], "--resume takes one run folder"),
+        (["--resume", "--dry-run"], "--dry-run: a resumed run"),
+        (["--resume", "nowhere"], "nowhere: no run to resume"),
+        (["--resume"], "outputs: no run to resume (there are none)"),
+        (["--config", "none.toml"], "none.toml: no such file"),
+        (["quickstart", "model.base=nowhere/at/all"], "nowhere/at/all: no such file or folder"),
+        (["quickstart", "run.device=cuda:99"], "cuda:99"),
+        (["quickstart", "run.device=cpu", "run.dtype=float16"], "run.dtype = 'float16'"),
+        (["quickstart", "data.tokenizer=./none"], "./none: no such file or folder"),
+    ],
+)
+def test_wrong_input(
+    dtf: Dtf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dtf("train", *arguments)
+    assert result.code == 2
+    errors = [line for line in result.stderr.splitlines() if not line.endswith("…")]
+    assert message in errors[0]
+    assert len(errors) <= 2
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run(dtf: Dtf, config: str) -> None:
+    result = dtf("train", "--config", config, "--dry-run")
+    assert result.code == 0
+    for shown in (
+        "max_steps = 3",
+        "parameters",
+        "trainable",
+        "FLOPs per token",
+        "share of dense",
+        "memory",
+        "tokens per update",
+    ):
+        assert shown in result.stdout
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["small.toml", "text.jsonl"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a Unix thing")
+def test_the_live_view_in_a_terminal(config: str) -> None:
+    import pty
+
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dtfcli", "train", "--config", config],
+        stdout=subprocess.PIPE,
+        stderr=child,
+        text=True,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "OMP_NUM_THREADS": "1"},
+    )
+    os.close(child)
+    drawn = b""
+    while True:
+        try:
+            part = os.read(parent, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        drawn += part
+    output, _ = process.communicate()
+    assert process.returncode == 0, drawn.decode()
+    assert output.strip().endswith("final_model")
+    text = drawn.decode()
+    assert "Traceback" not in text
+    assert "validation loss" in text
+    assert "\x1b[?25l" in text  # the cursor is hidden while the panel is drawn
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_sparkline() -> None:
+    assert sparkline([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 8) == "▁▂▃▄▅▆▇█"
+    assert len(sparkline([float(x) for x in range(1000)], 48)) == 48
+    assert sparkline([2.0, 2.0], 10) == "▁▁"
