@@ -64,16 +64,19 @@ def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: st
     )
 
 
-def forward_flops_per_token(model: Any, seq_len: int, *, dense: bool = False) -> float:
+def forward_flops_per_token(model: Any, seq_len: int, *, dense: bool = False, share: float | None = None) -> float:
     """FLOPs of one forward pass, per token of a sequence of `seq_len`; see the module's formula.
 
     Args:
         model: routed or dense.
         seq_len: T.
         dense: count the backbone alone, as if every layer were dense.
+        share: of the tokens in every routed layer, where it was measured; None: as the capacity says.
     """
     config = model.config
     shares = {} if dense else routed_shares(config, seq_len)
+    if share is not None:
+        shares = dict.fromkeys(shares, share)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * seq_len * config.num_attention_heads * head_size
     flops = 2.0 * config.vocab_size * config.hidden_size

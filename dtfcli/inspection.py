@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dtfcli.errors import ConfigError
 
@@ -70,7 +70,7 @@ class TextRouting:
 
 
 @torch.inference_mode()
-def inspect_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> TextRouting:
+def inspect_text(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> TextRouting:
     """Run a text through a routed model, in the model's routing mode, and keep every decision.
 
     Raises:

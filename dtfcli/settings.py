@@ -246,7 +246,9 @@ class TrainingSettings(Group):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the rates fall after warm-up; cosine and linear end at 0."
     )
-    gradient_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of the whole gradient.")
+    gradient_clip: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Largest norm of the gradient of a learning-rate group."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     eval_every: Count | None = Field(None, description="Steps between evaluations; unset: about ten over the run.")

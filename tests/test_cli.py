@@ -187,8 +187,12 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("pre", "presets"), ("presets show thesis-d", "thesis-dtf"), ("train quick", "quickstart")]
-    + [("train quickstart training.max_s", "training.max_steps=")],
+    [
+        ("pre", "presets"),
+        ("presets show thesis-d", "thesis-dtf"),
+        ("train quick", "quickstart"),
+        ("train quickstart training.max_s", "training.max_steps="),
+    ],
 )
 def test_completion_knows_presets_and_settings(typed: str, offered: str) -> None:
     words = f"dtf {typed}"

@@ -17,9 +17,11 @@ PACKAGE = Path(__file__).parents[1] / "dtfcli"
 LEVELS = [
     ["errors"],
     ["models", "overrides", "presets", "schema", "resolution", "settings", "registration"],
-    ["base_configs", "devices", "model_paths", "documents", "sources", "hub_source", "tokenization", "token_cache"]
-    + ["data", "factory", "training.checkpoint"],
-    ["accounting", "training", "generation", "inspection"],
+    [
+        *("base_configs", "devices", "model_paths", "factory", "training.checkpoint"),
+        *("documents", "sources", "hub_source", "tokenization", "token_cache", "data"),
+    ],
+    ["accounting", "training", "generation", "inspection", "benchmark"],
     ["cli"],
 ]
 LAZY = ("torch", "transformers", "datasets", "lm_eval")
@@ -41,14 +43,19 @@ def _imports(path: Path, *, everywhere: bool = True) -> Iterator[str]:
             base = "dtfcli.models" if node.level else ""
             name = ".".join(filter(None, [base, node.module]))
             yield from (f"{name}.{alias.name}" for alias in node.names)
-        elif not everywhere and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            return
-        elif not everywhere and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        elif not everywhere and _runs_later(node):
             return
         for child in ast.iter_child_nodes(node):
             yield from visit(child)
 
     yield from visit(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def _runs_later(node: ast.AST) -> bool:
+    """Whether a statement's body does not run when its module is imported."""
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in ast.unparse(node.test)
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
 
 
 def _level(module: str) -> int:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from dtfcli.cli.render import err, note, warn
@@ -57,7 +56,7 @@ class PlainView:
             parts = [f"{place}  val {metrics['val/loss']:.4f}"]
             parts += [f"top-k {topk:.4f}"] if topk is not None else []
             parts += [f"routed {routed:.2f}"] if routed is not None else []
-            note("  ".join([*parts, f"counting words {metrics['val/unigram']:.4f}"]))
+            note("  ".join([*parts, f"counts alone {metrics['val/unigram']:.4f}"]))
 
 
 class LiveView:
@@ -131,7 +130,7 @@ class LiveView:
         figures = [
             ("loss", latest.get("train/loss"), ".3f"),
             ("val", latest.get("val/loss"), ".3f"),
-            ("counting words", latest.get("val/unigram"), ".3f"),
+            ("counts alone", latest.get("val/unigram"), ".3f"),
             ("tokens/s", latest.get("tokens_per_second"), ",.0f"),
             ("routed", routed, ".2f"),
         ]
@@ -149,8 +148,12 @@ def view_of(settings: "Settings") -> PlainView | LiveView:
 
 def routed_share(metrics: dict[str, Any]) -> float | None:
     """Mean realized share over the routed layers; None for a dense model."""
-    shares = [value for name, value in metrics.items() if name.endswith("/routed_share") and value is not None]
+    shares = _shares(metrics)
     return sum(shares) / len(shares) if shares else None
+
+
+def _shares(metrics: dict[str, Any]) -> list[float]:
+    return [value for name, value in metrics.items() if name.endswith("/routed_share") and value is not None]
 
 
 def sparkline(values: list[float], width: int) -> str:
@@ -165,24 +168,31 @@ def sparkline(values: list[float], width: int) -> str:
 
 def show_summary(result: "TrainResult", settings: "Settings", preset: str | None) -> None:
     """Losses, a sample and the next commands, on stderr."""
-    rows = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     metrics = result.metrics
+    rows = []
     if metrics:
         below = metrics["val/unigram"] - metrics["val/loss"]
-        rows.add_row("validation loss", Text(f"{metrics['val/loss']:.3f}", style="bold"), "nats per token, causal")
-        rows.add_row("counting words", f"{metrics['val/unigram']:.3f}", f"what counts alone reach: {below:+.3f} to it")
+        rows.append(("validation loss", f"{metrics['val/loss']:.3f}", "nats per token, causal"))
+        rows.append(
+            (
+                "counts alone",
+                f"{metrics['val/unigram']:.3f}",
+                f"the loss is {abs(below):.3f} {'below' if below > 0 else 'above'} that",
+            )
+        )
         if "val/loss_topk" in metrics:
-            rows.add_row("with top-k", f"{metrics['val/loss_topk']:.3f}", "the training rule; not causal")
-        rows.add_row("bits per byte", f"{metrics['val/bits_per_byte']:.3f}")
+            rows.append(("with top-k", f"{metrics['val/loss_topk']:.3f}", "the training rule; not causal"))
+        rows.append(("bits per byte", f"{metrics['val/bits_per_byte']:.3f}", ""))
         if result.best_step != result.steps and result.best_val_loss is not None:
-            rows.add_row("best", f"{result.best_val_loss:.3f}", f"at step {result.best_step}, kept as best_model")
-    routed = routed_share(metrics)
-    if routed is not None:
-        layers = [(name.split("/")[1], share) for name, share in metrics.items() if name.endswith("/routed_share")]
-        rows.add_row("routed share", f"{routed:.2f}", ", ".join(f"layer {i} {share:.2f}" for i, share in layers[:8]))
-    rows.add_row("curves", str(result.run_dir / "curves.png"), style="dim")
+            rows.append(("best", f"{result.best_val_loss:.3f}", f"at step {result.best_step}, kept as best_model"))
+    shares = _shares(metrics)
+    if shares:
+        mean = sum(shares) / len(shares)
+        rows.append(("routed share", f"{mean:.2f}", f"{min(shares):.2f} to {max(shares):.2f} by layer"))
     err.print()
-    err.print(rows)
+    for name, figure, remark in rows:
+        err.print(f"{name:<16} [bold]{figure:>6}[/]  [dim]{remark}[/]")
+    note(f"Curves: {result.run_dir / 'curves.png'}")
     err.print("\nA sample, its prompt in bold:", style="dim")
     err.print(Text(result.prompt, style="bold").append(result.sample, style="not bold"))
     err.print("\nNext:", style="dim")
@@ -196,7 +206,7 @@ def next_commands(model: Path, settings: "Settings", preset: str | None) -> list
     python = any(source.path == "python-stdlib" for source in settings.data.sources)
     commands = [f"dtf generate {path} {shlex.quote('def main(' if python else 'Once upon a time')}"]
     if settings.model.architecture != "dense":
-        commands.append(f"dtf generate {path} 'import ' --capacity 0.25")
+        commands.append(f"dtf inspect-routing {path}")
     if preset is not None:
         other = "mod" if settings.model.architecture == "dtf" else "dtf"
         commands.append(f"dtf train {preset} model={other}")

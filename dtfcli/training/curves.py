@@ -62,7 +62,7 @@ def _draw_losses(axis: Any, lines: list[Line]) -> None:
             fontweight="bold",
         )
     for value in _series(lines, "val/unigram")[1][:1]:
-        axis.axhline(value, color=_GRAY, linestyle="--", linewidth=1, label="validation, counting words only")
+        axis.axhline(value, color=_GRAY, linestyle="--", linewidth=1, label="counts alone")
     axis.set_ylabel("loss (nats per token)")
     axis.legend(frameon=False, fontsize="small")
 

@@ -42,7 +42,7 @@ from dtfcli.training.checkpoint import (
 from dtfcli.training.curves import draw_curves
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.objectives import Objective
-from dtfcli.training.optim import build_optimizer, parameter_groups, schedule_factor, set_learning_rates
+from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups, schedule_factor, set_learning_rates
 from dtfcli.training.plan import Plan, plan_run
 from dtfcli.training.runs import CURVES_FILE, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.training.tracking import Event, Listener, MetricsLog, Stopwatch, matmul_peak, read_metrics
@@ -50,6 +50,7 @@ from dtfcli.training.validation import calibration_batches, evaluation_rows, to_
 
 _MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CURVES_EVERY_SECONDS = 30.0
+_QUICK_CALIBRATION_TOKENS = 4096
 
 
 class TrainingInterrupted(DTFError):
@@ -260,11 +261,25 @@ def update(run: Run) -> dict[str, Any]:
         for name, value in parts.items():
             if value is not None:
                 sums[name] = sums.get(name, 0.0) + value.detach()
-    norm = run.accelerator.clip_grad_norm_(run.objective.parameters(), run.settings.training.gradient_clip)
-    metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": norm.item()}
+    metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
     _check_finite(run, metrics)
     run.optimizer.step()
     return metrics | sums | {f"lr/{name}": rate for name, rate in rates.items()}
+
+
+def _clip_gradients(run: Run) -> float:
+    """Clip each learning-rate group by its own norm; returns the norm of all gradients together.
+
+    A common norm would let the prior loss, whose scale is that of the surprise (a hundred times the language model's
+    in small models), throttle the backbone's steps.
+    """
+    squares = 0.0
+    for name in GROUPS:
+        members = [p for group in run.optimizer.param_groups if group["name"] == name for p in group["params"]]
+        if members:
+            norm = run.accelerator.clip_grad_norm_(members, run.settings.training.gradient_clip)
+            squares += norm.item() ** 2
+    return math.sqrt(squares)
 
 
 def log_step(run: Run, losses: dict[str, Any]) -> None:
@@ -288,10 +303,12 @@ def log_step(run: Run, losses: dict[str, Any]) -> None:
 def evaluate(run: Run) -> dict[str, float]:
     """Measure the held-out losses, write their line, and keep the model if it is the best so far."""
     state = run.state
-    if run.objective.routed and not run.model.is_calibrated:
-        calibrate(run, capacities=())
     metrics: dict[str, Any] = {}
     if len(run.validation):
+        if run.objective.routed and state.step < run.plan.total_steps:
+            # The averages that training tracks lag behind while the scores still move: they routed anything from
+            # nothing to everything. At the end `finish` has calibrated already.
+            calibrate(run, capacities=(), tokens=_QUICK_CALIBRATION_TOKENS)
         run.tell("phase", "Evaluating")
         metrics = validate(
             run.objective,
@@ -313,12 +330,18 @@ def evaluate(run: Run) -> dict[str, float]:
     return metrics
 
 
-def calibrate(run: Run, capacities: tuple[float, ...] | None = None) -> None:
-    """Measure thresholds on training text: at the model's own capacity alone (`()`), or on the whole grid (None)."""
+def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int | None = None) -> None:
+    """Measure thresholds on training text.
+
+    Args:
+        run: with a routed model.
+        capacities: (): at the model's own capacity alone; None: on the whole grid.
+        tokens: of text, at most; None: `training.calibration_tokens`.
+    """
     run.tell("phase", "Calibrating thresholds")
-    training = run.settings.training
+    most = run.settings.training.calibration_tokens
     batches = calibration_batches(
-        run.data.train, training.calibration_tokens, run.plan.micro_batch_size, run.settings.run.seed
+        run.data.train, min(most, tokens or most), run.plan.micro_batch_size, run.settings.run.seed
     )
     # In the precision that the losses are measured in: thresholds are quantiles of its scores.
     with run.accelerator.autocast():

@@ -47,7 +47,7 @@ class MetricsLog:
         self.path = path
         with explained_write_errors(path.parent):
             path.touch()
-            os.truncate(path, keep_bytes)
+            os.truncate(path, min(keep_bytes, path.stat().st_size))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line."""

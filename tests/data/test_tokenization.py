@@ -108,9 +108,9 @@ def test_tokenizer_without_a_fast_backend() -> None:
         def get_vocab(self) -> dict[str, int]:
             return {"a": 97}
 
-    (ids,) = tokenization.text_encoder(Slow())(["ab"])  # type: ignore[arg-type]
+    (ids,) = tokenization.text_encoder(Slow())(["ab"])
     assert ids.tolist() == [97, 98]
-    assert len(tokenization.tokenizer_identity(Slow())) == 32  # type: ignore[arg-type]
+    assert len(tokenization.tokenizer_identity(Slow())) == 32
 
 
 @settings(deadline=None)

@@ -32,7 +32,7 @@ def test_the_last_line_is_the_final_model(dtf: Dtf, config: str) -> None:
     model = Path(result.stdout.strip())
     assert model.name == "final_model"
     assert model.parent.name == "mine"
-    for shown in ("step 3/3", "validation loss", "counting words", "routed share", "A sample", f"dtf generate {model}"):
+    for shown in ("step 3/3", "validation loss", "counts alone", "routed share", "A sample", f"dtf generate {model}"):
         assert shown in result.stderr
     assert "\x1b" not in result.stderr
 
@@ -54,7 +54,8 @@ def test_json(dtf: Dtf, config: str) -> None:
 def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
     from dtfcli.training import loop
 
-    update, stopped = loop.update, []
+    update = loop.update
+    stopped: list[bool] = []
 
     def stop_once(run: loop.Run) -> dict[str, object]:
         if run.state.step == 1 and not stopped:

@@ -1,0 +1,235 @@
+"""Time and memory of routed models against their own dense backbone, in one process and in turns.
+
+Machines are shared and their clocks drift: a ratio of medians taken alternately holds where absolute times do not.
+The notable choices:
+
+- dense and routed models share their weights, so both read the same memory and neither has a cold cache;
+- decoding is teacher-forced over fixed ids, dense and routed taking turns token by token: greedy decoding of random
+  weights repeats itself and measures nothing;
+- the share of tokens really routed is measured along with the time, and the bounds are taken at that share.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from dtfcli.accounting import forward_flops_per_token
+from dtfcli.models.cache import RoutedCache
+from dtfcli.training.tracking import matmul_peak
+
+OnProgress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """One model in one phase, next to dense.
+
+    Attributes:
+        phase: "prefill" or "decode".
+        architecture: "dtf" or "mod".
+        capacity: γ asked for.
+        routed_share: share of tokens that entered a routed layer, over the tokens timed and all routed layers.
+        dense_ms, routed_ms: medians, per forward pass (prefill) or token (decode).
+        time_ratio: median of routed / dense over the pairs.
+        flop_ratio: of the model at the realized share (prefill).
+        weight_ratio: share of the dense weights that a token reads at the realized share (decode).
+        cache_ratio: bytes of the cache after the phase over those of dense.
+        cache_bytes: of the routed model.
+        tokens_per_second: of the routed model.
+    """
+
+    phase: str
+    architecture: str
+    capacity: float
+    routed_share: float
+    dense_ms: float
+    routed_ms: float
+    time_ratio: float
+    flop_ratio: float
+    weight_ratio: float
+    cache_ratio: float
+    cache_bytes: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All results, and what they were taken on."""
+
+    device: str
+    dtype: str
+    threads: int
+    torch: str
+    batch: int
+    seq_len: int
+    new_tokens: int
+    matmul_gflops: float
+    results: list[PhaseResult]
+
+
+@torch.inference_mode()
+def bench(
+    dense: PreTrainedModel,
+    routed: dict[str, PreTrainedModel],
+    *,
+    capacities: Sequence[float],
+    phases: Sequence[str] = ("prefill", "decode"),
+    seq_len: int = 512,
+    batch: int = 1,
+    new_tokens: int = 64,
+    repeats: int = 7,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> BenchReport:
+    """Measure calibrated routed models against dense.
+
+    Args:
+        dense: the backbone, in eval mode.
+        routed: architecture → model that shares its weights, calibrated.
+        capacities: γ to measure at.
+        phases: any of "prefill" and "decode".
+        seq_len: tokens of the prompt.
+        batch: rows.
+        new_tokens: tokens decoded one by one after the prompt.
+        repeats: passes of each model in prefill, taken in turns after one of warm-up.
+        seed: of the token ids.
+        on_progress: called with what is measured next.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(0, dense.config.vocab_size, (batch, seq_len + new_tokens), generator=generator)
+    input_ids = input_ids.to(dense.device)
+    results = []
+    for architecture, model in routed.items():
+        for capacity in capacities:
+            model.set_routing("threshold", capacity)  # type: ignore[operator]
+            for phase in phases:
+                if on_progress is not None:
+                    on_progress(f"{phase}, {architecture} at γ {capacity:g}")
+                measure = {"prefill": _prefill, "decode": _decode}[phase]
+                results.append(measure(dense, model, architecture, capacity, input_ids, seq_len, repeats))
+    return BenchReport(
+        device=str(dense.device),
+        dtype=str(dense.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        batch=batch,
+        seq_len=seq_len,
+        new_tokens=new_tokens,
+        matmul_gflops=(matmul_peak(dense.device, dense.dtype) or 0.0) / 1e9,
+        results=results,
+    )
+
+
+def _prefill(
+    dense: Any, routed: Any, architecture: str, capacity: float, input_ids: Tensor, seq_len: int, repeats: int
+) -> PhaseResult:
+    prompt = input_ids[:, :seq_len]
+
+    def run_dense() -> Any:
+        return dense(prompt, past_key_values=DynamicCache(config=dense.config), logits_to_keep=1)
+
+    def run_routed() -> Any:
+        return routed(prompt, past_key_values=RoutedCache(routed.config), logits_to_keep=1, output_routing=True)
+
+    plain, out = run_dense(), run_routed()
+    share = _share(out.routing)
+    pairs = [(_seconds(run_dense), _seconds(run_routed)) for _ in range(repeats)]
+    return _result("prefill", dense, routed, architecture, capacity, share, pairs, plain, out, prompt.numel(), seq_len)
+
+
+def _decode(
+    dense: Any, routed: Any, architecture: str, capacity: float, input_ids: Tensor, seq_len: int, repeats: int
+) -> PhaseResult:
+    prompt = input_ids[:, :seq_len]
+    plain = dense(prompt, past_key_values=DynamicCache(config=dense.config), logits_to_keep=1)
+    out = routed(prompt, past_key_values=RoutedCache(routed.config), logits_to_keep=1)
+    caches = plain.past_key_values, out.past_key_values
+    pairs, shares = [], []
+    for t in range(seq_len, input_ids.shape[1]):
+        token = input_ids[:, t : t + 1]
+        last: list[Any] = []
+        pairs.append(
+            (
+                _seconds(lambda: dense(token, past_key_values=caches[0])),  # noqa: B023
+                _seconds(lambda: last.append(routed(token, past_key_values=caches[1], output_routing=True))),  # noqa: B023
+            )
+        )
+        shares.append(_share(last[0].routing))
+    share = statistics.fmean(shares)
+    pairs = pairs[2:] if len(pairs) > 4 else pairs  # the first tokens warm up
+    return _result(
+        "decode", dense, routed, architecture, capacity, share, pairs, plain, out, prompt.shape[0], seq_len
+    )  # fmt: skip
+
+
+def _result(
+    phase: str,
+    dense: Any,
+    routed: Any,
+    architecture: str,
+    capacity: float,
+    share: float,
+    pairs: list[tuple[float, float]],
+    plain: Any,
+    out: Any,
+    tokens: int,
+    seq_len: int,
+) -> PhaseResult:
+    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.past_key_values.layers)
+    routed_seconds = statistics.median(b for _, b in pairs)
+    return PhaseResult(
+        phase=phase,
+        architecture=architecture,
+        capacity=capacity,
+        routed_share=share,
+        dense_ms=1e3 * statistics.median(a for a, _ in pairs),
+        routed_ms=1e3 * routed_seconds,
+        # The total over the pairs: in decoding a token is either routed or not, and a median would show one kind alone.
+        time_ratio=sum(b for _, b in pairs) / sum(a for a, _ in pairs)
+        if phase == "decode"
+        else statistics.median(b / a for a, b in pairs),
+        flop_ratio=forward_flops_per_token(routed, seq_len, share=share)
+        / forward_flops_per_token(routed, seq_len, dense=True),
+        weight_ratio=weights_read(routed, share),
+        cache_ratio=out.past_key_values.nbytes / dense_bytes,
+        cache_bytes=out.past_key_values.nbytes,
+        tokens_per_second=tokens / routed_seconds,
+    )
+
+
+def weights_read(model: Any, share: float) -> float:
+    """Share of the dense backbone's matrices that one decoded token reads when it enters this share of routed layers.
+
+    The embedding is a lookup; the head counts once. PriorFFNs and MoD's routers are read for every token.
+    """
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    read = dense = float(head)
+    routed = {f"layers.{layer}." for layer in config.routed_layer_indices}
+    for name, parameter in model.named_parameters():
+        if ".layers." not in name or parameter.numel() < config.hidden_size:
+            continue
+        if any(part in name for part in ("router", "prior")):
+            read += parameter.numel()
+            continue
+        dense += parameter.numel()
+        read += parameter.numel() * (share if any(part in name for part in routed) else 1.0)
+    return read / dense
+
+
+def _share(records: Any) -> float:
+    return statistics.fmean(float(record.selected.float().mean()) for record in records)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
