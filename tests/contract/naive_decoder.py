@@ -13,7 +13,7 @@ from dtfcli.models import routing_naive
 
 
 def rms_norm(x: Tensor, module: torch.nn.Module) -> Tensor:
-    return x / torch.sqrt((x * x).mean() + module.variance_epsilon) * module.weight  # type: ignore[operator]
+    return x / torch.sqrt((x * x).mean() + module.variance_epsilon) * module.weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Layer:
     """One decoder layer and what it remembers."""
 
-    def __init__(self, layer, config) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, layer, config) -> None:
         self.layer, self.config = layer, config
         self.memory: list[tuple[Tensor, Tensor]] = []
 
@@ -50,7 +50,7 @@ class Layer:
 
 
 @torch.no_grad()
-def decode(model, input_ids: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
+def decode(model, input_ids: list[int]) -> Tensor:
     """Logits [T, V] of one row, in `threshold` mode at the model's capacity."""
     stack, config = model.model, model.config
     layers = [Layer(layer, config) for layer in stack.layers]
@@ -73,7 +73,7 @@ def decode(model, input_ids: list[int]) -> Tensor:  # type: ignore[no-untyped-de
                 score = x @ router.weight
                 gate = torch.sigmoid(score)
             else:
-                static, change = below  # type: ignore[misc]
+                static, change = below
                 surprises[index].append(static)
                 average = routing_naive.moving_average(surprises[index], config.ma_window, config.sink_tokens)[-1]
                 scalars = (router.log_o_ce.exp(), router.log_m_cu.exp(), router.beta_ce, router.beta_cu)
