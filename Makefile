@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml
 
 quickstart: $(INSTALLED)
 	model=$$($(BIN)/dtf train quickstart | tail -n 1); \
-	$(BIN)/dtf generate "$$model" "def main(" --max-new-tokens 60; \
+	$(BIN)/dtf generate "$$model" "def main(" --max-new-tokens 60 --temperature 0.7 --seed 1; \
 	$(BIN)/dtf inspect-routing "$$model"
 
 test: $(INSTALLED)

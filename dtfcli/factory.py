@@ -32,6 +32,7 @@ from dtfcli.base_configs import BASE_CONFIGS
 from dtfcli.devices import DTYPES, has_fast_bfloat16, resolve_device
 from dtfcli.errors import CheckpointError, ConfigError, DTFError, HubError
 from dtfcli.model_paths import ModelPath, resolve_model_path
+from dtfcli.models.configuration_fields import DTF_ONLY, MOD_ONLY
 from dtfcli.models.conversion import convert, load_dense, routed_config
 from dtfcli.settings import Settings
 from dtfcli.tokenization import data_tokenizer
@@ -68,6 +69,29 @@ def build_model(
     if tokenizer is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def build_comparison(settings: Settings, *, dtype: torch.dtype = torch.float32) -> dict[str, PreTrainedModel]:
+    """A dense model of the settings' shape with random weights, and both routed models that share them: for timing.
+
+    Routing fields of the settings hold for the architecture they belong to.
+
+    Raises:
+        ConfigError: the shape cannot be routed so.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.run.seed)
+        dense: Any = _new_dense(_dense_config(settings, None), settings)
+        dense = dense.to(dtype).eval()
+        models: dict[str, PreTrainedModel] = {"dense": dense}
+        fields = settings.model.routing_fields()
+        for architecture, foreign in (("dtf", MOD_ONLY), ("mod", DTF_ONLY)):
+            chosen = {name: value for name, value in fields.items() if name not in foreign}
+            try:
+                models[architecture] = convert(dense, architecture, chosen.pop("capacity", 0.5), **chosen)
+            except ValueError as error:
+                raise ConfigError(f"model: {error}") from error
+    return models
 
 
 def build_tokenizer(

@@ -13,6 +13,7 @@ import typer
 
 from dtfcli import __version__
 from dtfcli.cli import env, presets
+from dtfcli.cli.bench import bench
 from dtfcli.cli.generate import generate
 from dtfcli.cli.inspect_routing import inspect_routing
 from dtfcli.cli.train import train
@@ -57,6 +58,7 @@ def root(
 app.command("train")(train)
 app.command("generate")(generate)
 app.command("inspect-routing")(inspect_routing)
+app.command("bench")(bench)
 app.command("env")(env.env)
 app.add_typer(presets.app, name="presets")
 

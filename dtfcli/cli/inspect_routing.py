@@ -82,10 +82,11 @@ def inspect_routing(
     if json:
         render.emit_json(report.to_dict())
     else:
-        _show(report)
+        show(report)
 
 
-def _show(report: "TextRouting") -> None:
+def show(report: "TextRouting") -> None:
+    """Print a text colored by depth, its heat map and the figures of each layer."""
     from rich.text import Text
 
     from dtfcli.cli import render
@@ -133,7 +134,7 @@ def _heat_map(report: "TextRouting", width: int) -> "Text":
     heat = Text("\n")
     for start in range(0, len(report.tokens), room):
         stop = min(start + room, len(report.tokens))
-        heat.append(f"tokens {start}–{stop - 1}\n", "dim")
+        heat.append(f"tokens {start} to {stop - 1}\n", "dim")
         for layer in report.layers:
             ranked = sorted(layer.score)
             heat.append(f"layer {layer.layer:<3}", "dim")

@@ -59,7 +59,7 @@ def decode(model, input_ids: list[int]) -> Tensor:
     for t, token in enumerate(input_ids):
         x = stack.embed_tokens.weight[token]
         cos, sin = (part[0, 0] for part in stack.rotary_emb(x[None, None], torch.tensor([[t]])))
-        below = None
+        below: tuple[Tensor, Tensor] | None = None
         for index, walker in enumerate(layers):
             router = stack.routers.get(index)
             if router is None:
@@ -73,6 +73,7 @@ def decode(model, input_ids: list[int]) -> Tensor:
                 score = x @ router.weight
                 gate = torch.sigmoid(score)
             else:
+                assert below is not None
                 static, change = below
                 surprises[index].append(static)
                 average = routing_naive.moving_average(surprises[index], config.ma_window, config.sink_tokens)[-1]
