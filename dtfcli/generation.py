@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer, set_seed
 
 from dtfcli.errors import ConfigError
 
@@ -52,6 +52,25 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class GenerationStats:
+    """What a continuation cost.
+
+    Attributes:
+        prefill_tokens_per_second: prompt tokens over the time to the first new token.
+        decode_tokens_per_second: of the tokens after the first; None when there is one alone.
+        cache_bytes: of the key/value cache at the end; None without a cache.
+        dense_cache_bytes: what a dense model of the same shape would hold for as many positions.
+        routed_share: share of the cached tokens that routed layers took, None for dense models or without a cache.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float | None
+    cache_bytes: int | None
+    dense_cache_bytes: int
+    routed_share: float | None
+
+
+@dataclass(frozen=True)
 class Generated:
     """One continuation.
 
@@ -60,6 +79,7 @@ class Generated:
         text: the continuation alone, without special tokens.
         prompt_tokens, new_tokens: counts.
         seconds: wall time, from the first forward pass to the last token.
+        stats: speed and memory, of the whole batch where there were several prompts.
     """
 
     prompt: str
@@ -67,6 +87,18 @@ class Generated:
     prompt_tokens: int
     new_tokens: int
     seconds: float
+    stats: GenerationStats
+
+
+class _Stopwatch(StoppingCriteria):
+    """Stops nothing: notes the time at which each token was there."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _CallbackStreamer(TextStreamer):
@@ -88,6 +120,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     chat: bool = False,
+    use_cache: bool = True,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Continue one prompt.
@@ -98,6 +131,7 @@ def generate(
         prompt: text; empty starts a new document.
         sampling: how tokens are chosen; greedy by default.
         chat: treat the prompt as a user's message and apply the tokenizer's chat template.
+        use_cache: keep keys and values; False recomputes the prefix for every token.
         on_text: called with each piece of the continuation as it appears.
 
     Raises:
@@ -106,8 +140,8 @@ def generate(
     sampling = sampling or Sampling()
     encoded = _encode(model, tokenizer, [prompt], sampling, chat)
     streamer = _CallbackStreamer(tokenizer, on_text) if on_text else None
-    sequences, seconds = _run(model, tokenizer, encoded, sampling, streamer)
-    return _results(tokenizer, [prompt], encoded, sequences, seconds)[0]
+    sequences, seconds, stats = _run(model, tokenizer, encoded, sampling, streamer, use_cache)
+    return _results(tokenizer, [prompt], encoded, sequences, seconds, stats)[0]
 
 
 def generate_many(
@@ -117,6 +151,7 @@ def generate_many(
     sampling: Sampling | None = None,
     *,
     chat: bool = False,
+    use_cache: bool = True,
     batch_size: int = 8,
 ) -> Iterator[Generated]:
     """Continue many prompts, left-padded in batches; the same texts as one by one when decoding is greedy.
@@ -128,8 +163,8 @@ def generate_many(
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         encoded = _encode(model, tokenizer, batch, sampling, chat)
-        sequences, seconds = _run(model, tokenizer, encoded, sampling, None)
-        yield from _results(tokenizer, batch, encoded, sequences, seconds)
+        sequences, seconds, stats = _run(model, tokenizer, encoded, sampling, None, use_cache)
+        yield from _results(tokenizer, batch, encoded, sequences, seconds, stats)
 
 
 def _encode(
@@ -175,24 +210,53 @@ def _encode(
 
 
 def _run(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     encoded: dict[str, torch.Tensor],
     sampling: Sampling,
     streamer: TextStreamer | None,
-) -> tuple[torch.Tensor, float]:
+    use_cache: bool,
+) -> tuple[torch.Tensor, float, GenerationStats]:
+    """New tokens [B, N], seconds and what they cost."""
     set_seed(sampling.seed)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    started = time.perf_counter()
+    stopwatch = _Stopwatch()
     with torch.inference_mode():
-        sequences = model.generate(  # type: ignore[operator]
+        out = model.generate(
             **encoded,
             **sampling.arguments(),
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=padding,
             streamer=streamer,
+            use_cache=use_cache,
+            stopping_criteria=[stopwatch],
+            return_dict_in_generate=True,
         )
-    return sequences[:, encoded["input_ids"].shape[1] :], time.perf_counter() - started
+    new = out.sequences[:, encoded["input_ids"].shape[1] :]
+    started, first, *_ = stopwatch.times
+    last, later = stopwatch.times[-1], new.numel() - len(new)
+    shares = list(getattr(out.past_key_values, "routed_shares", {}).values())
+    stats = GenerationStats(
+        prefill_tokens_per_second=int(encoded["attention_mask"].sum()) / (first - started),
+        decode_tokens_per_second=later / (last - first) if later else None,
+        cache_bytes=_cache_bytes(out.past_key_values) if use_cache else None,
+        dense_cache_bytes=_dense_cache_bytes(model, out.sequences.numel() - len(new)),
+        routed_share=sum(shares) / len(shares) if use_cache and shares else None,
+    )
+    return new, last - started, stats
+
+
+def _cache_bytes(cache: Any) -> int:
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _dense_cache_bytes(model: Any, positions: int) -> int:
+    """Keys and values of every layer for so many positions."""
+    config = model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * positions * model.dtype.itemsize
 
 
 def _results(
@@ -201,6 +265,7 @@ def _results(
     encoded: dict[str, torch.Tensor],
     sequences: torch.Tensor,
     seconds: float,
+    stats: GenerationStats,
 ) -> list[Generated]:
     results = []
     for prompt, mask, row in zip(prompts, encoded["attention_mask"], sequences, strict=True):
@@ -208,5 +273,5 @@ def _results(
         if tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(tokenizer.eos_token_id)]
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
-        results.append(Generated(prompt, text, int(mask.sum()), len(ids), seconds))
+        results.append(Generated(prompt, text, int(mask.sum()), len(ids), seconds, stats))
     return results

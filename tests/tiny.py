@@ -4,8 +4,16 @@ from functools import cache
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from dtfcli.models.conversion import convert
 
@@ -60,3 +68,12 @@ def pad(row: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     filled = torch.cat([torch.full((left,), 3), row, torch.full((right,), 5)])
     mask = torch.cat([torch.zeros(left), torch.ones(len(row)), torch.zeros(right)]).long()
     return filled, mask
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of this vocabulary: letters and numbered words."""
+    words = {chr(ord("a") + i): i for i in range(26)} | {f"w{i}": i for i in range(26, VOCABULARY - 1)}
+    words["<unk>"] = VOCABULARY - 1
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

@@ -3,7 +3,7 @@
 import json as json_module
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,11 @@ def generate(
     model: options.Model,
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="Text to continue; without it, standard input.", show_default=False),
+        typer.Argument(
+            metavar="[PROMPT]",
+            help="Text to continue; without it, standard input, or on a terminal an interactive prompt.",
+            show_default=False,
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Write at most so many tokens.")] = 128,
     temperature: Annotated[
@@ -31,6 +35,10 @@ def generate(
         typer.Option("--prompts", help="A file with a prompt on each line, or .jsonl with a 'prompt' each."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Where --prompts writes its .jsonl.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the prefix for every token; slow.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Say on stderr how fast it was and what the cache holds.")
+    ] = False,
     routing: options.Routing = "auto",
     capacity: options.Capacity = None,
     device: options.Device = "auto",
@@ -66,7 +74,10 @@ def generate(
     many = _read_prompts(prompts) if prompts is not None else None
     if output is not None and output.exists():
         raise ConfigError(f"--output {output}: exists already; name another file.")
-    text = None if many is not None else _prompt_or_stdin(prompt)
+    interactive = many is None and prompt is None and sys.stdin is not None and sys.stdin.isatty()
+    if interactive and json:
+        raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
+    text = None if many is not None or interactive else _prompt_or_stdin(prompt)
 
     from dtfcli.factory import load_model, load_tokenizer
     from dtfcli.generation import generate as continue_text
@@ -86,7 +97,7 @@ def generate(
     if many is not None:
         results = []
         for result in render.track(
-            generate_many(loaded, tokenizer, many, sampling, chat=chat), len(many), "generating"
+            generate_many(loaded, tokenizer, many, sampling, chat=chat, use_cache=not no_cache), len(many), "generating"
         ):
             results.append({"prompt": result.prompt, "text": result.text, "new_tokens": result.new_tokens})
         if output is not None:
@@ -96,17 +107,35 @@ def generate(
             render.emit_json(results)
         return
 
+    if interactive:
+        from dtfcli.cli.interactive import Session, run
+
+        run(Session(loaded, tokenizer, sampling, chat=chat, use_cache=not no_cache, show_stats=stats))
+        return
     assert text is not None
     if json:
-        render.emit_json(continue_text(loaded, tokenizer, text, sampling, chat=chat))
+        render.emit_json(continue_text(loaded, tokenizer, text, sampling, chat=chat, use_cache=not no_cache))
         return
-    continue_text(loaded, tokenizer, text, sampling, chat=chat, on_text=_write)
-    _write("\n")
+    result = continue_text(loaded, tokenizer, text, sampling, chat=chat, use_cache=not no_cache, on_text=render.write)
+    render.write("\n")
+    if stats:
+        show_stats(result)
 
 
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+def show_stats(result: Any) -> None:
+    """One line on stderr: speed, cache and routed share of a continuation."""
+    from dtfcli.cli import render
+
+    stats = result.stats
+    parts = [f"prefill {stats.prefill_tokens_per_second:,.0f} tokens/s"]
+    if stats.decode_tokens_per_second is not None:
+        parts.append(f"decode {stats.decode_tokens_per_second:,.1f} tokens/s")
+    if stats.cache_bytes is not None:
+        share = stats.cache_bytes / stats.dense_cache_bytes
+        parts.append(f"cache {stats.cache_bytes / 2**20:.2f} MiB, {share:.2f} of a dense model's")
+    if stats.routed_share is not None:
+        parts.append(f"routed share {stats.routed_share:.2f}")
+    render.note(" · ".join(parts))
 
 
 def _prompt_or_stdin(prompt: str | None) -> str:
@@ -114,7 +143,7 @@ def _prompt_or_stdin(prompt: str | None) -> str:
 
     if prompt is not None:
         return prompt
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is None:
         raise ConfigError('no PROMPT: write it after the model, as in: dtf generate MODEL "def main(", or pipe it in.')
     try:
         return sys.stdin.read().removesuffix("\n")

@@ -98,7 +98,7 @@ def show(report: "TextRouting") -> None:
     legend = Text("depth  ")
     for depth in range(layers + 1):
         legend.append(f" {depth} ", _style(depth, layers))
-    render.out.print(legend, Text(), _colored(report), sep="\n")
+    render.out.print(legend, Text(), colored(report), sep="\n")
     render.out.print(_heat_map(report, render.out.width))
     render.out.print(_figures(report))
 
@@ -113,17 +113,18 @@ def _style(depth: int, layers: int) -> str:
     return f"white on rgb({red},{green},{blue})"
 
 
-def _colored(report: "TextRouting") -> "Text":
+def colored(report: "TextRouting", first: int = 0) -> "Text":
+    """The text from token `first` on, each token on the color of its depth."""
     from rich.text import Text
 
-    colored = Text()
-    for token, depth in zip(report.tokens, report.depth, strict=True):
+    painted = Text()
+    for token, depth in list(zip(report.tokens, report.depth, strict=True))[first:]:
         for i, line in enumerate(token.split("\n")):
             if i:
-                colored.append("⏎", _style(depth, len(report.layers)))
-                colored.append("\n")
-            colored.append(line.replace("\t", "    "), _style(depth, len(report.layers)))
-    return colored
+                painted.append("⏎", _style(depth, len(report.layers)))
+                painted.append("\n")
+            painted.append(line.replace("\t", "    "), _style(depth, len(report.layers)))
+    return painted
 
 
 def _heat_map(report: "TextRouting", width: int) -> "Text":

@@ -27,6 +27,12 @@ def emit(text: str) -> None:
     sys.stdout.flush()
 
 
+def write(piece: str) -> None:
+    """Write a piece of text to stdout at once, without a line end."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
 def emit_json(document: Any) -> None:
     """Write one JSON document to stdout: dataclasses and paths become plain, NaN and infinity null."""
     emit(json.dumps(_plain(document), ensure_ascii=False, indent=2))

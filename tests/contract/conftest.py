@@ -5,20 +5,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import VOCABULARY
+from tests import tiny
 
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the tiny models' vocabulary: letters and numbered words."""
-    words = {chr(ord("a") + i): i for i in range(26)} | {f"w{i}": i for i in range(26, VOCABULARY - 1)}
-    words["<unk>"] = VOCABULARY - 1
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    """A tokenizer of the tiny models' vocabulary."""
+    return tiny.word_tokenizer()
 
 
 @pytest.fixture(scope="session")
