@@ -39,6 +39,7 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     mod_only = [f"model.{name}" for name in MOD_ONLY]
     routed = [f"model.{name}" for name in ROUTING_NAMES]
     routed += [f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "calibration_tokens")]
+    routed.append("training.threshold_fraction")
     absent = {"dtf": mod_only, "mod": dtf_only, "dense": [*routed, *dtf_only]}.get(str(architecture), [])
     unread |= dict.fromkeys(absent, f"model.architecture is {architecture}")
 

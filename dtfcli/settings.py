@@ -258,6 +258,9 @@ class TrainingSettings(Group):
     )
     keep_checkpoints: Count = Field(2, description="How many checkpoints are kept.")
     calibration_tokens: Count = Field(16384, description="Training tokens that calibrate the thresholds at the end.")
+    threshold_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Last share of the updates that route by threshold, as inference does, instead of by top-K."
+    )
 
 
 class LoggingSettings(Group):

@@ -255,6 +255,9 @@ class RoutedLayerMixin(nn.Module):
             return selected, topk_capacity(capacity, scores.shape[1]), None
         threshold = self.router.threshold(frame.capacity, frame.column)
         selected = select_threshold(scores, threshold, frame.real, frame.sinks)
+        if self.training:
+            # Never zero slots: every process of a distributed run has to enter every layer.
+            return selected, max(1, int(selected.sum(1).max())), None
         counts = selected.sum(1).tolist()
         return selected, max(counts), counts
 

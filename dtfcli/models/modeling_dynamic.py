@@ -162,7 +162,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             self._require_thresholds(stream.frame)
         for index, layer in enumerate(self.layers):
             self._step(index, layer, stream, **kwargs)
-        if self.training and stream.frame.mode == "topk":
+        if self.training:
             self._track_thresholds(stream)
         return RoutedModelOutput(
             last_hidden_state=self.norm(stream.hidden_states),
@@ -455,6 +455,19 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         self.config.routing = mode
         self.model.capacity_override = None if capacity is None else float(capacity)
         self.model._thresholds_seen_at = None
+
+    def set_training_routing(self, mode: str) -> None:
+        """Choose how tokens are routed while training: "topk" (the default) or, for the end of a run, "threshold".
+
+        With "threshold" the model trains on what eval will do: rows route as many tokens as score above the thresholds
+        that training tracks. Not saved.
+
+        Raises:
+            ValueError: unknown mode.
+        """
+        if mode not in ROUTING_MODES:
+            raise ValueError(f"routing = {mode!r}: choose one of {', '.join(ROUTING_MODES)}")
+        self.model.training_mode = mode
 
     @contextmanager
     def routing_mode(self, mode: str, capacity: float | None = None) -> Iterator[None]:

@@ -245,6 +245,8 @@ def update(run: Run) -> dict[str, Any]:
         step, num_blocks=len(run.data.train), blocks_per_update=plan.rows_per_update, seed=run.settings.run.seed
     )
 
+    if run.objective.routed:
+        _choose_training_routing(run)
     run.objective.train()
     run.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Any] = {}
@@ -265,6 +267,14 @@ def update(run: Run) -> dict[str, Any]:
     _check_finite(run, metrics)
     run.optimizer.step()
     return metrics | sums | {f"lr/{name}": rate for name, rate in rates.items()}
+
+
+def _choose_training_routing(run: Run) -> None:
+    """Top-K, and for the last `training.threshold_fraction` of the updates the rule of inference."""
+    first = run.plan.total_steps - round(run.settings.training.threshold_fraction * run.plan.total_steps)
+    if run.state.step == first:
+        calibrate(run, capacities=(), tokens=_QUICK_CALIBRATION_TOKENS)
+    run.model.set_training_routing("topk" if run.state.step < first else "threshold")
 
 
 def _clip_gradients(run: Run) -> float:

@@ -53,7 +53,7 @@ def validate(
     """The losses of an evaluation under the names of metrics.jsonl.
 
     A routed model is measured causally (`val/loss`, with each layer's realized share) and by its training rule
-    (`val/loss_topk`); a dense one has `val/loss` alone.
+    (`val/loss_topk`; `val/loss_gap` is what causality costs); a dense one has `val/loss` alone.
 
     Args:
         objective: the prepared `Objective`; left in eval mode.
@@ -71,6 +71,7 @@ def validate(
             loss, shares = mean_loss(objective, rows, batch_size, device, between, output_routing=True)
         with model.routing_mode("topk"):
             metrics["val/loss_topk"], _ = mean_loss(objective, rows, batch_size, device, between, output_routing=False)
+        metrics["val/loss_gap"] = loss - metrics["val/loss_topk"]
         metrics |= shares
     else:
         loss, _ = mean_loss(objective, rows, batch_size, device, between, output_routing=False)
