@@ -169,11 +169,11 @@ def test_checks_across_keys_come_with_the_other_mistakes(tmp_path: Path) -> None
 
 
 def test_tokens_per_update_names_the_nearest_that_work() -> None:
-    with pytest.raises(ConfigError, match=r"= 8 × 256 = 2048; the nearest are 8192 and 10240"):
-        load_settings("quickstart", ["training.tokens_per_update=10000"])
+    with pytest.raises(ConfigError, match=r"= 16 × 256 = 4096; the nearest are 8192 and 12288"):
+        load_settings("quickstart", ["training.micro_batch_size=16", "training.tokens_per_update=10000"])
     with pytest.raises(ConfigError, match=r"or set training\.micro_batch_size=4"):
-        load_settings("quickstart", ["training.tokens_per_update=1024"])
-    settings = load_settings("quickstart", ["training.tokens_per_update=8192"])
+        load_settings("quickstart", ["training.micro_batch_size=16", "training.tokens_per_update=1024"])
+    settings = load_settings("quickstart", ["training.micro_batch_size=16", "training.tokens_per_update=8192"])
     assert settings.accumulation_steps() == 2
     assert settings.accumulation_steps(processes=2) == 1
     with pytest.raises(ValueError, match=r"× processes = 16 × 256 × 4 = 16384; the smallest is 16384"):

@@ -131,6 +131,8 @@ class Router(nn.Module):
             return self.thresholds.new_full((), -torch.inf)
         if capacity is None or capacity == self.capacity:
             return self.thresholds[0]
+        if capacity in CAPACITY_GRID:
+            return self.thresholds[1 + CAPACITY_GRID.index(capacity)]
         above = next(i for i, share in enumerate(CAPACITY_GRID) if share >= capacity)
         low, high = CAPACITY_GRID[above - 1], CAPACITY_GRID[above]
         return torch.lerp(self.thresholds[above], self.thresholds[above + 1], (capacity - low) / (high - low))

@@ -100,3 +100,17 @@ def test_training_tracks_thresholds() -> None:
     assert model.is_calibrated
     records = model(tokens(64, 64, seed=77), output_routing=True).routing
     assert [r.selected.float().mean().item() for r in records] == pytest.approx([0.25] * 3, abs=0.12)
+
+
+def test_a_capacity_of_the_grid_needs_no_other() -> None:
+    from dtfcli.models.conversion import convert
+    from tests.tiny import dense_model
+
+    model = convert(dense_model(), "mod")
+    model.calibrate([{"input_ids": tokens(32, 64)}], capacities=(0.125,))
+    model.set_routing("threshold", 0.125)
+    records = model(tokens(64, 64, seed=3), output_routing=True).routing
+    assert sum(r.selected.float().mean().item() for r in records) / 3 == pytest.approx(0.125, abs=0.05)
+    model.set_routing("threshold", 0.2)
+    with pytest.raises(ValueError, match="0.2"):
+        model(tokens(1, 8))
