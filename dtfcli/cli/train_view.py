@@ -172,12 +172,13 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
     rows = []
     if metrics:
         below = metrics["val/unigram"] - metrics["val/loss"]
+        side = "below" if below > 0 else "above"
         rows.append(("validation loss", f"{metrics['val/loss']:.3f}", "nats per token, causal"))
         rows.append(
             (
                 "counts alone",
                 f"{metrics['val/unigram']:.3f}",
-                f"the loss is {abs(below):.3f} {'below' if below > 0 else 'above'} that",
+                f"the loss is {abs(below):.3f} {side} that",
             )
         )
         if "val/loss_topk" in metrics:

@@ -72,14 +72,13 @@ def explained_write_errors(folder: Path) -> Iterator[None]:
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill beside `folder`, which takes its place when the block ends without an error."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with explained_write_errors(folder.parent):
             partial.mkdir(parents=True)
             yield partial
             if folder.exists():
-                previous = folder.with_name(f".{folder.name}.previous")
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(folder, previous)
                 os.replace(partial, folder)
@@ -89,6 +88,16 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def tidy_folders(parent: Path) -> None:
+    """Clear up after a kill inside `replaced_folder`: put back what was moved aside, remove what is incomplete."""
+    for previous in parent.glob(".*.previous"):
+        folder = parent / previous.name[1:].removesuffix(".previous")
+        if not folder.exists():
+            os.replace(previous, folder)
+    for leftover in [*parent.glob(".*.previous"), *parent.glob(".*.partial")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:

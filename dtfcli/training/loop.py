@@ -38,6 +38,7 @@ from dtfcli.training.checkpoint import (
     load_checkpoint,
     replaced_folder,
     save_checkpoint,
+    tidy_folders,
 )
 from dtfcli.training.curves import draw_curves
 from dtfcli.training.interrupt import StopRequested, StopSignal
@@ -359,19 +360,17 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
 
 
 def finish(run: Run) -> TrainResult:
-    """Calibrate, evaluate for the last time, save the final model and show what it writes."""
+    """Calibrate, evaluate for the last time, see what the model writes, and save it: the end of a run."""
     if run.objective.routed:
         calibrate(run)
     metrics = evaluate(run)
-    final = _save_model(run, "final_model")
     prompt, sample = write_sample(run)
     best = run.folder / "best_model"
     if run.objective.routed and 0 <= run.state.best_step < run.state.step:
-        # Saved on the way with the thresholds of its own capacity alone; now any γ can be asked of it too.
-        load_weights(run.model, best / "model.safetensors", device=str(run.accelerator.device))
-        calibrate(run)
-        _save_model(run, "best_model")
+        _complete_best_model(run)
     _draw_curves(run, at_once=True)
+    # Last of all, because a run that has its final model is finished and cannot be resumed.
+    final = _save_model(run, "final_model")
     run.tell("end", str(final))
     return TrainResult(
         run_dir=run.folder,
@@ -384,6 +383,16 @@ def finish(run: Run) -> TrainResult:
         prompt=prompt,
         sample=sample,
     )
+
+
+def _complete_best_model(run: Run) -> None:
+    """Calibrate a best model from the way, saved with thresholds of its own capacity alone, for any capacity."""
+    final = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    weights = run.folder / "best_model" / "model.safetensors"
+    load_weights(run.model, weights, device=str(run.accelerator.device))
+    calibrate(run)
+    _save_model(run, "best_model")
+    run.model.load_state_dict(final)
 
 
 def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tuple[str, str]:
@@ -444,6 +453,8 @@ def _check_length(settings: Settings, model: Any) -> None:
 
 def _restore(folder: Path, accelerator: Accelerator, start: TrainingState, emit: Listener) -> TrainingState:
     """Load the newest undamaged checkpoint; without any, the run begins again."""
+    tidy_folders(folder)
+    tidy_folders(folder / "checkpoints")
     found = find_checkpoint(folder, lambda message: emit(Event("warning", message)))
     if found is None:
         emit(Event("warning", f"{folder} has no usable checkpoint: starting from the beginning."))

@@ -60,6 +60,7 @@ class Objective(nn.Module):
             num_items_in_batch=targets,
             output_routing=output_routing,
             output_logits=False,
+            use_cache=False,
         )
         routing = None
         if output_routing:

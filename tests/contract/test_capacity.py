@@ -112,5 +112,5 @@ def test_a_capacity_of_the_grid_needs_no_other() -> None:
     records = model(tokens(64, 64, seed=3), output_routing=True).routing
     assert sum(r.selected.float().mean().item() for r in records) / 3 == pytest.approx(0.125, abs=0.05)
     model.set_routing("threshold", 0.2)
-    with pytest.raises(ValueError, match="0.2"):
+    with pytest.raises(ValueError, match=r"0\.2"):
         model(tokens(1, 8))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from dtfcli.errors import DataError, DTFError
 from dtfcli.training import loop
-from dtfcli.training.checkpoint import list_checkpoints, read_state, replaced_folder
+from dtfcli.training.checkpoint import list_checkpoints, read_state, replaced_folder, tidy_folders
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.plan import plan_run
 from dtfcli.training.tracking import MetricsLog, Stopwatch, matmul_peak, read_metrics
@@ -119,6 +119,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (partial / "file").write_text(3)
     assert (target / "file").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_folders_are_tidied_after_a_kill(tmp_path: Path) -> None:
+    for name in (".best_model.previous", ".best_model.partial", ".other.previous", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    tidy_folders(tmp_path)
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
+        "best_model": ".best_model.previous",
+        "other": "other",
+    }
 
 
 @pytest.mark.parametrize(

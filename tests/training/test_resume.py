@@ -69,7 +69,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 
 @pytest.mark.parametrize(
     ("kind", "step"),
-    [("step", 1), ("checkpoint", 2), ("step", 3), ("evaluation", 3), ("evaluation", 6)],
+    [("step", 1), ("checkpoint", 2), ("step", 3), ("evaluation", 3), ("phase", 6)],
 )
 def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, kind: str, step: int) -> None:
     settings = small_settings(tmp_path, model=DROPOUT)
@@ -78,6 +78,13 @@ def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, kind: str,
     assert not (the_run(tmp_path) / "final_model").exists()
     resumed = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
     assert_same(resumed, undisturbed)
+
+
+def test_killed_while_finishing(tmp_path: Path, undisturbed: TrainResult) -> None:
+    settings = small_settings(tmp_path, model=DROPOUT)
+    with pytest.raises(Killed):
+        train(settings, on_event=kill_when(lambda event: event.message == "Writing a sample"))
+    assert_same(train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path)), undisturbed)
 
 
 def test_killed_twice(tmp_path: Path, undisturbed: TrainResult) -> None:
