@@ -139,12 +139,8 @@ def load_model(
     source = resolve_model_path(path, revision)
     target = resolve_device(str(device))
     with _explained_load_errors(source):
-        model = load_dense(
-            source.path,
-            dtype=_load_dtype(source, dtype, target, trust_remote_code),
-            revision=source.revision,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
+        model = _load_weights(
+            source, _load_dtype(source, dtype, target, trust_remote_code), attn_implementation, trust_remote_code
         )
     _set_routing(model, None if routing == "auto" else routing, capacity, str(path))
     return model.to(target).eval()  # type: ignore[arg-type]  # wrapped by Transformers without its types
@@ -217,13 +213,30 @@ def _load_base(settings: Settings) -> PreTrainedModel:
     model = settings.model
     source = resolve_model_path(model.base, model.revision or None)
     with _explained_load_errors(source):
-        return load_dense(
-            source.path,
-            dtype=torch.float32,
-            revision=source.revision,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-        )
+        return _load_weights(source, torch.float32, model.attn_implementation, model.trust_remote_code)
+
+
+def _load_weights(
+    source: ModelPath, dtype: Any, attn_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A model with all of its weights: Transformers alone would draw missing ones at random and only warn.
+
+    Raises:
+        ValueError: weights are missing, or are not known to the model.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if source.kind == "gguf":
+        return load_dense(source.path, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source.path, revision=source.revision, output_loading_info=True, **options
+    )
+    for problem, names in (("missing", found["missing_keys"]), ("not known to the model", found["unexpected_keys"])):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
+            raise ValueError(f"Weights are {problem}: {some}. The files are damaged or of another model.")
+    return model
 
 
 def _route(start: Any, settings: Settings) -> PreTrainedModel:

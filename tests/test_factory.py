@@ -249,6 +249,10 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
     state = load_file(tmp_path / "lost_key" / "model.safetensors")
     del state["model.layers.1.router.beta_ce"]
     save_file(state, tmp_path / "lost_key" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(folder / "dense", tmp_path / "lost_backbone")
+    state = load_file(tmp_path / "lost_backbone" / "model.safetensors")
+    state["extra"] = state.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(state, tmp_path / "lost_backbone" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "unknown_type").mkdir()
     (tmp_path / "unknown_type" / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     (tmp_path / "unknown_type" / "model.safetensors").write_bytes(b"")
@@ -272,6 +276,7 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
         "broken config": (tmp_path / "broken_config", "cannot be loaded"),
         "cut weights": (tmp_path / "cut", "cannot be loaded"),
         "lost router key": (tmp_path / "lost_key", "router.beta_ce"),
+        "lost backbone key": (tmp_path / "lost_backbone", "missing: model.layers.1.mlp.up_proj.weight"),
         "unknown type": (tmp_path / "unknown_type", "nonsense"),
     }
 

@@ -174,13 +174,7 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
         below = metrics["val/unigram"] - metrics["val/loss"]
         side = "below" if below > 0 else "above"
         rows.append(("validation loss", f"{metrics['val/loss']:.3f}", "nats per token, causal"))
-        rows.append(
-            (
-                "counts alone",
-                f"{metrics['val/unigram']:.3f}",
-                f"the loss is {abs(below):.3f} {side} that",
-            )
-        )
+        rows.append(("counts alone", f"{metrics['val/unigram']:.3f}", f"the loss is {abs(below):.3f} {side} that"))
         if "val/loss_topk" in metrics:
             rows.append(("with top-k", f"{metrics['val/loss_topk']:.3f}", "the training rule; not causal"))
         rows.append(("bits per byte", f"{metrics['val/bits_per_byte']:.3f}", ""))

@@ -1,0 +1,1 @@
+"""Training: `loop` is the place to start reading."""

@@ -1,4 +1,4 @@
-"""The whole of a training run, top to bottom: setup → fit → finish.
+"""A training run, top to bottom: setup (in its own file) → fit → finish.
 
 The notable choices:
 
@@ -14,42 +14,33 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_model as load_weights
 
 from dtfcli.accounting import forward_flops_per_token
-from dtfcli.data import TokenizedData, prepare_data, update_indices
-from dtfcli.devices import compute_dtype, resolve_device
-from dtfcli.errors import ConfigError, DataError, DTFError
-from dtfcli.factory import build_model, build_tokenizer, quiet_libraries
+from dtfcli.data import update_indices
+from dtfcli.errors import DTFError
+from dtfcli.factory import quiet_libraries
 from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import (
-    TrainingState,
-    find_checkpoint,
     list_checkpoints,
-    load_checkpoint,
     replaced_folder,
     save_checkpoint,
-    tidy_folders,
 )
 from dtfcli.training.curves import draw_curves
 from dtfcli.training.interrupt import StopRequested, StopSignal
-from dtfcli.training.objectives import Objective
-from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups, schedule_factor, set_learning_rates
-from dtfcli.training.plan import Plan, plan_run
-from dtfcli.training.runs import CURVES_FILE, METRICS_FILE, create_run_folder, new_run_folder
-from dtfcli.training.tracking import Event, Listener, MetricsLog, Stopwatch, matmul_peak, read_metrics
-from dtfcli.training.validation import calibration_batches, evaluation_rows, to_batch, validate
+from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
+from dtfcli.training.plan import Plan
+from dtfcli.training.runs import CURVES_FILE
+from dtfcli.training.setup import Run, setup
+from dtfcli.training.tracking import Event, Listener, read_metrics
+from dtfcli.training.validation import calibration_batches, to_batch, validate
 
-_MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CURVES_EVERY_SECONDS = 30.0
 _QUICK_CALIBRATION_TOKENS = 4096
 
@@ -88,42 +79,6 @@ class TrainResult:
     sample: str
 
 
-@dataclass
-class Run:
-    """Everything that a running run needs."""
-
-    settings: Settings
-    plan: Plan
-    folder: Path
-    accelerator: Accelerator
-    objective: Any
-    model: Any
-    optimizer: Any
-    tokenizer: Any
-    data: TokenizedData
-    log: MetricsLog
-    state: TrainingState
-    emit: Listener
-    stop: StopSignal
-    peak_flops: float | None
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    curves_drawn_at: float = field(default_factory=time.monotonic)
-
-    @cached_property
-    def validation(self) -> np.ndarray:
-        """int32 [N, T]: the rows of every evaluation; none without validation text."""
-        return evaluation_rows(self.data.validation, self.settings.data.validation_blocks)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self.state.step * self.plan.tokens_per_update
-
-    def tell(self, kind: Any, message: str = "", metrics: dict[str, Any] | None = None) -> None:
-        """Emit an event of this step."""
-        self.emit(Event(kind, message, self.state.step, self.plan.total_steps, metrics=metrics or {}))
-
-
 def train(
     settings: Settings, *, resume: Path | None = None, rename: bool = False, on_event: Listener | None = None
 ) -> TrainResult:
@@ -155,60 +110,6 @@ def train(
                 f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
                 f"Go on with: dtf train --resume {run.folder}"
             ) from None
-
-
-def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener, stop: StopSignal) -> Run:
-    """Build everything, check what can be checked, and make or reopen the run folder."""
-    if resume is not None and (resume / "final_model").exists():
-        raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / 'final_model'}.")
-    folder = resume or new_run_folder(settings, rename=rename)
-    accelerator = _accelerator(settings)
-
-    def progress(message: str, fraction: float | None) -> None:
-        emit(Event("phase", message, fraction=fraction))
-
-    progress("Preparing the tokenizer", None)
-    tokenizer = build_tokenizer(settings, on_progress=progress)
-    progress("Building the model", None)
-    model = build_model(settings, tokenizer=tokenizer)
-    _check_length(settings, model)
-    data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
-    plan = plan_run(settings, len(data.train))
-    assert plan is not None, "known once the rows are"
-
-    torch.manual_seed(settings.run.seed)
-    objective = _objective(settings, model).to(accelerator.device)
-    training = settings.training
-    groups = parameter_groups(
-        model.named_parameters(),
-        training.learning_rates.model_dump(),
-        training.weight_decay,
-        training.decay_router_scalars,
-    )
-    optimizer = build_optimizer(groups, (training.betas[0], training.betas[1]))
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-
-    state = TrainingState(data=data.fingerprint)
-    if resume is None:
-        create_run_folder(folder, settings)
-    else:
-        state = _restore(folder, accelerator, state, emit)
-    return Run(
-        settings=settings,
-        plan=plan,
-        folder=folder,
-        accelerator=accelerator,
-        objective=objective,
-        model=model,
-        optimizer=optimizer,
-        tokenizer=tokenizer,
-        data=data,
-        log=MetricsLog(folder / METRICS_FILE, keep_bytes=state.metrics_bytes),
-        state=state,
-        emit=emit,
-        stop=stop,
-        peak_flops=matmul_peak(accelerator.device, compute_dtype(settings.run.dtype, accelerator.device)),
-    )
 
 
 def fit(run: Run) -> None:
@@ -417,56 +318,6 @@ def _threshold_routing(model: Any, routed: bool) -> Iterator[None]:
         return
     with model.routing_mode("threshold"):
         yield
-
-
-def _accelerator(settings: Settings) -> Accelerator:
-    device = resolve_device(settings.run.device)
-    dtype = compute_dtype(settings.run.dtype, device)
-    if dtype == torch.float16 and device.type == "cpu":
-        raise ConfigError("run.dtype = 'float16': the CPU does not train in it; use bfloat16, float32 or auto.")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    # accelerate keeps one state per process and refuses another precision: a second run starts afresh.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return Accelerator(mixed_precision=_MIXED_PRECISION[dtype], cpu=device.type == "cpu")
-
-
-def _objective(settings: Settings, model: Any) -> Objective:
-    if settings.training.gradient_checkpointing:
-        # Named so from Transformers 5.20 or so on, where the old name warns.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    objective = Objective(model)
-    if settings.training.compile:
-        objective.compile()
-    return objective
-
-
-def _check_length(settings: Settings, model: Any) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and settings.data.seq_len > longest:
-        raise ConfigError(
-            f"data.seq_len = {settings.data.seq_len}: {settings.model.base} was made for at most {longest} tokens."
-        )
-
-
-def _restore(folder: Path, accelerator: Accelerator, start: TrainingState, emit: Listener) -> TrainingState:
-    """Load the newest undamaged checkpoint; without any, the run begins again."""
-    tidy_folders(folder)
-    tidy_folders(folder / "checkpoints")
-    found = find_checkpoint(folder, lambda message: emit(Event("warning", message)))
-    if found is None:
-        emit(Event("warning", f"{folder} has no usable checkpoint: starting from the beginning."))
-        return start
-    checkpoint, state = found
-    if state.data != start.data:
-        raise DataError(
-            f"{folder}: data.sources have changed since this run began, so it cannot be resumed. Start a new run."
-        )
-    load_checkpoint(accelerator, checkpoint)
-    emit(Event("phase", f"Resuming from {checkpoint}"))
-    return state
 
 
 def _save_checkpoint(run: Run) -> Path:

@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import dtfcli
+from dtfcli.data import prepare_data
 from dtfcli.errors import ConfigError
 from dtfcli.training import loop
 from dtfcli.training.loop import TrainingDiverged, TrainResult, train
+from dtfcli.training.runs import run_settings
 from dtfcli.training.tracking import Event, read_metrics
+from dtfcli.training.validation import evaluation_rows
 from tests.training.small_runs import small_settings
 
 ARCHITECTURES = ("dtf", "mod", "dense")
@@ -69,7 +72,7 @@ def test_metrics_keys(finished: dict[str, tuple[TrainResult, list[Event]]], arch
     if architecture != "dense":
         names = {"score_mean", "score_std", "threshold", "routed_share", "gate"}
         expected |= {"lr/router"}
-        measured |= {"val/loss_topk", "router/1/routed_share", "router/3/routed_share"}
+        measured |= {"val/loss_topk", "val/loss_gap", "router/1/routed_share", "router/3/routed_share"}
         if architecture == "dtf":
             expected |= {"train/prior_loss", "lr/prior"}
             names |= {"beta_ce", "beta_cu", "o_ce", "m_cu", "s_ce", "s_cu", "d_st", "d_ch"}
@@ -113,22 +116,16 @@ def test_final_model_reloads(finished: dict[str, tuple[TrainResult, list[Event]]
 
 def test_final_model_has_the_reported_loss(finished: dict[str, tuple[TrainResult, list[Event]]]) -> None:
     for architecture, (result, _) in finished.items():
-        settings = loop_settings(result)
+        settings = run_settings(result.run_dir)
         model = dtfcli.load_model(result.final_model_path, device="cpu")
         rows = validation_rows(settings, result)
         losses = [model(input_ids=row[None], labels=row[None], use_cache=False).loss.item() for row in rows]
         assert sum(losses) / len(losses) == pytest.approx(result.metrics["val/loss"], abs=1e-4), architecture
 
 
-def loop_settings(result: TrainResult) -> Any:
-    from dtfcli.training.runs import run_settings
-
-    return run_settings(result.run_dir)
-
-
 def validation_rows(settings: Any, result: TrainResult) -> torch.Tensor:
-    data = loop.prepare_data(settings.data, dtfcli.load_tokenizer(result.run_dir), seed=settings.run.seed)
-    rows = loop.evaluation_rows(data.validation, settings.data.validation_blocks)
+    data = prepare_data(settings.data, dtfcli.load_tokenizer(result.run_dir), seed=settings.run.seed)
+    rows = evaluation_rows(data.validation, settings.data.validation_blocks)
     return torch.from_numpy(rows.astype("int64"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from dtfcli.errors import DataError, DTFError
@@ -158,7 +159,7 @@ def test_other_errors_are_not_explained_away(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_state = loop.Accelerator.save_state
+    save_state = Accelerator.save_state
 
     def fill_up(self: Any, folder: str, **options: Any) -> Any:
         if "step-000004" in folder:
@@ -166,7 +167,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch:
             raise OSError(errno.ENOSPC, "No space left on device")
         return save_state(self, folder, **options)
 
-    monkeypatch.setattr(loop.Accelerator, "save_state", fill_up)
+    monkeypatch.setattr(Accelerator, "save_state", fill_up)
     with pytest.raises(DTFError, match="the disk is full"):
         loop.train(small_settings(tmp_path))
     (run,) = (tmp_path / "outputs").glob("*/small")

@@ -87,6 +87,22 @@ def test_killed_while_finishing(tmp_path: Path, undisturbed: TrainResult) -> Non
     assert_same(train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path)), undisturbed)
 
 
+def test_killed_while_training_by_threshold(tmp_path: Path) -> None:
+    """Thresholds then decide what is trained: they are part of the state."""
+    results = []
+    for name, kill in (("whole", None), ("killed", kill_when(lambda event: (event.kind, event.step) == ("step", 5)))):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = small_settings(folder, training={"threshold_fraction": 0.5})
+        if kill is None:
+            results.append(train(settings))
+        else:
+            with pytest.raises(Killed):
+                train(settings, on_event=kill)
+            results.append(train(run_settings(the_run(folder)), resume=the_run(folder)))
+    assert_same(*results)
+
+
 def test_killed_twice(tmp_path: Path, undisturbed: TrainResult) -> None:
     with pytest.raises(Killed):
         train(small_settings(tmp_path, model=DROPOUT), on_event=kill_when(lambda event: event.step == 3))

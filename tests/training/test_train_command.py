@@ -53,11 +53,12 @@ def test_json(dtf: Dtf, config: str) -> None:
 @pytest.mark.parametrize("named", [True, False])
 def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
     from dtfcli.training import loop
+    from dtfcli.training.setup import Run
 
     update = loop.update
     stopped: list[bool] = []
 
-    def stop_once(run: loop.Run) -> dict[str, object]:
+    def stop_once(run: Run) -> dict[str, object]:
         if run.state.step == 1 and not stopped:
             stopped.append(True)
             run.stop.requested = True
