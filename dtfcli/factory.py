@@ -229,9 +229,10 @@ def _load_weights(
         options["attn_implementation"] = attn_implementation
     if source.kind == "gguf":
         return load_dense(source.path, **options)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.path, revision=source.revision, output_loading_info=True, **options
     )
+    model, found = loaded
     for problem, names in (("missing", found["missing_keys"]), ("not known to the model", found["unexpected_keys"])):
         if names:
             some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")

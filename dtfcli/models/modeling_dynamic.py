@@ -279,13 +279,21 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         """Measure threshold columns, layer by layer with the layers below already thresholded.
 
         All batches advance through the stack together: at a routed layer the scores of all their real tokens give one
-        threshold, with which the batches then pass that layer.
+        threshold, with which the batches then pass that layer. What lies below the first routed layer is the same for
+        all columns and computed once.
         """
+        first, last = min(self.routers), max(self.routers)
+        entering = [self._enter(b["input_ids"], None, b.get("attention_mask")) for b in batches]
+        for index in range(first):
+            for stream in entering:
+                self._step(index, self.layers[index], stream)
         for column in columns:
-            streams = [self._enter(b["input_ids"], None, b.get("attention_mask")) for b in batches]
-            for stream in streams:
-                stream.frame = replace(stream.frame, mode="threshold", column=column)
-            for index, layer in enumerate(self.layers):
+            streams = [
+                replace(s, frame=replace(s.frame, mode="threshold", column=column), prior_errors=[], records=[])
+                for s in entering
+            ]
+            for index in range(first, last + 1):
+                layer = self.layers[index]
                 if isinstance(layer, RoutedLayerMixin):
                     router = layer.router
                     share = router.capacity if column == 0 else CAPACITY_GRID[column - 1]
@@ -296,9 +304,10 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                         _pool([_all_if_none(s.frame.real, x, True) for s, x in zip(streams, scores, strict=True)]),
                         _pool([_all_if_none(s.frame.sinks, x, False) for s, x in zip(streams, scores, strict=True)]),
                     )
+                if index == last:
+                    break  # nothing above is routed
                 for stream in streams:
                     self._step(index, layer, stream)
-                    stream.records.clear()
         self._thresholds_seen_at = None
 
 
