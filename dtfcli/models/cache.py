@@ -45,15 +45,6 @@ class FullLayerCache(SurpriseHistory, DynamicLayer):
         stored = 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
         return stored + self.surprise_nbytes
 
-    def offload(self) -> None:
-        super().offload()
-        self._map_surprise(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized:
-            self._map_surprise(lambda x: x.to(self.device, non_blocking=True))
-
     def reset(self) -> None:
         super().reset()
         self.surprise = None
@@ -182,15 +173,6 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
             self.counts = self.entered.sum(1).tolist()
         self._map_surprise(change)
 
-    def offload(self) -> None:
-        super().offload()
-        self._map_surprise(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized:
-            self._map_surprise(lambda x: x.to(self.device, non_blocking=True))
-
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = self.entered = self.surprise = None
@@ -226,10 +208,10 @@ class RoutedCache(Cache):
     `batch_repeat_interleave`, `batch_select_indices` and `reset` as for any Transformers cache.
     """
 
-    def __init__(self, config: Any, offloading: bool = False) -> None:
+    def __init__(self, config: Any) -> None:
         routed = set(config.routed_layer_indices) if config.kv_tokens == "routed" else set()
         layers = [RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
-        super().__init__(layers=layers, offloading=offloading)
+        super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:

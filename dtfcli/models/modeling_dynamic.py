@@ -529,14 +529,13 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         """Give `generate` a `RoutedCache`: assisted decoding asks for it before the first forward."""
         if self.config.routing == "topk":
             raise ValueError("routing 'topk' sees the whole sequence: generate with routing 'threshold'")
-        if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
+        if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation = {generation_config.cache_implementation!r}: routed models have their own "
-                "cache; leave it out, or choose 'offloaded'"
+                "cache; leave it out"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            offloading = generation_config.cache_implementation == "offloaded"
-            model_kwargs["past_key_values"] = RoutedCache(self.config, offloading=offloading)
+            model_kwargs["past_key_values"] = RoutedCache(self.config)
 
 
 class DynamicLlamaModel(DynamicModelMixin, LlamaModel):
