@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dtfcli.accounting import forward_flops_per_token
-from dtfcli.models.cache import RoutedCache
+from dtfcli.models.cache import CACHE_NAME
 from dtfcli.training.tracking import matmul_peak
 
 OnProgress = Callable[[str], None]
@@ -132,10 +132,10 @@ def _prefill(
     prompt = input_ids[:, :seq_len]
 
     def run_dense() -> Any:
-        return dense(prompt, past_key_values=DynamicCache(config=dense.config), logits_to_keep=1)
+        return dense(prompt, use_cache=True, logits_to_keep=1)
 
     def run_routed() -> Any:
-        return routed(prompt, past_key_values=RoutedCache(routed.config), logits_to_keep=1, output_routing=True)
+        return routed(prompt, use_cache=True, logits_to_keep=1, output_routing=True)
 
     plain, out = run_dense(), run_routed()
     share = _share(out.routing)
@@ -147,17 +147,17 @@ def _decode(
     dense: Any, routed: Any, architecture: str, capacity: float, input_ids: Tensor, seq_len: int, repeats: int
 ) -> PhaseResult:
     prompt = input_ids[:, :seq_len]
-    plain = dense(prompt, past_key_values=DynamicCache(config=dense.config), logits_to_keep=1)
-    out = routed(prompt, past_key_values=RoutedCache(routed.config), logits_to_keep=1)
-    caches = plain.past_key_values, out.past_key_values
+    plain = dense(prompt, use_cache=True, logits_to_keep=1)
+    out = routed(prompt, use_cache=True, logits_to_keep=1)
+    caches = plain[CACHE_NAME], out[CACHE_NAME]
     pairs, shares = [], []
     for t in range(seq_len, input_ids.shape[1]):
         token = input_ids[:, t : t + 1]
         last: list[Any] = []
         pairs.append(
             (
-                _seconds(lambda: dense(token, past_key_values=caches[0])),  # noqa: B023
-                _seconds(lambda: last.append(routed(token, past_key_values=caches[1], output_routing=True))),  # noqa: B023
+                _seconds(lambda: dense(token, **{CACHE_NAME: caches[0]})),  # noqa: B023
+                _seconds(lambda: last.append(routed(token, **{CACHE_NAME: caches[1]}, output_routing=True))),  # noqa: B023
             )
         )
         shares.append(_share(last[0].routing))
@@ -181,7 +181,7 @@ def _result(
     tokens: int,
     seq_len: int,
 ) -> PhaseResult:
-    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.past_key_values.layers)
+    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain[CACHE_NAME].layers)
     routed_seconds = statistics.median(b for _, b in pairs)
     return PhaseResult(
         phase=phase,
@@ -197,8 +197,8 @@ def _result(
         flop_ratio=forward_flops_per_token(routed, seq_len, share=share)
         / forward_flops_per_token(routed, seq_len, dense=True),
         weight_ratio=weights_read(routed, share),
-        cache_ratio=out.past_key_values.nbytes / dense_bytes,
-        cache_bytes=out.past_key_values.nbytes,
+        cache_ratio=out[CACHE_NAME].nbytes / dense_bytes,
+        cache_bytes=out[CACHE_NAME].nbytes,
         tokens_per_second=tokens / routed_seconds,
     )
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer, set_seed
 
 from dtfcli.errors import ConfigError
+from dtfcli.models.cache import CACHE_NAME
 
 
 @dataclass(frozen=True)
@@ -235,11 +236,12 @@ def _run(
     new = out.sequences[:, encoded["input_ids"].shape[1] :]
     started, first, *_ = stopwatch.times
     last, later = stopwatch.times[-1], new.numel() - len(new)
-    shares = list(getattr(out.past_key_values, "routed_shares", {}).values())
+    cache = out.get(CACHE_NAME)
+    shares = list(getattr(cache, "routed_shares", {}).values())
     stats = GenerationStats(
         prefill_tokens_per_second=int(encoded["attention_mask"].sum()) / (first - started),
         decode_tokens_per_second=later / (last - first) if later else None,
-        cache_bytes=_cache_bytes(out.past_key_values) if use_cache else None,
+        cache_bytes=_cache_bytes(cache) if use_cache else None,
         dense_cache_bytes=_dense_cache_bytes(model, out.sequences.numel() - len(new)),
         routed_share=sum(shares) / len(shares) if use_cache and shares else None,
     )

@@ -8,11 +8,16 @@ the text.
 Shape suffixes: B rows, H key/value heads, S positions seen, N slots stored, K new slots, E size of a head.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+CACHE_NAME = "cache" if "cache" in signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
+"""What Transformers calls a cache in arguments and outputs: 5.24 renamed `past_key_values`, and still takes it from users."""
 
 
 class SurpriseHistory:

@@ -38,7 +38,7 @@ class OwnKeys:
         """
         visible = self.visible(slots, frame)
         if visible is None:
-            return create_causal_mask(config, hidden_states, attention_mask=None, past_key_values=None)
+            return create_causal_mask(config, hidden_states, None, None)
         implementation = config._attn_implementation
         if implementation == "eager":
             blocked = torch.finfo(hidden_states.dtype).min

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from .cache import RoutedCache
+from .cache import CACHE_NAME
 from .keys import EveryKey, OwnKeys, StoredKeys
 from .routing import (
     Scores,
@@ -271,7 +271,6 @@ class RoutedLayerMixin(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor | None, ...]:
         """Route, process, write back.
@@ -282,12 +281,13 @@ class RoutedLayerMixin(nn.Module):
             frame: mode, padding and sinks.
             position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
             attention_mask, position_ids: those of the dense layers, not used: the slots have their own.
-            past_key_values: the model's cache; this layer's own part of it grows.
+            kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
 
         Returns:
             hidden states [B, T, D], scores [B, T], selected bool [B, T], gate [B, T], s_ce, s_cu (None for MoD).
         """
-        store = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = kwargs.pop(CACHE_NAME, None)
+        store = None if cache is None else cache.layers[self.layer_idx]
         scores = self.score(hidden_states, surprises, frame, store)
         selected, width, counts = self.select(scores.score, frame)
         keys = self._keys(hidden_states, position_embeddings, selected, counts, store)
@@ -299,7 +299,7 @@ class RoutedLayerMixin(nn.Module):
                 x_RKD,
                 attention_mask=keys.mask(x_RKD, slots, frame, self.config),
                 position_embeddings=(cos, sin),
-                past_key_values=keys.for_slots(slots),
+                **{CACHE_NAME: keys.for_slots(slots)},
                 **kwargs,
             )
             gate_RK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)

@@ -20,7 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import RoutedCache
+from .cache import CACHE_NAME, RoutedCache
 from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import ROUTING_MODES
 from .layers import (
@@ -109,6 +109,7 @@ class Stream:
     hidden_states: Tensor
     frame: RoutingFrame
     layer_inputs: dict[str, Any]
+    positions: Tensor
     surprises: tuple[Tensor, ...] = ()
     prior_errors: list[Tensor] = field(default_factory=list)
     records: list[RoutingRecord] = field(default_factory=list)
@@ -146,6 +147,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> RoutedModelOutput:
         """Run the stack.
@@ -154,10 +156,12 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             input_ids: int64 [B, T]; or inputs_embeds [B, T, D].
             attention_mask: [B, T], 0 for padding on either side.
             position_ids: [B or 1, T]; by default real tokens are counted from 0.
+            past_key_values, cache: the same under its two names, a `RoutedCache`; None: with `use_cache` a new one.
         """
-        if past_key_values is None and use_cache and not self.training and self.config.routing != "topk":
-            past_key_values = RoutedCache(self.config)
-        stream = self._enter(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache and not self.training and self.config.routing != "topk":
+            cache = RoutedCache(self.config)
+        stream = self._enter(input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if stream.frame.mode == "threshold":
             self._require_thresholds(stream.frame)
         for index, layer in enumerate(self.layers):
@@ -166,11 +170,12 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             self._track_thresholds(stream)
         return RoutedModelOutput(
             last_hidden_state=self.norm(stream.hidden_states),
-            past_key_values=past_key_values,
             prior_errors=tuple(stream.prior_errors),
             routing=tuple(stream.records),
             real=stream.frame.real,
             sinks=stream.frame.sinks,
+            positions=stream.positions,
+            **{CACHE_NAME: cache},
         )
 
     def _enter(
@@ -212,6 +217,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             position_ids = (seen.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         return Stream(
             hidden_states=inputs_embeds,
+            positions=position_ids,
             frame=RoutingFrame(
                 mode=mode,
                 shape=(batch, tokens),
@@ -222,14 +228,9 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 past=past,
             ),
             layer_inputs={
-                "attention_mask": create_causal_mask(
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    past_key_values=cache,
-                    position_ids=position_ids,
-                ),
-                "past_key_values": cache,
+                # By place: Transformers 5.24 renamed the cache's argument.
+                "attention_mask": create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids),
+                CACHE_NAME: cache,
                 "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             },
         )
@@ -344,6 +345,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         output_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> RoutedCausalLMOutput | tuple[Any, ...]:
         """Next-token logits, losses and, on request, what was routed.
@@ -351,6 +353,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         Args:
             input_ids: int64 [B, T]; or inputs_embeds [B, T, D].
             attention_mask: [B, T], 0 for padding on either side.
+            past_key_values, cache: the same under its two names, a `RoutedCache`; None: with `use_cache` a new one.
             labels: int64 [B, T], not shifted; -100 is ignored.
             logits_to_keep: as in Transformers: the last so many positions, 0 for all.
             output_routing: return a `RoutingRecord` for each routed layer.
@@ -365,7 +368,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -387,13 +390,13 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         result = RoutedCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
             prior_loss=prior_loss,
             router_loss=router_loss,
             routing=outputs.routing if output_routing else None,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
         return result if return_dict is not False else result.to_tuple()
 
@@ -534,8 +537,8 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
                 f"cache_implementation = {generation_config.cache_implementation!r}: routed models have their own "
                 "cache; leave it out"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = RoutedCache(self.config)
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = RoutedCache(self.config)
 
 
 class DynamicLlamaModel(DynamicModelMixin, LlamaModel):

@@ -6,6 +6,8 @@ from typing import Any
 from torch import FloatTensor, Tensor
 from transformers.utils import ModelOutput
 
+from .cache import CACHE_NAME
+
 
 @dataclass
 class RoutingRecord(ModelOutput):
@@ -40,16 +42,21 @@ class RoutedModelOutput(ModelOutput):
         prior_errors: float32 [B, T] for each decision layer, ‖prior − stop_grad(posterior)‖² / D.
         routing: a `RoutingRecord` for each routed layer.
         real, sinks: bool [B, T] or None: tokens that are not padding, tokens that are sinks.
+        positions: int64 [B or 1, T], rotary positions: real tokens counted from 0.
     """
 
     last_hidden_state: FloatTensor | None = None
-    past_key_values: Any = None
+    if CACHE_NAME == "cache":
+        cache: Any = None  # `past_key_values` is a property of every ModelOutput then
+    else:
+        past_key_values: Any = None
     hidden_states: tuple[FloatTensor, ...] | None = None
     attentions: tuple[FloatTensor, ...] | None = None
     prior_errors: tuple[FloatTensor, ...] | None = None
     routing: tuple[RoutingRecord, ...] | None = None
     real: Tensor | None = None
     sinks: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass
@@ -67,7 +74,10 @@ class RoutedCausalLMOutput(ModelOutput):
 
     loss: FloatTensor | None = None
     logits: FloatTensor | None = None
-    past_key_values: Any = None
+    if CACHE_NAME == "cache":
+        cache: Any = None  # `past_key_values` is a property of every ModelOutput then
+    else:
+        past_key_values: Any = None
     hidden_states: tuple[FloatTensor, ...] | None = None
     attentions: tuple[FloatTensor, ...] | None = None
     lm_loss: FloatTensor | None = None

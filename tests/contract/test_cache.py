@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from dtfcli.models.cache import RoutedCache
+from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from tests.contract.naive_decoder import decode
 from tests.near import near_tie
 from tests.tiny import ARCHITECTURES, FAMILIES, pad, shared_routed_model, tokens
@@ -170,8 +170,8 @@ def test_generate(family: str, architecture: str, kv_tokens: str) -> None:
     plain = model.generate(row, do_sample=False, max_new_tokens=20)
     assert torch.equal(model.generate(row, do_sample=False, max_new_tokens=20, prompt_lookup_num_tokens=3), plain)
     cache = RoutedCache(model.config)
-    first = model.generate(row, do_sample=False, max_new_tokens=6, past_key_values=cache)
-    second = model.generate(first, do_sample=False, max_new_tokens=14, past_key_values=cache)
+    first = model.generate(row, do_sample=False, max_new_tokens=6, **{CACHE_NAME: cache})
+    second = model.generate(first, do_sample=False, max_new_tokens=14, **{CACHE_NAME: cache})
     assert torch.equal(second, plain)
 
 

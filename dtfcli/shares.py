@@ -1,0 +1,92 @@
+"""How many tokens routed layers really take: measured over any number of forward passes, by layer and by position.
+
+A capacity γ is a wish; wherever a number is reported, the share that was realized stands next to it. Benchmarks and
+chats begin with short rows, and surprise needs some tokens before it has something to compare with, so the share is
+also told by where in its row a token stands.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtfcli.models.outputs import RoutedModelOutput
+
+POSITION_STARTS = (1, 16, 64, 256)
+POSITION_NAMES = ("1-15", "16-63", "64-255", "256+")
+"""Positions count from 0. Position 0 has a bucket of its own that is not told: as a rule it is a sink."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Routed tokens over real tokens.
+
+    Attributes:
+        by_layer: of each routed layer.
+        by_position: over all routed layers, for each of `POSITION_NAMES` that had tokens.
+        overall: mean over layers.
+        tokens: real tokens seen.
+    """
+
+    by_layer: dict[int, float]
+    by_position: dict[str, float]
+    overall: float
+    tokens: int
+
+
+class ShareMeter:
+    """Adds up what forward passes routed; waits for the device only when it is read."""
+
+    def __init__(self) -> None:
+        self._routed: dict[int, Tensor] = {}
+        self._real: Tensor | float = 0.0
+
+    def add(self, output: RoutedModelOutput) -> None:
+        """Count the tokens of one forward pass of a stack."""
+        assert output.routing is not None
+        assert output.positions is not None
+        records = output.routing
+        like = records[0].selected
+        buckets = torch.bucketize(output.positions, output.positions.new_tensor(POSITION_STARTS), right=True)
+        one_hot = torch.nn.functional.one_hot(buckets.expand_as(like), len(POSITION_STARTS) + 1)
+        real = torch.ones_like(like) if output.real is None else output.real
+        self._real = self._real + _count(real, one_hot)
+        for record in records:
+            self._routed[record.layer] = self._routed.get(record.layer, 0.0) + _count(record.selected, one_hot)
+
+    def read(self) -> Shares:
+        """The shares up to now.
+
+        Raises:
+            ValueError: no real token was seen.
+        """
+        real = torch.as_tensor(self._real).tolist()
+        if not self._routed or sum(real) == 0:
+            raise ValueError("no routed forward pass was measured")
+        routed = {layer: counts.tolist() for layer, counts in self._routed.items()}
+        by_layer = {layer: sum(counts) / sum(real) for layer, counts in routed.items()}
+        by_position = {
+            name: sum(counts[bucket] for counts in routed.values()) / (len(routed) * real[bucket])
+            for bucket, name in enumerate(POSITION_NAMES, 1)
+            if real[bucket]
+        }
+        return Shares(by_layer, by_position, sum(by_layer.values()) / len(by_layer), int(sum(real)))
+
+
+def _count(mask: Tensor, one_hot: Tensor) -> Tensor:
+    """Tokens of a [B, T] mask in each bucket; float64, because float32 stops counting at 16 million."""
+    return (mask.unsqueeze(-1) & one_hot.bool()).sum((0, 1)).double()
+
+
+@contextmanager
+def measured_shares(model: Any) -> Iterator[ShareMeter]:
+    """Measure every forward pass of a routed model inside a `with` block, whoever calls it."""
+    meter = ShareMeter()
+    hook = model.model.register_forward_hook(lambda module, arguments, output: meter.add(output))
+    try:
+        yield meter
+    finally:
+        hook.remove()
