@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from dtfcli.models.stack import is_added
+
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_ADDED = ("router", "prior", "predictor")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -56,7 +57,7 @@ def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: st
     flops = forward_flops_per_token(model, seq_len)
     return Account(
         parameters=sum(p.numel() for _, p in named),
-        new_parameters=sum(p.numel() for name, p in named if _is_added(name)),
+        new_parameters=sum(p.numel() for name, p in named if is_added(name)),
         trainable_parameters=sum(p.numel() for _, p in named if p.requires_grad),
         flops_per_token=flops,
         share_of_dense=flops / forward_flops_per_token(model, seq_len, dense=True),
@@ -85,7 +86,7 @@ def forward_flops_per_token(model: Any, seq_len: int, *, dense: bool = False, sh
         found = _LAYER.search(name)
         if found is None:
             continue
-        if _is_added(name):
+        if is_added(name):
             # MoD's router is a matrix with one row, kept as a vector; DTF's has scalars only.
             size = parameter.numel() if parameter.numel() >= config.hidden_size and "norm" not in name else 0
             flops += 0.0 if dense else 2.0 * size
@@ -121,7 +122,3 @@ def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointi
     per_token = 4.0 * config.hidden_size * len(layers) + block if checkpointing else block * sum(layers)
     logits = 4 * min(rows * seq_len * config.vocab_size, 2**25) * 2
     return int(states + per_token * rows * seq_len + logits + 4 * config.vocab_size * config.hidden_size)
-
-
-def _is_added(name: str) -> bool:
-    return any(part in name for part in _ADDED)

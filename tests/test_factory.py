@@ -15,7 +15,7 @@ from dtfcli.accounting import describe, forward_flops_per_token
 from dtfcli.errors import CheckpointError, ConfigError, DTFError
 from dtfcli.factory import build_model, build_tokenizer
 from dtfcli.model_paths import resolve_model_path
-from dtfcli.models.modeling_dynamic import is_added
+from dtfcli.models.stack import is_added
 from dtfcli.presets import preset_names
 from dtfcli.settings import Settings, load_settings
 from tests.tiny import FAMILIES, dense_model, routed_model, tokens

@@ -23,9 +23,10 @@ def test_shares_are_those_of_the_records() -> None:
         routed = int(record.selected.sum() + other.selected.sum())
         assert shares.by_layer[record.layer] == pytest.approx(routed / shares.tokens)
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, -1)
+    pairs = list(zip(records, more, strict=True))
     for name, low, high in (("1-15", 1, 16), ("16-63", 16, 64), ("64-255", 64, 256), ("256+", 256, 300)):
         inside = (positions >= low) & (positions < high)
-        routed = sum(int((r.selected & inside).sum() + o.selected[0, low:high].sum()) for r, o in zip(records, more))
+        routed = sum(int((r.selected & inside).sum() + o.selected[0, low:high].sum()) for r, o in pairs)
         assert shares.by_position[name] == pytest.approx(routed / 3 / (int(inside.sum()) + high - low))
 
 

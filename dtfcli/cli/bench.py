@@ -80,7 +80,7 @@ def bench(
     generator = torch.Generator().manual_seed(1)
     rows = max(1, calibration_tokens // min(seq_len, calibration_tokens))
     ids = torch.randint(0, dense.config.vocab_size, (rows, min(seq_len, calibration_tokens)), generator=generator)
-    from dtfcli.models.layers import CAPACITY_GRID
+    from dtfcli.models.routers import CAPACITY_GRID
 
     grid = [share for share in CAPACITY_GRID if share in shares]
     for model in models.values():

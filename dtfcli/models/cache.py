@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 CACHE_NAME = "cache" if "cache" in signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
-"""What Transformers calls a cache in arguments and outputs: 5.24 renamed `past_key_values`, and still takes it from users."""
+"""What Transformers calls a cache in arguments and outputs: 5.24 renamed `past_key_values`; users may say either."""
 
 
 class SurpriseHistory:
@@ -104,35 +104,38 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         if not self.counts:
             self.counts = [0] * selected.shape[0]
 
-    def append(self, keys: Tensor, values: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Store new tokens; returns all that the rows with new tokens have, [R, H, N', E].
+    def append(self, keys: Tensor, values: Tensor, rows: list[int], counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Store new tokens of some rows; returns all that those rows have, [R, H, N', E].
 
         Args:
-            keys, values: [R, H, K, E], for the R rows that have new tokens; the first of a row's slots are stored,
-                the others are free.
-            counts: new tokens of each of the B rows.
+            keys, values: [R, H, K, E]; the first slots of a row are stored, the others are free.
+            rows: the R increasing row indices.
+            counts: new tokens of each of those rows.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        rows = [row for row, count in enumerate(counts) if count]
-        before, self.counts = self.counts, [a + b for a, b in zip(self.counts, counts, strict=True)]
-        if len(rows) == len(counts) and not any(before):
+        everyone = len(rows) == len(self.counts)
+        before = [self.counts[row] for row in rows]
+        for row, count in zip(rows, counts, strict=True):
+            self.counts[row] += count
+        longest = max(self.counts[row] for row in rows)
+        if everyone and not any(before):
             # What lies in free slots is overwritten before any mask shows it.
             self.keys, self.values = keys, values
-        elif len(counts) == 1:
+        elif everyone and len(rows) == 1:
             self.keys = torch.cat([self.keys, keys], dim=2)
             self.values = torch.cat([self.values, values], dim=2)
         else:
-            self._grow(max(self.counts))
-            to_row = [row for row in rows for _ in range(counts[row])]
-            to_slot = [before[row] + k for row in rows for k in range(counts[row])]
-            from_row = [r for r, row in enumerate(rows) for _ in range(counts[row])]
-            from_slot = [k for row in rows for k in range(counts[row])]
-            self.keys[to_row, :, to_slot] = keys[from_row, :, from_slot]
-            self.values[to_row, :, to_slot] = values[from_row, :, from_slot]
-        longest = max(self.counts[row] for row in rows)
+            self._grow(longest)
+            if keys.shape[2] == 1:
+                self.keys[rows, :, before] = keys[:, :, 0]
+                self.values[rows, :, before] = values[:, :, 0]
+            else:
+                for r, (row, start, count) in enumerate(zip(rows, before, counts, strict=True)):
+                    self.keys[row, :, start : start + count] = keys[r, :, :count]
+                    self.values[row, :, start : start + count] = values[r, :, :count]
         keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
-        if len(rows) == len(counts):
+        if everyone:
             return keys, values
         index = torch.tensor(rows, device=keys.device)
         return keys.index_select(0, index), values.index_select(0, index)

@@ -25,6 +25,11 @@ class RoutingConfigMixin(RoutingFields):
         """Whether the moving average of eq. 3.9 leaves the sink tokens out."""
         return self.sink_tokens > 0 if self.ma_skip_sinks is None else self.ma_skip_sinks
 
+    @property
+    def has_predictor(self) -> bool:
+        """Whether routed layers have a predictor, for `predictor` routing."""
+        return self.predictor_loss_weight > 0
+
     def layer_capacity(self, layer: int) -> float:
         """γ of one routed layer."""
         if isinstance(self.capacity, (list, tuple)):

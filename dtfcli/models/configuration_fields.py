@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 ARCHITECTURES = ("dtf", "mod")
-ROUTING_MODES = ("threshold", "topk")
+ROUTING_MODES = ("threshold", "predictor", "topk")
+CAUSAL_MODES = ("threshold", "predictor")
 GATES = ("straight_through", "soft")
 MOD_GATES = ("sigmoid", "raw")
 KV_TOKENS = ("routed", "all")
@@ -60,7 +61,8 @@ class RoutingFields:
         "soft: scale the residual update by the gate; straight_through: scale by 1, keep the gate's gradient.",
     )
     routing: str = _option(
-        "threshold", "Mode in eval: threshold (causal, calibrated) or topk (the training rule; not causal)."
+        "threshold",
+        "Mode in eval: threshold (causal, calibrated), predictor (causal, a trained guess) or topk (not causal).",
     )
     prior_factor: Number = _option(0.0625, "PriorFFN width as a share of the hidden size (DTF, eq. 3.2).")
     prior_dropout: Number = _option(0.0, "Dropout inside the PriorFFN while training (DTF).")
@@ -77,6 +79,10 @@ class RoutingFields:
     mod_gate: str = _option("sigmoid", "MoD's gate: sigmoid (of the score) or raw (the score itself).")
     router_aux_loss_weight: Number = _option(0.0, "Weight of MoD's cross-entropy against its own top-K mask.")
     router_z_loss_weight: Number = _option(0.0, "Weight of MoD's mean squared score.")
+    predictor_loss_weight: Number = _option(
+        0.0,
+        "Above 0: a small network in each routed layer learns to predict its top-K mask (MoD paper: 0.01).",
+    )
 
 
 def resolve_routed_layers(routed_layers: str | list[int], dense_edges: int, num_layers: int) -> list[int]:
@@ -134,8 +140,16 @@ def check_routing_fields(values: Mapping[str, Any], num_layers: int | None = Non
         _require(
             chosen[name] > 0.0, name, chosen[name], "must be positive (it enters a logarithm or scales an average)"
         )
-    for name in ("prior_loss_weight", "router_aux_loss_weight", "router_z_loss_weight"):
+    for name in ("prior_loss_weight", "router_aux_loss_weight", "router_z_loss_weight", "predictor_loss_weight"):
         _require(chosen[name] >= 0.0, name, chosen[name], "must be 0 or more")
+
+    alone = set(values) == {"routing"}  # looked at by itself, before the other fields are known
+    _require(
+        chosen["routing"] != "predictor" or chosen["predictor_loss_weight"] > 0 or alone,
+        "routing",
+        chosen["routing"],
+        "needs a predictor: set predictor_loss_weight above 0 (such as 0.01), or choose threshold",
+    )
 
     routed = chosen["routed_layers"]
     _require(

@@ -18,7 +18,8 @@ from transformers import (
 
 from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import RoutingFields
-from .modeling_dynamic import DynamicLlamaForCausalLM, DynamicQwenForCausalLM, is_added
+from .modeling_dynamic import DynamicLlamaForCausalLM, DynamicQwenForCausalLM
+from .stack import is_added
 
 FAMILIES: dict[str, tuple[type, type, type, type]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, DynamicLlamaForCausalLM, DynamicLlamaConfig),

@@ -22,9 +22,12 @@ from .routing import Slots
 class OwnKeys:
     """Routed tokens attend to each other. They fill their slots in position order: plain causal attention serves."""
 
-    def for_slots(self, slots: Slots) -> Any:
-        """What to pass to the block as its cache; None: the block's own keys are all there is."""
-        return None
+    as_cache: Any = None
+    """What to pass to the block as its cache; None: the block's own keys are all there is."""
+
+    def of_rows(self, rows: list[int], slots: Slots) -> "OwnKeys":
+        """Those that the rows of a group attend to."""
+        return self
 
     def visible(self, slots: Slots, frame: Any) -> Tensor | None:
         """Which keys each slot may attend to, bool [R, 1, K, S]; None: plain causal attention."""
@@ -36,10 +39,11 @@ class OwnKeys:
         Raises:
             ValueError: flash or flex attention would need a mask that it cannot take.
         """
-        visible = self.visible(slots, frame)
+        visible, implementation = self.visible(slots, frame), config._attn_implementation
         if visible is None:
+            if implementation == "sdpa":
+                return None
             return create_causal_mask(config, hidden_states, None, None)
-        implementation = config._attn_implementation
         if implementation == "eager":
             blocked = torch.finfo(hidden_states.dtype).min
             return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(~visible, blocked)
@@ -59,30 +63,33 @@ class StoredKeys(OwnKeys):
     Args:
         store: the layer's part of the cache, already told which of the new positions are routed.
         counts: new routed tokens of each row of the batch.
+        rows: those of a group.
     """
 
-    def __init__(self, store: RoutedLayerCache, counts: list[int]) -> None:
+    def __init__(self, store: RoutedLayerCache, counts: list[int], rows: list[int] | None = None) -> None:
         self.store = store
         self.counts = counts
+        self.rows = rows or []
 
-    def for_slots(self, slots: Slots) -> "StoredKeys":
+    @property
+    def as_cache(self) -> "StoredKeys":
         return self
+
+    def of_rows(self, rows: list[int], slots: Slots) -> "StoredKeys":
+        return StoredKeys(self.store, self.counts, rows)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Called by the attention with the keys and values of the slots, [R, H, K, E]."""
-        return self.store.append(keys, values, self.counts)
+        return self.store.append(keys, values, self.rows, [self.counts[row] for row in self.rows])
 
     def visible(self, slots: Slots, frame: Any) -> Tensor | None:
-        rows = [row for row, count in enumerate(self.counts) if count]
-        before = [self.store.counts[row] for row in rows]
-        width = slots.position.shape[1]
-        if not any(before):
+        before = [self.store.counts[row] for row in self.rows]
+        after = [self.store.counts[row] + self.counts[row] for row in self.rows]
+        width, device = slots.position.shape[1], slots.position.device
+        if not any(before) or (width == 1 and min(after) == max(after)):
             return None
-        after = [self.store.counts[row] + self.counts[row] for row in rows]
-        last = torch.tensor(before, device=slots.position.device).view(-1, 1, 1, 1) + torch.arange(
-            width, device=slots.position.device
-        ).view(1, 1, -1, 1)
-        return torch.arange(max(after), device=last.device) <= last
+        last_RK = torch.tensor(before, device=device).unsqueeze(1) + torch.arange(width, device=device)
+        return (torch.arange(max(after), device=device) <= last_RK.unsqueeze(-1)).unsqueeze(1)
 
 
 class EveryKey(OwnKeys):
@@ -95,7 +102,11 @@ class EveryKey(OwnKeys):
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
 
-    def for_slots(self, slots: Slots) -> "EveryKey":
+    @property
+    def as_cache(self) -> "EveryKey":
+        return self
+
+    def of_rows(self, rows: list[int], slots: Slots) -> "EveryKey":
         if slots.rows is None:
             return self
         return EveryKey(self.keys.index_select(0, slots.rows), self.values.index_select(0, slots.rows))
@@ -104,7 +115,11 @@ class EveryKey(OwnKeys):
         """Called by the attention; the slots' own keys are among those that are here already."""
         return self.keys, self.values
 
-    def visible(self, slots: Slots, frame: Any) -> Tensor:
+    def visible(self, slots: Slots, frame: Any) -> Tensor | None:
+        tokens = frame.shape[1]
+        every_token = slots.routed is None and slots.position.shape[1] == tokens
+        if frame.seen is None and every_token and (frame.past == 0 or tokens == 1):
+            return None  # each sees all keys up to its own
         at = (slots.position + frame.past).unsqueeze(-1)
         positions = torch.arange(self.keys.shape[2], device=at.device)
         visible = positions <= at

@@ -10,28 +10,31 @@ from .cache import CACHE_NAME
 
 
 @dataclass
-class RoutingRecord(ModelOutput):
+class RoutingRecord:
     """How one routed layer treated each token.
 
     Attributes:
         layer: index of the layer in the stack.
-        scores: float32 [B, T], what is ranked and compared with the threshold.
+        scores: float32 [B, T], what is ranked and compared with the threshold: the router's scores, or in `predictor`
+            mode the predictor's logits.
         selected: bool [B, T], True where the token entered the layer.
         gate: float32 [B, T], the soft gate: G (DTF), σ(r) or r (MoD).
-        threshold: float32 0-d, in `threshold` mode.
+        threshold: float32 0-d, in the causal modes.
         static_surprise, change_surprise: float32 [B, T], D_st and D_ch (DTF).
         s_ce, s_cu: float32 [B, T], the two criteria after their sigmoids (DTF).
+        predictor_logits: float32 [B, T], while training a predictor or routing by it.
     """
 
-    layer: int | None = None
-    scores: FloatTensor | None = None
-    selected: Tensor | None = None
-    gate: FloatTensor | None = None
-    threshold: FloatTensor | None = None
-    static_surprise: FloatTensor | None = None
-    change_surprise: FloatTensor | None = None
-    s_ce: FloatTensor | None = None
-    s_cu: FloatTensor | None = None
+    layer: int
+    scores: Tensor
+    selected: Tensor
+    gate: Tensor
+    threshold: Tensor | None = None
+    static_surprise: Tensor | None = None
+    change_surprise: Tensor | None = None
+    s_ce: Tensor | None = None
+    s_cu: Tensor | None = None
+    predictor_logits: Tensor | None = None
 
 
 @dataclass
@@ -67,7 +70,7 @@ class RoutedCausalLMOutput(ModelOutput):
         loss: what is minimized: `lm_loss` plus the weighted auxiliary losses while training, `lm_loss` in eval.
         lm_loss: mean next-token cross-entropy, nats.
         prior_loss: mean prior error over real tokens without sinks and over decision layers, unweighted (DTF).
-        router_loss: the router's auxiliary losses, weighted and summed (MoD).
+        router_loss: auxiliary losses of MoD's router and of the predictor, weighted and summed.
         logits: [B, T, V]; None while training with labels, where they are never held whole.
         routing: a `RoutingRecord` for each routed layer, when `output_routing` asks for it.
     """

@@ -59,35 +59,51 @@ def prior_error(prior: Tensor, posterior: Tensor) -> Tensor:
     return (prior.float() - posterior.detach().float()).square().mean(-1)
 
 
-def moving_average(values: Tensor, window: int, counted: Tensor | None = None) -> Tensor:
-    """MA in (3.9): the mean of the last `window` counted values at or before each token, without gradient.
+class Recent(NamedTuple):
+    """Which earlier tokens the moving average of each new token runs over; the same for all layers of a pass."""
+
+    position: Tensor
+    """int64 [B, T, W], newest first; where fewer than W tokens count so far, the rest repeat the oldest."""
+    weight: Tensor
+    """float32 [B, T, W], one over their number; 0 for repeats."""
+
+
+def recent_tokens(counted: Tensor, window: int, past: int = 0) -> Recent:
+    """The last `window` counted tokens at or before each new token.
+
+    Args:
+        counted: bool [B, S + T]; padding (and sinks, if they are left out) are False.
+        window: length in counted tokens.
+        past: S, how many of the positions came in earlier passes.
+    """
+    rows, tokens = counted.shape
+    window = min(window, tokens)
+    seen_BT = counted.long().cumsum(1)
+    positions_BT = torch.arange(tokens, device=counted.device).expand(rows, tokens)
+    # The position of the n-th counted token; what does not count goes to a place that is never read.
+    place_BT = torch.where(counted, seen_BT - 1, tokens)
+    nth_BT = positions_BT.new_zeros(rows, tokens + 1).scatter(1, place_BT, positions_BT)
+    rank_BTW = seen_BT[:, past:, None] - 1 - torch.arange(window, device=counted.device)
+    exists_BTW = rank_BTW >= 0
+    position_BTW = nth_BT.gather(1, rank_BTW.clamp(min=0).flatten(1)).view_as(rank_BTW)
+    return Recent(position_BTW, exists_BTW / exists_BTW.sum(-1, keepdim=True).clamp(min=1))
+
+
+def moving_average(values: Tensor, recent: Recent) -> Tensor:
+    """MA in (3.9): the mean of the last counted values at or before each new token, without gradient.
 
     Each window is summed afresh: a difference of running sums would lose the small values that follow the massive
     first one (position 0 of a pretrained model).
 
     Args:
-        values: float32 [B, T].
-        window: length in counted tokens.
-        counted: bool [B, T]; padding (and sinks, if they are left out) are False. None: all count.
+        values: float32 [B, S + T], of the cached positions and the new ones.
+        recent: from `recent_tokens`.
 
     Returns:
         float32 [B, T]; 0 where nothing has been counted yet.
     """
-    values = values.detach()
-    tokens = values.shape[1]
-    window = min(window, tokens)
-    if counted is None:
-        compact_BT = values
-    else:
-        seen_BT = counted.long().cumsum(1)
-        place_BT = torch.where(counted, seen_BT - 1, tokens)
-        compact_BT = values.new_zeros(values.shape[0], tokens + 1).scatter(1, place_BT, values)[:, :tokens]
-    sums_BT = F.avg_pool1d(F.pad(compact_BT, (window - 1, 0)), window, stride=1) * window
-    lengths_T = torch.arange(1, tokens + 1, device=values.device).clamp(max=window)
-    means_BT = sums_BT / lengths_T
-    if counted is None:
-        return means_BT
-    return torch.where(seen_BT > 0, means_BT.gather(1, (seen_BT - 1).clamp(min=0)), 0.0)
+    windows_BTW = values.detach().gather(1, recent.position.flatten(1)).view_as(recent.position)
+    return (windows_BTW * recent.weight).sum(-1)
 
 
 def dtf_scores(
@@ -224,35 +240,72 @@ def share_threshold(scores: Tensor, capacity: float, real: Tensor | None = None,
 
 
 class Slots(NamedTuple):
-    """Where the routed tokens of each row sit while the block runs: in position order, then free slots.
+    """Where the routed tokens of some rows sit while the block runs: in position order, then free slots.
 
     A free slot holds a token that is not routed, a different one for each, so that writing back never collides; being
-    last it is seen by no routed token under causal attention. R of the B rows take part.
+    last it is seen by no routed token under causal attention. R of the B rows take part, with T tokens each.
     """
 
     position: Tensor
     """int64 [R, K], position of the token in each slot."""
-    routed: Tensor
-    """bool [R, K], False for free slots."""
+    routed: Tensor | None = None
+    """bool [R, K], False for free slots; None: there are none."""
     rows: Tensor | None = None
     """int64 [R], which rows take part; None: all."""
+    whole: bool = False
+    """Every token of every row is routed: gathering and scattering have nothing to do."""
 
 
-def assign_slots(selected: Tensor, width: int, counts: list[int] | None = None) -> Slots:
-    """Slots for the selected tokens.
+def row_groups(counts: list[int], padding: float = 0.03, small: int = 256) -> list[list[int]]:
+    """Rows that route something, in groups whose members route about as many tokens: a group costs its fullest row.
+
+    Args:
+        counts: routed tokens of each row.
+        padding: most free slots in a row of a group, as a share of its slots.
+        small: a group with fewer slots than this takes any row: a small matrix product costs more than free slots.
+
+    Returns:
+        Increasing row indices, the fullest rows' group first.
+    """
+    groups: list[list[int]] = []
+    for row in sorted((row for row, count in enumerate(counts) if count), key=lambda row: -counts[row]):
+        fullest = counts[groups[-1][0]] if groups else 0
+        if groups and (counts[row] >= (1 - padding) * fullest or fullest * len(groups[-1]) < small):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group) for group in groups]
+
+
+def assign_slots(selected: Tensor, width: int) -> Slots:
+    """Slots for the selected tokens of all rows, some of them free.
 
     Args:
         selected: bool [B, T].
         width: slots of each row; at least as many as any row has selected tokens.
-        counts: selected tokens of each row, where known: rows without any are left out.
     """
-    rows = None
-    if counts is not None and not all(counts):
-        rows = torch.tensor([row for row, count in enumerate(counts) if count], device=selected.device)
-        selected = selected.index_select(0, rows)
-    order_RT = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    routed_RK = torch.arange(width, device=selected.device) < selected.sum(1, keepdim=True)
-    return Slots(order_RT[:, :width], routed_RK, rows)
+    order_BT = selected.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    routed_BK = torch.arange(width, device=selected.device) < selected.sum(1, keepdim=True)
+    return Slots(order_BT[:, :width], routed_BK)
+
+
+def assign_group(selected: Tensor, rows: list[int], counts: list[int]) -> Slots:
+    """Slots for the selected tokens of some rows, as many as the fullest of them needs.
+
+    Args:
+        selected: bool [B, T].
+        rows: increasing row indices, each with selected tokens.
+        counts: selected tokens of each of those rows.
+    """
+    (batch, tokens), device = selected.shape, selected.device
+    everyone = len(rows) == batch
+    index = None if everyone else torch.tensor(rows, device=device)
+    width, least = max(counts), min(counts)
+    if least == tokens:
+        positions_RT = torch.arange(tokens, device=device).expand(len(rows), tokens)
+        return Slots(positions_RT, rows=index, whole=everyone)
+    slots = assign_slots(selected if index is None else selected.index_select(0, index), width)
+    return slots._replace(routed=None if least == width else slots.routed, rows=index)
 
 
 def _flat_index(slots: Slots, tokens: int) -> Tensor:
@@ -263,14 +316,19 @@ def _flat_index(slots: Slots, tokens: int) -> Tensor:
 
 def gather_tokens(tokens: Tensor, slots: Slots) -> Tensor:
     """[B, T, D] → [R, K, D]: the token of each slot. [1, T, D], the same for all rows, will do."""
+    if slots.whole:
+        return tokens
     flat = slots.position.flatten() if tokens.shape[0] == 1 else _flat_index(slots, tokens.shape[1])
     return tokens.flatten(0, 1).index_select(0, flat).unflatten(0, slots.position.shape)
 
 
 def scatter_tokens(tokens: Tensor, slots: Slots, values: Tensor) -> Tensor:
     """[B, T, D] with `values` [R, K, D] written where the slots' tokens came from."""
+    values = values.to(tokens.dtype)
+    if slots.whole:
+        return values
     flat = _flat_index(slots, tokens.shape[1])
-    return tokens.flatten(0, 1).index_copy(0, flat, values.flatten(0, 1).to(tokens.dtype)).view_as(tokens)
+    return tokens.flatten(0, 1).index_copy(0, flat, values.flatten(0, 1)).view_as(tokens)
 
 
 def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor, kind: str) -> Tensor:

@@ -79,7 +79,7 @@ def decode(model, input_ids: list[int]) -> Tensor:
                 average = routing_naive.moving_average(surprises[index], config.ma_window, config.sink_tokens)[-1]
                 scalars = (router.log_o_ce.exp(), router.log_m_cu.exp(), router.beta_ce, router.beta_cu)
                 gate, score = routing_naive.dtf_gate(static, change, average, *scalars)
-            entered = t < config.sink_tokens or bool(score > router.threshold(stack.capacity_override))
+            entered = t < config.sink_tokens or bool(score > router.threshold("threshold", stack.capacity_override))
             if entered or config.kv_tokens == "all":
                 walker.remember(x, cos, sin)
             if entered:

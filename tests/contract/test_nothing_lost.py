@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dtfcli.models.configuration_dynamic import DynamicLlamaConfig
 from dtfcli.models.conversion import FAMILIES
-from dtfcli.models.modeling_dynamic import is_added
+from dtfcli.models.stack import is_added
 from tests.tiny import ARCHITECTURES, dense_model, routed_model, tokens
 
 

@@ -48,13 +48,14 @@ def test_moving_average(data: st.DataObject, window: int, skip: int, spike: floa
     values[:, 0] *= spike  # as at position 0 of a pretrained model
     sinks = routing.sink_mask(mask, skip, mask.shape, mask.device)
     counted = mask if sinks is None else mask & ~sinks
-    ours = routing.moving_average(values, window, counted)
+    ours = routing.moving_average(values, routing.recent_tokens(counted, window))
     for b, places_b in enumerate(places):
         naive = routing_naive.moving_average([values[b, t] for t in places_b], window, skip)
         for t, expected in zip(places_b, naive, strict=True):
             torch.testing.assert_close(ours[b, t], expected)
-    if mask.all() and skip == 0:
-        torch.testing.assert_close(routing.moving_average(values, window), ours)
+    for past in range(mask.shape[1]):  # as chunks of any length see it
+        later = routing.moving_average(values, routing.recent_tokens(counted, window, past))
+        torch.testing.assert_close(later, ours[:, past:])
 
 
 @given(seed=st.integers(0, 2**20), scale=st.sampled_from([0.1, 1.0, 5.0]))
@@ -122,7 +123,8 @@ def test_share_threshold(data: st.DataObject, share: float, sinks: int) -> None:
 def test_slots_gather_and_scatter(data: st.DataObject) -> None:
     selected, places = rows_and_mask(data)
     slots = max(1, int(selected.sum(1).max()))
-    index, routed, _ = assigned = routing.assign_slots(selected, slots)
+    index, routed, *_ = assigned = routing.assign_slots(selected, slots)
+    assert routed is not None
     assert index.shape == routed.shape == (len(selected), slots)
     for b, places_b in enumerate(places):
         assert index[b][routed[b]].tolist() == places_b  # position order: causal attention depends on it
@@ -135,6 +137,28 @@ def test_slots_gather_and_scatter(data: st.DataObject) -> None:
     torch.testing.assert_close(written, hidden_states * factor)
     (gradient,) = torch.autograd.grad(written.sum(), hidden_states)
     torch.testing.assert_close(gradient, factor.expand_as(gradient))
+
+
+@given(data=st.data(), padding=st.sampled_from([0.0, 0.03, 0.5]), small=st.sampled_from([0, 6, 256]))
+@settings(max_examples=100, deadline=None)
+def test_rows_in_groups(data: st.DataObject, padding: float, small: int) -> None:
+    """Groups of rows, gathered and written back one after another, are what all rows together are."""
+    selected, places = rows_and_mask(data)
+    counts = selected.sum(1).tolist()
+    groups = routing.row_groups(counts, padding, small)
+    assert sorted(row for group in groups for row in group) == [row for row, count in enumerate(counts) if count]
+    hidden_states = torch.randn(*selected.shape, 3)
+    written = hidden_states
+    for rows in groups:
+        slots = routing.assign_group(selected, rows, [counts[row] for row in rows])
+        taken = routing.gather_tokens(hidden_states, slots)
+        routed = torch.ones(slots.position.shape, dtype=torch.bool) if slots.routed is None else slots.routed
+        for r, row in enumerate(rows):
+            assert slots.position[r][routed[r]].tolist() == places[row]
+            assert torch.equal(taken[r], hidden_states[row, slots.position[r]])
+        assert routed.shape[1] == max(counts[row] for row in rows)
+        written = routing.scatter_tokens(written, slots, torch.where(routed.unsqueeze(-1), taken * 2, taken))
+    torch.testing.assert_close(written, hidden_states * torch.where(selected, 2.0, 1.0).unsqueeze(-1))
 
 
 @pytest.mark.parametrize("mode", ["topk", "threshold"])

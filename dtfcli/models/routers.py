@@ -1,0 +1,225 @@
+"""The small networks that routing adds, and what one pass tells all of them.
+
+Whatever is new has `prior`, `router` or `predictor` in its parameter names. Scores say how much a token wants to
+enter a layer; thresholds, one table for each causal mode, say how much is enough.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, exp, log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .routing import Recent, Scores, dtf_scores, mod_scores, moving_average, recent_tokens, sink_mask
+
+CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
+"""γ for which calibration measures thresholds; others are interpolated."""
+
+THRESHOLD_COLUMNS = 1 + len(CAPACITY_GRID)
+"""Column 0 is the threshold at the model's own capacity (also tracked while training), then the grid."""
+
+
+@dataclass(frozen=True)
+class RoutingFrame:
+    """What all routed layers of one forward pass share.
+
+    Attributes:
+        mode: "topk", "threshold" or "predictor".
+        shape: B and T.
+        device: of the tokens.
+        capacity: γ asked for at inference; None: each layer's own.
+        seen: bool [B, S + T], False for padding, over the S cached positions and the T new ones; None: no padding.
+        sink_tokens: how many leading real tokens of each row are sinks.
+        average_window, average_skips_sinks: what the moving average of eq. 3.9 runs over (DTF).
+        past: S.
+        column: the threshold column to use instead of `capacity` (calibration).
+    """
+
+    mode: str
+    shape: tuple[int, int]
+    device: torch.device
+    capacity: float | None = None
+    seen: Tensor | None = None
+    sink_tokens: int = 0
+    average_window: int = 1
+    average_skips_sinks: bool = False
+    past: int = 0
+    column: int | None = None
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Which of the new tokens are not padding, bool [B, T]; None: all."""
+        return None if self.seen is None else self.seen[:, self.past :]
+
+    @cached_property
+    def seen_sinks(self) -> Tensor | None:
+        """Which of all tokens are sinks, bool [B, S + T]; None: there are none."""
+        return sink_mask(self.seen, self.sink_tokens, (self.shape[0], self.past + self.shape[1]), self.device)
+
+    @cached_property
+    def sinks(self) -> Tensor | None:
+        """Which of the new tokens are sinks, bool [B, T]; None: there are none."""
+        return None if self.seen_sinks is None else self.seen_sinks[:, self.past :]
+
+    @cached_property
+    def recent(self) -> Recent:
+        """What the moving average of each new token runs over: no padding, and no sinks where they are left out."""
+        everything = (self.shape[0], self.past + self.shape[1])
+        counted = torch.ones(everything, dtype=torch.bool, device=self.device) if self.seen is None else self.seen
+        if self.average_skips_sinks and self.seen_sinks is not None:
+            counted = counted & ~self.seen_sinks
+        return recent_tokens(counted, self.average_window, self.past)
+
+
+class PriorFFN(nn.Module):
+    """prior = x + W_out(silu(W_gate n) · W_up n), n = RMSNorm(x) (3.1–3.3): a cheap guess at the decision layer.
+
+    Width ⌈D·f⌉ rounded up to an even number, at least 2; no biases.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width = ceil(config.hidden_size * config.prior_factor)
+        width = max(2, width + width % 2)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.w_gate = nn.Linear(config.hidden_size, width, bias=False)
+        self.w_up = nn.Linear(config.hidden_size, width, bias=False)
+        self.w_out = nn.Linear(width, config.hidden_size, bias=False)
+        self.dropout = nn.Dropout(config.prior_dropout)
+
+    def forward(self, original: Tensor) -> Tensor:
+        """[B, T, D] → [B, T, D]."""
+        normed = self.norm(original)
+        return original + self.dropout(self.w_out(nn.functional.silu(self.w_gate(normed)) * self.w_up(normed)))
+
+
+class Predictor(nn.Module):
+    """Guesses from a token alone whether top-K would take it (Mixture-of-Depths, section 3.5): D → D/2 → 1.
+
+    Learns from top-K's choices without pulling at the model: its input carries no gradient.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.w_in = nn.Linear(config.hidden_size, config.hidden_size // 2, bias=False)
+        self.w_out = nn.Linear(config.hidden_size // 2, 1, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, D] → logits p, float32 [B, T]; a token is routed when σ(p) > 0.5, that is p > 0."""
+        return self.w_out(nn.functional.silu(self.w_in(hidden_states.detach()))).squeeze(-1).float()
+
+
+class Router(nn.Module):
+    """Thresholds of one routed layer, common to both architectures; always float32, whatever the model's dtype.
+
+    Calibrated thresholds lie close together: bfloat16 would merge them.
+
+    Attributes:
+        thresholds: of the scores, for the layer's own γ and the grid.
+        predictor_thresholds: of the predictor's logits, likewise, where there is a predictor.
+    """
+
+    thresholds: Tensor
+    predictor_thresholds: Tensor
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.capacity = config.layer_capacity(layer_idx)
+        self.tables = ["thresholds", "predictor_thresholds"][: 1 + config.has_predictor]
+        for name in self.tables:
+            self.register_buffer(name, torch.empty(THRESHOLD_COLUMNS, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        for name in self.tables:
+            getattr(self, name).fill_(torch.nan)
+        if "predictor_thresholds" in self.tables:
+            self.predictor_thresholds[0] = 0.0
+
+    def table(self, mode: str) -> Tensor:
+        """The thresholds of a causal mode, float32 [THRESHOLD_COLUMNS]."""
+        return self.predictor_thresholds if mode == "predictor" else self.thresholds
+
+    def threshold(self, mode: str, capacity: float | None = None, column: int | None = None) -> Tensor:
+        """The threshold at γ (None: the layer's own), float32 0-d; NaN where nothing was calibrated."""
+        table = self.table(mode)
+        if column is not None:
+            return table[column]
+        if (self.capacity if capacity is None else capacity) >= 1.0:
+            return table.new_full((), -torch.inf)
+        if capacity is None or capacity == self.capacity:
+            return table[0]
+        if capacity in CAPACITY_GRID:
+            return table[1 + CAPACITY_GRID.index(capacity)]
+        above = next(i for i, share in enumerate(CAPACITY_GRID) if share >= capacity)
+        low, high = CAPACITY_GRID[above - 1], CAPACITY_GRID[above]
+        return torch.lerp(table[above], table[above + 1], (capacity - low) / (high - low))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or tensor.is_meta:
+                return moved.float() if moved.is_floating_point() else moved
+            return tensor.to(device=moved.device, dtype=torch.float32)
+
+        return super()._apply(keep_float32, recurse)
+
+
+class PredictiveRouter(Router):
+    """DTF: gates by expected and unexpected change (3.8–3.12), with four learnable scalars.
+
+    o_ce and m_cu are stored as logarithms: they must stay positive (ln of a negative o_ce is a NaN).
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.initial = {
+            "log_o_ce": log(config.o_ce_init),
+            "log_m_cu": log(config.m_cu_init),
+            "beta_ce": config.beta_ce_init,
+            "beta_cu": config.beta_cu_init,
+        }
+        for name in self.initial:
+            self.register_parameter(name, nn.Parameter(torch.empty(1, dtype=torch.float32)))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, value in self.initial.items():
+            getattr(self, name).fill_(value)
+
+    def forward(self, static: Tensor, change: Tensor, history: Tensor, frame: RoutingFrame) -> Scores:
+        """D_st, D_ch of the new tokens: float32 [B, T]; D_st of the row up to them: float32 [B, S + T]."""
+        average = moving_average(history, frame.recent)
+        return dtf_scores(static, change, average, self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
+
+    def scalars(self) -> dict[str, float]:
+        """The four scalars of the paper, for reports."""
+        return {
+            "o_ce": exp(self.log_o_ce.item()),
+            "m_cu": exp(self.log_m_cu.item()),
+            "beta_ce": self.beta_ce.item(),
+            "beta_cu": self.beta_cu.item(),
+        }
+
+
+class LinearRouter(Router):
+    """MoD: a linear score of the token's hidden state."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.gate = config.mod_gate
+        self.std = config.initializer_range
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight.normal_(0.0, self.std)
+
+    def forward(self, hidden_states: Tensor) -> Scores:
+        """[B, T, D] → scores [B, T]."""
+        return mod_scores(hidden_states, self.weight, self.gate)
+
+    def scalars(self) -> dict[str, float]:
+        return {}
