@@ -6,11 +6,13 @@ FLOPs of one forward pass, per token of a sequence of T tokens:
 
 H being query heads × head size; scores and weighted values cost 2 · T · H each, counted over the full T × T square as
 torch's FLOP counter does. A routed layer processes K = max(1, ⌊γT⌋) of T tokens, so its matrices count K / T and its
-attention (K / T)². The language-model head counts, embeddings (a lookup) do not; priors and routers see every token.
+attention (K / T)², or with keys of all tokens K / T. The language-model head counts, embeddings (a lookup) do not;
+priors and routers see every token, and so do predictors while they train or route.
 Norms, gates and other element-wise work are left out. A training step costs three forward passes.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,33 +67,47 @@ def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: st
     )
 
 
-def forward_flops_per_token(model: Any, seq_len: int, *, dense: bool = False, share: float | None = None) -> float:
+def forward_flops_per_token(
+    model: Any,
+    seq_len: int,
+    *,
+    dense: bool = False,
+    shares: Mapping[int, float] | None = None,
+    with_logits: float = 1.0,
+) -> float:
     """FLOPs of one forward pass, per token of a sequence of `seq_len`; see the module's formula.
 
     Args:
         model: routed or dense.
         seq_len: T.
         dense: count the backbone alone, as if every layer were dense.
-        share: of the tokens in every routed layer, where it was measured; None: as the capacity says.
+        shares: routed tokens of each routed layer, where they were measured; None: as the capacity says.
+        with_logits: share of the tokens whose logits are computed; 1 / T when a prompt is read for its next token.
     """
     config = model.config
-    shares = {} if dense else routed_shares(config, seq_len)
-    if share is not None:
-        shares = dict.fromkeys(shares, share)
+    shares = {} if dense else shares or routed_shares(config, seq_len)
+    every_key = getattr(config, "kv_tokens", "routed") == "all"
+    predicts = model.training or getattr(config, "routing", None) == "predictor"
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * seq_len * config.num_attention_heads * head_size
-    flops = 2.0 * config.vocab_size * config.hidden_size
-    flops += sum(attention * shares.get(layer, 1.0) ** 2 for layer in range(config.num_hidden_layers))
+    flops = 2.0 * config.vocab_size * config.hidden_size * with_logits
+    for layer in range(config.num_hidden_layers):
+        share = shares.get(layer, 1.0)
+        flops += attention * share * (1.0 if every_key else share)
     for name, parameter in model.named_parameters():
         found = _LAYER.search(name)
         if found is None:
             continue
+        layer = int(found.group(1))
         if is_added(name):
             # MoD's router is a matrix with one row, kept as a vector; DTF's has scalars only.
-            size = parameter.numel() if parameter.numel() >= config.hidden_size and "norm" not in name else 0
-            flops += 0.0 if dense else 2.0 * size
+            matrix = parameter.numel() >= config.hidden_size and "norm" not in name
+            if matrix and not dense and (predicts or "predictor" not in name):
+                flops += 2.0 * parameter.numel()
         elif parameter.ndim == 2:
-            flops += 2.0 * parameter.numel() * shares.get(int(found.group(1)), 1.0)
+            flops += 2.0 * parameter.numel() * shares.get(layer, 1.0)
+            if every_key and layer in shares and ("k_proj" in name or "v_proj" in name):
+                flops += 2.0 * parameter.numel()  # keys and values of all tokens, and again of the routed ones
     return flops
 
 

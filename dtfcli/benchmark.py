@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 
 from dtfcli.accounting import forward_flops_per_token
 from dtfcli.models.cache import CACHE_NAME
+from dtfcli.models.stack import is_added
+from dtfcli.shares import measured_shares
 from dtfcli.training.tracking import matmul_peak
 
 OnProgress = Callable[[str], None]
@@ -37,8 +40,8 @@ class PhaseResult:
         routed_share: share of tokens that entered a routed layer, over the tokens timed and all routed layers.
         dense_ms, routed_ms: medians, per forward pass (prefill) or token (decode).
         time_ratio: median of routed / dense over the pairs.
-        flop_ratio: of the model at the realized share (prefill).
-        weight_ratio: share of the dense weights that a token reads at the realized share (decode).
+        theory: what the computation alone gives at the realized shares: the FLOP ratio (prefill), or the share of the
+            dense weights that are read for a token (decode).
         cache_ratio: bytes of the cache after the phase over those of dense.
         cache_bytes: of the routed model.
         tokens_per_second: of the routed model.
@@ -51,8 +54,7 @@ class PhaseResult:
     dense_ms: float
     routed_ms: float
     time_ratio: float
-    flop_ratio: float
-    weight_ratio: float
+    theory: float
     cache_ratio: float
     cache_bytes: int
     tokens_per_second: float
@@ -135,53 +137,57 @@ def _prefill(
         return dense(prompt, use_cache=True, logits_to_keep=1)
 
     def run_routed() -> Any:
-        return routed(prompt, use_cache=True, logits_to_keep=1, output_routing=True)
+        return routed(prompt, use_cache=True, logits_to_keep=1)
 
-    plain, out = run_dense(), run_routed()
-    share = _share(out.routing)
+    run_dense()
+    with measured_shares(routed) as meter:
+        run_routed()
     pairs = [(_seconds(run_dense), _seconds(run_routed)) for _ in range(repeats)]
-    return _result("prefill", dense, routed, architecture, capacity, share, pairs, plain, out, prompt.numel(), seq_len)
+    shares = meter.read()
+    flops = forward_flops_per_token(routed, seq_len, shares=shares.by_layer, with_logits=1 / seq_len)
+    theory = flops / forward_flops_per_token(routed, seq_len, dense=True, with_logits=1 / seq_len)
+    ratio = statistics.median(b / a for a, b in pairs)
+    caches = run_dense()[CACHE_NAME], run_routed()[CACHE_NAME]
+    return _result("prefill", architecture, capacity, shares.overall, pairs, ratio, theory, caches, prompt.numel())
 
 
 def _decode(
     dense: Any, routed: Any, architecture: str, capacity: float, input_ids: Tensor, seq_len: int, repeats: int
 ) -> PhaseResult:
     prompt = input_ids[:, :seq_len]
-    plain = dense(prompt, use_cache=True, logits_to_keep=1)
-    out = routed(prompt, use_cache=True, logits_to_keep=1)
-    caches = plain[CACHE_NAME], out[CACHE_NAME]
-    pairs, shares = [], []
-    for t in range(seq_len, input_ids.shape[1]):
-        token = input_ids[:, t : t + 1]
-        last: list[Any] = []
-        pairs.append(
-            (
-                _seconds(lambda: dense(token, **{CACHE_NAME: caches[0]})),  # noqa: B023
-                _seconds(lambda: last.append(routed(token, **{CACHE_NAME: caches[1]}, output_routing=True))),  # noqa: B023
-            )
-        )
-        shares.append(_share(last[0].routing))
-    share = statistics.fmean(shares)
-    pairs = pairs[2:] if len(pairs) > 4 else pairs  # the first tokens warm up
-    return _result(
-        "decode", dense, routed, architecture, capacity, share, pairs, plain, out, prompt.shape[0], seq_len
-    )  # fmt: skip
+    caches = tuple(model(prompt, use_cache=True, logits_to_keep=1)[CACHE_NAME] for model in (dense, routed))
+    pairs: list[tuple[float, float]] = []
+    shares: list[float] = []
+    layers_read: list[float] = []
+    for token in input_ids[:, seq_len:].split(1, dim=1):
+        outputs: list[Any] = []
+        plain = partial(dense, token, **{CACHE_NAME: caches[0]})
+        ours = partial(routed, token, **{CACHE_NAME: caches[1]}, output_routing=True)
+        pairs.append((_seconds(plain), _seconds(ours, outputs)))
+        chosen = torch.stack([record.selected.flatten() for record in outputs[0].routing]).float()
+        shares.append(float(chosen.mean()))
+        layers_read.append(float(chosen.amax(1).mean()))  # a layer's weights are read once, for any row
+    warm = slice(2, None) if len(pairs) > 4 else slice(None)
+    # The total over the pairs: a token is either routed or not, and a median would show one kind alone.
+    ratio = sum(b for _, b in pairs[warm]) / sum(a for a, _ in pairs[warm])
+    theory = weights_read(routed, statistics.fmean(layers_read[warm]))
+    share = statistics.fmean(shares[warm])
+    return _result("decode", architecture, capacity, share, pairs[warm], ratio, theory, caches, len(prompt))
 
 
 def _result(
     phase: str,
-    dense: Any,
-    routed: Any,
     architecture: str,
     capacity: float,
     share: float,
     pairs: list[tuple[float, float]],
-    plain: Any,
-    out: Any,
+    time_ratio: float,
+    theory: float,
+    caches: Any,
     tokens: int,
-    seq_len: int,
 ) -> PhaseResult:
-    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain[CACHE_NAME].layers)
+    dense_cache, routed_cache = caches
+    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense_cache.layers)
     routed_seconds = statistics.median(b for _, b in pairs)
     return PhaseResult(
         phase=phase,
@@ -190,21 +196,16 @@ def _result(
         routed_share=share,
         dense_ms=1e3 * statistics.median(a for a, _ in pairs),
         routed_ms=1e3 * routed_seconds,
-        # The total over the pairs: in decoding a token is either routed or not, and a median would show one kind alone.
-        time_ratio=sum(b for _, b in pairs) / sum(a for a, _ in pairs)
-        if phase == "decode"
-        else statistics.median(b / a for a, b in pairs),
-        flop_ratio=forward_flops_per_token(routed, seq_len, share=share)
-        / forward_flops_per_token(routed, seq_len, dense=True),
-        weight_ratio=weights_read(routed, share),
-        cache_ratio=out[CACHE_NAME].nbytes / dense_bytes,
-        cache_bytes=out[CACHE_NAME].nbytes,
+        time_ratio=time_ratio,
+        theory=theory,
+        cache_ratio=routed_cache.nbytes / dense_bytes,
+        cache_bytes=routed_cache.nbytes,
         tokens_per_second=tokens / routed_seconds,
     )
 
 
 def weights_read(model: Any, share: float) -> float:
-    """Share of the dense backbone's matrices that one decoded token reads when it enters this share of routed layers.
+    """Share of the dense backbone's matrices that decoding a token reads when it enters this share of routed layers.
 
     The embedding is a lookup; the head counts once. PriorFFNs and MoD's routers are read for every token.
     """
@@ -215,21 +216,20 @@ def weights_read(model: Any, share: float) -> float:
     for name, parameter in model.named_parameters():
         if ".layers." not in name or parameter.numel() < config.hidden_size:
             continue
-        if any(part in name for part in ("router", "prior")):
-            read += parameter.numel()
+        if is_added(name):
+            read += parameter.numel() if "predictor" not in name else 0
             continue
         dense += parameter.numel()
         read += parameter.numel() * (share if any(part in name for part in routed) else 1.0)
     return read / dense
 
 
-def _share(records: Any) -> float:
-    return statistics.fmean(float(record.selected.float().mean()) for record in records)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
+def _seconds(run: Callable[[], Any], outputs: list[Any] | None = None) -> float:
     started = time.perf_counter()
-    run()
+    output = run()
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    if outputs is not None:
+        outputs.append(output)
+    return seconds

@@ -122,7 +122,7 @@ def load_model(
 
     Args:
         path: model folder, run folder, .gguf file, or Hub id[@revision].
-        routing: "threshold" or "topk"; None or "auto": the mode saved with the model. Routed models only.
+        routing: "threshold", "predictor" or "topk"; None or "auto": the mode saved with the model. Routed models only.
         capacity: γ for all routed layers; None: the model's own. Routed models only.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
         dtype: auto (the checkpoint's own, or float32 where the device does not compute in it), float32, bfloat16 or

@@ -33,7 +33,9 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     architecture = lookup(values, "model.architecture") or "dtf"
     base = lookup(values, "model.base")
     steps = lookup(values, "training.max_steps")
-    unread: dict[str, str] = {"training.learning_rates.predictor": "this version has no predictor"}
+    unread: dict[str, str] = {}
+    if not lookup(values, "model.predictor_loss_weight"):
+        unread["training.learning_rates.predictor"] = "model.predictor_loss_weight is 0"
 
     dtf_only = [f"model.{name}" for name in DTF_ONLY] + ["training.learning_rates.prior"]
     mod_only = [f"model.{name}" for name in MOD_ONLY]

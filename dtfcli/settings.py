@@ -222,7 +222,7 @@ class LearningRates(Group):
     base: Rate = Field(1e-5, description="The backbone.")
     prior: Rate = Field(1e-3, description="PriorFFN (dtf).")
     router: Rate = Field(1e-2, description="Routers: DTF's four scalars, MoD's linear score.")
-    predictor: Rate = Field(1e-3, description="Routing predictors; not in this version.")
+    predictor: Rate = Field(1e-3, description="Routing predictors (model.predictor_loss_weight).")
 
 
 class TrainingSettings(Group):

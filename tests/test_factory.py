@@ -183,7 +183,7 @@ def test_load_a_routed_model(folder: Path) -> None:
     model = dtfcli.load_model(str(folder / "routed"), routing="topk", capacity=0.5, device="cpu")
     assert (model.routing, model.capacity) == ("topk", 0.5)
     assert dtfcli.load_model(folder / "routed", routing="auto", device="cpu").routing == "threshold"
-    with pytest.raises(ConfigError, match=r"routing = 'treshold'.*threshold, topk"):
+    with pytest.raises(ConfigError, match=r"routing = 'treshold'.*threshold, predictor, topk"):
         dtfcli.load_model(folder / "routed", routing="treshold", device="cpu")
     with pytest.raises(ConfigError, match=r"capacity = 1\.5"):
         dtfcli.load_model(folder / "routed", capacity=1.5, device="cpu")

@@ -141,12 +141,13 @@ def _show(report: Any) -> None:
             f"{r.dense_ms:.1f}",
             f"{r.routed_ms:.1f}",
             f"{r.time_ratio:.3f}",
-            f"{r.flop_ratio if r.phase == 'prefill' else r.weight_ratio:.3f}",
+            f"{r.theory:.3f}",
+            f"{r.time_ratio / r.theory:.3f}",
             f"{r.cache_ratio:.3f}",
             f"{r.tokens_per_second:,.1f}",
         ]
         for r in report.results
     ]
-    columns = ["phase", "model", "γ", "routed", "dense ms", "ms", "time ratio", "theory", "cache ratio", "tokens/s"]
+    columns = ["phase", "model", "γ", "routed", "dense ms", "ms", "time ratio", "theory", "ratio", "cache", "tokens/s"]
     render.out.print(render.table(columns, rows, title=title))
     render.out.print(f"theory: FLOPs (prefill), weights read (decode); matmul peak {report.matmul_gflops:,.0f} GFLOP/s")

@@ -57,10 +57,10 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Routing = Annotated[
-    Literal["auto", "threshold", "topk"],
+    Literal["auto", "threshold", "predictor", "topk"],
     typer.Option(
         "--routing",
-        help="auto: the checkpoint's own mode; threshold: causal; topk: the training rule, which sees the whole text.",
+        help="auto: the checkpoint's own mode; threshold, predictor: causal; topk: the training rule, not causal.",
         rich_help_panel=COMMON,
     ),
 ]

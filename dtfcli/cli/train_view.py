@@ -115,7 +115,7 @@ class LiveView:
         if event.kind in ("step", "evaluation"):
             # The share that counts is the causal one, of evaluations; a training step routes a fixed share.
             routed = event.kind == "evaluation"
-            self._latest |= {k: v for k, v in event.metrics.items() if routed or not k.endswith("/routed_share")}
+            self._latest |= {k: v for k, v in event.metrics.items() if routed or not layer_share(k)}
 
     def _draw(self) -> Group:
         parts: list[Any] = []
@@ -153,7 +153,12 @@ def routed_share(metrics: dict[str, Any]) -> float | None:
 
 
 def _shares(metrics: dict[str, Any]) -> list[float]:
-    return [value for name, value in metrics.items() if name.endswith("/routed_share") and value is not None]
+    return [metrics[name] for name in metrics if layer_share(name) and metrics[name] is not None]
+
+
+def layer_share(name: str) -> bool:
+    """Whether a metric is the routed share of one layer."""
+    return name.startswith("router/") and name.endswith("/routed_share")
 
 
 def sparkline(values: list[float], width: int) -> str:

@@ -12,7 +12,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache import CACHE_NAME, RoutedCache
 from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
-from .configuration_fields import ROUTING_MODES
+from .configuration_fields import CAUSAL_MODES, ROUTING_MODES
 from .losses import causal_lm_loss
 from .outputs import RoutedCausalLMOutput, RoutedModelOutput, RoutingRecord
 from .routers import CAPACITY_GRID
@@ -136,6 +136,11 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
     def routing(self) -> str:
         """The routing mode of eval: "threshold", "predictor" or "topk"."""
         return self.config.routing
+
+    @property
+    def causal_routing(self) -> str:
+        """The routing mode of eval where that is causal, else "threshold"."""
+        return self.routing if self.routing in CAUSAL_MODES else "threshold"
 
     @property
     def capacity(self) -> float | list[float]:

@@ -72,7 +72,8 @@ def _draw_shares(axis: Any, lines: list[Line]) -> None:
     import matplotlib
 
     evaluations = [line for line in lines if "val/loss" in line]
-    names = sorted({name for line in lines for name in line if name.endswith("/routed_share")}, key=_layer)
+    known = {name for line in lines for name in line}
+    names = sorted((n for n in known if n.startswith("router/") and n.endswith("/routed_share")), key=_layer)
     colors = matplotlib.colormaps["viridis"]
     for place, name in enumerate(names):
         color = colors(place / max(1, len(names)))

@@ -303,7 +303,7 @@ def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tup
     run.tell("phase", "Writing a sample")
     run.objective.eval()
     torch.manual_seed(run.settings.run.seed)
-    with run.accelerator.autocast(), _threshold_routing(run.model, run.objective.routed):
+    with run.accelerator.autocast(), _causal_routing(run.model, run.objective.routed):
         written = run.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=True, temperature=0.5
         )[0]
@@ -312,11 +312,11 @@ def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tup
 
 
 @contextmanager
-def _threshold_routing(model: Any, routed: bool) -> Iterator[None]:
+def _causal_routing(model: Any, routed: bool) -> Iterator[None]:
     if not routed:
         yield
         return
-    with model.routing_mode("threshold"):
+    with model.routing_mode(model.causal_routing):
         yield
 
 

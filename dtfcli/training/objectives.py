@@ -68,6 +68,20 @@ class Objective(nn.Module):
         return Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, routing)
 
 
+def guess_quality(guessed: Tensor, selected: Tensor) -> dict[str, Tensor]:
+    """How well a predictor knows which tokens top-K takes: accuracy, precision and recall, 0-d each.
+
+    Args:
+        guessed, selected: bool [B, T], without padding.
+    """
+    both = (guessed & selected).sum()
+    return {
+        "accuracy": (guessed == selected).float().mean(),
+        "precision": both / guessed.sum().clamp(min=1),
+        "recall": both / selected.sum().clamp(min=1),
+    }
+
+
 def routing_statistics(records: Any, share: float) -> dict[str, Tensor]:
     """Means over the tokens of unpadded rows, times `share`, as 0-d tensors without gradient.
 
@@ -89,4 +103,7 @@ def routing_statistics(records: Any, share: float) -> dict[str, Tensor]:
             values = getattr(record, field, None)
             if values is not None:
                 statistics[prefix + name] = values.detach().mean() * share
+        if record.predictor_logits is not None:
+            for name, value in guess_quality(record.predictor_logits.detach() > 0, record.selected).items():
+                statistics[f"{prefix}predictor_{name}"] = value * share
     return statistics

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtfcli.shares import measured_shares
+
 Between = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
 
 
@@ -24,21 +26,14 @@ def evaluation_rows(validation: np.ndarray, count: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def mean_loss(
-    objective: Any, rows: np.ndarray, batch_size: int, device: torch.device, between: Between, output_routing: bool
-) -> tuple[float, dict[str, float]]:
-    """Cross-entropy per target in nats, in the model's present routing mode, and each layer's routed share."""
+def mean_loss(objective: Any, rows: np.ndarray, batch_size: int, device: torch.device, between: Between) -> float:
+    """Cross-entropy per target in nats, in the model's present routing mode."""
     targets = rows.shape[0] * (rows.shape[1] - 1)
     total = torch.zeros((), device=device)
-    shares: dict[str, Tensor] = {}
     starts = range(0, len(rows), batch_size)
     for batch in between(rows[start : start + batch_size] for start in starts):
-        losses = objective(to_batch(batch, device), targets, output_routing)
-        total += losses.lm_loss
-        for name, value in (losses.routing or {}).items():
-            if name.endswith("/routed_share"):
-                shares[name] = shares.get(name, 0.0) + value
-    return total.item(), {name: value.item() for name, value in shares.items()}
+        total += objective(to_batch(batch, device), targets).lm_loss
+    return total.item()
 
 
 def validate(
@@ -52,8 +47,9 @@ def validate(
 ) -> dict[str, float]:
     """The losses of an evaluation under the names of metrics.jsonl.
 
-    A routed model is measured causally (`val/loss`, with each layer's realized share) and by its training rule
-    (`val/loss_topk`; `val/loss_gap` is what causality costs); a dense one has `val/loss` alone.
+    A routed model is measured causally (`val/loss`, with the realized share over all, by layer and by position) and by
+    its training rule (`val/loss_topk`; `val/loss_gap` is what causality costs), one with predictors by these too
+    (`val/loss_predictor`); a dense one has `val/loss` alone.
 
     Args:
         objective: the prepared `Objective`; left in eval mode.
@@ -65,16 +61,25 @@ def validate(
     """
     objective.eval()
     model = objective.model
+
+    def loss_by(mode: str) -> float:
+        with model.routing_mode(mode):
+            return mean_loss(objective, rows, batch_size, device, between)
+
     metrics: dict[str, float] = {}
     if objective.routed:
-        with model.routing_mode("threshold"):
-            loss, shares = mean_loss(objective, rows, batch_size, device, between, output_routing=True)
-        with model.routing_mode("topk"):
-            metrics["val/loss_topk"], _ = mean_loss(objective, rows, batch_size, device, between, output_routing=False)
+        with measured_shares(model) as meter:
+            loss = loss_by(model.causal_routing)
+        shares = meter.read()
+        metrics["val/loss_topk"] = loss_by("topk")
         metrics["val/loss_gap"] = loss - metrics["val/loss_topk"]
-        metrics |= shares
+        if model.config.has_predictor:
+            metrics["val/loss_predictor"] = loss_by("predictor")
+        metrics["val/routed_share"] = shares.overall
+        metrics |= {f"val/routed_share/{name}": share for name, share in shares.by_position.items()}
+        metrics |= {f"router/{layer}/routed_share": share for layer, share in shares.by_layer.items()}
     else:
-        loss, _ = mean_loss(objective, rows, batch_size, device, between, output_routing=False)
+        loss = mean_loss(objective, rows, batch_size, device, between)
     return {"val/loss": loss, "val/bits_per_byte": loss / log(2) / bytes_per_token, **metrics}
 
 

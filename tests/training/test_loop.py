@@ -73,6 +73,7 @@ def test_metrics_keys(finished: dict[str, tuple[TrainResult, list[Event]]], arch
         names = {"score_mean", "score_std", "threshold", "routed_share", "gate"}
         expected |= {"lr/router"}
         measured |= {"val/loss_topk", "val/loss_gap", "router/1/routed_share", "router/3/routed_share"}
+        measured |= {"val/routed_share", "val/routed_share/1-15", "val/routed_share/16-63"}
         if architecture == "dtf":
             expected |= {"train/prior_loss", "lr/prior"}
             names |= {"beta_ce", "beta_cu", "o_ce", "m_cu", "s_ce", "s_cu", "d_st", "d_ch"}
