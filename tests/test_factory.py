@@ -69,7 +69,7 @@ def test_seeds(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     # By their bits: thresholds are NaN until they are calibrated.
     assert all(torch.equal(one[name].nan_to_num(), again[name].nan_to_num()) for name in one)
-    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.prior.w_up.weight"):
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.prior.w_in.weight"):
         assert not torch.equal(one[name], other[name])
 
 

@@ -68,12 +68,15 @@ class RoutedLayerMixin(nn.Module):
         self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
     ) -> Scores:
         """The router's scores in float32, also under autocast; `surprises` is (D_st, D_ch) for DTF, () for MoD."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            if not isinstance(self.router, PredictiveRouter):
-                return self.router(hidden_states)
-            static, change = surprises
-            history = static if store is None else store.extend_surprise(static)
-            return self.router(static, change, history, frame)
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return self.score(hidden_states, surprises, frame, store)
+        if not isinstance(self.router, PredictiveRouter):
+            return self.router(hidden_states)
+        static, change = surprises
+        history = static if store is None else store.extend_surprise(static)
+        return self.router(static, change, history, frame)
 
     def rank(
         self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
@@ -84,12 +87,12 @@ class RoutedLayerMixin(nn.Module):
         logits = self.predictor(hidden_states) if wanted else None
         return (logits if frame.mode == "predictor" else scores.score), scores, logits
 
-    def select(self, ranked: Tensor, frame: RoutingFrame) -> Tensor:
-        """Which tokens enter, bool [B, T]."""
+    def select(self, ranked: Tensor, frame: RoutingFrame) -> tuple[Tensor, Tensor | None]:
+        """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
         if frame.mode == "topk":
-            return select_topk(ranked, self._topk_share(frame), frame.real, frame.sinks)
+            return select_topk(ranked, self._topk_share(frame), frame.real, frame.sinks), None
         threshold = self.router.threshold(frame.mode, frame.capacity, frame.column)
-        return select_threshold(ranked, threshold, frame.real, frame.sinks)
+        return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold
 
     def _topk_share(self, frame: RoutingFrame) -> float:
         return self.router.capacity if frame.capacity is None else frame.capacity
@@ -130,13 +133,14 @@ class RoutedLayerMixin(nn.Module):
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
 
         Returns:
-            hidden states [B, T, D], ranked [B, T], selected bool [B, T], gate [B, T], s_ce, s_cu (None for MoD),
-            logits of the predictor [B, T] (None where it was not asked).
+            hidden states [B, T, D], ranked [B, T], selected bool [B, T], threshold 0-d (None: top-K), gate [B, T],
+            s_ce, s_cu (None for MoD, or as the gate where nobody needs them), logits of the predictor [B, T] (None
+            where it was not asked).
         """
         cache = kwargs.pop(CACHE_NAME, None)
         store = None if cache is None else cache.layers[self.layer_idx]
         ranked, scores, logits = self.rank(hidden_states, surprises, frame, store)
-        selected = self.select(ranked, frame)
+        selected, threshold = self.select(ranked, frame)
         groups, counts = self.groups(selected, frame)
         all_keys = self._keys(hidden_states, position_embeddings, selected, counts, store)
         for rows, slots in groups:
@@ -150,12 +154,12 @@ class RoutedLayerMixin(nn.Module):
                 **{CACHE_NAME: keys.as_cache},
                 **kwargs,
             )
-            gate_RK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
+            gate_RK = None if scores.gate is None else gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
             updated = gated_update(x_RKD, processed, gate_RK, self.config.gate)
             if slots.routed is not None:
                 updated = torch.where(slots.routed.unsqueeze(-1), updated, x_RKD)
             hidden_states = scatter_tokens(hidden_states, slots, updated)
-        return hidden_states, ranked, selected, scores.gate, scores.s_ce, scores.s_cu, logits
+        return hidden_states, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits
 
     def _keys(
         self,

@@ -70,6 +70,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
             cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_routing=output_routing,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

@@ -23,8 +23,8 @@ class Scores(NamedTuple):
 
     score: Tensor
     """What is ranked and compared with thresholds; strictly increasing in the gate."""
-    gate: Tensor
-    """G (DTF) or σ(r), or r itself (MoD): scales the residual update."""
+    gate: Tensor | None
+    """G (DTF) or σ(r), or r itself (MoD): scales the residual update; None where nobody asked for it."""
     s_ce: Tensor | None = None
     s_cu: Tensor | None = None
 
@@ -107,7 +107,14 @@ def moving_average(values: Tensor, recent: Recent) -> Tensor:
 
 
 def dtf_scores(
-    static: Tensor, change: Tensor, average: Tensor, o_ce: Tensor, m_cu: Tensor, beta_ce: Tensor, beta_cu: Tensor
+    static: Tensor,
+    change: Tensor,
+    average: Tensor,
+    o_ce: Tensor,
+    m_cu: Tensor,
+    beta_ce: Tensor,
+    beta_cu: Tensor,
+    gates: bool = True,
 ) -> Scores:
     """Surprise → gate, token by token.
 
@@ -120,17 +127,16 @@ def dtf_scores(
     Args:
         static, change, average: D_st, D_ch, MA(D_st); float32 [B, T].
         o_ce, m_cu, beta_ce, beta_cu: learnable scalars, broadcastable; o_ce and m_cu positive.
+        gates: False leaves out what the ranked score does not need.
     """
     expected = static - (change - torch.log(o_ce + 1e-10))
     unexpected = static - m_cu * average
     a, b = F.softplus(beta_ce) * expected, F.softplus(beta_cu) * unexpected
+    score = F.softplus(a) + F.softplus(b)
+    if not gates:
+        return Scores(score, None)
     s_ce, s_cu = torch.sigmoid(a), torch.sigmoid(b)
-    return Scores(
-        score=F.softplus(a) + F.softplus(b),
-        gate=s_ce + s_cu - s_ce * s_cu,
-        s_ce=s_ce,
-        s_cu=s_cu,
-    )
+    return Scores(score, s_ce + s_cu - s_ce * s_cu, s_ce, s_cu)
 
 
 def mod_scores(hidden_states: Tensor, weight: Tensor, gate: str = "sigmoid") -> Scores:
@@ -267,6 +273,8 @@ def row_groups(counts: list[int], padding: float = 0.03, small: int = 256) -> li
     Returns:
         Increasing row indices, the fullest rows' group first.
     """
+    if len(counts) == 1:
+        return [[0]] if counts[0] else []
     groups: list[list[int]] = []
     for row in sorted((row for row, count in enumerate(counts) if count), key=lambda row: -counts[row]):
         fullest = counts[groups[-1][0]] if groups else 0
@@ -331,7 +339,7 @@ def scatter_tokens(tokens: Tensor, slots: Slots, values: Tensor) -> Tensor:
     return tokens.flatten(0, 1).index_copy(0, flat, values.flatten(0, 1)).view_as(tokens)
 
 
-def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor, kind: str) -> Tensor:
+def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor | None, kind: str) -> Tensor:
     """hidden_states + gate · (processed − hidden_states).
 
     "straight_through" has the value of gate 1 and the gradient of the soft gate. It starts from `processed`
@@ -339,15 +347,16 @@ def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor, kind: s
 
     Args:
         hidden_states, processed: x and block(x), [B, K, D].
-        gate: float32 [B, K].
+        gate: float32 [B, K]; straight-through without a gradient needs none.
         kind: "soft" or "straight_through".
     """
     if kind == "straight_through":
-        if not gate.requires_grad:
+        if gate is None or not gate.requires_grad:
             return processed
         base, gate = processed, gate - gate.detach()
     else:
         base = hidden_states
+    assert gate is not None, "a soft gate is always worked out"
     return base + gate.unsqueeze(-1).to(processed.dtype) * (processed - hidden_states)
 
 

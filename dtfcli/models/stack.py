@@ -144,6 +144,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Any = None,
+        output_routing: bool = True,
         **kwargs: Any,
     ) -> RoutedModelOutput:
         """Run the stack.
@@ -153,11 +154,12 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             attention_mask: [B, T], 0 for padding on either side.
             position_ids: [B or 1, T]; by default real tokens are counted from 0.
             past_key_values, cache: the same under its two names, a `RoutedCache`; None: with `use_cache` a new one.
+            output_routing: False lets records do without gates and criteria.
         """
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache and not self.training and self.config.routing != "topk":
             cache = RoutedCache(self.config)
-        stream = self._enter(input_ids, inputs_embeds, attention_mask, position_ids, cache)
+        stream = self._enter(input_ids, inputs_embeds, attention_mask, position_ids, cache, output_routing)
         if stream.frame.mode in CAUSAL_MODES:
             self._require_thresholds(stream.frame)
         for index, layer in enumerate(self.layers):
@@ -181,6 +183,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
         cache: RoutedCache | None = None,
+        output_routing: bool = True,
     ) -> Stream:
         """Embeddings, masks and rotary positions. Positions count real tokens, so padding shifts nothing."""
         if cache is not None and not isinstance(cache, RoutedCache):
@@ -227,6 +230,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 average_window=self.config.ma_window,
                 average_skips_sinks=self.config.skips_sinks_in_average,
                 past=past,
+                gates=output_routing or self.config.gate == "soft" or torch.is_grad_enabled(),
             ),
             layer_inputs={
                 # By place: Transformers 5.24 renamed the cache's argument.
@@ -240,18 +244,17 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         """Pass one layer."""
         if isinstance(layer, RoutedLayerMixin):
             frame = stream.frame
-            stream.hidden_states, ranked, selected, gate, s_ce, s_cu, logits = layer(
+            stream.hidden_states, ranked, selected, threshold, gate, s_ce, s_cu, logits = layer(
                 stream.hidden_states, *stream.surprises, frame=frame, **stream.layer_inputs, **kwargs
             )
             static, change = stream.surprises or (None, None)
-            causal = frame.mode in CAUSAL_MODES
             stream.records.append(
                 RoutingRecord(
                     layer=index,
                     scores=ranked,
                     selected=selected,
                     gate=gate,
-                    threshold=layer.router.threshold(frame.mode, frame.capacity, frame.column) if causal else None,
+                    threshold=threshold,
                     static_surprise=static,
                     change_surprise=change,
                     s_ce=s_ce,
@@ -296,7 +299,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         all columns and computed once.
         """
         first, last = min(self.routers), max(self.routers)
-        entering = [self._enter(b["input_ids"], None, b.get("attention_mask")) for b in batches]
+        entering = [self._enter(b["input_ids"], None, b.get("attention_mask"), output_routing=False) for b in batches]
         for index in range(first):
             for stream in entering:
                 self._step(index, self.layers[index], stream)
