@@ -89,7 +89,9 @@ def compare(first: TextRouting, second: TextRouting) -> Comparison:
         ConfigError: their tokenizers cut the text differently, so that there are no pairs of tokens.
     """
     if first.source.ids != second.source.ids or first.windows != second.windows:
-        raise ConfigError(f"--compare {second.model}: {_first_difference(first, second)}; name a model that shares both.")
+        raise ConfigError(
+            f"--compare {second.model}: {_first_difference(first, second)}; name a model that shares both."
+        )
     depth = first.depth_share - second.depth_share
     loss = first.loss - second.loss
     a, b = first.depth_share, second.depth_share

@@ -13,7 +13,6 @@ from dtfcli.errors import ConfigError, DataError
 from dtfcli.inspection.statistics import RoutingStatistics, Summary
 from dtfcli.inspection.text import inspect_text
 from dtfcli.settings import Source
-from dtfcli.sources import TABLE_SUFFIXES
 
 OnDocument = Callable[[int, float | None], None]
 
@@ -41,11 +40,6 @@ class CorpusRouting:
     def causal(self) -> bool:
         """Whether a token's path depends on nothing after it."""
         return self.routing != "topk"
-
-
-def is_corpus(path: Path) -> bool:
-    """Whether a path holds documents rather than one text: a folder, .jsonl or .parquet."""
-    return path.is_dir() or path.suffix.lower() in TABLE_SUFFIXES
 
 
 def inspect_corpus(

@@ -14,7 +14,7 @@ from typing import Any
 
 from dtfcli.inspection.comparison import Comparison
 from dtfcli.inspection.corpus import CorpusRouting
-from dtfcli.inspection.palette import DIVERGING, SEQUENTIAL, LEVELS, readable_on, shades
+from dtfcli.inspection.palette import DIVERGING, LEVELS, SEQUENTIAL, readable_on, shades
 from dtfcli.inspection.statistics import Summary
 from dtfcli.inspection.tables import all_tables
 from dtfcli.inspection.text import TextRouting
@@ -27,7 +27,8 @@ def render_page(report: TextRouting | CorpusRouting, summary: Summary, compariso
     """The page, ready to be written to a file."""
     style = _part("page.css").replace("/*palette*/", _palette_css())
     script = _part("page.js")
-    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    policy += "; base-uri 'none'; form-action 'none'"
     data = embed_json(page_data(report, summary, comparison))
     title = f"Routing of {report.model or report.architecture}"
     parts = {"title": _escape(title), "policy": policy, "style": style, "data": data, "script": script}

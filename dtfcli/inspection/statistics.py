@@ -255,7 +255,7 @@ def _token_sums(report: TextRouting) -> NDArray[np.float64]:
     depth = np.array(report.depth, dtype=np.float64)
     static = np.zeros(len(depth))
     if report.layers and report.layers[0].static_surprise is not None:
-        static = np.mean([layer.static_surprise for layer in report.layers], axis=0)
+        static = np.mean(np.stack([layer.measures()["static_surprise"] for layer in report.layers]), axis=0)
     known = ~np.isnan(report.loss)
     loss = np.where(known, report.loss, 0.0)
     return np.stack([np.ones(len(depth)), depth, depth**2, static, static**2, loss, known], axis=1)

@@ -90,7 +90,9 @@ def layers_table(summary: Summary) -> TableData:
         rows.append(row)
     note = "means over tokens" + (" that are no sinks" if summary.sinks else "")
     if dtf:
-        note += "; by CE: routed tokens whose score CE contributed more to than CU; rank CE: CE's part in the score's variance"
+        note += (
+            "; by CE: routed tokens whose score owes more to CE than to CU; rank CE: CE's part in the score's variance"
+        )
     return TableData("layers", "Layers", note, columns, rows)
 
 
@@ -98,7 +100,12 @@ def group_table(grouping: str, rows: Sequence[GroupRow]) -> TableData:
     """Depth by one way of telling tokens apart, with standard errors."""
     title, note = _TITLES[grouping]
     dtf = any(row.static_surprise is not None for row in rows)
-    columns: list[tuple[str, Kind]] = [(grouping, "text"), ("tokens", "count"), ("routed", "share"), ("depth", "number")]
+    columns: list[tuple[str, Kind]] = [
+        (grouping, "text"),
+        ("tokens", "count"),
+        ("routed", "share"),
+        ("depth", "number"),
+    ]
     columns += [("D_st", "number")] if dtf else []
     columns.append(("loss", "number"))
     table = TableData(grouping, title, f"{note}; ± standard error as if tokens were independent", columns)

@@ -300,7 +300,9 @@ def _other_mode(model: Any, ids: list[int], size: int, layers: list[LayerRouting
     mine = {layer.layer: layer.selected for layer in layers}
     with model.routing_mode(other, model.model.capacity_override):
         try:
-            passes = [_stack(model, torch.tensor([ids[i : i + size]], device=model.device)) for i in range(0, len(ids), size)]
+            passes = [
+                _stack(model, torch.tensor([ids[i : i + size]], device=model.device)) for i in range(0, len(ids), size)
+            ]
         except ConfigError:
             return None
     theirs = {
