@@ -133,4 +133,4 @@ def short(text: str) -> str:
     if not text:
         return "…"
     shown = visible(text).replace("\n", "⏎").replace("\t", "⇥")
-    return shown.replace(" ", "·") if shown.isspace() else shown.replace(" ", "·", len(shown) - len(shown.lstrip(" ")))
+    return shown.replace(" ", "·") if text.isspace() else shown.replace(" ", "·", len(shown) - len(shown.lstrip(" ")))
