@@ -214,7 +214,7 @@ def _cell(kind: str, value: Any) -> str:
     if kind in ("text", "count"):
         return f"{value:,}" if isinstance(value, int) else str(value)
     if kind == "share":
-        return f"{value:.0%}" if error is None else f"{value:.1%} ±{100 * error:.1f}"
+        return f"{round(value, 2) + 0.0:.0%}" if error is None else f"{value:.1%} ±{100 * error:.1f}"
     shown = f"{value:+.3f}" if kind == "difference" else _figure(value)
     return shown if error is None else f"{shown} ±{_figure(error)}"
 
