@@ -14,7 +14,7 @@ Kind = Literal["text", "count", "share", "number", "difference"]
 _TITLES = {
     "class": ("Token class", "what kind of token"),
     "python": ("Python", "part of speech in the source"),
-    "frequency": ("Frequency", "how often the token occurs in this text"),
+    "frequency": ("Frequency", "how often the token occurs in what was read"),
     "position": ("Position", "tokens before it in its row"),
     "loss": ("Loss", "how badly the token was predicted, nats"),
 }

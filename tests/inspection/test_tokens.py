@@ -102,7 +102,7 @@ def test_python_classes(byte_level: PreTrainedTokenizerFast) -> None:
     classes = classify_python(tokens)
     assert classes is not None
     assert set(classes) <= set(PYTHON_CLASSES)
-    by_place = {}
+    by_place: dict[int, str] = {}
     for start, piece, kind in zip(tokens.starts, tokens.pieces, classes, strict=True):
         for i, c in enumerate(piece):
             if not c.isspace():
