@@ -39,7 +39,8 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
     text_height = _LINE * len(lines)
     map_height = 0.0 if not lines else max(0.9, min(2.6, 0.2 * len(summary.layers)))
     bars_height = max(1.6, 0.215 * rows)
-    gaps = 1.0 + (0.75 if lines else 0.0) + (0.95 if lines else 0.0) + 0.9
+    head = 1.0 if lines else 1.35  # a chart has its title above it
+    gaps = head + (0.75 if lines else 0.0) + (0.95 if lines else 0.0) + 0.9
     height = text_height + map_height + bars_height + gaps
     figure = Figure(figsize=(_WIDTH, height), facecolor=_PAPER)
     FigureCanvasAgg(figure)
@@ -49,7 +50,7 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
 
     inner = _WIDTH - 2 * _MARGIN
     _headline(figure, report, summary, height)
-    top = 1.0
+    top = head
     if isinstance(report, TextRouting):
         _draw_text(place(_MARGIN, top, inner, text_height), report, lines)
         top += text_height + 0.2
