@@ -7,17 +7,18 @@ import sys
 
 from rich.console import Console
 
-from dtfcli.cli import inspect_routing, render
+from dtfcli.cli import inspect_routing, inspect_view, render
 from dtfcli.factory import load_model, load_tokenizer
-from dtfcli.inspection import inspect_text
+from dtfcli.inspection.statistics import summarize
+from dtfcli.inspection.text import inspect_text
 
 
 def main() -> None:
     """Inspect the sample text and save the picture."""
     model, target = sys.argv[1:]
     render.out = Console(width=92, record=True, force_terminal=True, color_system="truecolor", highlight=False)
-    report = inspect_text(load_model(model), load_tokenizer(model), inspect_routing.SAMPLE)
-    inspect_routing.show(report)
+    report = inspect_text(load_model(model), load_tokenizer(model), inspect_routing.SAMPLE, python=True)
+    inspect_view.show_text(report, summarize(report))
     render.out.save_svg(target, title="dtf inspect-routing outputs/…/quickstart")
 
 

@@ -1,16 +1,11 @@
-"""`dtf inspect-routing`: a heat map of which tokens enter which layers."""
+"""`dtf inspect-routing`: which tokens enter which layers, and why."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dtfcli.cli import options
-
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from dtfcli.inspection import TextRouting
 
 SAMPLE = '''def factorial(n):
     """Return n!, the product 1 * 2 * ... * n."""
@@ -26,8 +21,39 @@ def inspect_routing(
         str | None,
         typer.Argument(metavar="[TEXT]", help="Text to route; a short program by default.", show_default=False),
     ] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="Read the text from this file.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="Write everything as JSON to this file.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            help="Read the text from this file; of a .jsonl or .parquet file or a folder, every document, added up.",
+            show_default=False,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page that needs no network to this .html file.", show_default=False),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Draw a figure into this .png file.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write everything as JSON to this file.", show_default=False)
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="MODEL",
+            help="Set a second model with the same tokenizer beside it, routed or dense.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Documents of a corpus to read.", metavar="N", show_default=False)
+    ] = None,
+    text_field: Annotated[str, typer.Option("--text-field", help="Column or key of a corpus that holds the text.")] = (
+        "text"
+    ),
     routing: options.Routing = "auto",
     capacity: options.Capacity = None,
     device: options.Device = "auto",
@@ -37,129 +63,173 @@ def inspect_routing(
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
-    """Show which tokens a routed model spends its layers on.
+    """Show which tokens a routed model spends its layers on, and why.
 
     The text appears colored by depth (how many routed layers took each token), then as a heat map, a row for each
-    routed layer and a column for each token, then with figures for each layer.
+    routed layer and a column for each token, then in tables: by layer, token class, frequency, position and loss, and
+    how far the causal mode and the training rule agree. A corpus is added up, in memory that does not grow with it.
 
     \b
     Examples:
       dtf inspect-routing outputs/2026-01-31/quickstart
       dtf inspect-routing MODEL "The cat sat on the mat." --capacity 0.25
-      dtf inspect-routing MODEL --file module.py --output routing.json
+      dtf inspect-routing MODEL --file module.py --html routing.html --png routing.png
+      dtf inspect-routing MODEL --file novels.parquet --limit 100 --output routing.json
+      dtf inspect-routing MODEL --file page.txt --compare OTHER_MODEL
     """
-    from dtfcli.cli import render
+    from dtfcli.cli import inspect_view, render
+
+    is_documents = _check_input(text, file, compare, limit, text_field)
+    for option, path, suffix in (("--html", html, ".html"), ("--png", png, ".png"), ("--output", output, "")):
+        _check_target(option, path, suffix)
+    _check_distinct([html, png, output])
+    content = SAMPLE if text is None else text
+    if file is not None and not is_documents:
+        content = _read(file)
+
+    from dtfcli.factory import load_model, load_tokenizer
+    from dtfcli.inspection.comparison import compare as compare_reports
+    from dtfcli.inspection.corpus import CorpusRouting, inspect_corpus
+    from dtfcli.inspection.figure import draw_figure
+    from dtfcli.inspection.page import render_page
+    from dtfcli.inspection.statistics import summarize
+    from dtfcli.inspection.text import TextRouting, inspect_text, require_routed
+
+    common: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    loaded = load_model(model, routing=routing, capacity=capacity, revision=revision, **common)
+    require_routed(loaded, model)
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+
+    report: TextRouting | CorpusRouting
+    comparison = None
+    if is_documents:
+        assert file is not None
+        with inspect_view.progress(limit) as on_document:
+            report = inspect_corpus(
+                loaded, tokenizer, file, name=model, limit=limit, text_field=text_field, on_document=on_document
+            )
+        summary = report.summary
+    else:
+        python = content == SAMPLE or (file is not None and file.suffix.lower() == ".py")
+        report = inspect_text(loaded, tokenizer, content, name=model, python=python)
+        summary = summarize(report)
+        if len(report.windows) > 1:
+            render.note(_cut_note(len(report.source), len(report.windows), loaded.config.max_position_embeddings))
+        if compare is not None:
+            del loaded
+            other = load_model(compare, **common)
+            other_tokenizer = load_tokenizer(compare, trust_remote_code=trust_remote_code)
+            second = inspect_text(other, other_tokenizer, content, name=compare, agreement=False, dense=True)
+            comparison = compare_reports(report, second)
+
+    document: dict[str, Any] = {"summary": summary}
+    if isinstance(report, TextRouting):
+        document = report.to_dict() | document
+    else:
+        document |= {
+            "model": report.model,
+            "architecture": report.architecture,
+            "routing": report.routing,
+            "causal": report.causal,
+            "capacity": report.capacity,
+            "file": report.file,
+            "cut_documents": report.cut_documents,
+        }
+        if report.cut_documents:
+            render.note(f"{report.cut_documents} documents are longer than the model's positions: cut into windows.")
+    document["agreement"] = None if summary.agreement is None else summary.agreement.to_dict()
+    if comparison is not None:
+        document["comparison"] = comparison.to_dict()
+
+    if output is not None:
+        render.write_json(document, output)
+        render.note(f"everything in {output}")
+    if html is not None:
+        html.write_text(render_page(report, summary, comparison), "utf-8")
+        render.note(f"page in {html}")
+    if png is not None:
+        draw_figure(report, summary, png)
+        render.note(f"figure in {png}")
+    if json:
+        render.emit_json(document)
+    elif isinstance(report, TextRouting):
+        inspect_view.show_text(report, summary, comparison)
+    else:
+        inspect_view.show_corpus(report)
+
+
+def _check_input(text: str | None, file: Path | None, compare: str | None, limit: int | None, text_field: str) -> bool:
+    """Whether --file names documents to add up, rather than one text.
+
+    Raises:
+        ConfigError: options that contradict each other or that nothing would read.
+    """
     from dtfcli.errors import ConfigError
+    from dtfcli.sources import TABLE_SUFFIXES, similar_path
 
     if text is not None and file is not None:
         raise ConfigError("TEXT and --file: give one of them.")
-    if file is not None:
-        try:
-            text = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--file {file}: cannot be read as UTF-8 text ({error}).") from error
-    if output is not None and output.exists():
-        raise ConfigError(f"--output {output}: exists already; name another file.")
-
-    from dtfcli.factory import load_model, load_tokenizer
-    from dtfcli.inspection import inspect_text
-
-    loaded = load_model(
-        model,
-        routing=routing,
-        capacity=capacity,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
-    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    report = inspect_text(loaded, tokenizer, SAMPLE if text is None else text)
-    if output is not None:
-        render.write_json(report.to_dict(), output)
-        render.note(f"everything in {output}")
-    if json:
-        render.emit_json(report.to_dict())
-    else:
-        show(report)
+    if file is not None and not file.exists():
+        raise ConfigError(f"--file {file}: no such file or folder.{similar_path(file)}")
+    corpus = file is not None and (file.is_dir() or file.suffix.lower() in TABLE_SUFFIXES)
+    if not corpus:
+        for option, given in (("--limit", limit is not None), ("--text-field", text_field != "text")):
+            if given:
+                raise ConfigError(
+                    f"{option}: only a .jsonl or .parquet --file or a folder has documents; leave it out."
+                )
+    if corpus and compare is not None:
+        raise ConfigError(f"--compare {compare}: two models are compared on one text; give a TEXT or a text --file.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit}: at least 1 document.")
+    if not text_field:
+        raise ConfigError("--text-field '': name the column that holds the text.")
+    return corpus
 
 
-def show(report: "TextRouting") -> None:
-    """Print a text colored by depth, its heat map and the figures of each layer."""
-    from rich.text import Text
+def _check_target(option: str, path: Path | None, suffix: str) -> None:
+    """Refuse, before anything is loaded, a file that could not be written or would be overwritten."""
+    import os
 
-    from dtfcli.cli import render
+    from dtfcli.errors import ConfigError
 
-    layers = len(report.layers)
-    causal = "causal" if report.routing == "threshold" else "not causal"
-    title = f"{report.architecture}, routing {report.routing} ({causal}), γ {report.capacity}: "
-    render.out.print(Text(title, "bold") + Text(f"{report.routed_share:.0%} of the tokens of {layers} routed layers\n"))
-    legend = Text("depth  ")
-    for depth in range(layers + 1):
-        legend.append(f" {depth} ", _style(depth, layers))
-    render.out.print(legend, Text(), colored(report), sep="\n")
-    render.out.print(_heat_map(report, render.out.width))
-    render.out.print(_figures(report))
-
-
-def _style(depth: int, layers: int) -> str:
-    """From dim gray (no routed layer) over blue and violet to orange (all of them); readable on dark and light."""
-    share = depth / max(1, layers)
-    stops = [(110, 110, 120), (60, 90, 200), (160, 50, 170), (225, 90, 20)]
-    place = share * (len(stops) - 1)
-    low = min(int(place), len(stops) - 2)
-    red, green, blue = (round(a + (b - a) * (place - low)) for a, b in zip(stops[low], stops[low + 1], strict=True))
-    return f"white on rgb({red},{green},{blue})"
+    if path is None:
+        return
+    if suffix and path.suffix.lower() != suffix:
+        raise ConfigError(f"{option} {path}: name a {suffix} file.")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; name a file.")
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"{option} {path}: exists already; name another file.")
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {path}: the folder {folder} does not exist; make it first.")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{option} {path}: no permission to write into {folder}; name another folder.")
 
 
-def colored(report: "TextRouting", first: int = 0) -> "Text":
-    """The text from token `first` on, each token on the color of its depth."""
-    from rich.text import Text
+def _check_distinct(paths: list[Path | None]) -> None:
+    from dtfcli.errors import ConfigError
 
-    painted = Text()
-    for token, depth in list(zip(report.tokens, report.depth, strict=True))[first:]:
-        for i, line in enumerate(token.split("\n")):
-            if i:
-                painted.append("⏎", _style(depth, len(report.layers)))
-                painted.append("\n")
-            painted.append(line.replace("\t", "    "), _style(depth, len(report.layers)))
-    return painted
+    given = [path.absolute() for path in paths if path is not None]
+    for path in given:
+        if given.count(path) > 1:
+            raise ConfigError(f"{path} is named twice among --html, --png and --output; name different files.")
 
 
-def _heat_map(report: "TextRouting", width: int) -> "Text":
-    """Layers × tokens, wrapped: ░ a token that passed by, ▒▓█ one that was routed, by the rank of its score."""
-    from rich.text import Text
+def _read(file: Path) -> str:
+    from dtfcli.errors import ConfigError
 
-    room = max(10, width - 10)
-    heat = Text("\n")
-    for start in range(0, len(report.tokens), room):
-        stop = min(start + room, len(report.tokens))
-        heat.append(f"tokens {start} to {stop - 1}\n", "dim")
-        for layer in report.layers:
-            ranked = sorted(layer.score)
-            heat.append(f"layer {layer.layer:<3}", "dim")
-            for t in range(start, stop):
-                high = ranked.index(layer.score[t]) / len(ranked)
-                if layer.selected[t]:
-                    heat.append("█" if high > 2 / 3 else "▓" if high > 1 / 3 else "▒", "rgb(225,90,20)")
-                else:
-                    heat.append("░", "rgb(110,110,120)")
-            heat.append("\n")
-    return heat
+    try:
+        return file.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--file {file}: cannot be read as UTF-8 text ({error}).") from error
 
 
-def _figures(report: "TextRouting") -> Any:
-    from dtfcli.cli import render
-
-    names = ["static_surprise", "change_surprise", "s_ce", "s_cu", "gate"]
-    titles = ["D_st", "D_ch", "S_CE", "S_CU", "gate"]
-    if report.architecture != "dtf":
-        names, titles = ["gate"], ["gate"]
-    rows = []
-    for layer in report.layers:
-        figures = [layer.mean(name) for name in names]
-        shown = ["–" if value is None else f"{value:.3f}" for value in figures]
-        threshold = "–" if layer.threshold is None else f"{layer.threshold:.4g}"
-        rows.append([layer.layer, f"{layer.routed_share:.0%}", threshold, *shown])
-    return render.table(["layer", "routed", "threshold", *titles], rows)
+def _cut_note(tokens: int, windows: int, size: int) -> str:
+    return f"{tokens:,} tokens are more than the model's {size:,} positions: cut into {windows} windows, routed apart."

@@ -66,10 +66,10 @@ class Session:
 
     def _color(self, prompt: str, answer: str) -> None:
         from dtfcli.cli import render
-        from dtfcli.cli.inspect_routing import colored
+        from dtfcli.cli.inspect_view import colored
         from dtfcli.inspection import inspect_text
 
-        report = inspect_text(self.model, self.tokenizer, prompt + answer)
+        report = inspect_text(self.model, self.tokenizer, prompt + answer, agreement=False)
         first = len(self.tokenizer(prompt)["input_ids"])
         render.out.print(colored(report, first))
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import Outcome
@@ -117,15 +119,43 @@ GENERATE = [
     ("generate {model} a --max_new_token 3", ["Did you mean '--max-new-tokens'"]),
 ]
 
+INSPECT = [
+    ("inspect-routing", ["MODEL", "--help"]),
+    ("inspect-routing {dense} a", ["dense", "no routing to show"]),
+    ("inspect-routing {model} ''", ["empty", "TEXT or --file"]),
+    ("inspect-routing {model} a --file prompts.txt", ["TEXT and --file"]),
+    ("inspect-routing {model} --file promts.txt", ["promts.txt", "no such file", "Did you mean 'prompts.txt'"]),
+    ("inspect-routing {model} --file binary.toml", ["binary.toml", "UTF-8"]),
+    ("inspect-routing {model} --file folder", ["--file", "folder", "it is empty"]),
+    ("inspect-routing {model} --file rows.jsonl", ["rows.jsonl", "--text-field", "body"]),
+    ("inspect-routing {model} --file rows.jsonl --text-field bdy", ["--text-field", "bdy", "Did you mean 'body'"]),
+    ("inspect-routing {model} --file rows.jsonl --compare {model}", ["--compare", "one text"]),
+    ("inspect-routing {model} --file rows.jsonl --limit 0", ["--limit 0", "at least 1"]),
+    ("inspect-routing {model} a --limit 3", ["--limit", "leave it out"]),
+    ("inspect-routing {model} a --text-field body", ["--text-field", "leave it out"]),
+    ("inspect-routing {model} a --output taken.toml", ["--output taken.toml", "exists already"]),
+    ("inspect-routing {model} a --html page.txt", ["--html page.txt", ".html"]),
+    ("inspect-routing {model} a --png picture.jpg", ["--png picture.jpg", ".png"]),
+    ("inspect-routing {model} a --html nowhere/page.html", ["nowhere", "does not exist"]),
+    ("inspect-routing {model} a --output folder", ["--output folder", "name a file"]),
+    ("inspect-routing {model} a --output x.png --png x.png", ["x.png", "twice"]),
+    ("inspect-routing {model} a --compare {other}", ["--compare", "tokenizer is another one"]),
+    ("inspect-routing {model} a --compare nowhere/at/all", ["nowhere/at/all", "no such file"]),
+    ("inspect-routing {model} a --capacity 2", ["capacity", "2"]),
+]
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """A routed and a dense model folder."""
+    """A routed and a dense model folder, and a routed one with another tokenizer."""
     root = tmp_path_factory.mktemp("models")
     for name, model in (("model", routed_model()), ("dense", dense_model())):
         model.save_pretrained(root / name)
         word_tokenizer.save_pretrained(root / name)
-    return {name: str(root / name) for name in ("model", "dense")}
+    routed_model().save_pretrained(root / "other")
+    letters = Tokenizer(WordLevel({chr(ord("z") - i): i for i in range(26)} | {"<unk>": 26}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>").save_pretrained(root / "other")
+    return {name: str(root / name) for name in ("model", "dense", "other")}
 
 
 @pytest.fixture
@@ -138,6 +168,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "notes.gguf").write_text("not a model")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "prompts.txt").write_text("a b\n")
+    (tmp_path / "rows.jsonl").write_text('{"body": "a b"}\n')
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DTF_DATA__CACHE_DIR", str(tmp_path / "cache"))
@@ -173,6 +204,15 @@ def test_train(dtf: Callable[..., Outcome], workplace: Path, command: str, expec
 
 @pytest.mark.parametrize(("command", "expected"), GENERATE, ids=[row[0] for row in GENERATE])
 def test_generate(
+    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
+) -> None:
+    before = _contents(workplace)
+    _check(dtf(*shlex.split(command.format(**folders))), expected)
+    assert _contents(workplace) == before
+
+
+@pytest.mark.parametrize(("command", "expected"), INSPECT, ids=[row[0] for row in INSPECT])
+def test_inspect_routing(
     dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
 ) -> None:
     before = _contents(workplace)

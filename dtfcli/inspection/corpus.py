@@ -1,0 +1,101 @@
+"""Routing over the documents of a file or folder: read one at a time, added up, and forgotten."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dtfcli.documents import documents
+from dtfcli.errors import ConfigError, DataError
+from dtfcli.inspection.statistics import RoutingStatistics, Summary
+from dtfcli.inspection.text import inspect_text
+from dtfcli.settings import Source
+
+OnDocument = Callable[[int, float | None], None]
+
+
+@dataclass(frozen=True)
+class CorpusRouting:
+    """What a model does with the documents of a corpus.
+
+    Attributes:
+        model, architecture, routing, capacity: as in `TextRouting`.
+        file: what was read.
+        cut_documents: documents longer than the model's positions, routed in windows.
+        summary: the sums.
+    """
+
+    model: str
+    architecture: str
+    routing: str
+    capacity: Any
+    file: str
+    cut_documents: int
+    summary: Summary
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's path depends on nothing after it."""
+        return self.routing != "topk"
+
+
+def inspect_corpus(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    *,
+    name: str = "",
+    limit: int | None = None,
+    text_field: str = "text",
+    on_document: OnDocument | None = None,
+) -> CorpusRouting:
+    """Run the documents of a corpus through a routed model.
+
+    Args:
+        model, tokenizer, name: as for `inspect_text`.
+        file: .jsonl or .parquet, a document in each row, or a folder of texts.
+        limit: stop after so many documents.
+        text_field: column or key that holds the text.
+        on_document: called with the number of documents done and the share of the work, where it is known.
+
+    Raises:
+        DataError: the file cannot be read, or holds no document.
+        ConfigError: as `inspect_text`.
+    """
+    statistics, done, cut, share = RoutingStatistics(), 0, 0, 0.0
+
+    def on_progress(message: str, fraction: float | None) -> None:
+        nonlocal share
+        share = fraction or share
+
+    with _named_as_option():
+        source = Source(path=str(file), text_field=text_field)
+        for document in documents([source], seed=0, max_documents=limit, on_progress=on_progress):
+            report = inspect_text(model, tokenizer, document.text, name=name)
+            statistics.add(report)
+            cut += len(report.windows) > 1
+            done += 1
+            if on_document is not None:
+                on_document(done, share)
+    return CorpusRouting(
+        model=name,
+        architecture=model.config.architecture,
+        routing=model.routing,
+        capacity=model.capacity,
+        file=str(file),
+        cut_documents=cut,
+        summary=statistics.result(),
+    )
+
+
+@contextmanager
+def _named_as_option() -> Iterator[None]:
+    """Errors of the readers name settings of training; say which options they are here."""
+    try:
+        yield
+    except (DataError, ConfigError) as error:
+        message = str(error).replace("data.sources[0].path =", "--file").replace("data.sources[0].path", "--file")
+        raise type(error)(message.replace("data.sources[0].text_field", "--text-field")) from error

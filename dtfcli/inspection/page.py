@@ -1,0 +1,158 @@
+"""A self-contained HTML page of a text's or a corpus's routing: no network, no dependency, one file.
+
+The page's markup, style and script lie beside this file; figures travel in it as JSON. The content policy of the page
+allows exactly this style and this script (by hash) and nothing from anywhere else.
+"""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from importlib import resources
+from typing import Any
+
+from dtfcli.inspection.comparison import Comparison
+from dtfcli.inspection.corpus import CorpusRouting
+from dtfcli.inspection.palette import DIVERGING, LEVELS, SEQUENTIAL, readable_on, shades
+from dtfcli.inspection.statistics import Summary
+from dtfcli.inspection.tables import all_tables
+from dtfcli.inspection.text import TextRouting
+
+_DIGITS = 4
+"""Significant digits of the page's figures; the JSON output has all."""
+
+
+def render_page(report: TextRouting | CorpusRouting, summary: Summary, comparison: Comparison | None = None) -> str:
+    """The page, ready to be written to a file."""
+    style = _part("page.css").replace("/*palette*/", _palette_css())
+    script = _part("page.js")
+    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    policy += "; base-uri 'none'; form-action 'none'"
+    data = embed_json(page_data(report, summary, comparison))
+    title = f"Routing of {report.model or report.architecture}"
+    parts = {"title": _escape(title), "policy": policy, "style": style, "data": data, "script": script}
+    page = _part("page.html")
+    pieces = page.split("%%")
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def page_data(
+    report: TextRouting | CorpusRouting, summary: Summary, comparison: Comparison | None = None
+) -> dict[str, Any]:
+    """What the page's script reads."""
+    data: dict[str, Any] = {
+        "model": report.model,
+        "architecture": report.architecture,
+        "routing": report.routing,
+        "causal": report.causal,
+        "capacity": report.capacity,
+        "summary": {
+            "texts": summary.texts,
+            "windows": summary.windows,
+            "tokens": summary.tokens,
+            "sinks": summary.sinks,
+            "share": summary.routed_share,
+            "loss": summary.loss,
+            "layers": len(summary.layers),
+            "ce": summary.driven_by_ce,
+            "jaccard": None if summary.agreement is None else summary.agreement.overall.jaccard,
+        },
+        "tables": [table.to_dict() for table in all_tables(summary, comparison)],
+    }
+    if isinstance(report, CorpusRouting):
+        data["file"] = report.file
+        data["cut"] = report.cut_documents
+    else:
+        data["text"] = _text_data(report)
+    if comparison is not None:
+        data["comparison"] = {
+            "first": comparison.first.model,
+            "second": comparison.second.model,
+            "depth": _rounded(comparison.depth_difference),
+            "loss": _rounded(comparison.loss_difference),
+        }
+    return _finite(data)
+
+
+def _text_data(report: TextRouting) -> dict[str, Any]:
+    names = sorted(set(report.classes))
+    return {
+        "pieces": report.source.pieces,
+        "gaps": report.source.gaps,
+        "tail": report.source.tail,
+        "ids": report.source.ids,
+        "special": [i for i, special in enumerate(report.source.special) if special],
+        "code": report.python is not None,
+        "classNames": names,
+        "classes": [names.index(name) for name in report.classes],
+        "python": report.python,
+        "windows": report.windows,
+        "depth": report.depth,
+        "sinks": [i for i, sink in enumerate(report.sinks) if sink],
+        "loss": _rounded(report.loss),
+        "layers": [
+            {
+                "layer": layer.layer,
+                "threshold": layer.threshold,
+                "selected": "".join("1" if chosen else "0" for chosen in layer.selected),
+                "measures": {name: _rounded(values) for name, values in layer.measures().items()},
+            }
+            for layer in report.layers
+        ],
+    }
+
+
+def embed_json(data: Any) -> str:
+    """JSON that may stand in a <script> element: nothing in it can end the element or begin a comment."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _rounded(values: Iterable[float]) -> list[float | None]:
+    return [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in map(float, values)]
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _palette_css() -> str:
+    """Background and text color of each level, light and dark, as custom properties and classes."""
+    sides = []
+    for index in (0, 1):
+        lines = []
+        for letter, stops in (("c", SEQUENTIAL[index]), ("v", DIVERGING[index])):
+            for level, shade in enumerate(shades(stops)):
+                lines.append(f"--{letter}{level}:{shade};--{letter}f{level}:{readable_on(shade)};")
+        sides.append("".join(lines))
+    rules = "".join(
+        f".{letter}{level}{{background-color:var(--{letter}{level});color:var(--{letter}f{level})}}"
+        for letter in "cv"
+        for level in range(LEVELS)
+    )
+    light, dark = sides
+    return (
+        f":root{{{light}}}@media(prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}"
+        f":root[data-theme=dark]{{{dark}}}{rules}"
+    )
+
+
+def _part(name: str) -> str:
+    return resources.files("dtfcli.inspection").joinpath(name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    """How a content policy names an inline style or script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _escape(text: str) -> str:
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
+        text = text.replace(character, entity)
+    return text.encode("utf-8", "replace").decode()

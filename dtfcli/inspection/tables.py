@@ -1,0 +1,175 @@
+"""The tables of a report, as plain values: what page and terminal both show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dtfcli.inspection.agreement import Agreement
+from dtfcli.inspection.comparison import Comparison
+from dtfcli.inspection.statistics import POSITIONS, GroupRow, Summary
+
+Kind = Literal["text", "count", "share", "number", "difference"]
+"""How a column is shown: a share as a percentage, a difference with its sign."""
+
+_TITLES = {
+    "class": ("Token class", "what kind of token"),
+    "python": ("Python", "part of speech in the source"),
+    "frequency": ("Frequency", "how often the token occurs in what was read"),
+    "position": ("Position", "tokens before it in its row"),
+    "loss": ("Loss", "how badly the token was predicted, nats"),
+}
+_MEASURES = {
+    "static_surprise": "D_st",
+    "change_surprise": "D_ch",
+    "s_ce": "S_CE",
+    "s_cu": "S_CU",
+    "gate": "gate",
+}
+
+
+@dataclass(frozen=True)
+class TableData:
+    """One table.
+
+    Attributes:
+        key: a name for programs.
+        title, note: for people; the note says what is counted.
+        columns: title and kind of each.
+        rows: values, None where there is none; a share may be a pair of it and its standard error.
+    """
+
+    key: str
+    title: str
+    note: str
+    columns: list[tuple[str, Kind]]
+    rows: list[list[Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the page."""
+        return {
+            "key": self.key,
+            "title": self.title,
+            "note": self.note,
+            "columns": [{"name": name, "kind": kind} for name, kind in self.columns],
+            "rows": self.rows,
+        }
+
+
+def all_tables(summary: Summary, comparison: Comparison | None = None) -> list[TableData]:
+    """Layers, groups, positions by layer, agreement of modes, and the comparison with another model."""
+    tables = [layers_table(summary)]
+    tables += [group_table(grouping, rows) for grouping, rows in summary.groups.items()]
+    if summary.layers:
+        tables.append(positions_table(summary))
+    if summary.agreement is not None:
+        tables.append(agreement_table(summary.agreement, "modes"))
+    if comparison is not None:
+        tables.append(difference_table(comparison))
+        if comparison.agreement.layers:
+            tables.append(agreement_table(comparison.agreement, "models"))
+    return tables
+
+
+def layers_table(summary: Summary) -> TableData:
+    """Share, threshold, means of the measures, and for DTF which criterion drove the choice."""
+    dtf = any("ce_part" in layer.means for layer in summary.layers)
+    names = [name for name in _MEASURES if any(name in layer.means for layer in summary.layers)]
+    columns: list[tuple[str, Kind]] = [("layer", "count"), ("routed", "share")]
+    with_threshold = any(layer.threshold is not None for layer in summary.layers)
+    if with_threshold:
+        columns.append(("threshold", "number"))
+    columns += [(_MEASURES[name], "number") for name in names]
+    if dtf:
+        columns += [("by CE", "share"), ("rank CE", "share")]
+    rows = []
+    for layer in summary.layers:
+        row: list[Any] = [layer.layer, layer.routed_share]
+        row += [layer.threshold] if with_threshold else []
+        row += [layer.means.get(name) for name in names]
+        row += [layer.driven_by_ce, layer.ranking_by_ce] if dtf else []
+        rows.append(row)
+    note = "means over tokens" + (" that are no sinks" if summary.sinks else "")
+    if dtf:
+        note += (
+            "; by CE: routed tokens whose score owes more to CE than to CU; rank CE: CE's part in the score's variance"
+        )
+    return TableData("layers", "Layers", note, columns, rows)
+
+
+def group_table(grouping: str, rows: Sequence[GroupRow]) -> TableData:
+    """Depth by one way of telling tokens apart, with standard errors."""
+    title, note = _TITLES[grouping]
+    dtf = any(row.static_surprise is not None for row in rows)
+    columns: list[tuple[str, Kind]] = [
+        (grouping, "text"),
+        ("tokens", "count"),
+        ("routed", "share"),
+        ("depth", "number"),
+    ]
+    columns += [("D_st", "number")] if dtf else []
+    columns.append(("loss", "number"))
+    table = TableData(grouping, title, f"{note}; ± standard error as if tokens were independent", columns)
+    for row in rows:
+        cells: list[Any] = [row.name, row.tokens, [row.routed_share, row.routed_error], [row.depth, row.depth_error]]
+        cells += [[row.static_surprise, row.static_error]] if dtf else []
+        table.rows.append([*cells, row.loss])
+    return table
+
+
+def positions_table(summary: Summary) -> TableData:
+    """Routed share by layer and position."""
+    present = [name for name in POSITIONS if any(name in layer.positions for layer in summary.layers)]
+    columns: list[tuple[str, Kind]] = [("layer", "count"), *((name, "share") for name in present)]
+    rows = [
+        [layer.layer, *(layer.positions.get(name, {}).get("routed_share") for name in present)]
+        for layer in summary.layers
+    ]
+    return TableData("positions", "Layers by position", "routed share by a token's position in its row", columns, rows)
+
+
+def agreement_table(agreement: Agreement, key: str) -> TableData:
+    """Shares of two ways of routing and how far they agree, by layer and overall."""
+    first, second = ("A", "B") if key == "models" else (agreement.first, agreement.second)
+    columns: list[tuple[str, Kind]] = [
+        ("layer", "text"),
+        (first, "share"),
+        (second, "share"),
+        ("same", "share"),
+        ("Jaccard", "number"),
+        ("κ", "number"),
+    ]
+    rows: list[list[Any]] = [
+        [name, *overlap.shares, overlap.same, overlap.jaccard, overlap.kappa]
+        for name, overlap in [*((str(i), o) for i, o in agreement.layers.items()), ("all", agreement.overall)]
+    ]
+    if key == "models":
+        title, note = "Decisions of A and B", "in the layers that both models route"
+    else:
+        title = f"{first} against {second}"
+        note = "same text, same γ; topk sees the whole text and is not causal"
+    return TableData(key, title, note, columns, rows)
+
+
+def difference_table(comparison: Comparison) -> TableData:
+    """Depth and loss of two models by token class."""
+    columns: list[tuple[str, Kind]] = [
+        ("class", "text"),
+        ("tokens", "count"),
+        ("A routed", "share"),
+        ("B routed", "share"),
+        ("A − B", "difference"),
+        ("loss A − B", "difference"),
+    ]
+    rows: list[list[Any]] = [
+        [
+            row.name,
+            row.tokens,
+            row.first_share,
+            row.second_share,
+            [row.difference, row.error],
+            [row.loss_difference, row.loss_error],
+        ]
+        for row in comparison.groups
+    ]
+    note = "paired by token; ± standard error; a difference of 1 is all routed layers"
+    return TableData("difference", "A against B", note, columns, rows)

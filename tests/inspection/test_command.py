@@ -1,0 +1,75 @@
+"""`dtf inspect-routing`: what it prints and leaves behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.conftest import Outcome
+from tests.inspection.conftest import TEXT
+from tests.tiny import routed_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, words: PreTrainedTokenizerFast) -> Path:
+    """Two routed models."""
+    root = tmp_path_factory.mktemp("models")
+    for name, architecture in (("dtf", "dtf"), ("mod", "mod")):
+        routed_model(architecture=architecture).save_pretrained(root / name)
+        words.save_pretrained(root / name)
+    return root
+
+
+def test_terminal(dtf: Callable[..., Outcome], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = dtf("inspect-routing", str(folder / "dtf"), TEXT)
+    assert result.code == 0, result.stderr
+    for expected in ("threshold (causal)", "layer 5", "by CE", "most routed", "least routed", "topk", "Jaccard"):
+        assert expected in result.stdout
+    assert "\x1b" not in result.stdout
+    mod = dtf("inspect-routing", str(folder / "mod"), TEXT, "--routing", "topk")
+    assert "NOT causal" in mod.stdout
+    assert "by CE" not in mod.stdout
+    assert "D_st" not in mod.stdout
+
+
+def test_a_long_text_is_cut_on_the_terminal_alone(dtf: Callable[..., Outcome], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(" ".join([TEXT] * 50))
+    out = tmp_path / "out.json"
+    result = dtf("inspect-routing", str(folder / "dtf"), "--file", str(tmp_path / "long.txt"), "--output", str(out))
+    assert "windows" in result.stderr
+    assert "more tokens" in result.stdout
+    assert len(result.stdout) < 30_000
+    report = json.loads(out.read_text())
+    assert len(report["tokens"]) == len(report["depth"]) == len(report["layers"][0]["selected"]) > 1000
+
+
+def test_json_and_files(dtf: Callable[..., Outcome], folder: Path, tmp_path: Path) -> None:
+    names = {"--html": "page.html", "--png": "figure.png", "--output": "all.json"}
+    targets = [part for option, name in names.items() for part in (option, str(tmp_path / name))]
+    result = dtf("inspect-routing", str(folder / "dtf"), TEXT, "--json", "--compare", str(folder / "mod"), *targets)
+    assert result.code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document == json.loads((tmp_path / "all.json").read_text())
+    assert document["comparison"]["second_routing"]["architecture"] == "mod"
+    assert document["loss"][0] is None
+    assert document["agreement"]["second"] == "topk"
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    again = dtf("inspect-routing", str(folder / "dtf"), TEXT, *targets)
+    assert again.code == 2
+    assert "exists already" in again.stderr
+
+
+def test_corpus(dtf: Callable[..., Outcome], folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, "a b c", "d e f " * 300)))
+    result = dtf("inspect-routing", str(folder / "dtf"), "--file", str(file), "--json")
+    document = json.loads(result.stdout)
+    assert document["summary"]["texts"] == 3
+    assert document["cut_documents"] == 1
+    assert "windows" in result.stderr
+    assert "tokens" not in document
+    limited = dtf("inspect-routing", str(folder / "dtf"), "--file", str(file), "--limit", "2")
+    assert "2 documents" in limited.stdout

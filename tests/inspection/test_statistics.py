@@ -1,0 +1,141 @@
+"""Sums over texts are what adding up by hand gives, in bounded memory."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dtfcli.errors import ConfigError, DataError
+from dtfcli.inspection.comparison import compare
+from dtfcli.inspection.corpus import inspect_corpus
+from dtfcli.inspection.statistics import RoutingStatistics, summarize
+from dtfcli.inspection.text import inspect_text
+from tests.inspection.conftest import TEXT
+from tests.tiny import dense_model, routed_model
+
+TEXTS = [TEXT, "a b c w33 . b a", "w40 w41 w42 w43 a a a a a a a a b"]
+
+
+def test_a_corpus_is_its_texts_pooled(model: Any, words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    calls: list[int] = []
+    corpus = inspect_corpus(model, words, file, on_document=lambda done, share: calls.append(done))
+    reports = [inspect_text(model, words, text) for text in TEXTS]
+    summary = corpus.summary
+    assert calls == [1, 2, 3]
+    assert (summary.texts, summary.tokens) == (3, sum(len(r.source) for r in reports))
+
+    keep = np.concatenate([~r.sinks for r in reports])
+    depth = np.concatenate([r.depth for r in reports])
+    assert summary.routed_share == pytest.approx(depth.mean() / len(summary.layers))
+    loss = np.concatenate([r.loss for r in reports])
+    known = keep & ~np.isnan(loss)
+    assert summary.loss == pytest.approx(loss[known].mean())
+    assert summary.depth_with_loss == pytest.approx(np.corrcoef(depth[known], loss[known])[0, 1])
+    following = np.concatenate([np.append(r.loss[1:], np.nan) for r in reports])
+    paired = keep & ~np.isnan(following)
+    assert summary.depth_with_next_loss == pytest.approx(np.corrcoef(depth[paired], following[paired])[0, 1])
+    for i, layer in enumerate(summary.layers):
+        chosen = np.concatenate([r.layers[i].selected for r in reports])
+        assert layer.routed_share == pytest.approx(chosen.mean())
+        for name, mean in layer.means.items():
+            assert mean == pytest.approx(np.concatenate([getattr(r.layers[i], name) for r in reports])[keep].mean())
+        if model.config.architecture == "mod":
+            assert layer.driven_by_ce is layer.ranking_by_ce is None
+            continue
+        part = np.concatenate([r.layers[i].ce_part for r in reports])
+        score = np.concatenate([r.layers[i].score for r in reports])
+        assert layer.driven_by_ce == pytest.approx((part[keep & chosen] > 0.5).mean())
+        ranking = np.cov((part * score)[keep], score[keep])
+        assert layer.ranking_by_ce == pytest.approx(ranking[0, 1] / ranking[1, 1], rel=1e-4)
+
+    classes = np.concatenate([r.classes for r in reports])
+    ids = np.concatenate([r.source.ids for r in reports])
+    counts = {token: int((ids[keep] == token).sum()) for token in set(ids[keep].tolist())}
+    frequency = np.array([counts.get(token, 0) for token in ids.tolist()])
+    masks = {
+        "class": {name: classes == name for name in set(classes.tolist())},
+        "frequency": {
+            "once": frequency == 1,
+            "2-3": (frequency > 1) & (frequency < 4),
+            "4-9": (frequency > 3) & (frequency < 10),
+            "10-99": frequency > 9,
+        },
+    }
+    for grouping, groups in masks.items():
+        rows = {row.name: row for row in summary.groups[grouping]}
+        assert set(rows) == {name for name, mask in groups.items() if (mask & keep).any()}
+        for name, row in rows.items():
+            values = depth[groups[name] & keep]
+            assert row.tokens == len(values)
+            assert row.depth == pytest.approx(values.mean())
+            if len(values) > 1:
+                assert row.depth_error == pytest.approx(values.std(ddof=1) / len(values) ** 0.5)
+    assert summary.agreement is not None
+    assert summary.agreement.overall.tokens == len(ids) * len(summary.layers)
+
+
+def test_memory_does_not_grow_with_the_corpus(dtf_model: Any, words: PreTrainedTokenizerFast) -> None:
+    report = inspect_text(dtf_model, words, TEXT)
+    statistics = RoutingStatistics()
+    for _ in range(5):
+        statistics.add(report)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(300):
+        statistics.add(report)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 50_000  # one list entry for each token would be 80 kB and more
+    assert statistics.result().texts == 305
+
+
+def test_limit_and_field(dtf_model: Any, words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    assert inspect_corpus(dtf_model, words, file, limit=2, text_field="body").summary.texts == 2
+    with pytest.raises(DataError, match="--text-field"):
+        inspect_corpus(dtf_model, words, file)
+
+
+def test_two_models(words: PreTrainedTokenizerFast) -> None:
+    first = inspect_text(routed_model(), words, TEXT, name="a")
+    second = inspect_text(routed_model(architecture="mod", seed=1), words, TEXT, name="b")
+    found = compare(first, second)
+    np.testing.assert_allclose(found.depth_difference, first.depth_share - second.depth_share)
+    np.testing.assert_allclose(found.loss_difference[1:], (first.loss - second.loss)[1:])
+    for i, overlap in enumerate(found.agreement.layers.values()):
+        assert overlap.both == int((first.layers[i].selected & second.layers[i].selected).sum())
+    for row in found.groups:
+        chosen = (np.array(first.classes) == row.name) & ~first.sinks
+        assert row.difference == pytest.approx(found.depth_difference[chosen].mean())
+    same = compare(first, first)
+    assert same.agreement.overall.jaccard == 1
+    assert not same.depth_difference.any()
+
+
+def test_a_dense_model_has_losses_to_compare(words: PreTrainedTokenizerFast) -> None:
+    first = inspect_text(routed_model(capacity=1.0), words, TEXT, name="a")
+    second = inspect_text(dense_model(), words, TEXT, name="b", dense=True)
+    found = compare(first, second)
+    assert not found.agreement.layers
+    assert found.losses is not None
+    np.testing.assert_allclose(found.loss_difference[1:], 0, atol=1e-4)  # γ = 1 is the dense model
+    with pytest.raises(ConfigError, match="tokenizer"):
+        compare(first, inspect_text(dense_model(), words, TEXT + " a", name="b", dense=True))
+
+
+def test_nothing_to_sum() -> None:
+    with pytest.raises(ValueError, match="no text"):
+        RoutingStatistics().result()
+
+
+def test_position_groups_are_those_of_shares(dtf_model: Any, words: PreTrainedTokenizerFast) -> None:
+    rows = {row.name: row.tokens for row in summarize(inspect_text(dtf_model, words, TEXT)).groups["position"]}
+    tokens = len(words(TEXT)["input_ids"])
+    assert rows == {"1-15": 15, "16-63": tokens - 16}

@@ -1,0 +1,111 @@
+"""What is reported about a text equals what the model itself says, computed the slow way."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from dtfcli.errors import ConfigError
+from dtfcli.inspection.text import inspect_text
+from tests.inspection.conftest import TEXT
+from tests.tiny import dense_model, routed_model
+
+
+def test_records_and_loss_are_the_models_own(model: Any, words: PreTrainedTokenizerFast) -> None:
+    report = inspect_text(model, words, TEXT)
+    ids = torch.tensor([words(TEXT)["input_ids"]])
+    with torch.no_grad():
+        out = model(ids, labels=ids, output_routing=True)
+    log_p = out.logits[0].log_softmax(-1)
+    naive = [-log_p[t - 1, ids[0, t]].item() for t in range(1, ids.shape[1])]
+    assert math.isnan(report.loss[0])
+    np.testing.assert_allclose(report.loss[1:], naive, rtol=1e-4)
+    assert report.loss[1:].mean() == pytest.approx(out.lm_loss.item(), rel=1e-5)
+    for layer, record in zip(report.layers, out.routing, strict=True):
+        assert layer.layer == record.layer
+        assert layer.selected.tolist() == record.selected[0].tolist()
+        np.testing.assert_allclose(layer.score, record.scores[0], rtol=1e-5)
+        np.testing.assert_allclose(layer.gate, record.gate[0], rtol=1e-5)
+        assert layer.threshold == pytest.approx(float(record.threshold))
+        assert (layer.static_surprise is None) == (model.config.architecture == "mod")
+    depth = [sum(bool(r.selected[0, t]) for r in out.routing) for t in range(ids.shape[1])]
+    assert report.depth == depth
+    assert report.routed_share == pytest.approx(sum(depth) / len(depth) / len(out.routing))
+    assert report.sinks.tolist() == [True] + [False] * (len(depth) - 1)
+
+
+def test_the_part_of_expected_change_is_its_share_of_the_score(dtf_model: Any, words: PreTrainedTokenizerFast) -> None:
+    report = inspect_text(dtf_model, words, TEXT)
+    scalars = dtf_model.router_scalars()
+    for layer in report.layers:
+        assert layer.ce_part is not None
+        assert layer.s_ce is not None
+        assert layer.s_cu is not None
+        for t in range(len(report.source)):
+            if max(layer.s_ce[t], layer.s_cu[t]) > 0.999:
+                continue  # −ln(1 − S) is not to be had from a saturated S
+            ce, cu = -math.log(1 - layer.s_ce[t]), -math.log(1 - layer.s_cu[t])
+            assert layer.ce_part[t] == pytest.approx(ce / (ce + cu), abs=2e-3)
+    assert scalars[report.layers[0].layer]["o_ce"] > 0
+
+
+@pytest.mark.parametrize(("mode", "other"), [("threshold", "topk"), ("topk", "threshold")])
+def test_agreement_is_with_the_other_mode_at_the_same_capacity(
+    words: PreTrainedTokenizerFast, mode: str, other: str
+) -> None:
+    model: Any = routed_model()
+    model.set_routing(mode, 0.25)
+    report = inspect_text(model, words, TEXT)
+    assert (model.routing, model.capacity) == (mode, 0.25)  # left as it was
+    model.set_routing(other, 0.25)
+    with torch.no_grad():
+        records = model(torch.tensor([words(TEXT)["input_ids"]]), output_routing=True).routing
+    assert report.agreement is not None
+    assert (report.agreement.first, report.agreement.second) == (mode, other)
+    for layer, record in zip(report.layers, records, strict=True):
+        mine, theirs = set(np.flatnonzero(layer.selected)), set(np.flatnonzero(record.selected[0].numpy()))
+        overlap = report.agreement.layers[layer.layer]
+        assert overlap.jaccard == pytest.approx(len(mine & theirs) / len(mine | theirs))
+        assert overlap.same == pytest.approx(1 - len(mine ^ theirs) / len(report.source))
+        a, b, n = len(mine), len(theirs), len(report.source)
+        chance = (a * b + (n - a) * (n - b)) / n**2
+        assert overlap.kappa == pytest.approx((overlap.same - chance) / (1 - chance))
+    assert report.causal == (mode != "topk")
+
+
+def test_a_long_text_is_routed_window_by_window(dtf_model: Any, words: PreTrainedTokenizerFast) -> None:
+    size = dtf_model.config.max_position_embeddings
+    text = " ".join([TEXT] * (size // 20))
+    whole = inspect_text(dtf_model, words, text)
+    assert whole.windows == list(range(0, len(whole.source), size))
+    assert len(whole.windows) > 1
+    start = whole.windows[1]
+    second = inspect_text(dtf_model, words, words.decode(whole.source.ids[start : start + size]))
+    for layer, alone in zip(whole.layers, second.layers, strict=True):
+        assert layer.selected[start : start + size].tolist() == alone.selected.tolist()
+    np.testing.assert_allclose(whole.loss[start : start + size], second.loss, rtol=1e-4)
+    assert whole.positions[start] == 0
+    assert np.isnan(whole.loss[whole.windows]).all()
+
+
+def test_one_token_is_a_text(model: Any, words: PreTrainedTokenizerFast) -> None:
+    report = inspect_text(model, words, "a")
+    assert len(report.source) == 1
+    assert np.isnan(report.loss).all()
+
+
+def test_what_is_refused(words: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="dense"):
+        inspect_text(dense_model(), words, "a b")
+    with pytest.raises(ConfigError, match="empty"):
+        inspect_text(routed_model(), words, "")
+    fresh: Any = routed_model()
+    for router in fresh.model.routers.values():
+        router.thresholds.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="not calibrated"):
+        inspect_text(fresh, words, "a b")
+    fresh.set_routing("topk")
+    assert inspect_text(fresh, words, "a b").agreement is None
