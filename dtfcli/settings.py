@@ -277,7 +277,9 @@ class EvalSettings(Group):
     )
     tasks: list[str] = Field(default_factory=list, description="More tasks to run with them.", examples=['["sciq"]'])
     limit: Count | None = Field(None, description="Score only the first so many items of each task; unset: all.")
-    data_dir: str = Field("", description="Folder of datasets as OWNER/NAME/…, used instead of the Hub; empty: the Hub.")
+    data_dir: str = Field(
+        "", description="Folder of datasets as OWNER/NAME/…, used instead of the Hub; empty: the Hub."
+    )
 
 
 class Settings(BaseSettings):

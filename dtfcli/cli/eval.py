@@ -1,6 +1,7 @@
 """`dtf eval`: benchmarks for one model, or for several side by side."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ from dtfcli.cli import options
 
 if TYPE_CHECKING:
     from dtfcli.evaluation.report import EvalReport, TaskScore
-    from dtfcli.evaluation.runner import EvalEvent
+    from dtfcli.evaluation.session import EvalEvent
 
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "word_perplexity", "loss")
 
@@ -39,14 +40,18 @@ def evaluate(
     ] = None,
     num_fewshot: Annotated[
         int | None,
-        typer.Option("--num-fewshot", help="Examples in each prompt; unset: the suite's or task's own.", show_default=False),
+        typer.Option(
+            "--num-fewshot", help="Examples in each prompt; unset: the suite's or task's own.", show_default=False
+        ),
     ] = None,
     batch_size: Annotated[
         str, typer.Option("--batch-size", metavar="N|auto", help="Rows of a forward pass; auto: what fits into memory.")
     ] = "auto",
     data_dir: Annotated[
         Path | None,
-        typer.Option("--data-dir", help="A folder of datasets as OWNER/NAME/…, used instead of the Hub.", show_default=False),
+        typer.Option(
+            "--data-dir", help="A folder of datasets as OWNER/NAME/…, used instead of the Hub.", show_default=False
+        ),
     ] = None,
     include_path: Annotated[
         Path | None,
@@ -54,7 +59,9 @@ def evaluate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Write the results to this file instead of beside the model.", show_default=False),
+        typer.Option(
+            "--output", help="Write the results to this file instead of beside the model.", show_default=False
+        ),
     ] = None,
     confirm_run_unsafe_code: Annotated[
         bool,
@@ -94,11 +101,12 @@ def evaluate(
 
     with _Progress() as show:
         from dtfcli.evaluation.compare import compare
+        from dtfcli.evaluation.plan import make_plan
         from dtfcli.evaluation.report import write_document
-        from dtfcli.evaluation.runner import evaluate_and_save, plan
+        from dtfcli.evaluation.runner import Candidate, evaluate_and_save
         from dtfcli.factory import load_model, load_tokenizer
 
-        planned = plan(
+        planned = make_plan(
             tasks,
             limit=limit,
             num_fewshot=num_fewshot,
@@ -108,9 +116,8 @@ def evaluate(
             confirm_run_unsafe_code=confirm_run_unsafe_code,
             verbose="--debug" in sys.argv,
         )
-        reports, files = [], []
-        for model, source in zip(models, sources, strict=True):
-            show.phase(f"Loading {model}")
+
+        def load(model: str) -> tuple[Any, Any]:
             loaded = load_model(
                 model,
                 routing=routing,
@@ -121,13 +128,15 @@ def evaluate(
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
-            tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-            show.model = model if len(models) > 1 else ""
-            report, file = evaluate_and_save(
-                planned, loaded, tokenizer, name=model, source=source, output=output, on_event=show
-            )
-            reports.append(report)
-            files.append(file)
+            return loaded, load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+
+        candidates = [
+            Candidate(model, source, partial(load, model)) for model, source in zip(models, sources, strict=True)
+        ]
+        show.several = len(models) > 1
+        found = evaluate_and_save(planned, candidates, output=output, on_event=show)
+    reports = [report for report, _ in found]
+    files = [file for _, file in found]
     document: Any = reports[0]
     if len(reports) > 1:
         document = {"models": reports, "comparison": compare(reports)}
@@ -153,7 +162,8 @@ class _Progress:
 
         from dtfcli.cli import render
 
-        self.model = ""
+        self.several = False
+        self._model = ""
         self._warned: set[str] = set()
         self._render = render
         self._bars = Progress(
@@ -175,21 +185,18 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def phase(self, message: str) -> None:
-        """Say what is being prepared."""
-        self._bars.reset(self._task, total=None, description=message)
-        if not self._render.err.is_terminal:
-            self._render.note(f"{message} …")
-
     def __call__(self, event: "EvalEvent") -> None:
         """Show an event."""
-        place = f"{self.model}: {event.message}" if self.model else event.message
+        place = f"{self._model}: {event.message}" if self.several else event.message
         if event.kind == "warning":
             if event.message not in self._warned:  # once is enough for several models
                 self._render.warn(event.message)
             self._warned.add(event.message)
+        elif event.kind == "model":
+            self._model = event.message
+            self._bars.reset(self._task, total=None, description=f"Loading {event.message}")
         elif event.kind == "phase":
-            self.phase(event.message)
+            self._bars.reset(self._task, total=None, description=event.message)
         elif event.kind == "job":
             self._bars.reset(self._task, total=event.count, description=place)
             if not self._render.err.is_terminal:

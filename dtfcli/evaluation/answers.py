@@ -6,6 +6,7 @@ exactly what would be computed again, to the last bit. Each line is complete or 
 writing loses a batch.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -85,13 +86,20 @@ class AnswerStore:
         self._file.write(json.dumps({"key": key, **asdict(batch)}) + "\n")
         self._file.flush()
 
-    def close(self, *, finished: bool) -> None:
-        """Close the file; a finished job needs it no longer."""
+    def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if finished and self.path is not None:
-            self.path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove the file, and its folder with the last one: the scores are safe elsewhere."""
+        self.close()
+        if self.path is None:
+            return
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            self.path.parent.rmdir()
 
 
 def fingerprint(content: Any) -> str:

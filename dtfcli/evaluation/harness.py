@@ -77,7 +77,7 @@ class LoadedJob:
 
 @contextlib.contextmanager
 def quiet(verbose: bool) -> Iterator[None]:
-    """Keep lm-eval and datasets from printing, logging and drawing bars; nothing of it belongs on stdout in any case."""
+    """Keep lm-eval and datasets from printing, logging and drawing bars; none of it may go to stdout in any case."""
     if verbose:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -117,11 +117,14 @@ def load_job(job: Job, index: TaskIndex, data_dir: Path | None) -> LoadedJob:
             raise
         except Exception as error:  # from the user's task files, whose mistakes raise anything
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ConfigError(f"--tasks {job.name}: the task cannot be loaded. {type(error).__name__}: {reason}") from error
+            raise ConfigError(
+                f"--tasks {job.name}: the task cannot be loaded. {type(error).__name__}: {reason}"
+            ) from error
     for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
         # A task that says 0 means it: its prompt has its examples in it, or must not have any.
         shots = own if own == 0 or (own is not None and job.shots is None) else job.shots or 0
+        shots = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else shots  # which have no prompt
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=SEED)
         examples = len(getattr(getattr(task, "sampler", None), "df", ()) or ())
@@ -178,7 +181,9 @@ def score(loaded: LoadedJob, lm: RoutedLM, store: AnswerStore, routing: Routing,
         )
     for name, group in loaded.loaded.get("groups", {}).items():
         members = [task.task_name for task in group.get_all_tasks()]
-        results[name] = _group(name, group, members, results, found, measured if name == loaded.job.name else unmeasured)
+        results[name] = _group(
+            name, group, members, results, found, measured if name == loaded.job.name else unmeasured
+        )
         items[name] = _group_items(group, [items[member] for member in members])
     if not alone and loaded.job.name not in results:  # a tag: its members have no common score
         first = next(iter(loaded.tasks))

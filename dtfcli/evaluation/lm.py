@@ -86,6 +86,10 @@ class RoutedLM(HFLM):
         self.on_answers(len(batch.answers))
         return batch.answers
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, and whether greedy decoding would write them."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -99,7 +103,9 @@ class RoutedLM(HFLM):
         for rows in collator.get_batched(n=size):
             places = [place for row in rows for place in members[tuple(_inputs(row))]]
             batch = [requests[place] for place in places]
-            truncated = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in batch)
+            truncated = sum(
+                len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in batch
+            )
             # Row by row: tokens that go in, and how many of the last ones have logits that count.
             lengths = [(min(len(_inputs(row)), self.max_length), len(row[2])) for row in rows]
 

@@ -103,8 +103,8 @@ def _drop_missing_splits(task: Any, folder: Path) -> tuple[str, ...]:
     evaluated = evaluated_split(task)
     if evaluated is None:
         raise DataError(
-            f"{config.task}: {folder} lacks the split {' and '.join(sorted(missing))} that the task is scored on; it has "
-            f"{', '.join(sorted(task.dataset))}. Add the split there, or leave the task out."
+            f"{config.task}: {folder} lacks the split {' and '.join(sorted(missing))} that the task is scored on; it "
+            f"has {', '.join(sorted(task.dataset))}. Add the split there, or leave the task out."
         )
     if fewshot_split(task) == evaluated:
         # lm-eval leaves the item itself out of its examples only where these two are spelled alike.

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +130,15 @@ class EvalReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document: plain values, None for what is not finite."""
-        values = {name: value for name, value in self.__dict__.items() if name != "items"}
-        values["results"] = {name: asdict(score) for name, score in self.results.items()}
-        return plain(values)
+        return plain({name: value for name, value in self.__dict__.items() if name != "items"})
 
 
 def plain(value: Any) -> Any:
     """A value that JSON takes: dataclasses and mappings as objects, sequences as lists, NaN and infinity null."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -194,8 +194,10 @@ def run_folder_of(path: Path) -> Path | None:
 
 
 def results_folder(model: str, source: ModelPath) -> Path:
-    """Where results go: `eval/` of the run folder for a run's final model, in the model folder or beside the .gguf
-    file otherwise, and in the working folder for a model on the Hub.
+    """Where results go.
+
+    `eval/` of the run folder for a run's final model, else in the model folder or beside the .gguf file; for a model
+    on the Hub in the working folder.
     """
     path = Path(source.path)
     if source.kind == "hub":
@@ -218,7 +220,9 @@ def check_writable(folder: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"{folder}: results cannot be written there ({existing} is not writable); give --output FILE.")
+        raise ConfigError(
+            f"{folder}: results cannot be written there ({existing} is not writable); give --output FILE."
+        )
 
 
 def save(document: dict[str, Any], folder: Path) -> Path:
@@ -249,4 +253,6 @@ def write_document(document: Any, path: Path) -> None:
         partial.write_text(json.dumps(plain(document), ensure_ascii=False, indent=2) + "\n", "utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise DTFError(f"{path}: cannot be written ({error.strerror}); name another place with --output FILE.") from error
+        raise DTFError(
+            f"{path}: cannot be written ({error.strerror}); name another place with --output FILE."
+        ) from error

@@ -97,21 +97,22 @@ def run(program: str, seconds: float = SECONDS, memory: int = MEMORY_BYTES) -> O
     word = secrets.token_hex(16)
     limits = [str(int(seconds) + 1), str(memory), str(FILE_BYTES), str(PROCESSES)]
     with tempfile.TemporaryDirectory(prefix="candidate-", ignore_cleanup_errors=True) as folder:
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-c", _GUARD, *limits],
+        command = [sys.executable, "-I", "-c", _GUARD, *limits]
+        with subprocess.Popen(
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={"PATH": "", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
             start_new_session=True,
-        )
-        try:
-            printed, _ = child.communicate(f"{word}\n{program}".encode("utf-8", "replace"), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return Outcome(False, True, None)
-        finally:
-            _end(child)
+        ) as child:
+            try:
+                printed, _ = child.communicate(f"{word}\n{program}".encode("utf-8", "replace"), timeout=seconds)
+            except subprocess.TimeoutExpired:
+                return Outcome(False, True, None)
+            finally:
+                _end(child)
     said = printed.decode("utf-8", "replace")
     passed = child.returncode == 0 and said.startswith(word)
     how = said.removeprefix(word).strip() if passed else None

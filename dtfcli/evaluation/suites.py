@@ -68,7 +68,9 @@ def split_names(tasks: str | Sequence[str]) -> list[str]:
     return names
 
 
-def plan_jobs(names: Sequence[str], index: "TaskIndex", shots: int | None = None, limit: int | None = None) -> list[Job]:
+def plan_jobs(
+    names: Sequence[str], index: "TaskIndex", shots: int | None = None, limit: int | None = None
+) -> list[Job]:
     """The jobs that names stand for.
 
     Args:

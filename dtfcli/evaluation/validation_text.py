@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from dtfcli.data import prepare_data
-from dtfcli.errors import DTFError
+from dtfcli.errors import DataError, DTFError
 from dtfcli.evaluation.report import Score
 from dtfcli.training.runs import run_settings
 from dtfcli.training.validation import evaluation_rows, to_batch
 
 
-class NotAvailable(DTFError):
+class NotAvailable(DataError):
     """The model has no held-out text, or it cannot be had any more."""
 
 
@@ -26,14 +26,17 @@ def held_out_rows(run: Path | None, tokenizer: Any) -> tuple[Any, float]:
         NotAvailable: and why.
     """
     if run is None:
-        raise NotAvailable("the model lies in no run folder, whose settings would name its held-out text")
+        raise NotAvailable(
+            "validation_text: the model lies in no run folder, whose settings would name its held-out text; give a run "
+            "folder, or leave the task out."
+        )
     try:
         settings = run_settings(run)
         data = prepare_data(settings.data, tokenizer, seed=settings.run.seed)
     except DTFError as error:
-        raise NotAvailable(str(error)) from error
+        raise NotAvailable(f"validation_text: {error}") from error
     if not len(data.validation):
-        raise NotAvailable(f"{run} held out no text (data.validation_fraction is 0)")
+        raise NotAvailable(f"validation_text: {run} held out no text (data.validation_fraction is 0); leave it out.")
     return evaluation_rows(data.validation, settings.data.validation_blocks), data.validation_bytes_per_token
 
 

@@ -13,7 +13,8 @@ from dtfcli.settings import Settings
 from dtfcli.training.tracking import Event, Listener
 
 if TYPE_CHECKING:
-    from dtfcli.evaluation.runner import EvalEvent, Plan
+    from dtfcli.evaluation.plan import Plan
+    from dtfcli.evaluation.session import EvalEvent
 
 
 def plan_evaluation(settings: Settings) -> "Plan | None":
@@ -24,14 +25,19 @@ def plan_evaluation(settings: Settings) -> "Plan | None":
     """
     if not settings.eval.after:
         return None
-    from dtfcli.evaluation.runner import plan
+    from dtfcli.evaluation.plan import NotConfirmed, make_plan
 
     try:
-        return plan(
+        return make_plan(
             [settings.eval.after, *settings.eval.tasks],
             limit=settings.eval.limit,
             data_dir=settings.eval.data_dir or None,
         )
+    except NotConfirmed as error:
+        raise ConfigError(
+            f"eval.after = {settings.eval.after!r}: runs code that the model writes, which a training run does not. "
+            "Leave it out, and use dtf eval RUN --tasks code --confirm-run-unsafe-code afterwards."
+        ) from error
     except ConfigError as error:
         raise ConfigError(f"eval.after = {settings.eval.after!r}: {error}") from error
 
@@ -43,7 +49,7 @@ def evaluate_final(settings: Settings, plan: "Plan", run: Path, emit: Listener) 
         The file with the scores; None where it failed, which is told as a warning: the model is there, and the
         command that repeats the evaluation is in the message.
     """
-    from dtfcli.evaluation.runner import evaluate_and_save
+    from dtfcli.evaluation.runner import Candidate, evaluate_and_save
     from dtfcli.factory import load_model, load_tokenizer
 
     name, total, done = "", 0, 0
@@ -63,10 +69,12 @@ def evaluate_final(settings: Settings, plan: "Plan", run: Path, emit: Listener) 
     command += ["--data-dir", str(plan.data_dir)] if plan.data_dir is not None else []
     again = f"The final model is saved; repeat its evaluation with: {shlex.join(command)}"
     try:
-        model = load_model(run, device=settings.run.device, dtype=settings.run.dtype)
-        _, file = evaluate_and_save(
-            plan, model, load_tokenizer(run), name=str(run), source=resolve_model_path(run), on_event=show
+        final = Candidate(
+            str(run),
+            resolve_model_path(run),
+            lambda: (load_model(run, device=settings.run.device, dtype=settings.run.dtype), load_tokenizer(run)),
         )
+        _, file = evaluate_and_save(plan, [final], on_event=show)[0]
     except KeyboardInterrupt:
         emit(Event("warning", again))
         raise

@@ -47,9 +47,7 @@ def _requests(rows: int) -> list[Any]:
 
 @pytest.mark.parametrize("routing", ["threshold", "topk"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_do_not_depend_on_the_batch(
-    architecture: str, routing: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_scores_do_not_depend_on_the_batch(architecture: str, routing: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model = routed_model("llama", architecture)
     model.set_routing(routing)
     requests = _requests(20)

@@ -106,7 +106,7 @@ def test_killed_twice_and_started_again(
 def test_another_capacity_or_limit_reuses_nothing(
     model: Path, command: Callable[..., list[str]], dtf: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtfcli.evaluation.runner import EvalEvent
+    from dtfcli.evaluation.session import EvalEvent
 
     class Stop(Exception):
         pass
@@ -125,7 +125,8 @@ def test_another_capacity_or_limit_reuses_nothing(
         assert dtf(*command(model)).code == 1
     kept = {file.name for file in (model / "eval" / "unfinished").iterdir()}
     assert len(kept) == 2
-    for more in (["--capacity", "0.25"], ["--limit", "5"], ["--num-fewshot", "1"], ["--routing", "threshold"]):
+    shots = ["--num-fewshot", "1", "--tasks", "toy_choice"]
+    for more in (["--capacity", "0.25"], ["--limit", "5"], shots, ["--routing", "threshold"]):
         assert dtf(*command(model, *more)).code == 0
         document = json.loads((model / "eval" / "latest.json").read_text())
         if more[0] != "--routing":  # which is the model's own mode
@@ -142,7 +143,7 @@ def test_half_a_line_is_no_answer(tmp_path: Path) -> None:
     keys = [store.key(content) for content in ("a", "b")]
     for key, batch in zip(keys, batches, strict=True):
         store.add(key, batch)
-    store.close(finished=False)
+    store.close()
     whole = path.read_bytes()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
@@ -152,7 +153,7 @@ def test_half_a_line_is_no_answer(tmp_path: Path) -> None:
         for key, batch, known in zip(keys, batches, found, strict=True):
             if known is None:
                 again.add(key, batch)
-        again.close(finished=False)
+        again.close()
         assert [AnswerStore(path).find(key) for key in keys] == batches
 
 
