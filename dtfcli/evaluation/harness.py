@@ -128,7 +128,9 @@ def load_job(job: Job, index: TaskIndex, data_dir: Path | None) -> LoadedJob:
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=SEED)
         examples = len(getattr(getattr(task, "sampler", None), "df", ()) or ())
-        if shots > 0 and examples <= shots:
+        # Where these two are spelled alike lm-eval draws one more, to leave the item itself out.
+        spare = int(task.config.fewshot_config.split == task.config.test_split)
+        if shots > 0 and examples < shots + spare:
             raise DataError(f"{name}: {shots} shots, but there are only {examples} examples; lower --num-fewshot.")
     return LoadedJob(job, loaded, origins)
 

@@ -183,6 +183,14 @@ def test_long_prompts_are_counted(evaluate: Evaluate) -> None:
     assert report.results["toy_choice"].truncated == 12
 
 
+def test_all_examples_that_there_are_can_be_used(evaluate: Evaluate) -> None:
+    assert evaluate(dense_model(), "toy_writing", num_fewshot=30, limit=1).results["toy_writing"].shots == 30
+    assert evaluate(dense_model(), "toy_half", num_fewshot=ITEMS - 1, limit=1).results["toy_half"].n == 1
+    for task, shots in (("toy_writing", 31), ("toy_choice", 30), ("toy_half", ITEMS)):
+        with pytest.raises(DataError, match=f"{task}: {shots} shots"):
+            evaluate(dense_model(), task, num_fewshot=shots, limit=1)
+
+
 def test_what_cannot_be_had_is_named(evaluate: Evaluate, tmp_path: Path, data_dir: Path) -> None:
     with pytest.raises(DataError, match=r"toy/quiz.*--data-dir"):
         evaluate(dense_model(), "toy_choice", data_dir=tmp_path)
