@@ -257,8 +257,6 @@ def _show_report(report: "EvalReport") -> None:
         for metric in score.metrics or [None]:
             share = f"{score.routed_share['overall']:.2f}" if score.routed_share else ""
             shots = "" if score.shots is None else str(score.shots)
-            if score.shots and score.fewshot_from:
-                shots += f" from {score.fewshot_from}"
             of = f" of {score.n_total}" if score.n_total and score.n_total > score.n else ""
             first = metric == next(iter(score.metrics), None)
             rows.append(
@@ -317,6 +315,15 @@ def _show_remarks(reports: list["EvalReport"]) -> None:
         if cut:
             tasks = ", ".join(f"{name} {count}" for name, count in cut.items())
             render.note(f"{report.model}: prompts longer than its positions lost their beginning ({tasks}).")
+        if borrowed := [n for n in _top_level(report) if "excluded" in (report.results[n].fewshot_from or "")]:
+            render.note(
+                f"{report.model}: {', '.join(borrowed)}: the examples in the prompts are other items of the split that "
+                "is scored, since the data has no other."
+            )
+        if not report.causal:
+            render.note(f"{report.model}: routing {report.routing} is not causal; no such score can be had in use.")
+        for name, reason in report.skipped.items():
+            render.note(f"{report.model}: {name} was left out. {reason}")
         for name, score in report.results.items():
             for remark in score.notes:
                 render.note(f"{report.model}: {name}: {remark}.")

@@ -21,6 +21,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate as lm_evaluate
 
 from dtfcli.errors import ConfigError, DataError
+from dtfcli.evaluation import sandbox
 from dtfcli.evaluation.answers import AnswerStore
 from dtfcli.evaluation.compare import jackknife_stderr
 from dtfcli.evaluation.lm import RoutedLM
@@ -82,7 +83,7 @@ def quiet(verbose: bool) -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
         return
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "fsspec", "httpx")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets", "huggingface_hub", "fsspec")]
     levels = [logger.level for logger in loggers]
     bars = datasets.is_progress_bar_enabled()
     drawers = [module.tqdm for module in _BARS]
@@ -154,6 +155,8 @@ def score(loaded: LoadedJob, lm: RoutedLM, store: AnswerStore, routing: Routing,
     )
     items = {name: _items(found["samples"][name], task) for name, task in loaded.tasks.items()}
     notes = tuple(f"max_gen_toks {asked} shortened to {given}" for asked, given in lm.shortened.items())
+    if any(getattr(task, "UNSAFE_CODE", False) for task in loaded.tasks.values()):
+        notes += (f"the model's code ran in a sandbox, kept off the network by: {sandbox.isolation()}",)
     measured: dict[str, Any] = {
         "routed_share": shares_of(lm.meter),
         "truncated": lm.truncated,
@@ -258,8 +261,9 @@ def _group(
     datasets_used = {score.dataset.partition(" (")[0] for score in mine if score.dataset}
     missing = tuple(sorted({split for score in mine for split in score.missing_splits}))
     totals = [score.n_total for score in mine if score.n_total is not None]
+    directions = {metric: known.higher_is_better for score in mine for metric, known in score.metrics.items()}
     return TaskScore(
-        metrics=_metrics(found["results"].get(name, {}), found["higher_is_better"].get(name, {}), None),
+        metrics=_metrics(found["results"].get(name, {}), directions, None),
         n=sum(score.n for score in mine),
         n_total=sum(totals),
         shots=common("shots"),

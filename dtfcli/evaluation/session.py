@@ -191,7 +191,14 @@ class Session:
         )
         hashes = tuple(fingerprint(row.tolist()) for row in rows)
         self.results[VALIDATION_TEXT] = result
-        self.items[VALIDATION_TEXT] = Items(hashes, {"loss": losses}, {"loss": mean})
+        self.items[VALIDATION_TEXT] = Items(
+            hashes,
+            {
+                "loss": losses,
+                "bits_per_byte": [loss * scores["bits_per_byte"].value / scores["loss"].value for loss in losses],
+            },
+            {"loss": mean, "bits_per_byte": mean},
+        )
         self.emit(EvalEvent("done", VALIDATION_TEXT, scores={VALIDATION_TEXT: result}))
 
 

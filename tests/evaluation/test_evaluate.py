@@ -174,6 +174,7 @@ def test_a_group_is_one_job(evaluate: Evaluate) -> None:
     assert group.subtasks == ("toy_choice", "toy_other")
     assert group.n == 8
     assert group.metrics["acc"].value == sum(report.results[name].metrics["acc"].value for name in group.subtasks) / 2
+    assert group.metrics["acc"].higher_is_better
     assert group.routed_share is not None
     assert report.results["toy_choice"].routed_share is None
 
