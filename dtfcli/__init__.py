@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dtfcli.registration import register_auto_classes
 
 if TYPE_CHECKING:
+    from dtfcli.evaluation.runner import evaluate
     from dtfcli.factory import load_model, load_tokenizer
     from dtfcli.generation import generate
     from dtfcli.models.configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "evaluate": "dtfcli.evaluation.runner",
     "load_model": "dtfcli.factory",
     "load_tokenizer": "dtfcli.factory",
     "generate": "dtfcli.generation",
@@ -45,6 +47,7 @@ __all__ = [
     "DynamicQwenForCausalLM",
     "__version__",
     "convert",
+    "evaluate",
     "generate",
     "load_model",
     "load_settings",

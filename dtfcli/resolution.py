@@ -53,6 +53,8 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
         unread["training.epochs"] = f"training.max_steps = {steps} is set"
     if isinstance(lookup(values, "model.routed_layers"), list):
         unread["model.dense_edges"] = "model.routed_layers lists the layers"
+    if not lookup(values, "eval.after"):
+        unread |= dict.fromkeys(["eval.tasks", "eval.limit", "eval.data_dir"], "eval.after is empty")
     if lookup(values, "data.validation_fraction") == 0:
         keys = ["data.validation_blocks", "training.eval_every"]
         unread |= dict.fromkeys(keys, "data.validation_fraction is 0")

@@ -269,6 +269,19 @@ class LoggingSettings(Group):
     live: bool = Field(True, description="Draw progress in the terminal (never when stderr is none).")
 
 
+class EvalSettings(Group):
+    """`eval.*`: benchmarks at the end of a run."""
+
+    after: str = Field(
+        "", description="Suites or lm-eval tasks to run on the final model, with commas, such as general; empty: none."
+    )
+    tasks: list[str] = Field(default_factory=list, description="More tasks to run with them.", examples=['["sciq"]'])
+    limit: Count | None = Field(None, description="Score only the first so many items of each task; unset: all.")
+    data_dir: str = Field(
+        "", description="Folder of datasets as OWNER/NAME/…, used instead of the Hub; empty: the Hub."
+    )
+
+
 class Settings(BaseSettings):
     """All settings of a run; `load_settings` makes one."""
 
@@ -279,6 +292,7 @@ class Settings(BaseSettings):
     data: DataSettings = Field(default_factory=DataSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    eval: EvalSettings = Field(default_factory=EvalSettings)
 
     @classmethod
     def settings_customise_sources(

@@ -57,6 +57,19 @@ class ShareMeter:
         for record in records:
             self._routed[record.layer] = self._routed.get(record.layer, 0.0) + _count(record.selected, one_hot)
 
+    def counts(self) -> dict[str, Any]:
+        """What was counted, as plain numbers for `add_counts`: real tokens by position, routed ones by layer too."""
+        routed = {str(layer): torch.as_tensor(counts).tolist() for layer, counts in self._routed.items()}
+        return {"real": torch.as_tensor(self._real).tolist(), "routed": routed} if routed else {}
+
+    def add_counts(self, counts: dict[str, Any]) -> None:
+        """Add what another meter has counted."""
+        if counts:
+            self._real = self._real + torch.tensor(counts["real"], dtype=torch.float64)
+            for layer, routed in counts["routed"].items():
+                added = torch.tensor(routed, dtype=torch.float64)
+                self._routed[int(layer)] = self._routed.get(int(layer), 0.0) + added
+
     def read(self) -> Shares:
         """The shares up to now.
 

@@ -21,7 +21,7 @@ LEVELS = [
         *("base_configs", "devices", "model_paths", "factory", "shares", "training.checkpoint"),
         *("documents", "sources", "hub_source", "tokenization", "token_cache", "data"),
     ],
-    ["accounting", "training", "generation", "inspection", "benchmark"],
+    ["accounting", "training", "generation", "inspection", "benchmark", "evaluation"],
     ["cli"],
 ]
 LAZY = ("torch", "transformers", "datasets", "lm_eval")

@@ -1,9 +1,11 @@
 """Realized shares: counted by layer and by position, padding left out, whoever runs the model."""
 
+import json
+
 import pytest
 import torch
 
-from dtfcli.shares import measured_shares
+from dtfcli.shares import ShareMeter, measured_shares
 from tests.tiny import pad, shared_routed_model, tokens
 
 
@@ -46,3 +48,17 @@ def test_nothing_measured_is_an_error() -> None:
         pass
     with pytest.raises(ValueError, match="no routed forward"):
         meter.read()
+
+
+@torch.no_grad()
+def test_counts_of_two_meters_add_up() -> None:
+    model = shared_routed_model("llama", "dtf")
+    both, sum_of_two = ShareMeter(), ShareMeter()
+    for seed in (1, 2):
+        with measured_shares(model) as meter:
+            out = model.model(tokens(3, 40, seed=seed))
+        both.add(out)
+        sum_of_two.add_counts(json.loads(json.dumps(meter.counts())))
+    assert sum_of_two.read() == both.read()
+    sum_of_two.add_counts(ShareMeter().counts())
+    assert sum_of_two.read() == both.read()

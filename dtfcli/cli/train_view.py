@@ -193,6 +193,8 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
     for name, figure, remark in rows:
         err.print(f"{name:<16} [bold]{figure:>6}[/]  [dim]{remark}[/]")
     note(f"Curves: {result.run_dir / 'curves.png'}")
+    if result.evaluation is not None:
+        note(f"Benchmarks: {result.evaluation}")
     err.print("\nA sample, its prompt in bold:", style="dim")
     err.print(Text(result.prompt, style="bold").append(result.sample, style="not bold"))
     err.print("\nNext:", style="dim")

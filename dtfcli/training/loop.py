@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from dtfcli.data import update_indices
 from dtfcli.errors import DTFError
 from dtfcli.factory import quiet_libraries
 from dtfcli.settings import Settings
+from dtfcli.training.after import evaluate_final, plan_evaluation
 from dtfcli.training.checkpoint import (
     list_checkpoints,
     replaced_folder,
@@ -66,6 +67,7 @@ class TrainResult:
         metrics: of the last evaluation, by the names of metrics.jsonl, `val/unigram` included.
         best_step, best_val_loss: of the best evaluation.
         prompt, sample: a few tokens of validation text and how the model goes on.
+        evaluation: the scores of `eval.after`.
     """
 
     run_dir: Path
@@ -77,6 +79,7 @@ class TrainResult:
     best_val_loss: float | None
     prompt: str
     sample: str
+    evaluation: Path | None = None
 
 
 def train(
@@ -97,12 +100,13 @@ def train(
         DTFError: the run folder cannot be written.
     """
     emit = on_event or (lambda event: None)
+    evaluation = plan_evaluation(settings)
     stop = StopSignal(lambda: emit(Event("warning", "Stopping after this step; Ctrl-C again stops at once.")))
     run = setup(settings, resume, rename, emit, stop)
     with stop:
         try:
             fit(run)
-            return finish(run)
+            result = finish(run)
         except StopRequested:
             checkpoint = _save_checkpoint(run)
             _draw_curves(run, at_once=True)
@@ -110,6 +114,9 @@ def train(
                 f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
                 f"Go on with: dtf train --resume {run.folder}"
             ) from None
+    if evaluation is None:
+        return result
+    return replace(result, evaluation=evaluate_final(settings, evaluation, run.folder, emit))
 
 
 def fit(run: Run) -> None:

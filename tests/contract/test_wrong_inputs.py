@@ -4,6 +4,7 @@ A row is a command and what its message must contain. `{model}` is a small model
 the other names are files that `workplace` makes. Nothing that was there may be changed by a failing command.
 """
 
+import copy
 import hashlib
 import shlex
 from collections.abc import Callable
@@ -144,18 +145,60 @@ INSPECT = [
     ("inspect-routing {model} a --capacity 2", ["capacity", "2"]),
 ]
 
+EVAL = [
+    ("eval", ["MODEL", "--help"]),
+    ("eval folder", ["folder", "empty folder"]),
+    ("eval nowhere/at/all", ["nowhere/at/all", "no such file or folder"]),
+    ("eval notes.gguf", ["notes.gguf", "no GGUF file"]),
+    ("eval {model} --tasks quick_tset", ["quick_tset", "Did you mean 'quick_test'"]),
+    ("eval {model} --tasks arc_esay", ["arc_esay", "Did you mean 'arc_easy'"]),
+    ("eval {model} --tasks nothing_of_this_name_xyz", ["nothing_of_this_name_xyz", "Suites are general"]),
+    ("eval {model} --tasks ,", ["--tasks", "names no task"]),
+    ("eval {model} --tasks quick_test,general", ["arc_challenge", "quick_test and general"]),
+    ("eval {model} --limit 0", ["--limit 0", "at least 1"]),
+    ("eval {model} --limit some", ["limit", "some"]),
+    ("eval {model} --num-fewshot -1", ["--num-fewshot -1", "at least 0"]),
+    ("eval {model} --batch-size 0", ["--batch-size 0", "or auto"]),
+    ("eval {model} --batch-size big", ["--batch-size big", "or auto"]),
+    ("eval {model} --data-dir missing", ["--data-dir missing", "no such folder"]),
+    ("eval {model} --data-dir prompts.txt", ["--data-dir prompts.txt", "no such folder"]),
+    ("eval {model} --data-dir folder", ["tokenizer has no end-of-text token"]),
+    ("eval {scored} --data-dir folder", ["arc_challenge", "allenai/ai2_arc", "--data-dir"]),
+    ("eval {model} --include-path missing", ["--include-path missing", "no such folder"]),
+    ("eval {model} --include-path folder", ["--include-path folder", "no .yaml task files"]),
+    ("eval {model} --output taken.toml", ["taken.toml", "exists already"]),
+    ("eval {model} --output nowhere/all.json", ["nowhere", "does not exist"]),
+    ("eval {model} --tasks code", ["humaneval", "--confirm-run-unsafe-code"]),
+    ("eval {model} --tasks mbpp", ["mbpp", "--confirm-run-unsafe-code"]),
+    ("eval {scored} --routing topk --tasks gsm8k", ["topk", "gsm8k", "--routing threshold"]),
+    ("eval {model} --routing predict", ["routing", "predict", "threshold"]),
+    ("eval {model} --capacity 2", ["capacity", "2"]),
+    ("eval {dense} --routing threshold", ["routing", "dense"]),
+    ("eval {dense} --capacity 0.5", ["capacity", "dense"]),
+    ("eval {model} {model}", ["named twice"]),
+    ("eval {model} --device gpu", ["device", "gpu", "cuda"]),
+    ("eval {model} --task general", ["--task", "Did you mean '--tasks'"]),
+    ("eval {scored} --tasks validation_text", ["validation_text", "no run folder"]),
+    ("train quickstart eval.after=generl", ["eval.after", "generl", "Did you mean 'general'"]),
+    ("train quickstart eval.limit=3", ["eval.limit = 3", "nothing reads it", "eval.after is empty"]),
+    ("train quickstart eval.after=code", ["eval.after = 'code'", "dtf eval", "--confirm-run-unsafe-code"]),
+]
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """A routed and a dense model folder, and a routed one with another tokenizer."""
+    """Routed and dense model folders, a routed one with another tokenizer, one with an end-of-text token."""
     root = tmp_path_factory.mktemp("models")
-    for name, model in (("model", routed_model()), ("dense", dense_model())):
+    for name, model in (("model", routed_model()), ("dense", dense_model()), ("scored", routed_model())):
         model.save_pretrained(root / name)
-        word_tokenizer.save_pretrained(root / name)
+        tokenizer = copy.deepcopy(word_tokenizer)
+        if name == "scored":
+            tokenizer.eos_token = "z"
+        tokenizer.save_pretrained(root / name)
     routed_model().save_pretrained(root / "other")
     letters = Tokenizer(WordLevel({chr(ord("z") - i): i for i in range(26)} | {"<unk>": 26}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>").save_pretrained(root / "other")
-    return {name: str(root / name) for name in ("model", "dense", "other")}
+    return {name: str(root / name) for name in ("model", "dense", "scored", "other")}
 
 
 @pytest.fixture
@@ -218,6 +261,15 @@ def test_inspect_routing(
     before = _contents(workplace)
     _check(dtf(*shlex.split(command.format(**folders))), expected)
     assert _contents(workplace) == before
+
+
+@pytest.mark.parametrize(("command", "expected"), EVAL, ids=[row[0] for row in EVAL])
+def test_eval(
+    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
+) -> None:
+    before = _contents(workplace) | _contents(Path(folders["model"]))
+    _check(dtf(*shlex.split(command.format(**folders))), expected)
+    assert _contents(workplace) | _contents(Path(folders["model"])) == before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,207 @@
+"""lm-eval's HFLM for models that route: the true padding mask, realized shares, answers that survive a kill.
+
+Prompts, tokenization, scoring and stop sequences are HFLM's. What differs:
+
+- HFLM pads on the right and passes no mask when it scores: padding would compete for capacity under `topk` and be
+  counted as routed in any mode. A routed model gets the mask here; a dense one is called as HFLM calls it.
+- Logits are formed for the continuations alone, not for a prompt of 25 examples times the vocabulary.
+- Batches are formed as HFLM forms them, but here, one at a time: a batch whose answers are known is not run again.
+"""
+
+import inspect
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
+from torch import Tensor
+
+from dtfcli.evaluation.answers import AnswerStore, Batch
+from dtfcli.shares import ShareMeter, measured_shares
+
+_CPU_BYTES = 2**30
+_LARGEST_BATCH = 64
+
+Scored = tuple[Any, list[int], list[int]]
+"""(context and continuation as text or None, context ids, continuation ids): what HFLM scores."""
+
+
+class RoutedLM(HFLM):
+    """A model as lm-eval wants it; works for dense ones too.
+
+    Attributes:
+        store: where answers are kept; to be replaced for every job.
+        meter: shares of tokens that were routed for `store`'s answers; None for a dense model.
+        truncated: requests of `store` that lost their beginning.
+        on_answers: called with the number of requests that have just been answered.
+        shortened: the generation lengths that tasks asked for and the model's positions do not allow, with what they
+            became.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            model: a causal language model on its device.
+            tokenizer: of the model; with an end-of-text token.
+            batch_size: rows at a time; None: what fits into memory.
+        """
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
+        self._rows = batch_size
+        self._routed = hasattr(model, "set_routing")
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._lengths: list[tuple[int, int]] | None = None
+        self.on_answers: Callable[[int], None] = lambda count: None
+        self.begin(AnswerStore())
+
+    def begin(self, store: AnswerStore) -> None:
+        """Start a job."""
+        self.store = store
+        self.meter = ShareMeter() if self._routed else None
+        self.truncated = 0
+        self.seconds = 0.0
+        self.shortened: dict[int, int] = {}
+
+    def _answered(self, content: Any, truncated: int, compute: Callable[[str], list[Any]]) -> list[Any]:
+        """The answers to a batch: from the store, else computed, and counted either way."""
+        key = self.store.key(content)
+        batch = self.store.find(key)
+        if batch is None:
+            started = time.perf_counter()
+            if self._routed:
+                with measured_shares(self.model) as meter:
+                    answers = compute(key)
+                counts = meter.counts()
+            else:
+                answers, counts = compute(key), {}
+            batch = Batch(answers, counts, truncated, time.perf_counter() - started)
+            self.store.add(key, batch)
+        if self.meter is not None:
+            self.meter.add_counts(batch.counts)
+        self.truncated += batch.truncated
+        self.seconds += batch.seconds
+        self.on_answers(len(batch.answers))
+        return batch.answers
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, and whether greedy decoding would write them."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Scored], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, batch by batch."""
+        collator = Collator(requests, sort_fn=_longest_first, group_by="contexts", group_fn=_inputs)
+        members = defaultdict(list)
+        for place, request in enumerate(requests):
+            members[tuple(_inputs(request))].append(place)
+        answers: list[Any] = [None] * len(requests)
+        size = override_bs or self._rows_for(max(len(_inputs(request)) for request in requests))
+        for rows in collator.get_batched(n=size):
+            places = [place for row in rows for place in members[tuple(_inputs(row))]]
+            batch = [requests[place] for place in places]
+            truncated = sum(
+                len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in batch
+            )
+            # Row by row: tokens that go in, and how many of the last ones have logits that count.
+            lengths = [(min(len(_inputs(row)), self.max_length), len(row[2])) for row in rows]
+
+            def score(key: str, batch: Any = batch, lengths: Any = lengths) -> list[Any]:
+                self._lengths, self.batch_size_per_gpu = lengths, len(lengths)
+                try:
+                    return super(RoutedLM, self)._loglikelihood_tokens(
+                        batch, disable_tqdm=True, override_bs=len(lengths)
+                    )
+                finally:
+                    self._lengths = None
+
+            content = [(context, continuation) for _, context, continuation in batch]
+            for place, answer in zip(places, self._answered(content, truncated, score), strict=True):
+                answers[place] = tuple(answer)
+        return answers
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits [B, K, V] of the last K positions of right-padded rows [B, T].
+
+        HFLM finds a continuation by counting from the end of the logits, so K positions will do where no continuation
+        begins before them.
+        """
+        assert self._lengths is not None, "only scoring calls the model here"
+        tokens = inps.shape[1]
+        assert len(inps) == len(self._lengths), "HFLM formed other batches than these"
+        assert tokens == self._lengths[0][0], "HFLM sorts rows by length"
+        options: dict[str, Any] = {"use_cache": False}
+        if self._routed:
+            lengths = torch.tensor([length for length, _ in self._lengths], device=inps.device)
+            options["attention_mask"] = (torch.arange(tokens, device=inps.device) < lengths.unsqueeze(1)).long()
+        if self._keeps_logits:
+            options["logits_to_keep"] = max(tokens - length + scored for length, scored in self._lengths)
+        with torch.inference_mode():
+            return self.model(inps, **options).logits
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole documents, in windows of the model's positions."""
+        self.batch_size_per_gpu = self._rows_for(self.max_length)
+        on_answers, self.on_answers = self.on_answers, lambda count: None  # windows, of which nobody knows the number
+        try:
+            scores = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally:
+            self.on_answers = on_answers
+        self.on_answers(len(requests))
+        return scores
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop sequence, left-padded with a mask, batch by batch."""
+        collator = Collator(
+            [(*request.args, request) for request in requests],
+            sort_fn=lambda item: (-len(self.tok_encode(item[0])), item[0]),
+            group_by="gen_kwargs",
+            group_fn=lambda item: item[1],
+        )
+        answers: list[str] = []
+        for rows in collator.get_batched(n=self._rows_for(self.max_length)):
+            batch = [row[2] for row in rows]
+            asked = normalize_gen_kwargs(rows[0][1], self.max_gen_toks)["max_gen_toks"]
+            # Where nothing would be left for the prompt HFLM gives up.
+            allowed = asked if asked < self.max_length else self.max_length // 2
+            if allowed < asked:
+                self.shortened[asked] = allowed
+                for request in batch:
+                    request.args[1]["max_gen_toks"] = allowed
+            room = self.max_length - allowed
+            truncated = sum(len(self.tok_encode(row[0])) > room for row in rows)
+
+            def write(key: str, batch: Any = batch) -> list[str]:
+                self.batch_size_per_gpu = len(batch)
+                torch.manual_seed(int(key[:8], 16))  # for tasks that sample: the same after a kill
+                return super(RoutedLM, self).generate_until(batch, disable_tqdm=True)
+
+            answers += self._answered([row[:2] for row in rows], truncated, write)
+        return collator.get_original(answers)
+
+    def _rows_for(self, tokens: int) -> int:
+        """Rows of a batch: what was asked for, else a power of two whose activations fit into memory."""
+        if self._rows is not None:
+            return self._rows
+        config = self.model.config
+        row = 4 * tokens * (2 * config.vocab_size + 10 * config.hidden_size)
+        budget = _CPU_BYTES
+        if self.device.type == "cuda":
+            budget = torch.cuda.get_device_properties(self.device).total_memory // 4
+        rows = 1
+        while rows < _LARGEST_BATCH and 2 * rows * row <= budget:
+            rows *= 2
+        return rows
+
+
+def _inputs(request: Scored) -> list[int]:
+    """The tokens that go in: the last one is only predicted."""
+    return request[1] + request[2][:-1]
+
+
+def _longest_first(request: Scored) -> tuple[int, tuple[int, ...]]:
+    tokens = request[1] + request[2]
+    return -len(tokens), tuple(tokens)

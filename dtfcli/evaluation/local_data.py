@@ -1,0 +1,127 @@
+"""Benchmarks from a folder instead of the Hub: `<data-dir>/<owner>/<name>/…`, the layout of their Hub repositories.
+
+Every lm-eval task that is configured by a file loads its dataset in `ConfigurableTask.download`, after its
+configuration is read and before a split is touched. Taking that one method over serves groups, tags and inline tasks
+alike, and is the place to turn what a dataset library raises into one line. Splits that a local copy lacks are
+struck from the task's configuration: lm-eval would load them even at 0 shots.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+
+from dtfcli.errors import DataError
+
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the data of a task came from.
+
+    Attributes:
+        dataset: its Hub id.
+        config: configuration of the dataset.
+        source: "data-dir", "hub" (or its cache), or "task" for data that the task makes itself.
+        missing_splits: splits that the task names and the local copy lacks.
+        scored_instead: whether the split that the task is scored on is one of them, so that another one is.
+    """
+
+    dataset: str
+    config: str | None
+    source: str
+    missing_splits: tuple[str, ...] = ()
+    scored_instead: bool = False
+
+
+@contextmanager
+def task_data(data_dir: Path | None) -> Iterator[dict[str, Origin]]:
+    """Load the datasets of tasks from `data_dir` where it has them; yields where each came from, by task name.
+
+    Raises (from inside lm-eval):
+        DataError: a dataset cannot be had, or no split is left to evaluate on.
+    """
+    origins: dict[str, Origin] = {}
+    original = ConfigurableTask.download
+
+    def download(task: Any, dataset_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+        name = str(task.config.task)
+        path = task.DATASET_PATH
+        folder = data_dir / path if data_dir is not None and path else None
+        if callable(task.config.custom_dataset) or path is None:
+            original(task, dataset_kwargs, **options)
+            origins[name] = Origin(path or name, None, "task")
+            return
+        try:
+            if folder is None or not folder.is_dir():
+                original(task, dataset_kwargs, **options)
+                origins[name] = Origin(path, task.DATASET_NAME, "hub")
+                return
+            kept = {k: v for k, v in (dataset_kwargs or {}).items() if k not in ("trust_remote_code", "revision")}
+            task.dataset = datasets.load_dataset(str(folder), task.DATASET_NAME, **kept)
+        except Exception as error:  # every library on the way has its own
+            raise DataError(_unavailable(name, path, folder, data_dir, error)) from error
+        wanted = evaluated_split(task)
+        missing = _drop_missing_splits(task, folder)
+        origins[name] = Origin(path, task.DATASET_NAME, "data-dir", missing, wanted in missing)
+
+    ConfigurableTask.download = download
+    try:
+        yield origins
+    finally:
+        ConfigurableTask.download = original
+
+
+def _unavailable(task: str, dataset: str, folder: Path | None, data_dir: Path | None, error: Exception) -> str:
+    if folder is not None and folder.is_dir():
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return f"{task}: the dataset in {folder} cannot be read. {reason}"
+    places = [str(data_dir)] if data_dir is not None else []
+    return (
+        f"{task}: the dataset {dataset} cannot be had from {', '.join([*places, 'the local cache'])} or the Hub. "
+        f"Give a folder that holds {dataset}/ with --data-dir, or check the network."
+    )
+
+
+def _drop_missing_splits(task: Any, folder: Path) -> tuple[str, ...]:
+    """Strike from a task's configuration the splits that its dataset lacks."""
+    config, fewshot = task.config, task.config.fewshot_config
+    named = {getattr(config, field) for field in _SPLITS} | {fewshot.split}
+    missing = {split for split in named if split is not None} - set(task.dataset)
+    if not missing:
+        return ()
+    for field in _SPLITS:
+        if getattr(config, field) in missing:
+            setattr(config, field, None)
+    if fewshot.split in missing:
+        fewshot.split = None
+    evaluated = evaluated_split(task)
+    if evaluated is None:
+        raise DataError(
+            f"{config.task}: {folder} lacks the split {' and '.join(sorted(missing))} that the task is scored on; it "
+            f"has {', '.join(sorted(task.dataset))}. Add the split there, or leave the task out."
+        )
+    if fewshot_split(task) == evaluated:
+        # lm-eval leaves the item itself out of its examples only where these two are spelled alike.
+        config.test_split = fewshot.split = evaluated
+    return tuple(sorted(missing))
+
+
+def evaluated_split(task: Any) -> str | None:
+    """The split that a task is scored on."""
+    return task.config.test_split or task.config.validation_split
+
+
+def fewshot_split(task: Any) -> str | None:
+    """The split that few-shot examples come from, by lm-eval's rules; None: from the task itself."""
+    config, fewshot = task.config, task.config.fewshot_config
+    if fewshot.split is not None:
+        return fewshot.split
+    if fewshot.samples is not None:
+        return None
+    return config.training_split or config.validation_split or config.test_split

@@ -1,0 +1,55 @@
+"""pass@k of code benchmarks, and what their task files (`tasks/*.yaml`) call.
+
+lm-eval's own humaneval and mbpp load a metric from the Hub when their files are read. These ask with the same prompts
+and stop sequences and run the candidates here, in `sandbox`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dtfcli.evaluation import sandbox
+
+_MBPP_EXAMPLES = (2, 3, 4)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that one of k candidates, drawn from n of which c are right, is right: 1 − C(n−c, k) / C(n, k).
+
+    Raises:
+        ValueError: k is not between 1 and n, or c not between 0 and n.
+    """
+    if not 1 <= k <= n or not 0 <= c <= n:
+        raise ValueError(f"pass@{k} of {n} candidates, {c} of them right")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def humaneval_programs(responses: list[list[str]], docs: Any) -> list[list[str]]:
+    """A filter: each answer goes on where its prompt ends."""
+    return [[doc["prompt"] + text for text in texts] for texts, doc in zip(responses, docs, strict=True)]
+
+
+def humaneval_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
+    """pass@1 of one HumanEval problem."""
+    return _results(results[0], f"{doc['test']}\ncheck({doc['entry_point']})")
+
+
+def all_answers(responses: list[list[str]], docs: Any) -> list[list[str]]:
+    """A filter that keeps every answer as it is."""
+    return [list(texts) for texts in responses]
+
+
+def mbpp_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
+    """pass@1 of one MBPP problem."""
+    return _results(results[0], "\n".join(doc["test_list"]))
+
+
+def mbpp_examples(docs: Any) -> Any:
+    """The problems that MBPP's authors use as examples, of its split `prompt`."""
+    chosen = [doc for doc in docs if doc["task_id"] in _MBPP_EXAMPLES]
+    return [{**doc, "is_fewshot": True} for doc in chosen]
+
+
+def _results(programs: Sequence[str], tests: str) -> dict[str, float]:
+    right = sum(sandbox.run(f"{program}\n{tests}\n").passed for program in programs)
+    return {"pass@1": pass_at_k(len(programs), right, 1)}

@@ -1,0 +1,140 @@
+"""Run Python that a model wrote: in a process of its own, with little time, memory and disk, and no network.
+
+This keeps careless code from doing harm; it is no prison for code that was written to escape. What the machine offers
+decides how the network is cut off: Linux namespaces where the user may make them (a new network without interfaces),
+else the socket module is disabled, which only Python code respects. `isolation()` says which it is here.
+"""
+
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+SECONDS = 5.0
+MEMORY_BYTES = 2**30
+FILE_BYTES = 2**20
+PROCESSES = 64
+
+Isolation = Literal["namespace", "sockets disabled"]
+
+# Runs in the child before anything else, and reads the program and a secret word from stdin. Only a program that runs
+# to its end gets the word out: leaving early, by exit or by os._exit, is no success.
+_GUARD = """
+import os, sys
+seconds, memory, file_bytes, processes = map(int, sys.argv[1:5])
+word, program = sys.stdin.read().split("\\n", 1)
+report = os.dup(1)
+null = os.open(os.devnull, os.O_RDWR)
+for stream in (0, 1, 2):
+    os.dup2(null, stream)
+cut_off = False
+if sys.platform == "linux":
+    import ctypes
+    NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
+    cut_off = ctypes.CDLL(None).unshare(NEW_USER | NEW_NETWORK) == 0
+if not cut_off:
+    import socket
+    def refuse(*args, **kwargs):
+        raise OSError("no network here")
+    for module in (socket, sys.modules["_socket"]):
+        for name in ("socket", "SocketType", "create_connection", "socketpair", "getaddrinfo"):
+            if hasattr(module, name):
+                setattr(module, name, refuse)
+try:
+    import resource
+except ImportError:
+    pass
+else:
+    for name, value in (
+        ("RLIMIT_CPU", seconds), ("RLIMIT_AS", memory), ("RLIMIT_FSIZE", file_bytes), ("RLIMIT_NPROC", processes),
+        ("RLIMIT_CORE", 0),
+    ):
+        limit = getattr(resource, name, None)
+        if limit is not None:
+            hard = resource.getrlimit(limit)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            try:
+                resource.setrlimit(limit, (value, value))
+            except (ValueError, OSError):
+                pass
+write, leave = os.write, os._exit
+how = b" namespace" if cut_off else b" sockets disabled"
+try:
+    exec(compile(program, "candidate.py", "exec"), {"__name__": "__main__"})
+except BaseException:
+    leave(1)
+write(report, word.encode() + how)
+leave(0)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended.
+
+    Attributes:
+        passed: it ran to its end without an error.
+        timed_out: it was stopped.
+        isolation: how the network was cut off; None unless it ran to its end.
+    """
+
+    passed: bool
+    timed_out: bool
+    isolation: Isolation | None
+
+
+def run(program: str, seconds: float = SECONDS, memory: int = MEMORY_BYTES) -> Outcome:
+    """Run a program in a temporary folder and wait for it.
+
+    Args:
+        program: Python source.
+        seconds: wall-clock time; the processor's time is limited to the next whole second.
+        memory: bytes of address space.
+    """
+    word = secrets.token_hex(16)
+    limits = [str(int(seconds) + 1), str(memory), str(FILE_BYTES), str(PROCESSES)]
+    with tempfile.TemporaryDirectory(prefix="candidate-", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-I", "-c", _GUARD, *limits]
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": "", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
+            start_new_session=True,
+        ) as child:
+            try:
+                printed, _ = child.communicate(f"{word}\n{program}".encode("utf-8", "replace"), timeout=seconds)
+            except subprocess.TimeoutExpired:
+                return Outcome(False, True, None)
+            finally:
+                _end(child)
+    said = printed.decode("utf-8", "replace")
+    passed = child.returncode == 0 and said.startswith(word)
+    how = said.removeprefix(word).strip() if passed else None
+    return Outcome(passed, False, how)  # type: ignore[arg-type]  # one of the two that the guard writes
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """End a program and whatever it has started."""
+    if sys.platform != "win32":
+        import os
+        import signal
+
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            child.kill()
+    else:
+        child.kill()
+    child.wait()
+
+
+@cache
+def isolation() -> Isolation | None:
+    """How programs are kept off the network on this machine; None where not even an empty program runs."""
+    return run("pass", seconds=30.0).isolation

@@ -1,0 +1,164 @@
+"""What `--tasks` means: suites, lm-eval tasks and groups → jobs, one after the other.
+
+A job is what lm-eval runs in one go and what is aggregated: a task, or a whole group such as mmlu. Names are looked up
+in lm-eval's index of task files, to which our own (`tasks/`, the code benchmarks) and the user's are added.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from dtfcli.errors import ConfigError, did_you_mean
+
+VALIDATION_TEXT = "validation_text"
+"""A task that is not lm-eval's: the text that a run held out."""
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to run.
+
+    Attributes:
+        name: a task, group or tag.
+        shots: few-shot examples; None: as many as the task itself says.
+        limit: items of each task; None: all.
+        optional: leave it out, and say so, when its data cannot be had.
+    """
+
+    name: str
+    shots: int | None = None
+    limit: int | None = None
+    optional: bool = False
+
+
+SUITES: dict[str, tuple[Job, ...]] = {
+    "general": (
+        Job("arc_challenge", 25),
+        Job("hellaswag", 10),
+        Job("mmlu", 5),
+        Job("winogrande", 5),
+        Job("truthfulqa_mc2", 0),
+    ),
+    "math": (Job("gsm8k", 5), Job("mathqa", 0, optional=True)),
+    "code": (Job("humaneval", 0), Job("mbpp", 3)),
+    "quick_test": (Job("arc_challenge", 0, 200), Job("hellaswag", 0, 200)),
+    "perplexity": (Job("wikitext", 0), Job(VALIDATION_TEXT, optional=True)),
+}
+
+_SUITE_FOLDERS = ("arc", "gsm8k", "hellaswag", "mathqa", "mmlu/default", "truthfulqa", "wikitext", "winogrande")
+"""Where lm-eval keeps the suites' tasks: to read its 14,000 other task files takes several seconds."""
+
+
+def split_names(tasks: str | Sequence[str]) -> list[str]:
+    """The names in LIST: one string with commas, or a sequence of them.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    parts = [tasks] if isinstance(tasks, str) else list(tasks)
+    names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--tasks: names no task; give suites ({', '.join(SUITES)}) or lm-eval tasks with commas.")
+    return names
+
+
+def plan_jobs(
+    names: Sequence[str], index: "TaskIndex", shots: int | None = None, limit: int | None = None
+) -> list[Job]:
+    """The jobs that names stand for.
+
+    Args:
+        names: suites, tasks, groups, tags.
+        index: of the tasks there are.
+        shots: `--num-fewshot`, for every job.
+        limit: `--limit`, for every job.
+
+    Raises:
+        ConfigError: a name is unknown, or two of them lead to the same task.
+    """
+    jobs: list[Job] = []
+    seen: dict[str, str] = {}
+    for name in names:
+        for job in SUITES.get(name, (Job(name),)):
+            index.require(job.name)
+            job = replace(job, shots=job.shots if shots is None else shots, limit=job.limit if limit is None else limit)
+            if job in jobs:
+                continue
+            for leaf in index.leaves(job.name):
+                if leaf in seen:
+                    raise ConfigError(
+                        f"--tasks: {leaf} is in both {seen[leaf]} and {name}, with other shots or limits. Run them one "
+                        "after the other."
+                    )
+                seen[leaf] = name
+            jobs.append(job)
+    return jobs
+
+
+class TaskIndex:
+    """The tasks there are, with what their files say."""
+
+    def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
+        """Read task files: those of the suites, and all of them only where `names` asks for others.
+
+        Raises:
+            ConfigError: `include_path` is no folder of task files.
+        """
+        if include_path is not None and not include_path.is_dir():
+            raise ConfigError(f"--include-path {include_path}: no such folder; give one with .yaml task files.")
+        if include_path is not None and not any(include_path.rglob("*.yaml")):
+            raise ConfigError(f"--include-path {include_path}: has no .yaml task files.")
+        mine = [include_path] if include_path is not None else []
+        root = Path(lm_eval.__file__).parent / "tasks"
+        folders = [root / name for name in _SUITE_FOLDERS]
+        self.manager = TaskManager(include_defaults=False, include_path=[*folders, OWN_TASKS, *mine])
+        wanted = {job.name for name in names for job in SUITES.get(name, (Job(name),))} - {VALIDATION_TEXT}
+        if not wanted <= set(self.manager.task_index):
+            self.manager = TaskManager(include_path=[OWN_TASKS, *mine])
+
+    def require(self, name: str) -> None:
+        """Check that a task, group or tag exists.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if name == VALIDATION_TEXT or name in self.manager.task_index:
+            return
+        hint = did_you_mean(name, [*SUITES, *self.manager.task_index])
+        remedy = hint or f" Suites are {', '.join(SUITES)}; `lm-eval ls tasks` lists the tasks."
+        raise ConfigError(f"--tasks {name}: no suite, task or group of this name.{remedy}")
+
+    def leaves(self, name: str) -> list[str]:
+        """The tasks that a task, group or tag consists of."""
+        return [leaf for leaf, _ in self._walk(name)]
+
+    def configs(self, name: str) -> list[tuple[str, dict[str, Any]]]:
+        """Each leaf task with what its file says."""
+        return list(self._walk(name))
+
+    def _walk(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        entry = self.manager.task_index.get(name)
+        if entry is None:  # validation text, or a task that is written out inside its group
+            yield name, {}
+            return
+        members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
+        if isinstance(members, list):
+            for member in members:
+                if isinstance(member, str):
+                    yield from self._walk(member)
+                elif isinstance(member.get("task"), list):
+                    for inner in member["task"]:
+                        yield from self._walk(inner if isinstance(inner, str) else str(inner.get("task")))
+                else:
+                    yield from self._walk(str(member.get("task") or member.get("group")))
+        elif entry.kind.name == "TAG":
+            for member in sorted(entry.tags):
+                yield from self._walk(member)
+        else:
+            yield name, entry.cfg or {}
