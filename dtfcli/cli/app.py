@@ -16,6 +16,7 @@ from dtfcli.cli import env, presets
 from dtfcli.cli.bench import bench
 from dtfcli.cli.generate import generate
 from dtfcli.cli.inspect_routing import inspect_routing
+from dtfcli.cli.push import push
 from dtfcli.cli.train import train
 from dtfcli.errors import DTFError, did_you_mean
 
@@ -59,6 +60,7 @@ app.command("train")(train)
 app.command("generate")(generate)
 app.command("inspect-routing")(inspect_routing)
 app.command("bench")(bench)
+app.command("push")(push)
 app.command("env")(env.env)
 app.add_typer(presets.app, name="presets")
 

@@ -188,6 +188,8 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
     for name, figure, remark in rows:
         err.print(f"{name:<16} [bold]{figure:>6}[/]  [dim]{remark}[/]")
     note(f"Curves: {result.run_dir / 'curves.png'}")
+    if result.hub_url is not None:
+        note(f"Pushed to {result.hub_url}")
     err.print("\nA sample, its prompt in bold:", style="dim")
     err.print(Text(result.prompt, style="bold").append(result.sample, style="not bold"))
     err.print("\nNext:", style="dim")

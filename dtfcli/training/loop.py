@@ -36,6 +36,7 @@ from dtfcli.training.curves import draw_curves
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import Plan
+from dtfcli.training.publishing import is_logged_in, push_final_model
 from dtfcli.training.runs import CURVES_FILE
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.tracking import Event, Listener, read_metrics
@@ -66,6 +67,7 @@ class TrainResult:
         metrics: of the last evaluation, by the names of metrics.jsonl, `val/unigram` included.
         best_step, best_val_loss: of the best evaluation.
         prompt, sample: a few tokens of validation text and how the model goes on.
+        hub_url: of the repository that the final model was pushed to.
     """
 
     run_dir: Path
@@ -77,6 +79,7 @@ class TrainResult:
     best_val_loss: float | None
     prompt: str
     sample: str
+    hub_url: str | None = None
 
 
 def train(
@@ -116,6 +119,8 @@ def fit(run: Run) -> None:
     """Update the weights until all steps are done; evaluate, log and save on the way."""
     plan, state = run.plan, run.state
     run.tell("start", str(run.folder))
+    if run.settings.hub.repo and not is_logged_in():
+        run.tell("warning", f"hub.repo = {run.settings.hub.repo!r}: not logged in; run `hf auth login` meanwhile.")
     while state.step < plan.total_steps:
         run.stop.check()
         if state.step % plan.eval_every == 0 and state.evaluated_step != state.step:
@@ -272,6 +277,7 @@ def finish(run: Run) -> TrainResult:
     _draw_curves(run, at_once=True)
     # Last of all, because a run that has its final model is finished and cannot be resumed.
     final = _save_model(run, "final_model")
+    hub_url = push_final_model(run.settings.hub, final, lambda kind, message: run.tell(kind, message))
     run.tell("end", str(final))
     return TrainResult(
         run_dir=run.folder,
@@ -283,6 +289,7 @@ def finish(run: Run) -> TrainResult:
         best_val_loss=run.state.best_loss,
         prompt=prompt,
         sample=sample,
+        hub_url=hub_url,
     )
 
 
