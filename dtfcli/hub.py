@@ -5,7 +5,7 @@ The notable choices:
 - What can be refused is refused before anything is created or sent: no login, a token that only reads, another owner.
 - Large files are stored before the commit, where nobody sees them; the commit makes all files visible at once.
 - A new repository is created right before the upload. If that fails, it is deleted again, provided it was created by
-  this call and nobody has committed to it; a branch likewise. What cannot be taken back is named.
+  this call and holds nothing yet; a branch likewise. What cannot be taken back is named.
 - A commit whose answer got lost may have happened: the branch is looked at before it is sent again, so that one push
   never becomes two commits.
 - Files that an earlier push left and this one does not have (shards, code) are deleted by the same commit; files of
@@ -14,38 +14,42 @@ The notable choices:
 
 import hashlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import http_backoff, validate_repo_id
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    http_backoff,
+    validate_repo_id,
+)
 
 from dtfcli.errors import ConfigError, DTFError, HubError
+from dtfcli.hub_errors import (
+    NOT_DONE,
+    PASSING,
+    WAITS,
+    HTTPError,
+    HubAccessError,
+    delay_before_next,
+    explain,
+    reason,
+    status_of,
+)
 from dtfcli.upload import CARD_FILE, Upload, is_replaced_by_a_push, prepare_upload
 
 T = TypeVar("T")
 Listener = Callable[[str], None]
 
-# httpx before huggingface_hub 2, httpx2 since: the base of what a request can raise, refusals and broken connections.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
-_WAITS = (1.0, 2.0, 4.0, 8.0)
-_LONGEST_WAIT = 60.0
-_PASSING = frozenset({429, 500, 502, 503, 504})
-_NOT_DONE = frozenset({429, 503})
-"""Answers after which the request certainly had no effect."""
-
 MAIN = "main"
-
-
-class HubAccessError(HubError):
-    """The user may not do this on the Hub, or is not logged in."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class PushResult:
 
 @dataclass(frozen=True)
 class _Target:
-    """Where a push goes: head is the commit of the branch, None where there is no branch yet."""
+    """Where a push goes; head is the commit of the branch and names its files, None and none without a branch."""
 
     repo: str
     branch: str
@@ -178,6 +182,7 @@ class _Hub:
         endpoint = environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
         self.api = HfApi(endpoint=endpoint, library_name="dtfcli", library_version=__version__)
         self.tell = tell
+        self._uncertain = False  # whether a commit may have happened or not
 
     def owned_id(self, repo: str, username: str | None) -> str:
         """owner/name, after the Hub has said that the user may write there.
@@ -227,17 +232,17 @@ class _Hub:
         refs = self._ask(lambda: self.api.list_repo_refs(repo), f"the branches of {repo} cannot be listed")
         if branch in [tag.name for tag in refs.tags]:
             raise ConfigError(f"--revision {branch}: a tag of {repo}, which does not move; name a branch.")
-        heads = {ref.name: ref.target_commit for ref in refs.branches}
-        return self._with_files(_Target(repo, branch, exists=True, head=heads.get(branch)))
+        target = _Target(repo, branch, exists=True, head=None)
+        return self._with_files(target) if branch in [ref.name for ref in refs.branches] else target
 
     def _with_files(self, target: _Target) -> _Target:
-        """The target with the names of the files in its branch; a new branch starts with those of main."""
-        at = target.head or MAIN
+        """The target with the head of its branch and the names of the files there."""
         info = self._ask(
-            lambda: self.api.model_info(target.repo, revision=at), f"the files of {target.repo} cannot be listed"
+            lambda: self.api.model_info(target.repo, revision=target.branch),
+            f"the files of {target.repo} cannot be listed",
         )
         names = tuple(item.rfilename for item in info.siblings or [])
-        return _Target(target.repo, target.branch, target.exists, target.head, names)
+        return replace(target, head=info.sha, names=names)
 
     def commit(self, upload: Upload, target: _Target, message: str, private: bool) -> str:
         """Create what is missing, upload, commit; returns the commit's hash.
@@ -262,7 +267,7 @@ class _Hub:
             return self._send(upload, target, operations, message)
         except BaseException as error:
             left = self._take_back(target, begun)
-            if isinstance(error, DTFError):
+            if isinstance(error, DTFError) and not self._uncertain:
                 raise type(error)(f"{error} {left}") from error
             raise
 
@@ -291,43 +296,38 @@ class _Hub:
             self.tell(f"creating {repo}")
             self._ask(lambda: self.api.create_repo(repo, private=private or None), f"{repo} cannot be created", repo)
             begun.repository = True
-            begun.first_head = self._head(repo, MAIN)
         if target.head is None and branch != MAIN:
             self._ask(lambda: self.api.create_branch(repo, branch=branch), f"{branch} cannot be created", repo)
             begun.branch = True
         if begun.repository or begun.branch:
-            head = self._head(repo, branch)
-            begun.first_head = begun.first_head or head
-            return self._with_files(_Target(repo, branch, exists=True, head=head))
+            return self._with_files(_Target(repo, branch, exists=True, head=None))
         return target
-
-    def _head(self, repo: str, branch: str) -> str | None:
-        return self._ask(lambda: self.api.model_info(repo, revision=branch), f"{repo} cannot be looked at", repo).sha
 
     def _send(self, upload: Upload, target: _Target, operations: list[Any], message: str) -> str:
         """Send the commit; after an answer that leaves it open whether it happened, look before sending it again."""
         repo, failed = target.repo, f"the commit to {target.repo} failed"
-        for wait in (*_WAITS, None):
+        for wait in (*WAITS, None):
             try:
                 return self.api.create_commit(
                     repo, operations, commit_message=message, revision=target.branch, parent_commit=target.head
                 ).oid
-            except (_HTTPError, OSError, ValueError) as error:
-                status, arrived = _status(error), ""
-                passing = status in _PASSING or (status is None and not isinstance(error, ValueError))
-                if passing and status not in _NOT_DONE:
+            except (HTTPError, OSError, ValueError) as error:
+                status = status_of(error)
+                passing = status in PASSING or (status is None and not isinstance(error, ValueError))
+                if self._uncertain or (passing and status not in NOT_DONE):
                     arrived = self._arrived(upload, target)
-                if arrived:
-                    return arrived
-                delay = _delay(error, wait) if passing else None
-                if delay is None and arrived is None:
+                    self._uncertain = arrived is None
+                    if arrived:
+                        return arrived
+                delay = delay_before_next(error, wait) if passing else None
+                if delay is None and self._uncertain:
                     raise HubError(
-                        f"{failed}: the answer was {_reason(error)}, and whether it arrived cannot be told. "
+                        f"{failed}: the answer was {reason(error)}, and whether it arrived cannot be told. "
                         "Push again when the Hub can be reached: what has arrived is not sent twice."
                     ) from error
                 if delay is None:
-                    raise _explain(error, failed, repo) from error
-                self.tell(f"the Hub answered {_reason(error)}; trying again in {delay:.0f} s")
+                    raise explain(error, failed, repo) from error
+                self.tell(f"the Hub answered {reason(error)}; trying again in {delay:.0f} s")
                 time.sleep(delay)
         raise AssertionError("the last round returns or raises")
 
@@ -339,7 +339,7 @@ class _Hub:
         """
         try:
             info = self.api.model_info(target.repo, revision=target.branch, files_metadata=True)
-        except (_HTTPError, OSError):
+        except (HTTPError, OSError):
             return None
         if info.sha == target.head:
             return ""
@@ -352,33 +352,42 @@ class _Hub:
         """Delete the empty repository or branch that this call created; returns what is there now, for people."""
         repo, branch = target.repo, target.branch
         if not begun.repository and not begun.branch:
-            return f"{repo} is as it was." if target.exists else "Nothing was created."
+            return f"Nothing of it is visible in {repo}." if target.exists else "Nothing was created."
         what = repo if begun.repository else f"the branch {branch} of {repo}"
         try:
-            if self.api.model_info(repo, revision=branch if begun.branch else MAIN).sha != begun.first_head:
+            main = self.api.model_info(repo, revision=MAIN)
+            found = self.api.model_info(repo, revision=branch) if begun.branch else main
+            names = {item.rfilename for item in [*(found.siblings or []), *(main.siblings or [])]}
+            # A new repository holds what the Hub puts there, a new branch stands where main does.
+            untouched = names <= {".gitattributes"} if begun.repository else found.sha == main.sha
+            if not untouched:
                 return f"{what} has a commit and was left as it is."
+        except (HTTPError, OSError):
+            return f"{what} was created, and the Hub does not say what is in it now."
+        try:
             if begun.repository:
                 self.api.delete_repo(repo)
             else:
                 self.api.delete_branch(repo, branch=branch)
-        except (_HTTPError, OSError):
+        except (HTTPError, OSError):
             return f"{what} was created and is empty: it could not be deleted again."
         return "Nothing is left there."
 
     def _ask(self, call: Callable[[], T], failed: str, repo: str = "", *, missing: bool = False) -> T:
         """Make a request that may be repeated; `missing` lets "no such repository" through."""
-        for wait in (*_WAITS, None):
+        for wait in (*WAITS, None):
             try:
                 return call()
-            except (_HTTPError, OSError) as error:
-                status = _status(error)
+            except (HTTPError, OSError) as error:
+                status = status_of(error)
                 if missing and isinstance(error, RepositoryNotFoundError) and status == 404:
                     raise
-                offline = isinstance(error, OfflineModeIsEnabled)
-                delay = _delay(error, wait) if (status is None or status in _PASSING) and not offline else None
+                if isinstance(error, OfflineModeIsEnabled) or (status is not None and status not in PASSING):
+                    raise explain(error, failed, repo) from error
+                delay = delay_before_next(error, wait)
                 if delay is None:
-                    raise _explain(error, failed, repo) from error
-                self.tell(f"the Hub answered {_reason(error)}; trying again in {delay:.0f} s")
+                    raise explain(error, failed, repo) from error
+                self.tell(f"the Hub answered {reason(error)}; trying again in {delay:.0f} s")
                 time.sleep(delay)
         raise AssertionError("the last round returns or raises")
 
@@ -389,17 +398,16 @@ class _Hub:
             yield
         except DTFError:
             raise
-        except (_HTTPError, OSError, RuntimeError, ValueError) as error:
-            raise _explain(error, failed, repo) from error
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            raise explain(error, failed, repo) from error
 
 
 @dataclass
 class _Begun:
-    """What this call created, and the commit it began with."""
+    """What this call created."""
 
     repository: bool = False
     branch: bool = False
-    first_head: str | None = None
 
 
 def _is_same(item: bytes | Path, remote: Any) -> bool:
@@ -416,81 +424,17 @@ def _default_message(upload: Upload) -> str:
     return f"Upload {upload.architecture} model with dtf {__version__}"
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it; uploads wrap their troubles."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__
-
-
-def _response(error: BaseException) -> Any:
-    return next((r for link in _chain(error) if (r := getattr(link, "response", None)) is not None), None)
-
-
-def _status(error: BaseException) -> int | None:
-    """The Hub's answer; None when there was none."""
-    response = _response(error)
-    return None if response is None else response.status_code
-
-
-def _delay(error: BaseException, wait: float | None) -> float | None:
-    """Seconds until the next try: what the Hub asks for, at most a minute; None: give up."""
-    asked = _retry_after(error)
-    if wait is None or (asked is not None and asked > _LONGEST_WAIT):
-        return None
-    return wait if asked is None else asked
-
-
-def _retry_after(error: BaseException) -> float | None:
-    response = _response(error)
-    text = "" if response is None else response.headers.get("Retry-After", "")
-    return float(text) if text.isdigit() else None
-
-
-def _reason(error: BaseException) -> str:
-    status = _status(error)
-    return str(status) if status is not None else f"nothing ({type(error).__name__})"
-
-
-def _explain(error: BaseException, failed: str, repo: str) -> DTFError:
-    """What went wrong and the remedy."""
-    status = _status(error)
-    said = getattr(error, "server_message", None)
-    detail = f" ({' '.join(str(said).split())[:200]})" if said else ""
-    if any(isinstance(link, OfflineModeIsEnabled) for link in _chain(error)):
-        return HubError(f"{failed}: offline mode is on; unset HF_HUB_OFFLINE to push.")
-    if status is None and isinstance(error, ValueError):
-        return HubError(f"{failed}: {next(iter(str(error).splitlines()), '')}")
-    if status is None:
-        return HubError(
-            f"{failed}: the Hub cannot be reached ({type(error).__name__}); check the network and try again."
-        )
-    if status == 401:
-        return HubAccessError(f"{failed}: your token is not accepted (401); run `hf auth login` again.")
-    if status == 403:
-        where = f" to {repo}" if repo else ""
-        return HubAccessError(
-            f"{failed}: no right to write{where} (403){detail}; take a token with write access (`hf auth login`)."
-        )
-    if status in (409, 412):
-        return HubError(f"{failed}: {repo} was changed or created by somebody else meanwhile ({status}); push again.")
-    if status == 429:
-        after = _retry_after(error)
-        when = f"in {after:.0f} s" if after else "in a few minutes"
-        return HubError(f"{failed}: too many requests (429); push again {when}.")
-    if status >= 500:
-        return HubError(f"{failed}: the Hub has trouble ({status}); push again later.")
-    return HubError(f"{failed}: the Hub answered {status}{detail}.")
-
-
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """Keep the client's own notices of repeated requests off stderr; progress is told by us."""
+    """Keep the client's notices of repeated requests off stderr, and its bars where that is no terminal."""
     log = logging.getLogger("huggingface_hub")
-    level = log.level
+    level, hidden = log.level, are_progress_bars_disabled()
     log.setLevel(logging.ERROR)
+    if not hidden and not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         yield
     finally:
         log.setLevel(level)
+        if not hidden:
+            enable_progress_bars()
