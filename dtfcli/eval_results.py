@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dtfcli.errors import ConfigError
+from dtfcli.leaks import looks_like_a_path
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+_DATASET = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?: \(([\w.-]+)\))?")
 _NON_CAUSAL = "topk"
 
 
@@ -36,10 +38,12 @@ class TaskResult:
     Attributes:
         task: its name in lm-eval.
         scores: at least one.
-        n: items scored.
+        n: items scored; n_total: items there are.
         shots: examples in the prompt.
         fewshot_source: where these came from.
         routed_share: of the tokens, over the routed layers.
+        dataset: Hub id and configuration of what was scored, where the file names them.
+        split: of it.
     """
 
     task: str
@@ -48,6 +52,9 @@ class TaskResult:
     shots: int | None = None
     fewshot_source: str | None = None
     routed_share: float | None = None
+    n_total: int | None = None
+    dataset: tuple[str, str | None] | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class EvalResults:
 
     Attributes:
         tasks: in the order of the file.
-        routing: the mode; None for a dense model, or where the file does not say.
+        routing: the mode; None for a dense model, which is causal, and where the file does not say.
         capacity: γ it was measured at.
         routed_share: overall.
         seed: of the evaluation.
@@ -103,6 +110,7 @@ def read_results(path: Path, label: str) -> EvalResults:
     if not tasks:
         raise ConfigError(f'{label}: its "results" hold no figure; run `dtf eval` again.')
     routing = document.get("routing") or _argument(document, "routing")
+    routing = None if routing == "dense" else routing
     if document.get("causal") is False:
         routing = _NON_CAUSAL
     share = document.get("routed_share")
@@ -126,17 +134,31 @@ def _task(name: str, entry: Any, document: Mapping[str, Any]) -> TaskResult | No
     scores = _own_scores(metrics) if isinstance(metrics, dict) else _stock_scores(entry)
     if not scores:
         return None
-    counts, shots = _table(document, "n-samples").get(name), _table(document, "n-shot").get(name)
-    share = entry.get("routed_share")
-    source = entry.get("fewshot_source")
+    counts, shots = _table(_table(document, "n-samples"), name), _table(document, "n-shot").get(name)
+    share, split = entry.get("routed_share"), entry.get("split")
+    source = entry.get("fewshot_from", entry.get("fewshot_source"))
     return TaskResult(
         task=Path(name).name,
         scores=scores,
-        n=_whole(entry.get("n", counts.get("effective") if isinstance(counts, dict) else None)),
-        shots=_whole(entry.get("num_fewshot", shots)),
-        fewshot_source=source if isinstance(source, str) else None,
+        n=_whole(entry.get("n", counts.get("effective"))),
+        n_total=_whole(entry.get("n_total", counts.get("original"))),
+        shots=_whole(entry.get("shots", entry.get("num_fewshot", shots))),
+        fewshot_source=source if isinstance(source, str) and not looks_like_a_path(source) else None,
         routed_share=_number(share.get("overall") if isinstance(share, dict) else share),
+        dataset=_dataset(entry, name, document),
+        split=split if isinstance(split, str) else None,
     )
+
+
+def _dataset(entry: Mapping[str, Any], name: str, document: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """Hub id and configuration: in `dtf eval`'s "owner/name (configuration)", or in lm-eval's record of its tasks."""
+    stock = _table(_table(document, "configs"), name)
+    named = entry.get("dataset") or stock.get("dataset_path")
+    found = _DATASET.fullmatch(named) if isinstance(named, str) else None
+    if found is None:
+        return None
+    configuration = found.group(2) or stock.get("dataset_name")
+    return found.group(1), configuration if isinstance(configuration, str) else None
 
 
 def _own_scores(metrics: Mapping[str, Any]) -> list[Score]:

@@ -35,7 +35,7 @@ _SECRET_VARIABLE = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)$")
 
 _ROOTS = "home|Users|root|tmp|mnt|media|var|opt|srv|data|workspace|work|scratch|private|content|kaggle|nfs|Volumes"
 _ABSOLUTE = re.compile(rf"(?<![\w./:~-])/(?:{_ROOTS})/[\w.~@+-]+|\b[A-Za-z]:\\+(?:Users|\w+\\)|file://|(?<![\w.])~/\w")
-_PATH_VALUE = re.compile(r"(?:/[^/\s]+/|~[\w-]*/|[A-Za-z]:[\\/]|\\\\|file:).*")
+_PATH_VALUE = re.compile(r"(?:\.{1,2}/|/[^/\s]+/|~[\w-]*/|[A-Za-z]:[\\/]|\\\\|file:).*")
 
 # What pickles, zip archives (torch.save), NumPy, HDF5 and gzip files begin with.
 _FOREIGN_STARTS = (

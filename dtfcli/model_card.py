@@ -21,18 +21,17 @@ _FEW_TOKENS = 1_000_000_000
 
 _LONG_NAMES = {"dtf": "Dynamic Transformer (DTF)", "mod": "Mixture-of-Depths (MoD)"}
 _TAGS = {"dtf": ["dtf", "dynamic-transformer"], "mod": ["mod"]}
-_DATASETS = {
+_DATASETS: dict[str, tuple[str, str | None]] = {
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
     "gsm8k": ("openai/gsm8k", "main"),
     "hellaswag": ("Rowan/hellaswag", None),
     "humaneval": ("openai/openai_humaneval", None),
-    "sciq": ("allenai/sciq", None),
+    "mmlu": ("cais/mmlu", "all"),
     "truthfulqa_mc2": ("truthfulqa/truthful_qa", "multiple_choice"),
-    "wikitext": ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"),
     "winogrande": ("allenai/winogrande", "winogrande_xl"),
 }
-"""The Hub's data sets of the tasks in `dtf eval`'s suites; MMLU's subjects are named like its configurations."""
+"""What `dtf eval`'s suites score, for result files that do not say; any other task stands for its data set."""
 
 _CITATIONS = {
     "dtf": """@mastersthesis{wieser2025dynamic,
@@ -60,7 +59,7 @@ class ModelFacts:
         repo: owner/name.
         config: the model's config.json.
         parameters, added_parameters: of all, and of routers, priors and predictors.
-        weights_sha256: of the weight files.
+        weights_sha256: of each weight file.
         revision: branch, where it is not the default.
         routed_layers: indices; empty for a dense model.
         base: Hub id, or name of the file, that training started from; empty: from scratch; None: not known.
@@ -78,7 +77,7 @@ class ModelFacts:
     config: dict[str, Any]
     parameters: int
     added_parameters: int
-    weights_sha256: str
+    weights_sha256: dict[str, str]
     revision: str | None = None
     routed_layers: list[int] = field(default_factory=list)
     base: str | None = None
@@ -167,7 +166,7 @@ def _model_index(facts: ModelFacts) -> list[EvalResult]:
         return []
     entries = []
     for result in results.tasks:
-        dataset, configuration = _dataset_of(result.task)
+        dataset, configuration = result.dataset or _DATASETS.get(result.task, (result.task, None))
         for score in result.scores:
             entries.append(
                 EvalResult(
@@ -176,25 +175,25 @@ def _model_index(facts: ModelFacts) -> list[EvalResult]:
                     dataset_type=dataset,
                     dataset_name=result.task,
                     dataset_config=configuration,
+                    dataset_split=result.split,
                     dataset_args={"num_few_shot": result.shots} if result.shots is not None else None,
                     metric_type=score.metric.partition(" ")[0],
                     metric_value=score.value,
-                    metric_name=_metric_name(score, result, results),
+                    metric_name=_metric_name(score, result, facts),
                     metric_config=None if results.causal else "not causal (top-k routing)",
                 )
             )
     return entries
 
 
-def _dataset_of(task: str) -> tuple[str, str | None]:
-    if task.startswith("mmlu"):
-        return "cais/mmlu", task.removeprefix("mmlu").removeprefix("_") or "all"
-    # A task of its own stands for its data set: some entry is required.
-    return _DATASETS.get(task, (task, None))
-
-
-def _metric_name(score: Score, result: TaskResult, results: EvalResults) -> str:
+def _metric_name(score: Score, result: TaskResult, facts: ModelFacts) -> str:
+    results = facts.results
+    assert results is not None
     notes = [f"{result.shots}-shot"] if result.shots is not None else []
+    if result.n is not None and result.n_total is not None and result.n < result.n_total:
+        notes.append(f"{result.n} of {result.n_total} items")
+    if isinstance(results.capacity, (int, float)) and results.capacity != facts.config.get("capacity"):
+        notes.append(f"γ = {results.capacity:g}")
     if not results.causal:
         notes.append("not causal: top-k routing")
     return f"{score.metric}, {', '.join(notes)}" if notes else score.metric
@@ -234,7 +233,7 @@ def _usage(facts: ModelFacts) -> str:
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}"{revision})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}"{revision}{trust})',
         f'model = AutoModelForCausalLM.from_pretrained("{facts.repo}"{revision}{trust})',
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))",
@@ -267,7 +266,7 @@ def _how_it_routes(facts: ModelFacts) -> str:
         ("sink tokens", str(config.get("sink_tokens"))),
         ("keys and values of", f"{config.get('kv_tokens')} tokens"),
         ("parameters", f"{facts.parameters:,}, of which {facts.added_parameters:,} decide where to compute"),
-        ("weights", f"sha256 `{facts.weights_sha256}`"),
+        *((f"sha256 of {name}", f"`{digest}`") for name, digest in facts.weights_sha256.items()),
     ]
     if facts.architecture == "dtf":
         how = (
@@ -376,6 +375,8 @@ def _scores(results: EvalResults) -> str:
             error = f" ± {score.stderr:.4f}" if score.stderr is not None else ""
             share = f"{result.routed_share:.3f}" if result.routed_share is not None else "–"
             n = "–" if result.n is None else f"{result.n:,}"
+            if result.n_total is not None and result.n_total != result.n:
+                n += f" of {result.n_total:,}"
             rows.append([result.task, score.metric + mark, f"{score.value:.4f}{error}", n, shots, share])
     return _table(["task", "metric", "value", "n", "shots", "routed share"], rows)
 

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shutil
-import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,10 +19,11 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.eval_results import EvalResults, read_results
-from dtfcli.leaks import find_leaks, looks_like_a_path, without_local_traces
+from dtfcli.leaks import find_leaks, without_local_traces
 from dtfcli.model_card import CURVES_FILE, ModelFacts, model_card
 from dtfcli.model_paths import resolve_model_path
 from dtfcli.models.configuration_fields import resolve_routed_layers
+from dtfcli.provenance import own_evaluation, public_name, public_settings, public_sources, run_settings_table
 from dtfcli.training.checkpoint import replaced_folder
 from dtfcli.training.runs import METRICS_FILE, SETTINGS_FILE
 from dtfcli.training.tracking import read_metrics
@@ -36,8 +36,6 @@ _TOKENIZER = (
 )
 _CONFIGS = ("config.json", "generation_config.json")
 _STALE_WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
-_TEXT_KINDS = {"", ".txt", ".md", ".py", ".jsonl", ".json", ".parquet"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _UNKNOWN_OWNER = "YOUR-NAME"
 
 
@@ -126,11 +124,11 @@ def prepare_upload(
         files[CURVES_FILE] = run / CURVES_FILE
 
     tell("hashing the weights")
-    digest = weights_hash(weights)
+    digest = model_hash(folder)
     results, warning = _results_for(eval_results, folder, run, digest)
     warnings += [warning] if warning else []
     shown = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
-    facts = _facts(shown, revision, config, weights, digest, run, folder, results, CURVES_FILE in files)
+    facts = _facts(shown, revision, config, weights, run, folder, results, CURVES_FILE in files)
     try:
         files[CARD_FILE] = str(model_card(facts)).encode("utf-8")
     except ValueError as error:
@@ -142,10 +140,11 @@ def prepare_upload(
     return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, warnings)
 
 
-def weights_hash(paths: list[Path]) -> str:
-    """sha256 over the bytes of weight files in the order of their names: a model's identity in evaluations."""
+def model_hash(folder: Path) -> str:
+    """What `dtf eval` calls a model's weights: sha256 over names and contents of its weight files."""
     digest = hashlib.sha256()
-    for path in sorted(paths):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -271,7 +270,6 @@ def _facts(
     revision: str | None,
     config: dict[str, Any],
     weights: list[Path],
-    digest: str,
     run: Path | None,
     folder: Path,
     results: EvalResults | None,
@@ -280,27 +278,32 @@ def _facts(
     from dtfcli import __version__
 
     parameters, added = _count_parameters(weights)
-    settings = _run_settings(run) if run is not None else {}
-    base, on_hub = _place(settings.get("model", {}).get("base"), run) if settings else (None, False)
+    settings = run_settings_table(run) if run is not None else {}
+    base, on_hub = public_name(settings.get("model", {}).get("base"), run) if settings else (None, False)
     lines = read_metrics(run / METRICS_FILE) if run is not None and (run / METRICS_FILE).is_file() else []
     return ModelFacts(
         repo=repo,
         config=without_local_traces(config),
         parameters=parameters,
         added_parameters=added,
-        weights_sha256=digest,
+        weights_sha256={path.name: _sha256(path) for path in weights},
         revision=revision if revision != "main" else None,
         routed_layers=_routed_layers(config),
         base=base,
         base_on_hub=on_hub,
-        datasets=_datasets(settings, run),
-        settings=_public_settings(settings, run),
-        evaluation=_own_evaluation(lines, folder.name),
+        datasets=public_sources(settings, run),
+        settings=public_settings(settings, run),
+        evaluation=own_evaluation(lines, folder.name),
         unigram=next((line["val/unigram"] for line in lines if "val/unigram" in line), None),
         has_curves=has_curves,
         results=results,
         version=__version__,
     )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _routed_layers(config: dict[str, Any]) -> list[int]:
@@ -326,67 +329,6 @@ def _count_parameters(weights: list[Path]) -> tuple[int, int]:
         except Exception as error:  # SafetensorError, whose place in the library has moved
             raise CheckpointError(f"{path}: no safetensors file ({error}); save the model again.") from error
     return total, added
-
-
-def _run_settings(run: Path) -> dict[str, Any]:
-    path = run / SETTINGS_FILE
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); push the model folder inside it from elsewhere.") from error
-
-
-def _own_evaluation(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The evaluation of the weights in a model folder of a run: the last one, or the best for `best_model`."""
-    measured = [line for line in lines if line.get("val/loss") is not None and line.get("step", 0) > 0]
-    if not measured:
-        return next((line for line in reversed(lines) if "step" in line), {})
-    return min(measured, key=lambda line: line["val/loss"]) if name == "best_model" else measured[-1]
-
-
-def _place(text: str | None, run: Path | None) -> tuple[str, bool]:
-    """What to call a base, tokenizer or source in public, and whether that is a Hub id.
-
-    A local one is called by its kind alone. A name like "data/novels" could be either; it is local when there is
-    such a path here or beside a folder that the run lies in.
-    """
-    if not text:
-        return "", False
-    if text == "python-stdlib":
-        return "Python standard library", False
-    path = Path(text).expanduser()
-    beside = [parent / path for parent in (run.resolve().parents if run is not None else ())]
-    local = looks_like_a_path(text) or any(place.exists() for place in (path, *beside))
-    if not local and _HUB_ID.fullmatch(text) and path.suffix not in _TEXT_KINDS - {""} and path.suffix != ".gguf":
-        return text, True
-    if path.suffix == ".gguf":
-        return f"{path.name} (a local file)", False
-    return (f"local text ({path.suffix})" if path.suffix in _TEXT_KINDS - {""} else "a local folder"), False
-
-
-def _datasets(settings: dict[str, Any], run: Path | None) -> list[tuple[str, str, float, bool]]:
-    found = []
-    for source in settings.get("data", {}).get("sources", []):
-        name, on_hub = _place(str(source.get("path", "")), run)
-        found.append((name, str(source.get("name", "")) if on_hub else "", float(source.get("ratio", 1.0)), on_hub))
-    return found
-
-
-def _public_settings(settings: dict[str, Any], run: Path | None) -> dict[str, Any]:
-    """A run's settings with local places called by their kind, and without those of this machine."""
-    if not settings:
-        return {}
-    public = json.loads(json.dumps(settings))
-    for group, key in (("run", "output_dir"), ("data", "cache_dir"), ("hub", "repo"), ("hub", "private")):
-        public.get(group, {}).pop(key, None)
-    for group, key in (("model", "base"), ("data", "tokenizer")):
-        if public.get(group, {}).get(key):
-            public[group][key] = _place(public[group][key], run)[0]
-    for source in public.get("data", {}).get("sources", []):
-        if source.get("path") != "python-stdlib":
-            source["path"] = _place(source.get("path"), run)[0]
-    cleaned = without_local_traces(public)
-    return {group: values for group, values in cleaned.items() if values != {}}
 
 
 def _check_leaks(files: dict[str, bytes | Path], folder: Path, run: Path | None) -> None:

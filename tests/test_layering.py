@@ -23,7 +23,7 @@ LEVELS = [
     ],
     [
         *("accounting", "training", "generation", "inspection", "benchmark"),
-        *("leaks", "eval_results", "model_card", "upload", "hub_errors", "hub"),
+        *("leaks", "eval_results", "model_card", "provenance", "upload", "hub_errors", "hub"),
     ],
     ["cli"],
 ]

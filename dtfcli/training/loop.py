@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def train(
     with stop:
         try:
             fit(run)
-            return finish(run)
+            result = finish(run)
         except StopRequested:
             checkpoint = _save_checkpoint(run)
             _draw_curves(run, at_once=True)
@@ -113,6 +113,7 @@ def train(
                 f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
                 f"Go on with: dtf train --resume {run.folder}"
             ) from None
+    return replace(result, hub_url=push_final_model(settings.hub, result.final_model_path, emit))
 
 
 def fit(run: Run) -> None:
@@ -277,7 +278,6 @@ def finish(run: Run) -> TrainResult:
     _draw_curves(run, at_once=True)
     # Last of all, because a run that has its final model is finished and cannot be resumed.
     final = _save_model(run, "final_model")
-    hub_url = push_final_model(run.settings.hub, final, lambda kind, message: run.tell(kind, message))
     run.tell("end", str(final))
     return TrainResult(
         run_dir=run.folder,
@@ -289,7 +289,6 @@ def finish(run: Run) -> TrainResult:
         best_val_loss=run.state.best_loss,
         prompt=prompt,
         sample=sample,
-        hub_url=hub_url,
     )
 
 

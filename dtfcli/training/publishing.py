@@ -1,11 +1,11 @@
 """The push at the end of a run: it may fail, and the run is none the worse for it."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from dtfcli.errors import DTFError
 from dtfcli.settings import HubSettings
+from dtfcli.training.tracking import Event, Listener
 
 
 def is_logged_in() -> bool:
@@ -15,33 +15,37 @@ def is_logged_in() -> bool:
     return get_token() is not None
 
 
-def push_final_model(settings: HubSettings, model: Path, tell: Callable[[Any, str], None]) -> str | None:
+def push_final_model(settings: HubSettings, model: Path, emit: Listener) -> str | None:
     """Push the model of a finished run where `hub.repo` says.
 
     Args:
         settings: `hub.*` of the run.
         model: the final model, saved.
-        tell: takes a kind of event (phase or warning) and a message.
+        emit: takes phases and warnings.
 
     Returns:
-        The URL; None without `hub.repo`, or where it failed: then `tell` has got the reason and the command to repeat.
+        The URL; None without `hub.repo`, or where it failed, which is told as a warning with the command to repeat.
     """
     if not settings.repo:
         return None
     from dtfcli.hub import push
 
+    private = " --private" if settings.private else ""
+    again = f"The model is saved. Push it with: dtf push {shlex.quote(str(model))} {settings.repo}{private}"
     try:
         result = push(
             model,
             settings.repo,
             private=settings.private,
-            on_progress=lambda message: tell("phase", message.capitalize()),
+            on_progress=lambda message: emit(Event("phase", message[0].upper() + message[1:])),
         )
-    except Exception as error:  # whatever it is, hours of training must not end in a traceback
-        private = " --private" if settings.private else ""
-        command = f"dtf push {shlex.quote(str(model))} {settings.repo}{private}"
-        tell("warning", f"{error}\nThe model is saved. Push it with: {command}")
+    except KeyboardInterrupt:
+        emit(Event("warning", again))
+        raise
+    except Exception as error:  # whatever it is, the run has its model
+        problem = str(error) if isinstance(error, DTFError) else f"{type(error).__name__}: {error}"
+        emit(Event("warning", f"Not pushed: {problem}\n{again}"))
         return None
     for warning in result.warnings:
-        tell("warning", warning)
+        emit(Event("warning", warning))
     return result.url
