@@ -44,7 +44,7 @@ from dtfcli.hub_errors import (
     reason,
     status_of,
 )
-from dtfcli.upload import CARD_FILE, Upload, is_replaced_by_a_push, prepare_upload
+from dtfcli.upload import CARD_FILE, Upload, is_replaced_by_a_push, model_folder, prepare_upload
 
 T = TypeVar("T")
 Listener = Callable[[str], None]
@@ -114,6 +114,7 @@ def push(
     """
     tell = on_progress or (lambda message: None)
     check_options(repo, username, revision, commit_message)
+    model_folder(model)
     if get_token() is None:
         raise HubAccessError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN.")
     with _quiet_client():

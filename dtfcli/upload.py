@@ -104,8 +104,9 @@ def prepare_upload(
         ConfigError: the evaluation cannot be used.
     """
     tell = on_progress or (lambda message: None)
-    folder = _model_folder(model)
+    folder = model_folder(model)
     run = _run_of(folder)
+    given = None if eval_results is None else read_results(eval_results, f"--eval-results {eval_results}")
     config = _read_json(folder / "config.json")
     weights = _weight_files(folder)
     warnings: list[str] = []
@@ -125,7 +126,7 @@ def prepare_upload(
 
     tell("hashing the weights")
     digest = model_hash(folder)
-    results, warning = _results_for(eval_results, folder, run, digest)
+    results, warning = _results_for(given, f"--eval-results {eval_results}", folder, run, digest)
     warnings += [warning] if warning else []
     shown = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
     facts = _facts(shown, revision, config, weights, run, folder, results, CURVES_FILE in files)
@@ -151,7 +152,12 @@ def model_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_folder(model: str | Path) -> Path:
+def model_folder(model: str | Path) -> Path:
+    """The folder of a model that can be pushed.
+
+    Raises:
+        CheckpointError: it is not here, or no folder.
+    """
     source = resolve_model_path(model)
     if source.kind == "hub":
         raise CheckpointError(
@@ -233,24 +239,22 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _results_for(
-    given: Path | None, folder: Path, run: Path | None, digest: str
+    given: EvalResults | None, label: str, folder: Path, run: Path | None, digest: str
 ) -> tuple[EvalResults | None, str | None]:
-    """The evaluation to show, and a warning.
+    """The evaluation to show, and a warning; `label` is what to call the given one.
 
     Raises:
-        ConfigError: the user's file is of other weights.
+        ConfigError: the given one is of other weights.
     """
     if given is not None:
-        label = f"--eval-results {given}"
-        results = read_results(given, label)
-        if results.model_hash is None:
-            return results, f"{label}: does not say which weights it measured; be sure that it was these."
-        if results.model_hash != digest:
+        if given.model_hash is None:
+            return given, f"{label}: does not say which weights it measured; be sure that it was these."
+        if given.model_hash != digest:
             raise ConfigError(
-                f"{label}: measured other weights (model_hash {results.model_hash[:12]}…, this model has "
+                f"{label}: measured other weights (model_hash {given.model_hash[:12]}…, this model has "
                 f"{digest[:12]}…); run `dtf eval {folder}`."
             )
-        return results, None
+        return given, None
     found = [path for place in (folder, run) if place is not None for path in (place / "eval").glob("*.json")]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ConfigError):  # a damaged or foreign file is no reason not to push
