@@ -96,7 +96,8 @@ def prepare_upload(
         model: model folder or run folder (its final model).
         repo: owner/name.
         revision: branch that it is meant for.
-        eval_results: JSON of an evaluation; None: the newest one beside the model, if it is of these weights.
+        eval_results: JSON of an evaluation; None: the newest beside the model that is of these weights, a causal one
+            if there is any.
         on_progress: told what is being done.
 
     Raises:
@@ -256,11 +257,13 @@ def _results_for(
             )
         return given, None
     found = [path for place in (folder, run) if place is not None for path in (place / "eval").glob("*.json")]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+    own = []
+    for path in sorted(found, key=lambda path: path.stat().st_mtime):
         with suppress(ConfigError):  # a damaged or foreign file is no reason not to push
             results = read_results(path, str(path))
-            if results.model_hash == digest:
-                return results, None
+            own += [results] if results.model_hash == digest else []
+    if own:
+        return next((results for results in reversed(own) if results.causal), own[-1]), None
     if found:
         return (
             None,

@@ -1,6 +1,7 @@
 """The model card: what it says, and metadata that the Hub takes."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +229,22 @@ def test_results_are_found_beside_the_model_and_only_if_they_are_its_own(model: 
     (folder / "latest.json").write_text(json.dumps(OWN))
     upload = prepare_upload(model, "me/new")
     assert "no results of these weights" in upload.warnings[0]
-    assert b"arc_easy" not in bytes(upload.files["README.md"])  # type: ignore[arg-type]
+    assert b"arc_easy" not in bytes(upload.files["README.md"])
     (folder / "earlier.json").write_text(json.dumps(OWN | {"model_hash": model_hash(model)}))
     upload = prepare_upload(model, "me/new")
     assert upload.warnings == []
-    assert b"arc_easy" in bytes(upload.files["README.md"])  # type: ignore[arg-type]
+    assert b"arc_easy" in bytes(upload.files["README.md"])
+
+
+def test_causal_results_are_shown_before_others(model: Path) -> None:
+    (model / "eval").mkdir()
+    own = OWN | {"model_hash": model_hash(model)}
+    (model / "eval" / "a.json").write_text(json.dumps(own))
+    (model / "eval" / "b.json").write_text(json.dumps(own | {"routing": "topk", "causal": False}))
+    os.utime(model / "eval" / "a.json", (1, 1))
+    assert b"acc (not causal)" not in bytes(prepare_upload(model, "me/new").files["README.md"])
+    (model / "eval" / "a.json").unlink()
+    assert b"acc (not causal)" in bytes(prepare_upload(model, "me/new").files["README.md"])
 
 
 def test_given_results_of_other_weights_are_refused(model: Path, tmp_path: Path) -> None:
