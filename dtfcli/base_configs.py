@@ -1,8 +1,9 @@
-"""Shapes of the presets' base models, so that a dry run answers without a network.
+"""Shapes and licenses of base models, so that a dry run answers without a network.
 
 Copied from the config.json of each model on the Hub; training reads the Hub's own file, never these.
 """
 
+import re
 from typing import Any
 
 BASE_CONFIGS: dict[str, dict[str, Any]] = {
@@ -37,3 +38,13 @@ BASE_CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 0,
     },
 }
+
+_APACHE = re.compile(
+    r"Qwen/Qwen2\.5-(0\.5|1\.5|7|14|32)B(-Instruct)?|HuggingFaceTB/SmolLM2-(135M|360M|1\.7B)(-Instruct)?"
+    r"|TinyLlama/TinyLlama-1\.1B-.*"
+)
+
+
+def base_license(base: str | None) -> str | None:
+    """The Hub's identifier of the license of a base model that is known here; its fine-tunes inherit it."""
+    return "apache-2.0" if base and _APACHE.fullmatch(base) else None

@@ -49,6 +49,8 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
         unread["model.scratch"] = f"the model starts from model.base = {base}"
     else:
         unread |= dict.fromkeys(["model.revision", "model.trust_remote_code"], "model.base is empty")
+    if not lookup(values, "hub.repo"):
+        unread["hub.private"] = "hub.repo is empty"
     if steps is not None:
         unread["training.epochs"] = f"training.max_steps = {steps} is set"
     if isinstance(lookup(values, "model.routed_layers"), list):

@@ -60,6 +60,13 @@ def _check_device(device: str) -> str:
     return device
 
 
+def _check_repo(repo: str) -> str:
+    part = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?"
+    known = not repo or (re.fullmatch(rf"{part}(/{part})?", repo, re.ASCII) and not repo.endswith(".git"))
+    _require(bool(known) and len(repo) <= 96, "repo", repo, "a Hub id is owner/name or a name, such as me/my-model")
+    return repo
+
+
 def _check_betas(betas: list[float]) -> list[float]:
     _require(
         len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
@@ -282,6 +289,15 @@ class EvalSettings(Group):
     )
 
 
+class HubSettings(Group):
+    """`hub.*`: where the finished model goes."""
+
+    repo: Annotated[str, AfterValidator(_check_repo)] = Field(
+        "", description="Push the final model to this repository, owner/name or a name of yours; empty: nowhere."
+    )
+    private: bool = Field(False, description="Make that repository private when it is new.")
+
+
 class Settings(BaseSettings):
     """All settings of a run; `load_settings` makes one."""
 
@@ -293,6 +309,7 @@ class Settings(BaseSettings):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     eval: EvalSettings = Field(default_factory=EvalSettings)
+    hub: HubSettings = Field(default_factory=HubSettings)
 
     @classmethod
     def settings_customise_sources(

@@ -21,7 +21,10 @@ LEVELS = [
         *("base_configs", "devices", "model_paths", "factory", "shares", "training.checkpoint"),
         *("documents", "sources", "hub_source", "tokenization", "token_cache", "data"),
     ],
-    ["accounting", "training", "generation", "inspection", "benchmark", "evaluation"],
+    [
+        *("accounting", "training", "generation", "inspection", "benchmark", "evaluation"),
+        *("leaks", "eval_results", "model_card", "provenance", "upload", "hub_errors", "hub"),
+    ],
     ["cli"],
 ]
 LAZY = ("torch", "transformers", "datasets", "lm_eval")

@@ -17,6 +17,7 @@ from dtfcli.cli.bench import bench
 from dtfcli.cli.eval import evaluate
 from dtfcli.cli.generate import generate
 from dtfcli.cli.inspect_routing import inspect_routing
+from dtfcli.cli.push import push
 from dtfcli.cli.train import train
 from dtfcli.errors import DTFError, did_you_mean
 
@@ -61,6 +62,7 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect-routing")(inspect_routing)
 app.command("bench")(bench)
+app.command("push")(push)
 app.command("env")(env.env)
 app.add_typer(presets.app, name="presets")
 

@@ -195,6 +195,8 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
     note(f"Curves: {result.run_dir / 'curves.png'}")
     if result.evaluation is not None:
         note(f"Benchmarks: {result.evaluation}")
+    if result.hub_url is not None:
+        note(f"Pushed to {result.hub_url}")
     err.print("\nA sample, its prompt in bold:", style="dim")
     err.print(Text(result.prompt, style="bold").append(result.sample, style="not bold"))
     err.print("\nNext:", style="dim")

@@ -37,6 +37,7 @@ from dtfcli.training.curves import draw_curves
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import Plan
+from dtfcli.training.publishing import is_logged_in, push_final_model
 from dtfcli.training.runs import CURVES_FILE
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.tracking import Event, Listener, read_metrics
@@ -68,6 +69,7 @@ class TrainResult:
         best_step, best_val_loss: of the best evaluation.
         prompt, sample: a few tokens of validation text and how the model goes on.
         evaluation: the scores of `eval.after`.
+        hub_url: of the repository that the final model was pushed to.
     """
 
     run_dir: Path
@@ -80,6 +82,7 @@ class TrainResult:
     prompt: str
     sample: str
     evaluation: Path | None = None
+    hub_url: str | None = None
 
 
 def train(
@@ -114,15 +117,18 @@ def train(
                 f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
                 f"Go on with: dtf train --resume {run.folder}"
             ) from None
-    if evaluation is None:
-        return result
-    return replace(result, evaluation=evaluate_final(settings, evaluation, run.folder, emit))
+    if evaluation is not None:
+        result = replace(result, evaluation=evaluate_final(settings, evaluation, run.folder, emit))
+    # After the benchmarks, so that the card shows them.
+    return replace(result, hub_url=push_final_model(settings.hub, result.final_model_path, emit))
 
 
 def fit(run: Run) -> None:
     """Update the weights until all steps are done; evaluate, log and save on the way."""
     plan, state = run.plan, run.state
     run.tell("start", str(run.folder))
+    if run.settings.hub.repo and not is_logged_in():
+        run.tell("warning", f"hub.repo = {run.settings.hub.repo!r}: not logged in; run `hf auth login` meanwhile.")
     while state.step < plan.total_steps:
         run.stop.check()
         if state.step % plan.eval_every == 0 and state.evaluated_step != state.step:

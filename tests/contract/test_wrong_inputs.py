@@ -6,11 +6,13 @@ the other names are files that `workplace` makes. Nothing that was there may be 
 
 import copy
 import hashlib
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -184,6 +186,34 @@ EVAL = [
     ("train quickstart eval.after=code", ["eval.after = 'code'", "dtf eval", "--confirm-run-unsafe-code"]),
 ]
 
+PUSH = [
+    ("push", ["MODEL", "--help"]),
+    ("push {model}", ["REPO", "--help"]),
+    ("push {model} a/b/c", ["REPO 'a/b/c'", "owner/name"]),
+    ("push {model} 'not good'", ["REPO 'not good'", "owner/name"]),
+    ("push {model} /new", ["REPO '/new'", "owner/name"]),
+    ("push {model} me/new --hf-username other", ["REPO 'me/new'", "--hf-username says other", "give one"]),
+    ("push {model} me/new --revision 'a b'", ["--revision 'a b'", "branch"]),
+    ("push {model} me/new --revision ../x", ["--revision '../x'", "branch"]),
+    ("push {model} me/new --commit-message ''", ["--commit-message", "empty"]),
+    ("push {model} me/new --commit_mesage x", ["Did you mean '--commit-message'"]),
+    ("push {model} me/new", ["not logged in", "hf auth login"]),
+    ("push {model} me/new --dry-run full", ["--dry-run full", "not empty", "another folder"]),
+    ("push {model} me/new --dry-run taken.toml", ["--dry-run taken.toml", "another folder"]),
+    ("push nowhere/at/all me/new --dry-run out", ["nowhere/at/all", "no such file or folder"]),
+    ("push no/where me/new --dry-run out", ["no/where", "not on this machine", "model or run folder"]),
+    ("push Qwen/Qwen2.5-0.5B me/new --dry-run out", ["Qwen/Qwen2.5-0.5B", "is there already"]),
+    ("push folder me/new --dry-run out", ["folder", "empty folder"]),
+    ("push notes.gguf me/new --dry-run out", ["notes.gguf", "no GGUF file"]),
+    ("push base.gguf me/new --dry-run out", ["base.gguf", "dense base model", "train it first"]),
+    ("push pickled me/new --dry-run out", ["pytorch_model.bin", "never uploaded", "save_pretrained"]),
+    ("push {model} me/new --dry-run out --eval-results missing.json", ["missing.json", "no such file", "dtf eval"]),
+    ("push {model} me/new --dry-run out --eval-results taken.toml", ["taken.toml", "not valid JSON", "dtf eval"]),
+    ("push {model} me/new --dry-run out --eval-results folder", ["folder", "cannot be read"]),
+    ("push {model} me/new --dry-run out --eval-results other.json", ["other.json", "other weights", "dtf eval"]),
+    ("push {model} me/new --dry-run out --eval-results empty.json", ["empty.json", "hold no figure"]),
+]
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
@@ -270,6 +300,36 @@ def test_eval(
     before = _contents(workplace) | _contents(Path(folders["model"]))
     _check(dtf(*shlex.split(command.format(**folders))), expected)
     assert _contents(workplace) | _contents(Path(folders["model"])) == before
+
+
+@pytest.mark.parametrize(("command", "expected"), PUSH, ids=[row[0] for row in PUSH])
+def test_push(
+    dtf: Callable[..., Outcome],
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folders: dict[str, str],
+    command: str,
+    expected: list[str],
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(workplace / "no-token"))
+    (workplace / "full").mkdir()
+    (workplace / "full" / "mine.txt").write_text("mine")
+    (workplace / "base.gguf").write_bytes(b"GGUF....")
+    (workplace / "pickled").mkdir()
+    (workplace / "pickled" / "config.json").write_text("{}")
+    (workplace / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
+    score = {"acc": {"value": 0.5}}
+    (workplace / "other.json").write_text(json.dumps({"model_hash": "a" * 64, "results": {"x": {"metrics": score}}}))
+    (workplace / "empty.json").write_text('{"results": {}}')
+    before = _contents(workplace)
+    result = dtf(*shlex.split(command.format(**folders)))
+    notes = ("hashing the weights", "looking for what must not be published")  # progress, before what is wrong
+    lines = [line for line in result.stderr.splitlines(keepends=True) if line.strip() not in notes]
+    _check(Outcome(result.code, result.stdout, "".join(lines)), expected)
+    assert _contents(workplace) == before
+    assert not (workplace / "out").exists()
 
 
 @pytest.mark.parametrize(

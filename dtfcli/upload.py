@@ -1,0 +1,348 @@
+"""What a push uploads: chosen by name, cleaned, described by a card, and read once more for what must not leave.
+
+Choices: the weights go as the bytes that are on disk, so that hashes of evaluations stay true; everything that is not
+known to belong to a model (checkpoints, pickles, notes) stays here and is named.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from dtfcli.errors import CheckpointError, ConfigError
+from dtfcli.eval_results import EvalResults, read_results
+from dtfcli.leaks import find_leaks, without_local_traces
+from dtfcli.model_card import CURVES_FILE, ModelFacts, model_card
+from dtfcli.model_paths import resolve_model_path
+from dtfcli.models.configuration_fields import resolve_routed_layers
+from dtfcli.provenance import own_evaluation, public_name, public_settings, public_sources, run_settings_table
+from dtfcli.training.checkpoint import replaced_folder
+from dtfcli.training.runs import METRICS_FILE, SETTINGS_FILE
+from dtfcli.training.tracking import read_metrics
+
+CARD_FILE = "README.md"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
+)
+_CONFIGS = ("config.json", "generation_config.json")
+_STALE_WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
+_UNKNOWN_OWNER = "YOUR-NAME"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Everything of one push.
+
+    Attributes:
+        repo: owner/name, or the name alone in a dry run that was not told the owner.
+        architecture: dtf, mod or dense.
+        files: name in the repository → content, or where it is.
+        left_out: files of the model folder that stay here.
+        warnings: what the user should know.
+    """
+
+    repo: str
+    architecture: str
+    files: dict[str, bytes | Path]
+    left_out: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in self.files.values())
+
+    def write(self, folder: Path) -> None:
+        """Write the files into a folder, which appears whole or not at all.
+
+        Raises:
+            DTFError: it cannot be written.
+        """
+        with replaced_folder(folder) as partial:
+            for name, item in self.files.items():
+                if isinstance(item, bytes):
+                    (partial / name).write_bytes(item)
+                else:
+                    shutil.copyfile(item, partial / name)
+
+
+def is_replaced_by_a_push(name: str) -> bool:
+    """Whether a file of a repository is of a kind that pushes write, so that one left from before is stale."""
+    code = {path.name for path in (Path(__file__).parent / "models").glob("*.py")}
+    known = {CARD_FILE, CURVES_FILE, *_CONFIGS, *_TOKENIZER, *code}
+    return name in known or bool(_STALE_WEIGHTS.fullmatch(name))
+
+
+def prepare_upload(
+    model: str | Path,
+    repo: str,
+    *,
+    revision: str | None = None,
+    eval_results: Path | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Upload:
+    """Gather, clean, describe and check what a push of a model would upload.
+
+    Args:
+        model: model folder or run folder (its final model).
+        repo: owner/name.
+        revision: branch that it is meant for.
+        eval_results: JSON of an evaluation; None: the newest beside the model that is of these weights, a causal one
+            if there is any.
+        on_progress: told what is being done.
+
+    Raises:
+        CheckpointError: the model is missing, incomplete, no folder or holds what must not be published.
+        ConfigError: the evaluation cannot be used.
+    """
+    tell = on_progress or (lambda message: None)
+    folder = model_folder(model)
+    run = _run_of(folder)
+    given = None if eval_results is None else read_results(eval_results, f"--eval-results {eval_results}")
+    config = _read_json(folder / "config.json")
+    weights = _weight_files(folder)
+    warnings: list[str] = []
+
+    files: dict[str, bytes | Path] = {}
+    for name in (*_CONFIGS, *_TOKENIZER):
+        if (folder / name).is_file():
+            files[name] = _cleaned(folder / name)
+    if not any(name in files for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")):
+        warnings.append(f"{folder} has no tokenizer: those who download the model will miss it.")
+    files |= {path.name: path for path in _code_files(folder, config)}
+    files |= {path.name: path for path in weights}
+    if len(weights) > 1:
+        files[_INDEX] = folder / _INDEX
+    if run is not None and (run / CURVES_FILE).is_file():
+        files[CURVES_FILE] = run / CURVES_FILE
+
+    tell("hashing the weights")
+    digest = model_hash(folder)
+    results, warning = _results_for(given, f"--eval-results {eval_results}", folder, run, digest)
+    warnings += [warning] if warning else []
+    shown = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
+    facts = _facts(shown, revision, config, weights, run, folder, results, CURVES_FILE in files)
+    try:
+        files[CARD_FILE] = str(model_card(facts)).encode("utf-8")
+    except ValueError as error:
+        raise ConfigError(f"{folder}: {error}.") from error
+
+    tell("looking for what must not be published")
+    _check_leaks(files, folder, run)
+    left_out = sorted(path.name for path in folder.iterdir() if path.name not in files)
+    return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, warnings)
+
+
+def model_hash(folder: Path) -> str:
+    """What `dtf eval` calls a model's weights: sha256 over names and contents of its weight files."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a model that can be pushed.
+
+    Raises:
+        CheckpointError: it is not here, or no folder.
+    """
+    source = resolve_model_path(model)
+    if source.kind == "hub":
+        raise CheckpointError(
+            f"{model}: not on this machine; push takes a model or run folder. A model of the Hub is there already."
+        )
+    if source.kind == "gguf":
+        raise CheckpointError(
+            f"{model}: a GGUF file is a dense base model; train it first (dtf train … model.base={model}), then push."
+        )
+    return Path(source.path)
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run folder that a model folder lies in."""
+    named = folder.name in ("final_model", "best_model")
+    return folder.parent if named and (folder.parent / SETTINGS_FILE).is_file() else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the model consists of, and no shard left over from another save."""
+    index = folder / _INDEX
+    names = [_WEIGHTS]
+    if not (folder / _WEIGHTS).is_file() and index.is_file():
+        mapping = _read_json(index).get("weight_map")
+        names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index}: names files outside its folder; save the model again.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        pickled = next(folder.glob("*.bin"), None)
+        found = f", only {pickled.name}, a pickle, which is never uploaded" if pickled else ""
+        what = missing[0] if missing else _WEIGHTS
+        raise CheckpointError(
+            f"{folder}: has no {what}{found}. Save it with save_pretrained, which writes safetensors."
+        )
+    return [folder / name for name in names]
+
+
+def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """The Python files that `auto_map` names, and those they import."""
+    mapped = config.get("auto_map")
+    entries = mapped.values() if isinstance(mapped, dict) else []
+    classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+    modules = sorted({str(name).rpartition(".")[0] for name in classes if "--" not in str(name)})
+    found = {folder / f"{module}.py" for module in modules}
+    if not found and str(config.get("model_type", "")).startswith("dynamic_"):
+        raise CheckpointError(
+            f"{folder}: its config.json names no code (auto_map), without which it opens nowhere else; "
+            "load it with dtfcli.load_model and save it again."
+        )
+    try:
+        for path in sorted(found):
+            found |= {Path(name) for name in get_relative_import_files(path)}
+    except OSError as error:
+        missing = Path(error.filename or "").name
+        raise CheckpointError(f"{folder}: its code needs {missing}, which is missing; save the model again.") from error
+    return sorted(found)
+
+
+def _cleaned(path: Path) -> bytes | Path:
+    """A JSON file without local traces; the file itself where there are none."""
+    if path.suffix != ".json" or path.name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+        return path
+    document = _read_json(path)
+    clean = without_local_traces(document)
+    if clean == document:
+        return path
+    return (json.dumps(clean, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); save the model again.") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: no JSON object; save the model again.")
+    return document
+
+
+def _results_for(
+    given: EvalResults | None, label: str, folder: Path, run: Path | None, digest: str
+) -> tuple[EvalResults | None, str | None]:
+    """The evaluation to show, and a warning; `label` is what to call the given one.
+
+    Raises:
+        ConfigError: the given one is of other weights.
+    """
+    if given is not None:
+        if given.model_hash is None:
+            return given, f"{label}: does not say which weights it measured; be sure that it was these."
+        if given.model_hash != digest:
+            raise ConfigError(
+                f"{label}: measured other weights (model_hash {given.model_hash[:12]}…, this model has "
+                f"{digest[:12]}…); run `dtf eval {folder}`."
+            )
+        return given, None
+    found = [path for place in (folder, run) if place is not None for path in (place / "eval").glob("*.json")]
+    own = []
+    for path in sorted(found, key=lambda path: path.stat().st_mtime):
+        with suppress(ConfigError):  # a damaged or foreign file is no reason not to push
+            results = read_results(path, str(path))
+            own += [results] if results.model_hash == digest else []
+    if own:
+        return next((results for results in reversed(own) if results.causal), own[-1]), None
+    if found:
+        return (
+            None,
+            f"{found[0].parent} has no results of these weights; `dtf eval {folder}` would add them to the card.",
+        )
+    return None, None
+
+
+def _facts(
+    repo: str,
+    revision: str | None,
+    config: dict[str, Any],
+    weights: list[Path],
+    run: Path | None,
+    folder: Path,
+    results: EvalResults | None,
+    has_curves: bool,
+) -> ModelFacts:
+    from dtfcli import __version__
+
+    parameters, added = _count_parameters(weights)
+    settings = run_settings_table(run) if run is not None else {}
+    base, on_hub = public_name(settings.get("model", {}).get("base"), run) if settings else (None, False)
+    lines = read_metrics(run / METRICS_FILE) if run is not None and (run / METRICS_FILE).is_file() else []
+    return ModelFacts(
+        repo=repo,
+        config=without_local_traces(config),
+        parameters=parameters,
+        added_parameters=added,
+        weights_sha256={path.name: _sha256(path) for path in weights},
+        revision=revision if revision != "main" else None,
+        routed_layers=_routed_layers(config),
+        base=base,
+        base_on_hub=on_hub,
+        datasets=public_sources(settings, run),
+        settings=public_settings(settings, run),
+        evaluation=own_evaluation(lines, folder.name),
+        unigram=next((line["val/unigram"] for line in lines if "val/unigram" in line), None),
+        has_curves=has_curves,
+        results=results,
+        version=__version__,
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _routed_layers(config: dict[str, Any]) -> list[int]:
+    if not str(config.get("model_type", "")).startswith("dynamic_"):
+        return []
+    return resolve_routed_layers(config["routed_layers"], config["dense_edges"], config["num_hidden_layers"])
+
+
+def _count_parameters(weights: list[Path]) -> tuple[int, int]:
+    """Parameters in all, and those that routing adds, from the headers of the weight files."""
+    from safetensors import safe_open
+
+    total = added = 0
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # no mapping
+                    size = math.prod(file.get_slice(name).get_shape())
+                    if "threshold" in name:  # a table, not a parameter
+                        continue
+                    total += size
+                    added += size * any(part in name for part in ("router", "prior", "predictor"))
+        except Exception as error:  # SafetensorError, whose place in the library has moved
+            raise CheckpointError(f"{path}: no safetensors file ({error}); save the model again.") from error
+    return total, added
+
+
+def _check_leaks(files: dict[str, bytes | Path], folder: Path, run: Path | None) -> None:
+    places = (folder.resolve(), *([run.resolve()] if run is not None else []))
+    for name, item in files.items():
+        if found := find_leaks(name, item, places):
+            where = item if isinstance(item, Path) else f"{folder}: {name}"
+            raise CheckpointError(
+                f"{where}: holds {found[0]}, which must not be published. Take it out, or save the model again."
+            )

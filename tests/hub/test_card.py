@@ -1,0 +1,283 @@
+"""The model card: what it says, and metadata that the Hub takes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCard
+
+from dtfcli.errors import ConfigError
+from dtfcli.eval_results import read_results
+from dtfcli.model_card import ModelFacts, model_card
+from dtfcli.provenance import public_name
+from dtfcli.upload import model_hash, prepare_upload
+from tests.hub.standin import card_errors
+
+CONFIG = {
+    "architecture": "dtf",
+    "auto_map": {"AutoConfig": "configuration_dynamic.DynamicLlamaConfig"},
+    "capacity": 0.5,
+    "gate": "straight_through",
+    "kv_tokens": "routed",
+    "model_type": "dynamic_llama",
+    "num_hidden_layers": 4,
+    "routing": "threshold",
+    "sink_tokens": 1,
+}
+SETTINGS = {
+    "run": {"name": "x", "seed": 7},
+    "model": {"architecture": "dtf", "base": "Qwen/Qwen2.5-0.5B"},
+    "data": {"seq_len": 64, "sources": [{"path": "roneneldan/TinyStories"}]},
+    "training": {"learning_rates": {"base": 1e-5}, "schedule": "cosine", "warmup_ratio": 0.01, "weight_decay": 0.01},
+}
+OWN: dict[str, Any] = {
+    "model": "/home/jane/outputs/x",
+    "model_hash": "sha256:" + "a" * 64,
+    "routing": "threshold",
+    "causal": True,
+    "capacity": 0.5,
+    "seed": 1234,
+    "versions": {"lm_eval": "0.4.13"},
+    "routed_share": {"overall": 0.48, "by_layer": {"1": 0.48}},
+    "results": {
+        "arc_easy": {
+            "metrics": {"acc": {"value": 0.31, "stderr": 0.02}, "acc_norm": {"value": float("nan"), "stderr": None}},
+            "n": 20,
+            "n_total": 2376,
+            "shots": 3,
+            "fewshot_from": "train",
+            "dataset": "allenai/ai2_arc (ARC-Easy)",
+            "split": "test",
+            "routed_share": {"overall": 0.47},
+        },
+        "my_task": {"metrics": {"exact_match,strict": 0.5}},
+        "empty_group": {"metrics": {}},
+    },
+}
+STOCK: dict[str, Any] = {
+    "results": {
+        "hellaswag": {"alias": "hellaswag", "acc,none": 0.25, "acc_stderr,none": 0.01, "acc_norm,none": 0.26},
+        "group": {"alias": "group"},
+    },
+    "n-shot": {"hellaswag": 10},
+    "n-samples": {"hellaswag": {"original": 10042, "effective": 100}},
+    "configs": {"hellaswag": {"dataset_path": "Rowan/hellaswag", "dataset_name": None}},
+    "versions": {"hellaswag": 1.0},
+    "config": {"model": "hf", "model_args": "pretrained=/home/jane/m,trust_remote_code=True"},
+    "lm_eval_version": "0.4.13",
+}
+
+
+def _facts(**changes: Any) -> ModelFacts:
+    values: dict[str, Any] = {
+        "repo": "me/new",
+        "config": CONFIG,
+        "parameters": 1_234_567,
+        "added_parameters": 890,
+        "weights_sha256": {"model.safetensors": "f" * 64},
+        "routed_layers": [1, 3],
+        "base": "Qwen/Qwen2.5-0.5B",
+        "base_on_hub": True,
+        "datasets": [("roneneldan/TinyStories", "", 1.0, True), ("local text (.jsonl)", "", 0.5, False)],
+        "settings": SETTINGS,
+        "version": "0.1.0",
+    }
+    return ModelFacts(**values | changes)
+
+
+def _results(document: dict[str, Any], tmp_path: Path) -> Any:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(document))
+    return read_results(path, "--eval-results results.json")
+
+
+def _metadata(card: ModelCard) -> dict[str, Any]:
+    return yaml.safe_load(str(card).split("---")[1])
+
+
+def test_metadata() -> None:
+    card = model_card(_facts())
+    data = _metadata(card)
+    assert data["base_model"] == "Qwen/Qwen2.5-0.5B"
+    assert data["base_model_relation"] == "finetune"
+    assert data["license"] == "apache-2.0"
+    assert data["datasets"] == ["roneneldan/TinyStories"]
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["library_name"] == "transformers"
+    assert {"dtf", "mixture-of-depths", "conditional-computation", "custom_code"} <= set(data["tags"])
+    assert "language" not in data
+    assert card_errors(str(card)) == []
+
+
+def test_nothing_is_claimed_that_is_not_known() -> None:
+    data = _metadata(model_card(_facts(base="", base_on_hub=False, datasets=[], settings={})))
+    assert not {"license", "base_model", "datasets", "model-index", "language"} & set(data)
+    card = str(model_card(_facts(base="somebody/unknown-base")))
+    assert "license:" not in card
+    assert "No license is stated" in card
+
+
+def test_a_dense_model_has_no_routing_section() -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 4}
+    card = str(model_card(_facts(config=config, routed_layers=[])))
+    assert "## How it routes" not in card
+    assert "trust_remote_code" not in card
+    assert "topk" not in card
+    assert "## Citation" not in card
+
+
+def test_sections_of_a_routed_model() -> None:
+    evaluation = {"step": 6, "tokens": 768, "val/loss": 2.5, "val/loss_topk": 2.4, "router/1/routed_share": 0.4}
+    card = str(model_card(_facts(evaluation=evaluation, unigram=3.0, has_curves=True)))
+    for text in (
+        "| loss | 2.5000 | nats per token; causal |",
+        "| loss with top-k | 2.4000 | **not causal** |",
+        "| loss of token counts alone | 3.0000 |",
+        "| capacity γ | 0.5 |",
+        "of which route: 1, 3",
+        "](curves.png)",
+        "@mastersthesis",
+        "| local text (.jsonl) | – | 0.5 |",
+        "## Limits",
+        "base = 1e-05",
+    ):
+        assert text in card, text
+
+
+def test_results_of_dtf_eval(tmp_path: Path) -> None:
+    card = model_card(_facts(results=_results(OWN, tmp_path)))
+    assert "| arc_easy | acc | 0.3100 ± 0.0200 | 20 of 2,376 | 3 (train) | 0.470 |" in str(card)
+    assert "routing `threshold` (causal); γ = 0.5; 0.480 of the tokens really routed; seed 1234" in str(card)
+    assert "jane" not in str(card)
+    assert "nan" not in str(card).lower().replace("nanochat", "")
+    index = _metadata(card)["model-index"]
+    assert index[0]["name"] == "new"
+    first, second = index[0]["results"]
+    assert first["dataset"]["type"] == "allenai/ai2_arc"
+    assert (first["dataset"]["config"], first["dataset"]["split"]) == ("ARC-Easy", "test")
+    assert first["metrics"] == [{"type": "acc", "value": 0.31, "name": "acc, 3-shot, 20 of 2376 items"}]
+    assert second["dataset"]["type"] == "my_task"
+    assert second["metrics"][0]["name"] == "exact_match (strict)"
+    assert card_errors(str(card)) == []
+
+
+def test_results_of_lm_eval(tmp_path: Path) -> None:
+    results = _results(STOCK, tmp_path)
+    assert results.model_hash is None
+    card = model_card(_facts(results=results))
+    assert "| hellaswag | acc | 0.2500 ± 0.0100 | 100 of 10,042 | 10 | – |" in str(card)
+    assert "| hellaswag | acc_norm | 0.2600 | 100 of 10,042 | 10 | – |" in str(card)
+    assert _metadata(card)["model-index"][0]["results"][0]["dataset"]["type"] == "Rowan/hellaswag"
+    assert "jane" not in str(card)
+    assert card_errors(str(card)) == []
+
+
+@pytest.mark.parametrize("changes", [{"routing": "topk"}, {"causal": False}])
+def test_results_that_are_not_causal_say_so_everywhere(changes: dict[str, Any], tmp_path: Path) -> None:
+    card = model_card(_facts(results=_results(OWN | changes, tmp_path)))
+    assert "acc (not causal) | 0.3100" in str(card)
+    assert "**not causal: a token's path depends on the tokens after it**" in str(card)
+    for result in _metadata(card)["model-index"][0]["results"]:
+        for metric in result["metrics"]:
+            assert "not causal" in metric["name"]
+            assert "not causal" in metric["config"]
+
+
+def test_results_of_stock_lm_eval_with_topk_are_marked(tmp_path: Path) -> None:
+    arguments = {"model_args": "pretrained=x,routing=topk,trust_remote_code=True"}
+    assert not _results(STOCK | {"config": arguments}, tmp_path).causal
+
+
+def test_another_capacity_is_named(tmp_path: Path) -> None:
+    card = model_card(_facts(results=_results(OWN | {"capacity": 0.25}, tmp_path)))
+    assert "γ = 0.25" in _metadata(card)["model-index"][0]["results"][0]["metrics"][0]["name"]
+
+
+def test_a_predictor_is_causal(tmp_path: Path) -> None:
+    card = model_card(
+        _facts(
+            results=_results(OWN | {"routing": "predictor"}, tmp_path),
+            config=CONFIG | {"predictor_loss_weight": 0.01, "routing": "predictor"},
+        )
+    )
+    assert "routing `predictor` (causal)" in str(card)
+    assert "- `predictor` (causal)" in str(card)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ["not valid JSON"]),
+        ("[]", ['no "results"']),
+        ('{"results": {}}', ["hold no figure"]),
+        ('{"results": {"a": {"alias": "a"}}}', ["hold no figure"]),
+    ],
+)
+def test_what_is_no_evaluation(content: str, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_results(tmp_path / "results.json", "--eval-results results.json")
+    assert all(word in str(caught.value) for word in ["--eval-results results.json", *words])
+
+
+def test_results_are_found_beside_the_model_and_only_if_they_are_its_own(model: Path) -> None:
+    folder = model / "eval"
+    folder.mkdir()
+    (folder / "latest.json").write_text(json.dumps(OWN))
+    upload = prepare_upload(model, "me/new")
+    assert "no results of these weights" in upload.warnings[0]
+    assert b"arc_easy" not in bytes(upload.files["README.md"])
+    (folder / "earlier.json").write_text(json.dumps(OWN | {"model_hash": model_hash(model)}))
+    upload = prepare_upload(model, "me/new")
+    assert upload.warnings == []
+    assert b"arc_easy" in bytes(upload.files["README.md"])
+
+
+def test_causal_results_are_shown_before_others(model: Path) -> None:
+    (model / "eval").mkdir()
+    own = OWN | {"model_hash": model_hash(model)}
+    (model / "eval" / "a.json").write_text(json.dumps(own))
+    (model / "eval" / "b.json").write_text(json.dumps(own | {"routing": "topk", "causal": False}))
+    os.utime(model / "eval" / "a.json", (1, 1))
+    assert b"acc (not causal)" not in bytes(prepare_upload(model, "me/new").files["README.md"])
+    (model / "eval" / "a.json").unlink()
+    assert b"acc (not causal)" in bytes(prepare_upload(model, "me/new").files["README.md"])
+
+
+def test_given_results_of_other_weights_are_refused(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(OWN))
+    with pytest.raises(ConfigError, match=r"measured other weights .*dtf eval"):
+        prepare_upload(model, "me/new", eval_results=path)
+    path.write_text(json.dumps(STOCK))
+    assert "does not say which weights" in prepare_upload(model, "me/new", eval_results=path).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "on_hub"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B", True),
+        ("roneneldan/TinyStories", "roneneldan/TinyStories", True),
+        ("/home/jane/corpus.jsonl", "local text (.jsonl)", False),
+        ("data/my_corpus.jsonl", "local text (.jsonl)", False),
+        ("~/novels", "a local folder", False),
+        ("../novels", "a local folder", False),
+        ("novels", "a local folder", False),
+        ("here/novels", "a local folder", False),
+        ("beside/novels", "a local folder", False),
+        ("models/Small-Q4.gguf", "Small-Q4.gguf (a local file)", False),
+        (r"C:\Users\jane\novels", "a local folder", False),
+        ("python-stdlib", "Python standard library", False),
+        ("", "", False),
+    ],
+)
+def test_local_places_are_called_by_their_kind(
+    text: str, name: str, on_hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cwd" / "here" / "novels").mkdir(parents=True)
+    (tmp_path / "project" / "beside" / "novels").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert public_name(text, tmp_path / "project" / "outputs" / "day" / "run") == (name, on_hub)
