@@ -1,5 +1,6 @@
 """What the user's MODEL means: a model folder, a run folder, a .gguf file, or a Hub id, optionally with @revision."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,3 +114,14 @@ def _what_it_is(folder: Path) -> str:
     if inside:
         return f"no model itself; inside it are {', '.join(str(entry) for entry in inside[:3])}."
     return "no model folder (it has no config.json); give a model folder, a run folder or a Hub id."
+
+
+def weights_hash(path: Path) -> str:
+    """What weights are known by: sha256 over names and contents of a folder's weight files, or over one file; hex."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
+        digest.update(file.name.encode() if path.is_dir() else b"")
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -21,7 +21,7 @@ from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.eval_results import EvalResults, read_results
 from dtfcli.leaks import find_leaks, without_local_traces
 from dtfcli.model_card import CURVES_FILE, ModelFacts, model_card
-from dtfcli.model_paths import resolve_model_path
+from dtfcli.model_paths import resolve_model_path, weights_hash
 from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.provenance import own_evaluation, public_name, public_settings, public_sources, run_settings_table
 from dtfcli.training.checkpoint import replaced_folder
@@ -126,7 +126,7 @@ def prepare_upload(
         files[CURVES_FILE] = run / CURVES_FILE
 
     tell("hashing the weights")
-    digest = model_hash(folder)
+    digest = weights_hash(folder)
     results, warning = _results_for(given, f"--eval-results {eval_results}", folder, run, digest)
     warnings += [warning] if warning else []
     shown = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
@@ -140,17 +140,6 @@ def prepare_upload(
     _check_leaks(files, folder, run)
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in files)
     return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, warnings)
-
-
-def model_hash(folder: Path) -> str:
-    """What `dtf eval` calls a model's weights: sha256 over names and contents of its weight files."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def model_folder(model: str | Path) -> Path:

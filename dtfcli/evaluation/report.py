@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dtfcli.errors import ConfigError, DTFError
-from dtfcli.model_paths import ModelPath
+from dtfcli.model_paths import ModelPath, weights_hash
 from dtfcli.shares import ShareMeter
 from dtfcli.training.runs import SETTINGS_FILE
 
 LATEST = "latest.json"
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -168,17 +167,11 @@ def model_hash(model: Any, source: ModelPath | None) -> str:
         model: the loaded model.
         source: where it came from; None for a model that was made in memory.
     """
-    digest = hashlib.sha256()
-    path = Path(source.path) if source is not None and source.kind != "hub" else None
-    if path is not None:
-        for file in [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
-            digest.update(file.name.encode() if path.is_dir() else b"")
-            with file.open("rb") as stream:
-                while chunk := stream.read(_CHUNK):
-                    digest.update(chunk)
-        return f"sha256:{digest.hexdigest()}"
+    if source is not None and source.kind != "hub":
+        return f"sha256:{weights_hash(Path(source.path))}"
     import torch
 
+    digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

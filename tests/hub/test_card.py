@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 from dtfcli.errors import ConfigError
 from dtfcli.eval_results import read_results
 from dtfcli.model_card import ModelFacts, model_card
+from dtfcli.model_paths import weights_hash
 from dtfcli.provenance import public_name
-from dtfcli.upload import model_hash, prepare_upload
+from dtfcli.upload import prepare_upload
 from tests.hub.standin import card_errors
 
 CONFIG = {
@@ -230,7 +231,7 @@ def test_results_are_found_beside_the_model_and_only_if_they_are_its_own(model: 
     upload = prepare_upload(model, "me/new")
     assert "no results of these weights" in upload.warnings[0]
     assert b"arc_easy" not in bytes(upload.files["README.md"])
-    (folder / "earlier.json").write_text(json.dumps(OWN | {"model_hash": model_hash(model)}))
+    (folder / "earlier.json").write_text(json.dumps(OWN | {"model_hash": weights_hash(model)}))
     upload = prepare_upload(model, "me/new")
     assert upload.warnings == []
     assert b"arc_easy" in bytes(upload.files["README.md"])
@@ -238,7 +239,7 @@ def test_results_are_found_beside_the_model_and_only_if_they_are_its_own(model: 
 
 def test_causal_results_are_shown_before_others(model: Path) -> None:
     (model / "eval").mkdir()
-    own = OWN | {"model_hash": model_hash(model)}
+    own = OWN | {"model_hash": weights_hash(model)}
     (model / "eval" / "a.json").write_text(json.dumps(own))
     (model / "eval" / "b.json").write_text(json.dumps(own | {"routing": "topk", "causal": False}))
     os.utime(model / "eval" / "a.json", (1, 1))
