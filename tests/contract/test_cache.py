@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
+from dtfcli.models.routing import row_groups
 from tests.contract.naive_decoder import decode
 from tests.near import near_tie
 from tests.tiny import ARCHITECTURES, FAMILIES, pad, shared_routed_model, tokens
@@ -195,3 +196,32 @@ def test_what_cannot_work_is_refused() -> None:
             model(tokens(1, 1), past_key_values=cache)
         with pytest.raises(ValueError, match="topk"):
             model.generate(tokens(1, 5), max_new_tokens=2)
+
+
+@for_every_model
+@pytest.mark.parametrize("left", [True, False])
+@torch.no_grad()
+def test_long_rows_go_through_the_block_in_groups(family: str, architecture: str, kv_tokens: str, left: bool) -> None:
+    """Rows that route very different numbers of tokens are prefilled group by group, and decoded together."""
+    model = shared_routed_model(family, architecture, kv_tokens=kv_tokens)
+    alone = [tokens(1, length, 7 * length) for length in (340, 500, 90, 480, 1)]
+    padded = [pad(row[0], (500 - row.shape[1]) * left, (500 - row.shape[1]) * (not left)) for row in alone]
+    input_ids, mask = (torch.stack(parts) for parts in zip(*padded, strict=True))
+    more = tokens(5, 6, 11)
+    with model.routing_mode("threshold", 0.5):
+        cache = RoutedCache(model.config)
+        records = model(input_ids, attention_mask=mask, past_key_values=cache, output_routing=True)
+        groups = {len(row_groups(record.selected.sum(1).tolist())) for record in records.routing}
+        assert min(groups) > 1, "these rows were chosen to fall apart"
+        parts = []
+        for t in range(6):
+            seen = torch.cat([mask, torch.ones(5, t + 1, dtype=torch.long)], 1)
+            parts.append(model(more[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits)
+        decoded = torch.cat(parts, 1)
+        for b, row in enumerate(alone):
+            whole = torch.cat([row, more[b : b + 1]], 1)
+            if near_tie(model, whole):
+                continue
+            reference = model(whole, use_cache=False).logits[0]
+            assert (records.logits[b][mask[b].bool()] - reference[:-6]).abs().max() <= 1e-4
+            assert (decoded[b] - reference[-6:]).abs().max() <= 1e-4

@@ -42,10 +42,9 @@ def smollm2(gguf: str, novels: Path, architecture: str) -> tuple[Any, PreTrained
     torch.manual_seed(0)
     tokenizer = load_tokenizer(gguf)
     model: Any = convert(load_dense(gguf).eval(), architecture, 0.5, dense_edges=6)
-    rows = [
-        torch.tensor([tokenizer(text)["input_ids"][: 4 * 512]]) for text in passages(novels / "train.parquet", 0, 8)
-    ]
-    model.calibrate([{"input_ids": row[:, 100 : 100 + n]} for row, n in zip(rows, LENGTHS, strict=True)], ())
+    texts = passages(novels / "train.parquet", 0, len(LENGTHS))
+    rows = [tokenizer(text)["input_ids"][100 : 100 + n] for text, n in zip(texts, LENGTHS, strict=True)]
+    model.calibrate([{"input_ids": torch.tensor([row])} for row in rows], ())
     return model, tokenizer
 
 

@@ -1,0 +1,108 @@
+"""quality.md 8: a saved model is a model like any other to clients that have never heard of `dtfcli`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny import ARCHITECTURES, FAMILIES, routed_model, shared_routed_model, tokens
+
+TASK = """
+task: letters
+dataset_path: json
+dataset_kwargs: {data_files: {test: "%s"}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+STOCK = """
+import runpy, sys
+sys.modules["dtfcli"] = None  # importing it fails
+sys.argv = ["lm_eval", *sys.argv[1:]]
+runpy.run_module("lm_eval", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stock_lm_eval_agrees_with_itself_at_any_batch_size(
+    architecture: str, tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = routed_model("qwen2", architecture)
+    model.config.eos_token_id = 25
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer.backend_tokenizer, eos_token="z")
+    tokenizer.save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(3)
+    lines = []
+    for n in range(24):  # questions of all lengths: in batches the harness pads them, and passes no mask
+        words = torch.randint(0, 25, (3 + 2 * n,), generator=generator).tolist()
+        question = " ".join(chr(ord("a") + word) for word in words)
+        lines.append(json.dumps({"question": question, "choices": ["a b", "c", "d e f"], "answer": n % 3}))
+    (tmp_path / "letters.jsonl").write_text("\n".join(lines))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "letters.yaml").write_text(TASK % (tmp_path / "letters.jsonl"))
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_DATASETS_CACHE": str(tmp_path / "datasets"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+    def scores(batch_size: int) -> list[list[float]]:
+        out = tmp_path / f"batch-{batch_size}"
+        arguments = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},trust_remote_code=True"]
+        arguments += ["--tasks", "letters", "--include_path", str(tmp_path / "tasks"), "--device", "cpu"]
+        arguments += ["--batch_size", str(batch_size), "--output_path", str(out), "--log_samples"]
+        result = subprocess.run(
+            [sys.executable, "-c", STOCK, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        (samples,) = out.rglob("samples_letters_*.jsonl")
+        rows: list[Any] = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+        return [[float(answer[0][0]) for answer in row["resps"]] for row in rows]
+
+    one, eight = scores(1), scores(8)
+    assert len(one) == 24
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(eight), atol=1e-4, rtol=0)
+    row = tokenizer(json.loads(lines[5])["question"] + " c", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(row).logits[0, -2].log_softmax(0)[row[0, -1]]
+    assert one[5][1] == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_adapts_and_merges(family: str, architecture: str) -> None:
+    model = routed_model(family, architecture)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
+    assert not any("prior" in name or "router" in name for name, _ in adapted.named_parameters() if "lora_" in name)
+    adapted.train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    input_ids = tokens(4, 24)
+    losses = []
+    for _ in range(8):
+        loss = adapted(input_ids=input_ids, labels=input_ids).lm_loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    adapted.eval()
+    with torch.no_grad():
+        before = adapted(input_ids=input_ids).logits
+        merged = adapted.merge_and_unload()
+        assert type(merged) is type(shared_routed_model(family, architecture))
+        # Merging rounds the weights anew: a routing score at its threshold may flip, and none does here.
+        assert (merged(input_ids).logits - before).abs().max() <= 1e-4
