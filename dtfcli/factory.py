@@ -33,7 +33,7 @@ from dtfcli.devices import DTYPES, has_fast_bfloat16, resolve_device
 from dtfcli.errors import CheckpointError, ConfigError, DTFError, HubError
 from dtfcli.model_paths import ModelPath, resolve_model_path
 from dtfcli.models.configuration_fields import DTF_ONLY, MOD_ONLY
-from dtfcli.models.conversion import convert, load_dense, routed_config
+from dtfcli.models.conversion import convert, load_dense, load_whole, routed_config
 from dtfcli.settings import Settings
 from dtfcli.tokenization import data_tokenizer
 
@@ -219,7 +219,7 @@ def _load_base(settings: Settings) -> PreTrainedModel:
 def _load_weights(
     source: ModelPath, dtype: Any, attn_implementation: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """A model with all of its weights: Transformers alone would draw missing ones at random and only warn.
+    """A model with all of its weights.
 
     Raises:
         ValueError: weights are missing, or are not known to the model.
@@ -229,15 +229,7 @@ def _load_weights(
         options["attn_implementation"] = attn_implementation
     if source.kind == "gguf":
         return load_dense(source.path, **options)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.path, revision=source.revision, output_loading_info=True, **options
-    )
-    model, found = loaded
-    for problem, names in (("missing", found["missing_keys"]), ("not known to the model", found["unexpected_keys"])):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
-            raise ValueError(f"Weights are {problem}: {some}. The files are damaged or of another model.")
-    return model
+    return load_whole(source.path, revision=source.revision, **options)
 
 
 def _route(start: Any, settings: Settings) -> PreTrainedModel:

@@ -17,7 +17,11 @@ from matplotlib.patches import Patch
 
 from dtfcli.factory import load_model, load_tokenizer
 
-TEXT = "def mean(values):\n    total = sum(values)\n    if not values:\n        raise ValueError('no values')\n    return total"
+TEXT = """def mean(values):
+    total = sum(values)
+    if not values:
+        raise ValueError('no values')
+    return total"""
 PASSED, ROUTED, FLIPPED = "#d9dbe1", "#3b5bdb", "#e8590c"
 TITLES = {
     "topk": "top-K: the past changes when the text grows",

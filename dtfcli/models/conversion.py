@@ -158,6 +158,7 @@ def load_dense(
     """A dense base model from a folder, a Hub id, or a `.gguf` file (dequantized).
 
     Raises:
+        ValueError: weights are missing, or are not known to the model.
         OSError, ValueError: as Transformers reports them.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -165,10 +166,24 @@ def load_dense(
         options["attn_implementation"] = attn_implementation
     if str(path).endswith(".gguf"):
         file = Path(path)
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, **options)
+        model = load_whole(str(file.parent), gguf_file=file.name, **options)
         # Says "gguf", and would make save_pretrained refuse: the weights are plain tensors now.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         vars(model).update(hf_quantizer=None, is_quantized=False)
         return model
-    return AutoModelForCausalLM.from_pretrained(str(path), revision=revision, **options)
+    return load_whole(str(path), revision=revision, **options)
+
+
+def load_whole(path: str, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, with all weights: alone it draws missing ones at random and only warns.
+
+    Raises:
+        ValueError: weights are missing, or are not known to the model.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    for problem, names in (("missing", found["missing_keys"]), ("not known to the model", found["unexpected_keys"])):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
+            raise ValueError(f"Weights are {problem}: {some}. The files are damaged or of another model.")
+    return model

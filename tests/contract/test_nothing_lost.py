@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dtfcli.models.configuration_dynamic import DynamicLlamaConfig
-from dtfcli.models.conversion import FAMILIES
+from dtfcli.models.conversion import FAMILIES, load_dense
 from dtfcli.models.stack import is_added
 from tests.tiny import ARCHITECTURES, dense_model, routed_model, tokens
 
@@ -70,6 +70,15 @@ def test_a_backbone_key_that_a_dense_checkpoint_lacks_is_an_error(tmp_path: Path
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="q_proj"):
         FAMILIES["llama"][2].from_pretrained(tmp_path, config=DynamicLlamaConfig.from_pretrained(tmp_path))
+
+
+def test_a_dense_base_that_lacks_a_weight_is_an_error(tmp_path: Path) -> None:
+    dense_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.3.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.3\.self_attn\.q_proj\.weight"):
+        load_dense(tmp_path)
 
 
 READER = """
