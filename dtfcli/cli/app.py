@@ -72,8 +72,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a γ must not end a command on an ASCII terminal
-    arguments, debug = _clean(sys.argv[1:])
-    sys.exit(_run(arguments, debug))
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line without exiting; returns the exit code."""
+    return _run(*_clean(arguments))
 
 
 def _clean(arguments: list[str]) -> tuple[list[str], bool]:
@@ -83,7 +87,10 @@ def _clean(arguments: list[str]) -> tuple[list[str], bool]:
     for argument in arguments[:end]:
         name, equals, value = argument.partition("=")
         option = name.startswith("--") and "." not in name  # --training.max_steps is a setting, and told so
-        options.append(name.replace("_", "-") + equals + value if option else argument)
+        if argument.startswith("--resume="):  # its value may be left out, so it is an argument of the command
+            options += [name, value]
+        else:
+            options.append(name.replace("_", "-") + equals + value if option else argument)
     return [option for option in options if option != "--debug"] + arguments[end:], "--debug" in options
 
 

@@ -1,6 +1,7 @@
 """`dtf train`: settings → a run folder with a trained model."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,16 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with a run that was interrupted: the one named, else the newest."),
     ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Train with N processes on this machine, one for each device; unset: 1, or as many as the run had.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check everything, show settings, size and cost of the model, and stop."),
@@ -47,13 +58,14 @@ def train(
       dtf train quickstart model=mod run.name=mod-run1 training.max_steps=200
       dtf train dtf-smollm2-135m data.sources='[{path="novels.parquet"}]' data.seq_len=512
       dtf train thesis-dtf --dry-run
+      dtf train dtf-qwen2.5-0.5b --num-processes 8
       dtf train --resume outputs/2025-12-01/quickstart
     """
     if resume:
         if dry_run or config is not None:
             option = "--dry-run" if dry_run else "--config"
             raise ConfigError(f"{option}: a resumed run keeps the settings it began with; leave it out.")
-        _resume(list(arguments or ()), json)
+        _resume(list(arguments or ()), num_processes, json)
         return
     from dtfcli.settings import load_settings
 
@@ -61,24 +73,47 @@ def train(
     settings = load_settings(preset, overrides, config)
     if dry_run:
         _dry_run(settings, json)
-    else:
-        _train(settings, None, preset, rename=not _is_named(overrides, config), json=json)
+        return
+    if _launched(settings, num_processes):
+        return
+    _train(settings, None, preset, rename=not _is_named(overrides, config), json=json)
 
 
-def _resume(arguments: list[str], json: bool) -> None:
+def _launched(settings: "Settings", processes: int | None) -> bool:
+    """Start the same command in several processes and wait for them; False: this process is to do the work."""
+    from_outside = os.environ.get("WORLD_SIZE")
+    if from_outside is not None:
+        if processes is not None and processes != int(from_outside):
+            raise ConfigError(f"--num-processes {processes}: the launcher started {from_outside}; leave the option out.")
+        return False
+    if processes is None or processes == 1:
+        return False
+    from dtfcli.cli.launch import launch
+    from dtfcli.training.processes import check_processes
+
+    check_processes(settings, processes)
+    code = launch(sys.argv[1:], processes)
+    if code:
+        raise typer.Exit(code)
+    return True
+
+
+def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
     if overrides:
         raise ConfigError(f"{overrides[0]}: a resumed run keeps the settings it began with; leave it out.")
     if len(arguments) > 1:
         raise ConfigError(f"--resume takes one run folder, not {len(arguments)}: {' '.join(arguments)}.")
     from dtfcli.overrides import environment_name
-    from dtfcli.training.runs import newest_run, run_settings
+    from dtfcli.training.runs import newest_run, processes_of, run_settings
 
-    if arguments:
+    if arguments and arguments[0]:
         folder = Path(arguments[0])
     else:
         folder = newest_run(Path(os.environ.get(environment_name("run.output_dir"), "outputs")))
-    _train(run_settings(folder), folder, None, rename=False, json=json)
+    settings = run_settings(folder)
+    if not _launched(settings, processes or processes_of(folder)):
+        _train(settings, folder, None, rename=False, json=json)
 
 
 def _is_named(overrides: list[str], config: Path | None) -> bool:
@@ -94,6 +129,11 @@ def _is_named(overrides: list[str], config: Path | None) -> bool:
 def _train(settings: "Settings", resume: Path | None, preset: str | None, *, rename: bool, json: bool) -> None:
     from dtfcli.cli import render, train_view
 
+    if int(os.environ.get("RANK") or 0):  # one of several, which has nothing to say
+        from dtfcli.training.loop import train as run_training
+
+        run_training(settings, resume=resume, rename=rename)
+        return
     with train_view.view_of(settings) as view:
         # Inside, so that there is something to see while torch and Transformers load.
         from dtfcli.training.loop import train as run_training

@@ -112,26 +112,36 @@ class Sharded(Replicated):
     def prepare(self, objective: nn.Module, build_optimizer: Callable[[], Any]) -> None:
         mesh = init_device_mesh(self.processes.device.type, (self.processes.count,))
         model: Any = objective.model
-        self.routers = [p for name, p in model.named_parameters() if "router" in name]
-        whole = {"mesh": mesh, "ignored_params": set(self.routers)}
+        self.routers: list[nn.Parameter] = []
         half = self.accelerator.mixed_precision == "bf16"
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         for layer in model.model.layers:
             self._materialize(list(layer.modules()))
+            kept = [parameter for name, parameter in layer.named_parameters() if "router" in name]
+            self.routers += kept
             predictor = getattr(layer, "predictor", None)
             if predictor is not None:  # calibration asks it outside of its layer's forward
-                fully_shard(predictor, mp_policy=policy, **whole)
-            fully_shard(layer, mp_policy=policy, **whole)
+                fully_shard(predictor, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=set(kept))
         inside = {module for layer in model.model.layers for module in layer.modules()}
         self._materialize([module for module in objective.modules() if module not in inside])
         model.tie_weights()
-        fully_shard(objective, **whole)
+        fully_shard(objective, mesh=mesh, ignored_params=set(self.routers))
         objective.forward = self.accelerator.autocast()(objective.forward)  # type: ignore[method-assign]
         self.objective = self.trained = objective
+        self._pass_once()
         self.optimizer = build_optimizer()
         # Not handed to accelerate, whose checkpoints would hold the parts of one process as if they were all.
+
+    @torch.no_grad()
+    def _pass_once(self) -> None:
+        """FSDP2 ties its groups together in the first forward of the outermost; calibration does not begin there."""
+        objective = self.objective.eval()
+        with objective.model.routing_mode("topk") if objective.routed else nullcontext():
+            objective(torch.zeros(1, 8, dtype=torch.long, device=self.processes.device), 1)
+        objective.reshard()
 
     @torch.no_grad()
     def _materialize(self, modules: list[nn.Module]) -> None:
