@@ -7,10 +7,12 @@ when the layer runs; the main process alone reads the weights and hands them on,
 Choices for FSDP2, which accelerate would silently replace by DDP on CPUs:
 
 - embeddings, final norm and head are one group with the losses around them, because these use the head's weight;
-- routers stay whole everywhere, float32: they are a few numbers, and calibration asks them outside of any forward;
+- routers and the norms of priors stay whole everywhere, float32: they are a few numbers, calibration asks routers
+  outside of any forward, and torch's fused norm wants its weight in the precision of its input;
 - in bfloat16 layers are gathered in it, halving the traffic; gradients are reduced in float32.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -34,6 +36,8 @@ from torch.distributed.tensor import DTensor
 from dtfcli.training.processes import Processes
 
 _SHARDS = "shards"
+_WHOLE = ("router", "prior.norm")
+"""Names of what is not sharded."""
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -110,17 +114,19 @@ class Sharded(Replicated):
         return self.processes.is_main
 
     def prepare(self, objective: nn.Module, build_optimizer: Callable[[], Any]) -> None:
+        # Harmless here: nothing adds in place to what a layer returns.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.processes.device.type, (self.processes.count,))
         model: Any = objective.model
-        self.routers: list[nn.Parameter] = []
+        self.whole: list[nn.Parameter] = []
         half = self.accelerator.mixed_precision == "bf16"
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         for layer in model.model.layers:
             self._materialize(list(layer.modules()))
-            kept = [parameter for name, parameter in layer.named_parameters() if "router" in name]
-            self.routers += kept
+            kept = [p for name, p in layer.named_parameters() if any(part in name for part in _WHOLE)]
+            self.whole += kept
             predictor = getattr(layer, "predictor", None)
             if predictor is not None:  # calibration asks it outside of its layer's forward
                 fully_shard(predictor, mesh=mesh, mp_policy=policy)
@@ -128,7 +134,7 @@ class Sharded(Replicated):
         inside = {module for layer in model.model.layers for module in layer.modules()}
         self._materialize([module for module in objective.modules() if module not in inside])
         model.tie_weights()
-        fully_shard(objective, mesh=mesh, ignored_params=set(self.routers))
+        fully_shard(objective, mesh=mesh, ignored_params=set(self.whole))
         objective.forward = self.accelerator.autocast()(objective.forward)  # type: ignore[method-assign]
         self.objective = self.trained = objective
         self._pass_once()
@@ -159,7 +165,7 @@ class Sharded(Replicated):
         return nullcontext()  # whole gradients are never kept: each micro-batch's are reduced at once
 
     def reduce_gradients(self) -> None:
-        grads = [p.grad for p in self.routers if p.grad is not None]
+        grads = [p.grad for p in self.whole if p.grad is not None]
         if grads:
             flat = torch.cat([grad.flatten() for grad in grads])
             self.processes.average(flat)
@@ -176,7 +182,14 @@ class Sharded(Replicated):
             self.objective.reshard()
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        return get_model_state_dict(self.objective.model, options=_FULL)
+        model = self.objective.model
+        weights = get_model_state_dict(model, options=_FULL)
+        first: dict[int, str] = {}  # tied parameters are one tensor again, so that they are written once
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            same = first.setdefault(id(parameter), name)
+            if weights and same != name:
+                weights[name] = weights[same]
+        return weights
 
     def load_weights(self, folder: Path) -> None:
         weights: dict[str, Any] = {}
