@@ -180,7 +180,7 @@ def test_one_signal_saves_in_all_processes(tmp_path: Path, number: signal.Signal
     assert "Interrupted at step" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert read_state(checkpoint).processes == 2
-    assert not any(member.is_running() for member in members)
+    assert psutil.wait_procs(members, timeout=20)[1] == []
 
 
 @pytest.mark.slow
