@@ -44,7 +44,9 @@ def _work(rank: int, arguments: list[str], processes: int, port: int, folder: st
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        {name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 

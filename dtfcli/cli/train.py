@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,6 +47,15 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check everything, show settings, size and cost of the model, and stop."),
     ] = False,
+    accelerator: Annotated[
+        str,
+        typer.Option(
+            "--accelerator",
+            metavar="NAME",
+            help="For --dry-run --num-processes: a100, h100, h200, or here (measured). Unset: here, without a GPU h100.",
+            show_default=False,
+        ),
+    ] = "",
     json: options.Json = False,
 ) -> None:
     """Train a model: DTF, MoD or dense, from scratch or from a pretrained one.
@@ -58,6 +68,7 @@ def train(
       dtf train quickstart model=mod run.name=mod-run1 training.max_steps=200
       dtf train dtf-smollm2-135m data.sources='[{path="novels.parquet"}]' data.seq_len=512
       dtf train thesis-dtf --dry-run
+      dtf train dtf-qwen2.5-72b --dry-run --num-processes 64 --accelerator h200
       dtf train dtf-qwen2.5-0.5b --num-processes 8
       dtf train --resume outputs/2025-12-01/quickstart
     """
@@ -72,8 +83,10 @@ def train(
     preset, overrides = options.split_preset(arguments)
     settings = load_settings(preset, overrides, config)
     if dry_run:
-        _dry_run(settings, json)
+        _dry_run(settings, num_processes, accelerator, json)
         return
+    if accelerator:
+        raise ConfigError(f"--accelerator {accelerator}: it is for estimates; add --dry-run, or leave it out.")
     if _launched(settings, num_processes):
         return
     _train(settings, None, preset, rename=not _is_named(overrides, config), json=json)
@@ -84,7 +97,9 @@ def _launched(settings: "Settings", processes: int | None) -> bool:
     from_outside = os.environ.get("WORLD_SIZE")
     if from_outside is not None:
         if processes is not None and processes != int(from_outside):
-            raise ConfigError(f"--num-processes {processes}: the launcher started {from_outside}; leave the option out.")
+            raise ConfigError(
+                f"--num-processes {processes}: the launcher started {from_outside}; leave the option out."
+            )
         return False
     if processes is None or processes == 1:
         return False
@@ -146,16 +161,28 @@ def _train(settings: "Settings", resume: Path | None, preset: str | None, *, ren
     render.emit(str(result.final_model_path))
 
 
-def _dry_run(settings: "Settings", json: bool) -> None:
+def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json: bool) -> None:
     from dtfcli.accounting import describe
     from dtfcli.cli import render, train_view
     from dtfcli.devices import compute_dtype, resolve_device
     from dtfcli.factory import build_model
-    from dtfcli.training.plan import plan_run
+    from dtfcli.training.plan import for_processes, plan_run
 
+    if accelerator and processes is None:
+        raise ConfigError(f"--accelerator {accelerator}: how many of them? Add --num-processes N.")
+    scaling = None
     dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
+    model = build_model(settings, meta=True)
+    if processes is not None:
+        from dtfcli.scaling import estimate, find_accelerator
+
+        settings = for_processes(settings, processes)
+        device = find_accelerator(accelerator, settings)
+        # What a data sheet promises is for bfloat16, which "auto" means there.
+        foreign = settings.run.dtype == "auto" and not device.name.endswith("measured")
+        scaling = estimate(model, settings, processes, device, "bfloat16" if foreign else dtype)
     account = describe(
-        build_model(settings, meta=True),
+        model,
         seq_len=settings.data.seq_len,
         micro_batch_size=settings.training.micro_batch_size,
         dtype=dtype,
@@ -169,8 +196,13 @@ def _dry_run(settings: "Settings", json: bool) -> None:
             "tokens_per_update": settings.tokens_per_update,
             "updates": plan.total_steps if plan else None,
         }
+        if scaling is not None:
+            totals = {"bytes_per_device": scaling.bytes_per_device, "seconds_per_update": scaling.seconds_per_update}
+            document["scaling"] = {**asdict(scaling), **totals}
         render.emit_json(document)
         return
     render.emit(settings.to_toml())
-    rows = train_view.account_rows(account, plan, settings)
+    rows = train_view.account_rows(account, plan, settings, processes or 1)
     render.out.print(render.table(["What it costs", "", ""], rows))
+    if scaling is not None:
+        render.out.print(render.table(["On each device", "", ""], train_view.scaling_rows(scaling)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dtfcli.errors import DataError
+from dtfcli.errors import ConfigError, DataError
 from dtfcli.settings import Settings
 
 _EVALUATIONS = 10
@@ -50,8 +50,17 @@ class Plan:
 
 
 def for_processes(settings: Settings, processes: int) -> Settings:
-    """The settings with an update for so many processes: where its size is open, a micro-batch of each."""
+    """The settings with an update for so many processes: where its size is open, a micro-batch of each.
+
+    Raises:
+        ConfigError: an update of the size that is set does not divide by what they take at a time.
+    """
     training = settings.training
+    if training.tokens_per_update is not None:
+        try:
+            settings.accumulation_steps(processes)
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from error
     if processes == 1 or training.tokens_per_update is not None:
         return settings
     tokens = training.micro_batch_size * settings.data.seq_len * processes

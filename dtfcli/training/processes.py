@@ -21,6 +21,7 @@ from torch import Tensor
 from dtfcli.devices import compute_dtype, resolve_device
 from dtfcli.errors import ConfigError, DTFError
 from dtfcli.settings import Settings
+from dtfcli.training.plan import for_processes
 
 T = TypeVar("T")
 
@@ -190,18 +191,7 @@ def check_processes(settings: Settings, count: int) -> None:
             raise ConfigError(
                 f"--num-processes {here}: each needs a {device.type} device, and {found} are here; use at most {found}."
             )
-    problem = _update_problem(settings, count)
-    if problem:
-        raise ConfigError(problem)
-
-
-def _update_problem(settings: Settings, count: int) -> str | None:
-    try:
-        if settings.training.tokens_per_update is not None:
-            settings.accumulation_steps(count)
-    except ValueError as error:
-        return f"{error}."
-    return None
+    for_processes(settings, count)
 
 
 def _forget_accelerate() -> None:

@@ -75,7 +75,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
             moments[-1].append(moment)
         else:
             attempt(run, None)
-    print(json.dumps({"seconds": seconds, "kills": moments}))
+    sys.stdout.write(json.dumps({"seconds": seconds, "kills": moments}))
 
 
 def _new(folder: Path) -> Path:

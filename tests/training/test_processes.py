@@ -240,7 +240,7 @@ def test_evaluation_rows_go_round(rows: int, count: int, size: int) -> None:
     assert len({shared for _, shared in dealt}) == 1
     seen = [np.concatenate(batches)[:, 0].tolist() for batches, _ in dealt]
     everything = text[:, 0].tolist()
-    assert sum(seen, []) == everything if dealt[0][1] else all(mine == everything for mine in seen)
+    assert list(itertools.chain(*seen)) == everything if dealt[0][1] else all(mine == everything for mine in seen)
 
 
 def test_an_open_update_is_a_micro_batch_of_each(tmp_path: Path) -> None:

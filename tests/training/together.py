@@ -41,7 +41,9 @@ def train_in_two(folder: Path, architecture: str, sharding: str) -> dict[str, An
 
 def _train(rank: int, folder: str, architecture: str, sharding: str, port: int) -> None:
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        {name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     os.environ["HF_HUB_OFFLINE"] = "1"
     signal.alarm(240)  # a hang is a failure, not a wait
 
