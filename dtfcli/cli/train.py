@@ -52,7 +52,7 @@ def train(
         typer.Option(
             "--accelerator",
             metavar="NAME",
-            help="For --dry-run --num-processes: a100, h100, h200, or here (measured). Unset: here, without a GPU h100.",
+            help="For --dry-run: a100, h100, h200, or here (measured). Unset: here, or h100 without a GPU.",
             show_default=False,
         ),
     ] = "",

@@ -42,7 +42,7 @@ def _out_of_memory(settings: Settings) -> str:
     training, remedies = settings.training, []
     if training.micro_batch_size > 1:
         half = training.micro_batch_size // 2
-        remedies.append(f"training.micro_batch_size={half} (was {training.micro_batch_size}; updates stay the same)")
+        remedies.append(f"training.micro_batch_size={half} (it was {training.micro_batch_size})")
     if not training.gradient_checkpointing:
         remedies.append("training.gradient_checkpointing=true")
     if world_size() > 1 and training.sharding != "fsdp2":

@@ -1,8 +1,8 @@
 """Where weights, gradients and optimizer states live when several processes train one model.
 
 `Replicated`: everything whole on every device; alone, or as DDP, which averages the gradients. `accelerate` does it.
-`Sharded`: FSDP2 (`torch.distributed.fsdp.fully_shard`). Each layer's parameters are spread over the devices and gathered
-when the layer runs; the main process alone reads the weights and hands them on, a layer at a time.
+`Sharded`: FSDP2 (`torch.distributed.fsdp.fully_shard`). Each layer's parameters are spread over the devices and
+gathered when the layer runs; the main process alone reads the weights and hands them on, a layer at a time.
 
 Choices for FSDP2, which accelerate would silently replace by DDP on CPUs:
 
@@ -135,7 +135,7 @@ class Sharded(Replicated):
         self._materialize([module for module in objective.modules() if module not in inside])
         model.tie_weights()
         fully_shard(objective, mesh=mesh, ignored_params=set(self.whole))
-        objective.forward = self.accelerator.autocast()(objective.forward)  # type: ignore[method-assign]
+        objective.forward = self.accelerator.autocast()(objective.forward)
         self.objective = self.trained = objective
         self._pass_once()
         self.optimizer = build_optimizer()
@@ -183,7 +183,7 @@ class Sharded(Replicated):
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         model = self.objective.model
-        weights = get_model_state_dict(model, options=_FULL)
+        weights: dict[str, Any] = get_model_state_dict(model, options=_FULL)
         first: dict[int, str] = {}  # tied parameters are one tensor again, so that they are written once
         for name, parameter in model.named_parameters(remove_duplicate=False):
             same = first.setdefault(id(parameter), name)
