@@ -20,8 +20,11 @@ from torch import nn
 
 from dtfcli.models.stack import is_added
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+"""Finds the layer in a parameter's name."""
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number, by precision."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: st
         trainable_parameters=sum(p.numel() for _, p in named if p.requires_grad),
         flops_per_token=flops,
         share_of_dense=flops / forward_flops_per_token(model, seq_len, dense=True),
-        training_bytes=_training_bytes(model, seq_len, micro_batch_size, _BYTES[dtype], checkpointing),
+        training_bytes=_training_bytes(model, seq_len, micro_batch_size, BYTES[dtype], checkpointing),
     )
 
 
@@ -95,7 +98,7 @@ def forward_flops_per_token(
         share = shares.get(layer, 1.0)
         flops += attention * share * (1.0 if every_key else share)
     for name, parameter in model.named_parameters():
-        found = _LAYER.search(name)
+        found = LAYER.search(name)
         if found is None:
             continue
         layer = int(found.group(1))
@@ -118,7 +121,15 @@ def routed_shares(config: Any, seq_len: int) -> dict[int, float]:
 
 
 def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointing: bool) -> int:
-    """Weights, gradients and AdamW's two moments in float32, copies for autocast, and saved activations.
+    """Weights, gradients and AdamW's two moments in float32, copies for autocast, and saved activations."""
+    numbers = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = 4 * numbers + 12 * trainable + (width * numbers if width < 4 else 0)
+    return states + activation_bytes(model, seq_len, rows, width, checkpointing=checkpointing)
+
+
+def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpointing: bool) -> int:
+    """Bytes that a micro-batch keeps for its backward pass, and the loss's part.
 
     Activations of a block that the backward pass needs, per token: about 6 vectors of D (residual stream and norms in
     float32 count double), queries, keys, values and their output, and 4 vectors of the feed-forward width; with
@@ -126,10 +137,6 @@ def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointi
     gradient of the head. An estimate: allocators and fused kernels differ.
     """
     config = model.config
-    numbers = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = 4 * numbers + 12 * trainable + (width * numbers if width < 4 else 0)
-
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = head_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     block = width * (heads + 4 * config.intermediate_size) + 4 * 6 * config.hidden_size
@@ -137,4 +144,4 @@ def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointi
     layers = [shares.get(layer, 1.0) for layer in range(config.num_hidden_layers)]
     per_token = 4.0 * config.hidden_size * len(layers) + block if checkpointing else block * sum(layers)
     logits = 4 * min(rows * seq_len * config.vocab_size, 2**25) * 2
-    return int(states + per_token * rows * seq_len + logits + 4 * config.vocab_size * config.hidden_size)
+    return int(per_token * rows * seq_len + logits + 4 * config.vocab_size * config.hidden_size)

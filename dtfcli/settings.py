@@ -239,7 +239,7 @@ class TrainingSettings(Group):
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the data when max_steps is unset.")
     micro_batch_size: Count = Field(8, description="Sequences per forward and backward on each process.")
     tokens_per_update: Count | None = Field(
-        None, description="Tokens per optimizer step, accumulated over micro-batches; unset: one micro-batch."
+        None, description="Tokens per optimizer step, over micro-batches and processes; unset: one micro-batch of each."
     )
     learning_rates: LearningRates = Field(default_factory=LearningRates, description="Peak learning rates.")
     weight_decay: Rate = Field(0.01, description="AdamW's weight decay, of weight matrices alone.")
@@ -258,6 +258,10 @@ class TrainingSettings(Group):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
     compile: bool = Field(False, description="Compile the model with torch.compile.")
+    sharding: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="With several processes: ddp (each holds the whole model) or fsdp2 (each holds a part of it).",
+    )
     eval_every: Count | None = Field(None, description="Steps between evaluations; unset: about ten over the run.")
     log_every: Count = Field(10, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: Count | None = Field(

@@ -22,7 +22,7 @@ LEVELS = [
         *("documents", "sources", "hub_source", "tokenization", "token_cache", "data"),
     ],
     [
-        *("accounting", "training", "generation", "inspection", "benchmark", "evaluation"),
+        *("accounting", "scaling", "training", "generation", "inspection", "benchmark", "evaluation"),
         *("leaks", "eval_results", "model_card", "provenance", "upload", "hub_errors", "hub"),
     ],
     ["cli"],

@@ -19,6 +19,7 @@ NEEDED = {
     "thesis-dtf",
     "thesis-mod",
     "dtf-smollm2-135m",
+    *(f"dtf-qwen2.5-{size}" for size in ("1.5b", "3b", "7b", "14b", "32b", "72b")),
 }
 ROOT = Path(__file__).parents[1]
 

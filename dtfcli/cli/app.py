@@ -72,8 +72,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a γ must not end a command on an ASCII terminal
-    arguments, debug = _clean(sys.argv[1:])
-    sys.exit(_run(arguments, debug))
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line without exiting; returns the exit code."""
+    return _run(*_clean(arguments))
 
 
 def _clean(arguments: list[str]) -> tuple[list[str], bool]:
@@ -83,7 +87,10 @@ def _clean(arguments: list[str]) -> tuple[list[str], bool]:
     for argument in arguments[:end]:
         name, equals, value = argument.partition("=")
         option = name.startswith("--") and "." not in name  # --training.max_steps is a setting, and told so
-        options.append(name.replace("_", "-") + equals + value if option else argument)
+        if argument.startswith("--resume="):  # its value may be left out, so it is an argument of the command
+            options += [name, value]
+        else:
+            options.append(name.replace("_", "-") + equals + value if option else argument)
     return [option for option in options if option != "--debug"] + arguments[end:], "--debug" in options
 
 
@@ -93,7 +100,10 @@ def _run(arguments: list[str], debug: bool) -> int:
         code = app(args=arguments, prog_name="dtf", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        from dtfcli.cli.render import fail
+
+        fail("interrupted.")
+        return 130
     except BrokenPipeError:
         # Whoever read stdout is gone; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,10 +112,6 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             sys.excepthook(type(error), error, error.__traceback__)
         return _report(error, arguments)
-    if code == 130:
-        from dtfcli.cli.render import fail
-
-        fail("interrupted.")
     return code if isinstance(code, int) else 0
 
 

@@ -1,6 +1,8 @@
 """`dtf train`: settings → a run folder with a trained model."""
 
 import os
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,10 +33,29 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with a run that was interrupted: the one named, else the newest."),
     ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes",
+            metavar="N",
+            min=1,
+            help="Train with N processes on this machine, one for each device; unset: 1, or as many as the run had.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check everything, show settings, size and cost of the model, and stop."),
     ] = False,
+    accelerator: Annotated[
+        str,
+        typer.Option(
+            "--accelerator",
+            metavar="NAME",
+            help="For --dry-run: a100, h100, h200, or here (measured). Unset: here, or h100 without a GPU.",
+            show_default=False,
+        ),
+    ] = "",
     json: options.Json = False,
 ) -> None:
     """Train a model: DTF, MoD or dense, from scratch or from a pretrained one.
@@ -47,38 +68,67 @@ def train(
       dtf train quickstart model=mod run.name=mod-run1 training.max_steps=200
       dtf train dtf-smollm2-135m data.sources='[{path="novels.parquet"}]' data.seq_len=512
       dtf train thesis-dtf --dry-run
+      dtf train dtf-qwen2.5-72b --dry-run --num-processes 64 --accelerator h200
+      dtf train dtf-qwen2.5-0.5b --num-processes 8
       dtf train --resume outputs/2025-12-01/quickstart
     """
     if resume:
         if dry_run or config is not None:
             option = "--dry-run" if dry_run else "--config"
             raise ConfigError(f"{option}: a resumed run keeps the settings it began with; leave it out.")
-        _resume(list(arguments or ()), json)
+        _resume(list(arguments or ()), num_processes, json)
         return
     from dtfcli.settings import load_settings
 
     preset, overrides = options.split_preset(arguments)
     settings = load_settings(preset, overrides, config)
     if dry_run:
-        _dry_run(settings, json)
-    else:
-        _train(settings, None, preset, rename=not _is_named(overrides, config), json=json)
+        _dry_run(settings, num_processes, accelerator, json)
+        return
+    if accelerator:
+        raise ConfigError(f"--accelerator {accelerator}: it is for estimates; add --dry-run, or leave it out.")
+    if _launched(settings, num_processes):
+        return
+    _train(settings, None, preset, rename=not _is_named(overrides, config), json=json)
 
 
-def _resume(arguments: list[str], json: bool) -> None:
+def _launched(settings: "Settings", processes: int | None) -> bool:
+    """Start the same command in several processes and wait for them; False: this process is to do the work."""
+    from_outside = os.environ.get("WORLD_SIZE")
+    if from_outside is not None:
+        if processes is not None and processes != int(from_outside):
+            raise ConfigError(
+                f"--num-processes {processes}: the launcher started {from_outside}; leave the option out."
+            )
+        return False
+    if processes is None or processes == 1:
+        return False
+    from dtfcli.cli.launch import launch
+    from dtfcli.training.processes import check_processes
+
+    check_processes(settings, processes)
+    code = launch(sys.argv[1:], processes)
+    if code:
+        raise typer.Exit(code)
+    return True
+
+
+def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
     if overrides:
         raise ConfigError(f"{overrides[0]}: a resumed run keeps the settings it began with; leave it out.")
     if len(arguments) > 1:
         raise ConfigError(f"--resume takes one run folder, not {len(arguments)}: {' '.join(arguments)}.")
     from dtfcli.overrides import environment_name
-    from dtfcli.training.runs import newest_run, run_settings
+    from dtfcli.training.runs import newest_run, processes_of, run_settings
 
-    if arguments:
+    if arguments and arguments[0]:
         folder = Path(arguments[0])
     else:
         folder = newest_run(Path(os.environ.get(environment_name("run.output_dir"), "outputs")))
-    _train(run_settings(folder), folder, None, rename=False, json=json)
+    settings = run_settings(folder)
+    if not _launched(settings, processes or processes_of(folder)):
+        _train(settings, folder, None, rename=False, json=json)
 
 
 def _is_named(overrides: list[str], config: Path | None) -> bool:
@@ -94,6 +144,11 @@ def _is_named(overrides: list[str], config: Path | None) -> bool:
 def _train(settings: "Settings", resume: Path | None, preset: str | None, *, rename: bool, json: bool) -> None:
     from dtfcli.cli import render, train_view
 
+    if int(os.environ.get("RANK") or 0):  # one of several, which has nothing to say
+        from dtfcli.training.loop import train as run_training
+
+        run_training(settings, resume=resume, rename=rename)
+        return
     with train_view.view_of(settings) as view:
         # Inside, so that there is something to see while torch and Transformers load.
         from dtfcli.training.loop import train as run_training
@@ -106,16 +161,28 @@ def _train(settings: "Settings", resume: Path | None, preset: str | None, *, ren
     render.emit(str(result.final_model_path))
 
 
-def _dry_run(settings: "Settings", json: bool) -> None:
+def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json: bool) -> None:
     from dtfcli.accounting import describe
     from dtfcli.cli import render, train_view
     from dtfcli.devices import compute_dtype, resolve_device
     from dtfcli.factory import build_model
-    from dtfcli.training.plan import plan_run
+    from dtfcli.training.plan import for_processes, plan_run
 
+    if accelerator and processes is None:
+        raise ConfigError(f"--accelerator {accelerator}: how many of them? Add --num-processes N.")
+    scaling = None
     dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
+    model = build_model(settings, meta=True)
+    if processes is not None:
+        from dtfcli.scaling import estimate, find_accelerator
+
+        settings = for_processes(settings, processes)
+        device = find_accelerator(accelerator, settings)
+        # What a data sheet promises is for bfloat16, which "auto" means there.
+        foreign = settings.run.dtype == "auto" and not device.name.endswith("measured")
+        scaling = estimate(model, settings, processes, device, "bfloat16" if foreign else dtype)
     account = describe(
-        build_model(settings, meta=True),
+        model,
         seq_len=settings.data.seq_len,
         micro_batch_size=settings.training.micro_batch_size,
         dtype=dtype,
@@ -129,8 +196,13 @@ def _dry_run(settings: "Settings", json: bool) -> None:
             "tokens_per_update": settings.tokens_per_update,
             "updates": plan.total_steps if plan else None,
         }
+        if scaling is not None:
+            totals = {"bytes_per_device": scaling.bytes_per_device, "seconds_per_update": scaling.seconds_per_update}
+            document["scaling"] = {**asdict(scaling), **totals}
         render.emit_json(document)
         return
     render.emit(settings.to_toml())
-    rows = train_view.account_rows(account, plan, settings)
+    rows = train_view.account_rows(account, plan, settings, processes or 1)
     render.out.print(render.table(["What it costs", "", ""], rows))
+    if scaling is not None:
+        render.out.print(render.table(["On each device", "", ""], train_view.scaling_rows(scaling)))

@@ -17,6 +17,7 @@ from dtfcli.cli.render import err, note, warn
 
 if TYPE_CHECKING:
     from dtfcli.accounting import Account
+    from dtfcli.scaling import Scaling
     from dtfcli.settings import Settings
     from dtfcli.training.loop import TrainResult
     from dtfcli.training.plan import Plan
@@ -217,7 +218,9 @@ def next_commands(model: Path, settings: "Settings", preset: str | None) -> list
     return commands
 
 
-def account_rows(account: "Account", plan: "Plan | None", settings: "Settings") -> list[tuple[str, str, str]]:
+def account_rows(
+    account: "Account", plan: "Plan | None", settings: "Settings", processes: int = 1
+) -> list[tuple[str, str, str]]:
     """The rows of a dry run's account: name, figure, remark."""
     seq_len = settings.data.seq_len
     updates = "follows from the data (training.epochs)"
@@ -227,10 +230,40 @@ def account_rows(account: "Account", plan: "Plan | None", settings: "Settings") 
         ("trainable", _count(account.trainable_parameters), ""),
         ("FLOPs per token", _count(account.flops_per_token), f"one forward pass at {seq_len} tokens"),
         ("share of dense", f"{account.share_of_dense:.3f}", "of those FLOPs"),
-        ("memory", f"{account.training_bytes / 2**30:.1f} GiB", "estimate for training"),
-        ("tokens per update", f"{settings.tokens_per_update:,}", f"{settings.accumulation_steps()} micro-batches"),
+        ("memory", f"{account.training_bytes / 2**30:.1f} GiB", "estimate for training on one device"),
+        (
+            "tokens per update",
+            f"{settings.tokens_per_update:,}",
+            f"{settings.accumulation_steps(processes)} micro-batches",
+        ),
         ("updates", f"{plan.total_steps:,}" if plan else "–", "" if plan else updates),
         ("tokens", _count(plan.total_steps * plan.tokens_per_update) if plan else "–", "in all" if plan else ""),
+    ]
+
+
+def scaling_rows(scaling: "Scaling") -> list[tuple[str, str, str]]:
+    """The rows of a dry run for several processes: what each device holds and does."""
+    device = scaling.accelerator
+    fits = (
+        "" if device.memory is None else f"{'fits' if scaling.fits else 'does not fit'} in {device.memory / 1e9:.0f} GB"
+    )
+    peaks = f"{device.flops / 1e12:.1f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s"
+    gibibytes = {
+        "weights": scaling.weights,
+        "gradients": scaling.gradients,
+        "AdamW": scaling.optimizer,
+        "gathered" if scaling.sharding == "fsdp2" else "copies": scaling.copies,
+        "activations": scaling.activations,
+    }
+    parts = ", ".join(f"{name} {part / 2**30:.1f}" for name, part in gibibytes.items() if part)
+    parts += f"; {fits}" if fits else ""
+    exchange = scaling.exchange_seconds
+    seconds = [f"compute {scaling.compute_seconds:.3g}", f"memory {scaling.traffic_seconds:.3g}"]
+    seconds.append("exchange not counted" if exchange is None else f"exchange {exchange:.3g}")
+    return [
+        ("devices", str(scaling.processes), f"{device.name}: {peaks}; {scaling.sharding}"),
+        ("memory", f"{scaling.bytes_per_device / 2**30:.1f} GiB", parts),
+        ("update", f"{scaling.seconds_per_update:.3g} s", f"at best, the largest of {', '.join(seconds)}"),
     ]
 
 

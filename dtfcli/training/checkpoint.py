@@ -1,9 +1,9 @@
 """Checkpoints that a run can be resumed from, and folders that appear whole or not at all.
 
-Choices: `accelerate` writes and reads the states (weights as safetensors, the rest loaded with weights_only), so that
-sharded runs need nothing else; ours is that a checkpoint is written beside its place, hashed, and then renamed. A kill
-at any moment leaves the previous checkpoints as they were; a file damaged later is noticed by its hash and the
-checkpoint before it is used.
+Choices: `accelerate` writes and reads the states (weights as safetensors, the rest loaded with weights_only), for
+sharded runs torch's distributed checkpoints do; ours is that a checkpoint is written beside its place, hashed, and
+then renamed. A kill at any moment leaves the previous checkpoints as they were; a file damaged later is noticed by
+its hash and the checkpoint before it is used.
 """
 
 import errno
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class TrainingState:
         best_step, best_loss: of the best evaluation after the start; -1 and None: none yet.
         metrics_bytes: length of metrics.jsonl at this point.
         data: fingerprint of the tokenized data.
+        processes: how many trained; another number goes on from the same weights, but not bit for bit.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class TrainingState:
     best_loss: float | None = None
     metrics_bytes: int = 0
     data: str = ""
+    processes: int = 1
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def explained_write_errors(folder: Path) -> Iterator[None]:
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill beside `folder`, which takes its place when the block ends without an error."""
-    partial, previous = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.previous")
+    partial, previous = _partial(folder), folder.with_name(f".{folder.name}.previous")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with explained_write_errors(folder.parent):
@@ -88,6 +90,20 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def shared_folder(folder: Path, processes: Any) -> Iterator[Path]:
+    """As `replaced_folder`, for several processes that fill it together; all go on when it has its place."""
+    with replaced_folder(folder) if processes.is_main else nullcontext(_partial(folder)) as partial:
+        processes.wait()
+        with explained_write_errors(folder.parent):
+            yield partial
+    processes.wait()
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def tidy_folders(parent: Path) -> None:
@@ -110,25 +126,30 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def save_checkpoint(accelerator: Any, run_dir: Path, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`.
+def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int, processes: Any) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`; every process takes part.
 
     Args:
-        accelerator: holds model, optimizer and scaler.
+        states: saves model, optimizer and random generators into a folder (`sharding`).
         run_dir: the run folder.
         state: where the run stands.
         keep: checkpoints to keep, at least 1.
+        processes: of the run.
 
     Raises:
         DTFError: the folder cannot be written to.
     """
     folder = checkpoint_folder(run_dir, state.step)
-    with replaced_folder(folder) as partial:
-        accelerator.save_state(str(partial))
-        hashes = {path.name: _hash(path) for path in sorted(partial.iterdir())}
-        (partial / STATE_FILE).write_text(json.dumps({"state": asdict(state), "sha256": hashes}, indent=2))
-    for old in list_checkpoints(run_dir)[max(1, keep) :]:
-        shutil.rmtree(old, ignore_errors=True)
+    with shared_folder(folder, processes) as partial:
+        states.save(partial)
+        processes.wait()
+        if processes.is_main:
+            files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+            hashes = {path.relative_to(partial).as_posix(): _hash(path) for path in files}
+            (partial / STATE_FILE).write_text(json.dumps({"state": asdict(state), "sha256": hashes}, indent=2))
+    if processes.is_main:
+        for old in list_checkpoints(run_dir)[max(1, keep) :]:
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -161,11 +182,6 @@ def read_state(folder: Path) -> TrainingState:
         if _hash(path) != expected:
             raise ValueError(f"{name} does not match its hash")
     return state
-
-
-def load_checkpoint(accelerator: Any, folder: Path) -> None:
-    """Put a checkpoint's weights, optimizer, scaler and random generators into the prepared objects."""
-    accelerator.load_state(str(folder))
 
 
 def _hash(path: Path) -> str:

@@ -19,6 +19,8 @@ class StopSignal:
 
     def __init__(self, on_request: Callable[[], Any]) -> None:
         self.requested = False
+        self.agree: Callable[[bool], bool] = bool
+        """Whether any process of the run was asked; all of them call it at the same places."""
         self._on_request = on_request
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -41,8 +43,8 @@ class StopSignal:
             self._on_request()
 
     def check(self) -> None:
-        """Raise `StopRequested` when a signal has come."""
-        if self.requested:
+        """Raise `StopRequested` when a signal has come, to whichever process."""
+        if self.agree(self.requested):
             raise StopRequested
 
     def between(self, items: Iterable[Item]) -> Iterator[Item]:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model as load_weights
 
 from dtfcli.accounting import forward_flops_per_token
 from dtfcli.data import update_indices
@@ -30,13 +29,15 @@ from dtfcli.settings import Settings
 from dtfcli.training.after import evaluate_final, plan_evaluation
 from dtfcli.training.checkpoint import (
     list_checkpoints,
-    replaced_folder,
     save_checkpoint,
+    shared_folder,
 )
 from dtfcli.training.curves import draw_curves
+from dtfcli.training.failures import explained_failures
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import Plan
+from dtfcli.training.processes import is_main_process
 from dtfcli.training.publishing import is_logged_in, push_final_model
 from dtfcli.training.runs import CURVES_FILE
 from dtfcli.training.setup import Run, setup
@@ -102,25 +103,34 @@ def train(
         ConfigError, DataError, CheckpointError, HubError: the input is wrong.
         DTFError: the run folder cannot be written.
     """
-    emit = on_event or (lambda event: None)
+    emit = on_event if on_event and is_main_process() else _tell_nobody
     evaluation = plan_evaluation(settings)
     stop = StopSignal(lambda: emit(Event("warning", "Stopping after this step; Ctrl-C again stops at once.")))
-    run = setup(settings, resume, rename, emit, stop)
-    with stop:
-        try:
-            fit(run)
-            result = finish(run)
-        except StopRequested:
-            checkpoint = _save_checkpoint(run)
-            _draw_curves(run, at_once=True)
-            raise TrainingInterrupted(
-                f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
-                f"Go on with: dtf train --resume {run.folder}"
-            ) from None
+    with explained_failures(settings):
+        run = setup(settings, resume, rename, emit, stop)
+        with stop:
+            try:
+                fit(run)
+                result = finish(run)
+            except StopRequested:
+                checkpoint = _save_checkpoint(run)
+                _draw_curves(run, at_once=True)
+                run.processes.wait()
+                raise TrainingInterrupted(
+                    f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
+                    f"Go on with: dtf train --resume {run.folder}"
+                ) from None
+        run.processes.leave()
+    if not run.processes.is_main:
+        return result
     if evaluation is not None:
         result = replace(result, evaluation=evaluate_final(settings, evaluation, run.folder, emit))
     # After the benchmarks, so that the card shows them.
     return replace(result, hub_url=push_final_model(settings.hub, result.final_model_path, emit))
+
+
+def _tell_nobody(event: Event) -> None:
+    """The listener of processes that are not the main one."""
 
 
 def fit(run: Run) -> None:
@@ -165,23 +175,42 @@ def update(run: Run) -> dict[str, Any]:
     run.objective.train()
     run.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Any] = {}
-    for part in plan.micro_batches(rows):
-        input_ids = to_batch(run.data.train[part], run.accelerator.device)
-        losses = run.objective(input_ids, plan.targets_per_update, output_routing=_is_logged(plan, step + 1))
-        run.accelerator.backward(losses.loss)
-        parts = {
+    processes, states = run.processes, run.states
+    parts = plan.micro_batches(rows, processes.rank, processes.count)
+    # Gradients and losses are averaged over processes afterwards: each sums up a mean over its own part.
+    targets = plan.targets_per_update // processes.count
+    for place, part in enumerate(parts, 1):
+        input_ids = to_batch(run.data.train[part], processes.device)
+        with states.accumulating(is_last=place == len(parts)):
+            losses = states.trained(input_ids, targets, output_routing=_is_logged(plan, step + 1))
+            run.accelerator.backward(losses.loss)
+        values = {
             "train/loss": losses.lm_loss,
             "train/prior_loss": losses.prior_loss,
             "train/router_loss": losses.router_loss,
             **(losses.routing or {}),
         }
-        for name, value in parts.items():
+        for name, value in values.items():
             if value is not None:
                 sums[name] = sums.get(name, 0.0) + value.detach()
+    states.reduce_gradients()
+    sums = processes.mean(sums)
+    if run.objective.routed:
+        _average_thresholds(run)
     metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
     _check_finite(run, metrics)
     run.optimizer.step()
     return metrics | sums | {f"lr/{name}": rate for name, rate in rates.items()}
+
+
+def _average_thresholds(run: Run) -> None:
+    """Give all processes the mean of the thresholds that each has tracked on its own rows."""
+    if run.processes.count > 1:
+        tracked = [router.thresholds for router in run.model.model.routers.values()]
+        together = torch.stack([thresholds[0] for thresholds in tracked])
+        run.processes.average(together)
+        for thresholds, mean in zip(tracked, together, strict=True):
+            thresholds[0] = mean
 
 
 def _choose_training_routing(run: Run) -> None:
@@ -202,8 +231,7 @@ def _clip_gradients(run: Run) -> float:
     for name in GROUPS:
         members = [p for group in run.optimizer.param_groups if group["name"] == name for p in group["params"]]
         if members:
-            norm = run.accelerator.clip_grad_norm_(members, run.settings.training.gradient_clip)
-            squares += norm.item() ** 2
+            squares += run.states.clip(members, run.settings.training.gradient_clip) ** 2
     return math.sqrt(squares)
 
 
@@ -242,6 +270,7 @@ def evaluate(run: Run) -> dict[str, float]:
             bytes_per_token=run.data.validation_bytes_per_token,
             device=run.accelerator.device,
             between=run.stop.between,
+            processes=run.processes,
         )
         _check_finite(run, {"val/loss": metrics["val/loss"]})
         once = {"val/unigram": run.data.validation_unigram} if state.evaluated_step < 0 else {}
@@ -269,8 +298,9 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
         run.data.train, min(most, tokens or most), run.plan.micro_batch_size, run.settings.run.seed
     )
     # In the precision that the losses are measured in: thresholds are quantiles of its scores.
-    with run.accelerator.autocast():
+    with run.accelerator.autocast(), run.states.outside():
         run.model.calibrate(batches, capacities=capacities)
+    run.processes.share([table for name, table in run.model.named_buffers() if "thresholds" in name])
 
 
 def finish(run: Run) -> TrainResult:
@@ -302,8 +332,7 @@ def finish(run: Run) -> TrainResult:
 def _complete_best_model(run: Run) -> None:
     """Calibrate a best model from the way, saved with thresholds of its own capacity alone, for any capacity."""
     final = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    weights = run.folder / "best_model" / "model.safetensors"
-    load_weights(run.model, weights, device=str(run.accelerator.device))
+    run.states.load_weights(run.folder / "best_model")
     calibrate(run)
     _save_model(run, "best_model")
     run.model.load_state_dict(final)
@@ -316,7 +345,7 @@ def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tup
     run.tell("phase", "Writing a sample")
     run.objective.eval()
     torch.manual_seed(run.settings.run.seed)
-    with run.accelerator.autocast(), _causal_routing(run.model, run.objective.routed):
+    with run.accelerator.autocast(), run.states.outside(), _causal_routing(run.model, run.objective.routed):
         written = run.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=True, temperature=0.5
         )[0]
@@ -336,22 +365,27 @@ def _causal_routing(model: Any, routed: bool) -> Iterator[None]:
 def _save_checkpoint(run: Run) -> Path:
     run.state.metrics_bytes = run.log.bytes
     with quiet_libraries():
-        folder = save_checkpoint(run.accelerator, run.folder, run.state, run.settings.training.keep_checkpoints)
+        folder = save_checkpoint(
+            run.states, run.folder, run.state, run.settings.training.keep_checkpoints, run.processes
+        )
     run.tell("checkpoint", str(folder))
     return folder
 
 
 def _save_model(run: Run, name: str) -> Path:
     """A model folder: weights in float32, configuration, tokenizer and, for routed models, their code."""
-    folder = run.folder / name
-    with quiet_libraries(), replaced_folder(folder) as partial:
-        run.model.save_pretrained(partial)
-        run.tokenizer.save_pretrained(partial)
+    folder, weights = run.folder / name, run.states.whole_weights()
+    with quiet_libraries(), shared_folder(folder, run.processes) as partial:
+        if run.processes.is_main:
+            run.model.save_pretrained(partial, state_dict=weights)
+            run.tokenizer.save_pretrained(partial)
     return folder
 
 
 def _draw_curves(run: Run, at_once: bool = False) -> None:
     """Redraw curves.png, now and then: a picture takes about as long as some updates."""
+    if not run.processes.is_main:
+        return
     if at_once or time.monotonic() - run.curves_drawn_at > _CURVES_EVERY_SECONDS:
         draw_curves(read_metrics(run.log.path), run.folder / CURVES_FILE, run.settings.run.name)
         run.curves_drawn_at = time.monotonic()

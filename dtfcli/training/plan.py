@@ -4,12 +4,11 @@ A pure function of the settings and the number of rows, so that a resumed run wo
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from dtfcli.errors import DataError
+from dtfcli.errors import ConfigError, DataError
 from dtfcli.settings import Settings
 
 _EVALUATIONS = 10
@@ -40,10 +39,32 @@ class Plan:
         """Predicted tokens of an update: all but the first of each row."""
         return self.rows_per_update * (self.seq_len - 1)
 
-    def micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """An update's rows in parts of `micro_batch_size`; the last may be smaller."""
-        for start in range(0, len(rows), self.micro_batch_size):
-            yield rows[start : start + self.micro_batch_size]
+    def micro_batches(self, rows: np.ndarray, rank: int = 0, processes: int = 1) -> list[np.ndarray]:
+        """One process's rows of an update in parts of `micro_batch_size`; the last may be smaller.
+
+        Processes take equal parts of the rows, one after the other: the update is the same however many there are.
+        """
+        each = len(rows) // processes
+        mine = rows[rank * each : (rank + 1) * each]
+        return [mine[start : start + self.micro_batch_size] for start in range(0, each, self.micro_batch_size)]
+
+
+def for_processes(settings: Settings, processes: int) -> Settings:
+    """The settings with an update for so many processes: where its size is open, a micro-batch of each.
+
+    Raises:
+        ConfigError: an update of the size that is set does not divide by what they take at a time.
+    """
+    training = settings.training
+    if training.tokens_per_update is not None:
+        try:
+            settings.accumulation_steps(processes)
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from error
+    if processes == 1 or training.tokens_per_update is not None:
+        return settings
+    tokens = training.micro_batch_size * settings.data.seq_len * processes
+    return settings.model_copy(update={"training": training.model_copy(update={"tokens_per_update": tokens})})
 
 
 def plan_run(settings: Settings, train_rows: int | None) -> Plan | None:

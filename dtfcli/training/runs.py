@@ -1,13 +1,14 @@
 """Run folders: OUTPUT_DIR/<date>/<name>/, never overwritten, found again by their settings.toml."""
 
 import datetime
+import json
 import os
 import tomllib
 from pathlib import Path
 
 from dtfcli.errors import CheckpointError, ConfigError, did_you_mean
 from dtfcli.settings import Settings
-from dtfcli.training.checkpoint import explained_write_errors
+from dtfcli.training.checkpoint import STATE_FILE, explained_write_errors, list_checkpoints
 
 SETTINGS_FILE = "settings.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -70,6 +71,16 @@ def run_settings(folder: Path) -> Settings:
         return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, the run cannot be resumed. Start a new one.") from error
+
+
+def processes_of(run: Path) -> int | None:
+    """How many processes trained a run up to its newest checkpoint that can be read; None: there is none."""
+    for folder in list_checkpoints(run):
+        try:
+            return int(json.loads((folder / STATE_FILE).read_text())["state"]["processes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def newest_run(output_dir: Path) -> Path:

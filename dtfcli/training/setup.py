@@ -1,7 +1,7 @@
 """Everything a run needs, built and checked before the first step."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from dtfcli.data import TokenizedData, prepare_data
-from dtfcli.devices import compute_dtype, resolve_device
+from dtfcli.devices import compute_dtype
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.factory import build_model, build_tokenizer
 from dtfcli.settings import Settings
-from dtfcli.training.checkpoint import TrainingState, find_checkpoint, load_checkpoint, tidy_folders
+from dtfcli.training.checkpoint import TrainingState, find_checkpoint, tidy_folders
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
-from dtfcli.training.plan import Plan, plan_run
+from dtfcli.training.plan import Plan, for_processes, plan_run
+from dtfcli.training.processes import Processes, connect
 from dtfcli.training.runs import METRICS_FILE, create_run_folder, new_run_folder
+from dtfcli.training.sharding import Replicated, Sharded
 from dtfcli.training.tracking import Event, Listener, MetricsLog, Stopwatch, matmul_peak
 from dtfcli.training.validation import evaluation_rows
-
-_MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass
@@ -36,6 +35,8 @@ class Run:
     plan: Plan
     folder: Path
     accelerator: Accelerator
+    processes: Processes
+    states: Replicated
     objective: Any
     model: Any
     optimizer: Any
@@ -68,67 +69,52 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
     """Build everything, check what can be checked, and make or reopen the run folder."""
     if resume is not None and (resume / "final_model").exists():
         raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / 'final_model'}.")
-    folder = resume or new_run_folder(settings, rename=rename)
-    accelerator = _accelerator(settings)
+    accelerator, processes = connect(settings)
+    settings = for_processes(settings, processes.count)
+    stop.agree = processes.any
+    folder = processes.from_main(lambda: resume or new_run_folder(settings, rename=rename))
 
     def progress(message: str, fraction: float | None) -> None:
         emit(Event("phase", message, fraction=fraction))
 
-    progress("Preparing the tokenizer", None)
-    tokenizer = build_tokenizer(settings, on_progress=progress)
-    progress("Building the model", None)
-    model = build_model(settings, tokenizer=tokenizer)
-    _check_length(settings, model)
-    data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
+    states = (Sharded if settings.training.sharding == "fsdp2" else Replicated)(accelerator, processes)
+    # The first process of a machine fills the caches, the others read them.
+    with accelerator.local_main_process_first():
+        progress("Preparing the tokenizer", None)
+        tokenizer = build_tokenizer(settings, on_progress=progress)
+        progress("Building the model", None)
+        model = build_model(settings, tokenizer=tokenizer, meta=not states.needs_weights)
+        _check_length(settings, model)
+        data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
     plan = plan_run(settings, len(data.train))
     assert plan is not None, "known once the rows are"
 
-    torch.manual_seed(settings.run.seed)
-    objective = _objective(settings, model).to(accelerator.device)
-    training = settings.training
-    groups = parameter_groups(
-        model.named_parameters(),
-        training.learning_rates.model_dump(),
-        training.weight_decay,
-        training.decay_router_scalars,
-    )
-    optimizer = build_optimizer(groups, (training.betas[0], training.betas[1]))
-    objective, optimizer = accelerator.prepare(objective, optimizer)
+    torch.manual_seed(settings.run.seed + processes.rank)  # each drops out other numbers
+    states.prepare(_objective(settings, model), lambda: _optimizer(settings, model))
 
-    state = TrainingState(data=data.fingerprint)
+    state = TrainingState(data=data.fingerprint, processes=processes.count)
     if resume is None:
-        create_run_folder(folder, settings)
+        processes.from_main(lambda: create_run_folder(folder, settings))
     else:
-        state = _restore(folder, accelerator, state, emit)
+        state = _restore(folder, states, state, emit)
     return Run(
         settings=settings,
         plan=plan,
         folder=folder,
         accelerator=accelerator,
-        objective=objective,
+        processes=processes,
+        states=states,
+        objective=states.objective,
         model=model,
-        optimizer=optimizer,
+        optimizer=states.optimizer,
         tokenizer=tokenizer,
         data=data,
-        log=MetricsLog(folder / METRICS_FILE, keep_bytes=state.metrics_bytes),
+        log=MetricsLog(folder / METRICS_FILE, keep_bytes=state.metrics_bytes, writes=processes.is_main),
         state=state,
         emit=emit,
         stop=stop,
         peak_flops=matmul_peak(accelerator.device, compute_dtype(settings.run.dtype, accelerator.device)),
     )
-
-
-def _accelerator(settings: Settings) -> Accelerator:
-    device = resolve_device(settings.run.device)
-    dtype = compute_dtype(settings.run.dtype, device)
-    if dtype == torch.float16 and device.type == "cpu":
-        raise ConfigError("run.dtype = 'float16': the CPU does not train in it; use bfloat16, float32 or auto.")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    # accelerate keeps one state per process and refuses another precision: a second run starts afresh.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return Accelerator(mixed_precision=_MIXED_PRECISION[dtype], cpu=device.type == "cpu")
 
 
 def _objective(settings: Settings, model: Any) -> Objective:
@@ -142,6 +128,17 @@ def _objective(settings: Settings, model: Any) -> Objective:
     return objective
 
 
+def _optimizer(settings: Settings, model: Any) -> torch.optim.AdamW:
+    training = settings.training
+    groups = parameter_groups(
+        model.named_parameters(),
+        training.learning_rates.model_dump(),
+        training.weight_decay,
+        training.decay_router_scalars,
+    )
+    return build_optimizer(groups, (training.betas[0], training.betas[1]))
+
+
 def _check_length(settings: Settings, model: Any) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and settings.data.seq_len > longest:
@@ -150,11 +147,15 @@ def _check_length(settings: Settings, model: Any) -> None:
         )
 
 
-def _restore(folder: Path, accelerator: Accelerator, start: TrainingState, emit: Listener) -> TrainingState:
+def _restore(folder: Path, states: Replicated, start: TrainingState, emit: Listener) -> TrainingState:
     """Load the newest undamaged checkpoint; without any, the run begins again."""
-    tidy_folders(folder)
-    tidy_folders(folder / "checkpoints")
-    found = find_checkpoint(folder, lambda message: emit(Event("warning", message)))
+
+    def find() -> tuple[Path, TrainingState] | None:
+        tidy_folders(folder)
+        tidy_folders(folder / "checkpoints")
+        return find_checkpoint(folder, lambda message: emit(Event("warning", message)))
+
+    found = states.processes.from_main(find)
     if found is None:
         emit(Event("warning", f"{folder} has no usable checkpoint: starting from the beginning."))
         return start
@@ -163,6 +164,9 @@ def _restore(folder: Path, accelerator: Accelerator, start: TrainingState, emit:
         raise DataError(
             f"{folder}: data.sources have changed since this run began, so it cannot be resumed. Start a new run."
         )
-    load_checkpoint(accelerator, checkpoint)
+    if state.processes != start.processes:
+        message = f"{state.processes} processes have trained this run and {start.processes} go on: not bit for bit."
+        emit(Event("warning", message))
+    states.load(checkpoint)
     emit(Event("phase", f"Resuming from {checkpoint}"))
-    return state
+    return replace(state, processes=start.processes)

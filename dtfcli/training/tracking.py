@@ -42,21 +42,28 @@ Listener = Callable[[Event], None]
 class MetricsLog:
     """Appends lines to metrics.jsonl, each whole and flushed."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Open the log; what lies beyond `keep_bytes` was written after the checkpoint being resumed, and goes."""
-        self.path = path
+    def __init__(self, path: Path, keep_bytes: int = 0, writes: bool = True) -> None:
+        """Open the log; what lies beyond `keep_bytes` was written after the checkpoint being resumed, and goes.
+
+        Without `writes`, in a process that is not the main one, nothing is opened or written.
+        """
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         with explained_write_errors(path.parent):
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line."""
+        if not self.writes:
+            return
         with explained_write_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
 
     @property
     def bytes(self) -> int:
-        return self.path.stat().st_size
+        return self.path.stat().st_size if self.writes else 0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,19 @@
 """What a run measures on held-out text, and the calibration of thresholds on training text."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from math import log
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtfcli.shares import measured_shares
+from dtfcli.shares import ShareMeter, measured_shares
+from dtfcli.training.processes import Processes
 
 Between = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
+
+ALONE = Processes()
 
 
 def to_batch(rows: np.ndarray, device: torch.device) -> Tensor:
@@ -25,14 +28,31 @@ def evaluation_rows(validation: np.ndarray, count: int) -> np.ndarray:
     return validation[np.linspace(0, len(validation) - 1, count).astype(np.int64)]
 
 
+def batches_for(rows: np.ndarray, batch_size: int, processes: Processes) -> tuple[list[np.ndarray], bool]:
+    """This process's batches of an evaluation, and whether the processes have parts of the rows (else each has all).
+
+    All processes get the same number of batches, none of them empty, because each forward is a meeting of all.
+    """
+    count = processes.count
+    steps = math.ceil(math.ceil(len(rows) / count) / batch_size)
+    if count == 1 or steps > len(rows) // count:  # too few rows to go round
+        return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)], False
+    return np.array_split(np.array_split(rows, count)[processes.rank], steps), True
+
+
 @torch.no_grad()
-def mean_loss(objective: Any, rows: np.ndarray, batch_size: int, device: torch.device, between: Between) -> float:
+def mean_loss(
+    objective: Any, rows: np.ndarray, batch_size: int, device: torch.device, between: Between, processes: Processes
+) -> float:
     """Cross-entropy per target in nats, in the model's present routing mode."""
     targets = rows.shape[0] * (rows.shape[1] - 1)
     total = torch.zeros((), device=device)
-    starts = range(0, len(rows), batch_size)
-    for batch in between(rows[start : start + batch_size] for start in starts):
+    batches, shared = batches_for(rows, batch_size, processes)
+    for batch in between(batches):
         total += objective(to_batch(batch, device), targets).lm_loss
+    if shared:
+        processes.average(total)
+        total *= processes.count
     return total.item()
 
 
@@ -44,6 +64,7 @@ def validate(
     bytes_per_token: float,
     device: torch.device,
     between: Between,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """The losses of an evaluation under the names of metrics.jsonl.
 
@@ -58,19 +79,20 @@ def validate(
         bytes_per_token: of the validation text, for bits per byte.
         device: of the model.
         between: wraps the batches, to stop between two of them.
+        processes: that share the rows; all of them get the same result.
     """
     objective.eval()
     model = objective.model
 
     def loss_by(mode: str) -> float:
         with model.routing_mode(mode):
-            return mean_loss(objective, rows, batch_size, device, between)
+            return mean_loss(objective, rows, batch_size, device, between, processes)
 
     metrics: dict[str, float] = {}
     if objective.routed:
         with measured_shares(model) as meter:
             loss = loss_by(model.causal_routing)
-        shares = meter.read()
+        shares = _of_all(meter, processes).read()
         metrics["val/loss_topk"] = loss_by("topk")
         metrics["val/loss_gap"] = loss - metrics["val/loss_topk"]
         if model.config.has_predictor:
@@ -79,8 +101,18 @@ def validate(
         metrics |= {f"val/routed_share/{name}": share for name, share in shares.by_position.items()}
         metrics |= {f"router/{layer}/routed_share": share for layer, share in shares.by_layer.items()}
     else:
-        loss = mean_loss(objective, rows, batch_size, device, between)
-    return {"val/loss": loss, "val/bits_per_byte": loss / log(2) / bytes_per_token, **metrics}
+        loss = mean_loss(objective, rows, batch_size, device, between, processes)
+    return {"val/loss": loss, "val/bits_per_byte": loss / math.log(2) / bytes_per_token, **metrics}
+
+
+def _of_all(meter: ShareMeter, processes: Processes) -> ShareMeter:
+    """What the meters of all processes have counted; rows that all of them saw count alike in each."""
+    if processes.count == 1:
+        return meter
+    total = ShareMeter()
+    for counts in processes.gather(meter.counts()):
+        total.add_counts(counts)
+    return total
 
 
 def calibration_rows(total_rows: int, seq_len: int, tokens: int, seed: int) -> list[tuple[int, int]]:

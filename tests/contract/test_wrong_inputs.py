@@ -92,6 +92,21 @@ TRAIN = [
     (f"train quickstart {SOURCES % 'empty.txt'}", ["empty.txt"]),
     ("train --resume nowhere", ["nowhere"]),
     ("train --resume", ["outputs"]),
+    ("train --resume=nowhere", ["nowhere"]),
+    ("train --resume= --num-processes 2", ["outputs"]),
+    ("train quickstart --num-processes 0", ["'--num-processes'", "0"]),
+    ("train quickstart --num-processes many", ["'--num-processes'", "many"]),
+    (
+        "train quickstart --num-processes 3 training.tokens_per_update=4096",
+        ["training.tokens_per_update = 4096", "× processes", "the smallest is 6144"],
+    ),
+    ("train dtf-qwen2.5-0.5b --num-processes 3 --dry-run", ["training.tokens_per_update = 1048576", "× processes"]),
+    ("train quickstart run.device=cuda:1 --num-processes 2", ["cuda:1"]),
+    ("train quickstart training.sharding=fsdp2", ["training.sharding = 'fsdp2'", "--num-processes N"]),
+    ("train quickstart training.sharding=fsdp", ["training.sharding", "fsdp2"]),
+    ("train quickstart --accelerator h100", ["--accelerator h100", "--dry-run"]),
+    ("train quickstart --dry-run --accelerator h100", ["--accelerator h100", "--num-processes N"]),
+    ("train dtf-qwen2.5-0.5b --dry-run --num-processes 2 --accelerator h10", ["--accelerator h10", "Did you mean 'h100'"]),
 ]
 
 GENERATE = [

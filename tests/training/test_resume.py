@@ -1,5 +1,6 @@
 """Interrupted and resumed runs end like undisturbed ones, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -78,6 +79,33 @@ def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, kind: str,
     assert not (the_run(tmp_path) / "final_model").exists()
     resumed = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
     assert_same(resumed, undisturbed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="attempts are forked")
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=[pytest.mark.long, pytest.mark.slow])])
+def test_sigkill_at_random_moments(tmp_path: Path, kills: int) -> None:
+    """While it reads, trains, evaluates, writes a checkpoint or its final model: nothing of it shows in the end."""
+    command = [sys.executable, "-m", "tests.training.killed_runs", str(tmp_path / "runs"), str(kills), "20260131"]
+    result = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(result.stdout)
+    assert sum(map(len, report["kills"])) == kills
+    whole = the_run(tmp_path / "runs" / "undisturbed")
+    for number in range(len(report["kills"])):
+        run = the_run(tmp_path / "runs" / f"killed-{number}")
+        for model in ("final_model", "best_model"):
+            assert weights(run / model) == weights(whole / model), report
+        assert metrics(run) == metrics(whole), report
+        assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
+        assert [c.name for c in list_checkpoints(run)] == [c.name for c in list_checkpoints(whole)]
 
 
 def test_killed_while_finishing(tmp_path: Path, undisturbed: TrainResult) -> None:

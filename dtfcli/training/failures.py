@@ -1,0 +1,51 @@
+"""What can stop a run without being anybody's mistake, in one or two lines: memory, and processes that are gone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from dtfcli.errors import DTFError
+from dtfcli.settings import Settings
+from dtfcli.training.processes import ProcessLost, world_size
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+_LOST = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "NCCL", "gloo")
+
+
+class OutOfMemory(DTFError):
+    """The model and its micro-batch do not fit."""
+
+
+@contextmanager
+def explained_failures(settings: Settings) -> Iterator[None]:
+    """Say what to change where memory runs out, and where to look when another process has ended.
+
+    Raises:
+        OutOfMemory: of the device or of the machine.
+        ProcessLost: a process of this run is gone.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        text = str(error)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in _NO_MEMORY):
+            raise OutOfMemory(_out_of_memory(settings)) from error
+        if world_size() > 1 and (isinstance(error, dist.DistError) or any(words in text for words in _LOST)):
+            raise ProcessLost("Another process of this run has ended; its own message says why.") from error
+        raise
+
+
+def _out_of_memory(settings: Settings) -> str:
+    """What to change, the cheapest first: only what is not so already."""
+    training, remedies = settings.training, []
+    if training.micro_batch_size > 1:
+        half = training.micro_batch_size // 2
+        remedies.append(f"training.micro_batch_size={half} (it was {training.micro_batch_size})")
+    if not training.gradient_checkpointing:
+        remedies.append("training.gradient_checkpointing=true")
+    if world_size() > 1 and training.sharding != "fsdp2":
+        remedies.append("training.sharding=fsdp2")
+    remedies.append("lora.enabled=true, or a shorter data.seq_len")
+    return f"Out of memory. Start again with {', '.join(remedies)}; checkpoints that were saved are intact."

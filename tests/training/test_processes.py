@@ -1,0 +1,268 @@
+"""Several processes train the model that one would."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+import dtfcli
+from dtfcli.errors import ConfigError
+from dtfcli.training.checkpoint import list_checkpoints, read_state
+from dtfcli.training.loop import TrainResult, train
+from dtfcli.training.plan import for_processes, plan_run
+from dtfcli.training.processes import Processes, check_processes
+from dtfcli.training.runs import processes_of
+from dtfcli.training.tracking import read_metrics
+from dtfcli.training.validation import batches_for
+from tests.conftest import Outcome
+from tests.training.small_runs import small_settings
+from tests.training.together import STEPS, settings_of, train_in_two
+
+TIMED = ("tokens_per_second", "mfu")
+
+
+def the_run(folder: Path) -> Path:
+    (run,) = (folder / "outputs").glob("*/small")
+    return run
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrainResult]:
+    """The run of one process, for each architecture once."""
+    runs: dict[str, TrainResult] = {}
+
+    def result(architecture: str) -> TrainResult:
+        if architecture not in runs:
+            runs[architecture] = train(settings_of(tmp_path_factory.mktemp(architecture), architecture))
+        return runs[architecture]
+
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "sharding"),
+    [("dtf", "ddp"), ("dtf", "fsdp2"), ("mod", "fsdp2"), ("dense", "ddp"), ("dense", "fsdp2")],
+)
+def test_two_processes_reach_the_losses_of_one(
+    tmp_path: Path, alone: Callable[[str], TrainResult], architecture: str, sharding: str
+) -> None:
+    models = train_in_two(tmp_path / "two", architecture, sharding)
+    one, two = lines_of(alone(architecture).run_dir), lines_of(the_run(tmp_path / "two"))
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    compared = 0
+    for first, second in zip(one, two, strict=True):
+        for name in ("train/loss", "train/prior_loss", "val/loss", "val/loss_topk", "val/unigram", "val/routed_share"):
+            assert (name in first) == (name in second)
+            if name in first:
+                compared += 1
+                assert second[name] == pytest.approx(first[name], abs=1e-3), (name, first["step"])
+        if "train/grad_norm" in first:
+            assert second["train/grad_norm"] == pytest.approx(first["train/grad_norm"], rel=1e-2)
+    assert compared >= STEPS + 3
+    assert two[-1]["val/loss"] < two[0]["val/loss"] - 0.5
+
+    weights = load_file(the_run(tmp_path / "two") / "final_model" / "model.safetensors")
+    reference = load_file(alone(architecture).final_model_path / "model.safetensors")
+    assert weights.keys() == reference.keys()
+    total = sum(weight.numel() for name, weight in weights.items() if "thresholds" not in name)
+    for note in models.values():
+        if sharding == "ddp":
+            assert note["sharded"] == []
+            assert note["elements"] == total
+        else:  # accelerate would fall back to DDP here without a word
+            assert all("router" in name or "prior.norm" in name for name in note["whole"])
+            assert any("self_attn.q_proj" in name for name in note["sharded"])
+            assert note["elements"] < 0.6 * total
+    # Thresholds and averages of them are the same in both processes.
+    first, second = (json.loads((tmp_path / "two" / f"thresholds-{rank}.json").read_text()) for rank in range(2))
+    assert str(first) == str(second)
+    model = dtfcli.load_model(the_run(tmp_path / "two"), device="cpu")
+    assert architecture == "dense" or model.is_calibrated
+
+
+# ------------------------------------------------------------------ the command
+
+
+def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "dtfcli", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+
+
+def configured(folder: Path, sharding: str, **training: Any) -> list[str]:
+    """A settings file in the folder; the arguments that run it in two processes."""
+    folder.mkdir()
+    settings = settings_of(
+        folder,
+        "dtf",
+        sharding,
+        run={"output_dir": "outputs"},
+        model={"prior_dropout": 0.2},
+        training={"max_steps": 12, "checkpoint_every": 3, "eval_every": 6} | training,
+    )
+    (folder / "small.toml").write_text(settings.to_toml())
+    return ["--config", "small.toml", "--num-processes", "2"]
+
+
+def until(process: "subprocess.Popen[str]", text: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if text in line:
+            return
+    pytest.fail(f"{text!r} never came")
+
+
+def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_processes_killed_and_resumed(tmp_path: Path, sharding: str) -> None:
+    """With SIGKILL, all of them: the resumed run ends like the undisturbed one, bit for bit."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    whole = command(undisturbed, *configured(undisturbed, sharding))
+    output, errors = whole.communicate(timeout=240)
+    assert whole.returncode == 0, errors
+    assert output.splitlines() == [f"{the_run(undisturbed).relative_to(undisturbed)}/final_model"]
+
+    process = command(killed, *configured(killed, sharding))
+    until(process, "step 8/12")
+    for member in reversed(family(process)):
+        member.kill()
+    process.communicate(timeout=60)
+    run = the_run(killed)
+    assert not (run / "final_model").exists()
+    assert processes_of(run) == 2
+
+    resumed = command(killed, f"--resume={run}")  # in two processes again, without being told
+    output, errors = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, errors
+    assert "Resuming from" in errors
+    assert lines_of(run) == lines_of(the_run(undisturbed))
+    ends = [load_file(at / "final_model" / "model.safetensors") for at in (run, the_run(undisturbed))]
+    assert all(tensor.equal(ends[1][name]) for name, tensor in ends[0].items())
+    assert ends[0].keys() == ends[1].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_saves_in_all_processes(tmp_path: Path, number: signal.Signals) -> None:
+    process = command(tmp_path / "run", *configured(tmp_path / "run", "ddp", max_steps=5000, checkpoint_every=5000))
+    until(process, "step 3/")
+    members = family(process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert output == ""
+    (checkpoint,) = list_checkpoints(the_run(tmp_path / "run"))
+    assert "Interrupted at step" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert read_state(checkpoint).processes == 2
+    assert psutil.wait_procs(members, timeout=20)[1] == []
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run_with_a_reason(tmp_path: Path) -> None:
+    process = command(tmp_path / "run", *configured(tmp_path / "run", "ddp", max_steps=5000))
+    until(process, "step 4/")
+    workers = [m for m in family(process)[1:] if "spawn_main" in " ".join(m.cmdline())]
+    workers[1].kill()
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - began < 60
+    assert process.returncode == 1
+    assert "process 1 was ended by SIGKILL" in errors
+    assert "Traceback" not in errors
+    assert list_checkpoints(the_run(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_does_the_same(tmp_path: Path) -> None:
+    arguments = configured(tmp_path / "run", "ddp")[:2]
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "dtfcli", "train", *arguments, "training.max_steps=3"],
+        cwd=tmp_path / "run",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"{the_run(tmp_path / 'run').relative_to(tmp_path / 'run')}/final_model"]
+    assert read_metrics(the_run(tmp_path / "run") / "metrics.jsonl")[-1]["step"] == 3
+
+
+# ------------------------------------------------------------------ the parts
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_rows_of_an_update_are_dealt_out_whole(tmp_path: Path, processes: int) -> None:
+    plan = plan_run(small_settings(tmp_path, training={"micro_batch_size": 1}), 100)
+    assert plan is not None
+    rows = np.arange(plan.rows_per_update)
+    dealt = [plan.micro_batches(rows, rank, processes) for rank in range(processes)]
+    assert np.concatenate(list(itertools.chain(*dealt))).tolist() == rows.tolist()
+    assert len({len(parts) for parts in dealt}) == 1
+
+
+@pytest.mark.parametrize(("rows", "count", "size"), [*itertools.product(range(1, 14), (1, 2, 3, 4), (1, 2, 5))])
+def test_evaluation_rows_go_round(rows: int, count: int, size: int) -> None:
+    """All get as many batches, none empty or too large; together they have each row once, or each process all."""
+    text = np.arange(rows * 2).reshape(rows, 2)
+    dealt = [batches_for(text, size, Processes(count, rank)) for rank in range(count)]
+    assert len({len(batches) for batches, _ in dealt}) == 1
+    assert all(0 < len(batch) <= size for batches, _ in dealt for batch in batches)
+    assert len({shared for _, shared in dealt}) == 1
+    seen = [np.concatenate(batches)[:, 0].tolist() for batches, _ in dealt]
+    everything = text[:, 0].tolist()
+    assert list(itertools.chain(*seen)) == everything if dealt[0][1] else all(mine == everything for mine in seen)
+
+
+def test_an_open_update_is_a_micro_batch_of_each(tmp_path: Path) -> None:
+    settings = small_settings(tmp_path, training={"tokens_per_update": None, "micro_batch_size": 2})
+    assert settings.tokens_per_update == 2 * 32
+    assert for_processes(settings, 1) is settings
+    assert for_processes(settings, 4).tokens_per_update == 4 * 2 * 32
+    check_processes(settings, 4)
+
+
+def test_an_update_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    settings = small_settings(tmp_path)
+    check_processes(settings, 2)
+    with pytest.raises(ConfigError, match=r"tokens_per_update = 128.*× processes = 2 × 32 × 3"):
+        check_processes(settings, 3)
+
+
+def test_a_launcher_with_another_number_is_refused(
+    dtf: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    result = dtf("train", "quickstart", "--num-processes", "2")
+    assert result.code == 2
+    assert "--num-processes 2: the launcher started 4" in result.stderr
