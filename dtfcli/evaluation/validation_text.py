@@ -11,8 +11,9 @@ import torch
 from dtfcli.data import prepare_data
 from dtfcli.errors import DataError, DTFError
 from dtfcli.evaluation.report import Score
+from dtfcli.targets import count_targets
 from dtfcli.training.runs import run_settings
-from dtfcli.training.validation import evaluation_rows, to_batch
+from dtfcli.training.validation import evaluation_rows, to_batch, to_labels
 
 
 class NotAvailable(DataError):
@@ -48,12 +49,17 @@ def score_rows(
 
     Rows go through one at a time: their losses are wanted singly, and none depends on its neighbors then.
     """
-    losses = []
+    losses, targets = [], []
     for row in rows:
-        input_ids = to_batch(row[None], model.device)
-        losses.append(float(model(input_ids, labels=input_ids, use_cache=False).loss))
+        count = count_targets(row[None])
+        if not count:  # a row inside a turn that is not the assistant's
+            on_answers(1)
+            continue
+        input_ids, labels = to_batch(row[None], model.device), to_labels(row[None], model.device)
+        losses.append(float(model(input_ids, labels=labels, use_cache=False).loss))
+        targets.append(count)
         on_answers(1)
-    mean = statistics.fmean(losses)
+    mean = statistics.fmean(losses, targets)
     stderr = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
     per_byte = 1 / math.log(2) / bytes_per_token
     scores = {

@@ -34,6 +34,7 @@ class TrainingState:
         best_step, best_loss: of the best evaluation after the start; -1 and None: none yet.
         metrics_bytes: length of metrics.jsonl at this point.
         data: fingerprint of the tokenized data.
+        stream: position in sources that stream (`stream.RowStream.state`); None: none do.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class TrainingState:
     best_loss: float | None = None
     metrics_bytes: int = 0
     data: str = ""
+    stream: dict[str, Any] | None = None
 
 
 @contextmanager

@@ -23,10 +23,11 @@ import torch
 from safetensors.torch import load_model as load_weights
 
 from dtfcli.accounting import forward_flops_per_token
-from dtfcli.data import update_indices
 from dtfcli.errors import DTFError
 from dtfcli.factory import quiet_libraries
+from dtfcli.hub_source import SourceLost
 from dtfcli.settings import Settings
+from dtfcli.targets import count_targets
 from dtfcli.training.after import evaluate_final, plan_evaluation
 from dtfcli.training.checkpoint import (
     list_checkpoints,
@@ -41,7 +42,7 @@ from dtfcli.training.publishing import is_logged_in, push_final_model
 from dtfcli.training.runs import CURVES_FILE
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.tracking import Event, Listener, read_metrics
-from dtfcli.training.validation import calibration_batches, to_batch, validate
+from dtfcli.training.validation import calibration_batches, to_batch, to_labels, validate
 
 _CURVES_EVERY_SECONDS = 30.0
 _QUICK_CALIBRATION_TOKENS = 4096
@@ -109,6 +110,7 @@ def train(
     with stop:
         try:
             fit(run)
+            run.rows.close()
             result = finish(run)
         except StopRequested:
             checkpoint = _save_checkpoint(run)
@@ -117,6 +119,11 @@ def train(
                 f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
                 f"Go on with: dtf train --resume {run.folder}"
             ) from None
+        except SourceLost as error:
+            saved = f"step {run.state.step} is saved as {_save_checkpoint(run)}" if _is_alone(run) else "stopped"
+            raise SourceLost(f"{error} The run: {saved}. Go on with: dtf train --resume {run.folder}") from error
+        finally:
+            run.rows.close()
     if evaluation is not None:
         result = replace(result, evaluation=evaluate_final(settings, evaluation, run.folder, emit))
     # After the benchmarks, so that the card shows them.
@@ -156,9 +163,9 @@ def update(run: Run) -> dict[str, Any]:
     plan, step = run.plan, run.state.step
     factor = schedule_factor(step, plan.total_steps, plan.warmup_steps, run.settings.training.schedule)
     rates = set_learning_rates(run.optimizer.param_groups, factor)
-    rows = update_indices(
-        step, num_blocks=len(run.data.train), blocks_per_update=plan.rows_per_update, seed=run.settings.run.seed
-    )
+    # Several processes decide together whether to stop, not each while it waits for text.
+    rows = run.rows.take(step, run.stop.check if _is_alone(run) else _never_stop)
+    targets = max(1, count_targets(rows))
 
     if run.objective.routed:
         _choose_training_routing(run)
@@ -166,8 +173,9 @@ def update(run: Run) -> dict[str, Any]:
     run.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Any] = {}
     for part in plan.micro_batches(rows):
-        input_ids = to_batch(run.data.train[part], run.accelerator.device)
-        losses = run.objective(input_ids, plan.targets_per_update, output_routing=_is_logged(plan, step + 1))
+        device = run.accelerator.device
+        input_ids, labels = to_batch(part, device), to_labels(part, device)
+        losses = run.objective(input_ids, targets, output_routing=_is_logged(plan, step + 1), labels=labels)
         run.accelerator.backward(losses.loss)
         parts = {
             "train/loss": losses.lm_loss,
@@ -182,6 +190,14 @@ def update(run: Run) -> dict[str, Any]:
     _check_finite(run, metrics)
     run.optimizer.step()
     return metrics | sums | {f"lr/{name}": rate for name, rate in rates.items()}
+
+
+def _is_alone(run: Run) -> bool:
+    return run.accelerator.num_processes == 1
+
+
+def _never_stop() -> None:
+    """Wait on."""
 
 
 def _choose_training_routing(run: Run) -> None:
@@ -334,7 +350,7 @@ def _causal_routing(model: Any, routed: bool) -> Iterator[None]:
 
 
 def _save_checkpoint(run: Run) -> Path:
-    run.state.metrics_bytes = run.log.bytes
+    run.state.metrics_bytes, run.state.stream = run.log.bytes, run.rows.state()
     with quiet_libraries():
         folder = save_checkpoint(run.accelerator, run.folder, run.state, run.settings.training.keep_checkpoints)
     run.tell("checkpoint", str(folder))

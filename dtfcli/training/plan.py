@@ -35,13 +35,8 @@ class Plan:
     def tokens_per_update(self) -> int:
         return self.rows_per_update * self.seq_len
 
-    @property
-    def targets_per_update(self) -> int:
-        """Predicted tokens of an update: all but the first of each row."""
-        return self.rows_per_update * (self.seq_len - 1)
-
     def micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """An update's rows in parts of `micro_batch_size`; the last may be smaller."""
+        """An update's rows [R, T] in parts of `micro_batch_size`; the last may be smaller."""
         for start in range(0, len(rows), self.micro_batch_size):
             yield rows[start : start + self.micro_batch_size]
 

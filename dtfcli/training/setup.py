@@ -21,6 +21,7 @@ from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
 from dtfcli.training.plan import Plan, plan_run
+from dtfcli.training.rows import UpdateRows, update_rows
 from dtfcli.training.runs import METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.training.tracking import Event, Listener, MetricsLog, Stopwatch, matmul_peak
 from dtfcli.training.validation import evaluation_rows
@@ -41,6 +42,7 @@ class Run:
     optimizer: Any
     tokenizer: Any
     data: TokenizedData
+    rows: UpdateRows
     log: MetricsLog
     state: TrainingState
     emit: Listener
@@ -110,6 +112,14 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
         optimizer=optimizer,
         tokenizer=tokenizer,
         data=data,
+        rows=update_rows(
+            settings,
+            data,
+            tokenizer,
+            plan.rows_per_update,
+            state.stream,
+            lambda note: emit(Event("warning", note)),
+        ),
         log=MetricsLog(folder / METRICS_FILE, keep_bytes=state.metrics_bytes),
         state=state,
         emit=emit,
