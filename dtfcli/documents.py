@@ -184,7 +184,7 @@ def _conversation(index: int, reader: SourceReader, row: Any, report: SourceRepo
 
 
 def _valid_text(text: str) -> str:
-    """A lone surrogate (a broken "\\ud800" in JSON) is no text in any encoding."""
+    r"""A lone surrogate (a broken "\ud800" in JSON) is no text in any encoding: it is replaced."""
     return _SURROGATES.sub("\ufffd", text)
 
 

@@ -22,6 +22,10 @@ RETRY_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds before each further try at a stream that broke."""
 
 
+_NETWORK_TROUBLE = {"ConnectionError", "TimeoutError", "TransportError", "ClientError", "RequestException"}
+"""Names of what requests, httpx, aiohttp and Python itself raise for a connection that breaks."""
+
+
 class SourceLost(DataError):
     """A source could be read, and then no more: nothing is wrong with what the user typed."""
 
@@ -151,15 +155,7 @@ def _is_passing(error: BaseException) -> bool:
         status = getattr(getattr(link, "response", None), "status_code", None)
         if status is not None:
             return status == 429 or status >= 500
-        kinds = {kind.__name__ for kind in type(link).__mro__}
-        if kinds & {
-            "ConnectionError",
-            "TimeoutError",
-            "TransportError",
-            "ClientError",
-            "RequestException",
-            "IncompleteRead",
-        }:
+        if {kind.__name__ for kind in type(link).__mro__} & _NETWORK_TROUBLE:
             return True
         link = link.__cause__ or link.__context__
     return False
