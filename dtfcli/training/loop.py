@@ -124,6 +124,7 @@ def train(
             raise SourceLost(f"{error} The run: {saved}. Go on with: dtf train --resume {run.folder}") from error
         finally:
             run.rows.close()
+            run.trackers.finish()
     if evaluation is not None:
         result = replace(result, evaluation=evaluate_final(settings, evaluation, run.folder, emit))
     # After the benchmarks, so that the card shows them.

@@ -1,5 +1,6 @@
 """Everything a run needs, built and checked before the first step."""
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from dtfcli.data import TokenizedData, prepare_data
 from dtfcli.devices import compute_dtype, resolve_device
-from dtfcli.errors import ConfigError, DataError
+from dtfcli.errors import ConfigError, DataError, DTFError
 from dtfcli.factory import build_model, build_tokenizer
 from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint, load_checkpoint, tidy_folders
@@ -23,6 +24,7 @@ from dtfcli.training.optim import build_optimizer, parameter_groups
 from dtfcli.training.plan import Plan, plan_run
 from dtfcli.training.rows import UpdateRows, update_rows
 from dtfcli.training.runs import METRICS_FILE, create_run_folder, new_run_folder
+from dtfcli.training.trackers import Trackers, check_trackers, start_trackers
 from dtfcli.training.tracking import Event, Listener, MetricsLog, Stopwatch, matmul_peak
 from dtfcli.training.validation import evaluation_rows
 
@@ -43,6 +45,7 @@ class Run:
     tokenizer: Any
     data: TokenizedData
     rows: UpdateRows
+    trackers: Trackers
     log: MetricsLog
     state: TrainingState
     emit: Listener
@@ -70,11 +73,15 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
     """Build everything, check what can be checked, and make or reopen the run folder."""
     if resume is not None and (resume / "final_model").exists():
         raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / 'final_model'}.")
+    check_trackers(settings)
     folder = resume or new_run_folder(settings, rename=rename)
     accelerator = _accelerator(settings)
 
     def progress(message: str, fraction: float | None) -> None:
         emit(Event("phase", message, fraction=fraction))
+
+    def warn(message: str) -> None:
+        emit(Event("warning", message))
 
     progress("Preparing the tokenizer", None)
     tokenizer = build_tokenizer(settings, on_progress=progress)
@@ -102,6 +109,14 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
         create_run_folder(folder, settings)
     else:
         state = _restore(folder, accelerator, state, emit)
+    trackers = Trackers([], warn)
+    if accelerator.is_main_process:
+        try:
+            trackers = start_trackers(settings, folder, step=state.step, resumed=resume is not None, warn=warn)
+        except DTFError:
+            if resume is None:  # a run that never began
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     return Run(
         settings=settings,
         plan=plan,
@@ -118,9 +133,10 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
             tokenizer,
             plan.rows_per_update,
             state.stream,
-            lambda note: emit(Event("warning", note)),
+            warn,
         ),
-        log=MetricsLog(folder / METRICS_FILE, keep_bytes=state.metrics_bytes),
+        trackers=trackers,
+        log=MetricsLog(folder / METRICS_FILE, keep_bytes=state.metrics_bytes, on_line=trackers.log),
         state=state,
         emit=emit,
         stop=stop,

@@ -42,9 +42,14 @@ Listener = Callable[[Event], None]
 class MetricsLog:
     """Appends lines to metrics.jsonl, each whole and flushed."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        """Open the log; what lies beyond `keep_bytes` was written after the checkpoint being resumed, and goes."""
-        self.path = path
+    def __init__(
+        self, path: Path, keep_bytes: int = 0, on_line: Callable[[dict[str, Any]], None] = lambda line: None
+    ) -> None:
+        """Open the log; what lies beyond `keep_bytes` was written after the checkpoint being resumed, and goes.
+
+        `on_line` gets every line too.
+        """
+        self.path, self._on_line = path, on_line
         with explained_write_errors(path.parent):
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
@@ -53,6 +58,7 @@ class MetricsLog:
         """Append one line."""
         with explained_write_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._on_line(metrics)
 
     @property
     def bytes(self) -> int:
