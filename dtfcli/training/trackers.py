@@ -141,13 +141,22 @@ def start_trackers(
     return Trackers(started, warn)
 
 
+class _Trackio(TrackioTracker):
+    """accelerate's, ended as the library ends it: else it ends the run again at exit, with a line on stdout."""
+
+    def finish(self) -> None:
+        import trackio
+
+        trackio.finish()
+
+
 def _build(name: str, settings: Settings, folder: Path, step: int) -> GeneralTracker:
     if name == "tensorboard":
         # Beyond the checkpoint being resumed, the killed run may have written steps that come again.
         return TensorBoardTracker("tensorboard", str(folder), purge_step=step + 1 if step else None)
     identity = _identity(folder, name)
     if name == "trackio":
-        return TrackioTracker(_TRACKIO_PROJECT, name=f"{folder.name}-{identity}", resume="allow")
+        return _Trackio(_TRACKIO_PROJECT, name=f"{folder.name}-{identity}", resume="allow")
     import wandb
 
     return WandBTracker(

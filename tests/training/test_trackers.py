@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -251,3 +253,18 @@ def test_trackio_for_real(tmp_path: Path, monkeypatch: Any) -> None:
         rows = connection.execute("select step, metrics from metrics where run_name = ?", (f"small-{identity}",))
         steps = {step for step, metrics in rows if "train/loss" in str(metrics)}
     assert steps == {1, 2, 4, 6}
+
+
+def test_the_path_is_the_last_line_with_all_trackers(tmp_path: Path) -> None:
+    """In a process of its own, since libraries print when it ends."""
+    for name in trackers.NAMES:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    logging = {name: {"enabled": True} for name in trackers.NAMES}
+    (tmp_path / "run.toml").write_text(settings_with(tmp_path, logging).to_toml())
+    command = [sys.executable, "-m", "dtfcli", "train", "--config", str(tmp_path / "run.toml")]
+    environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("final_model")
+    assert "Upload" not in done.stdout
