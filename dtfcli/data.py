@@ -276,7 +276,7 @@ def _build_head(
     return blocks, notes
 
 
-def _ratio(part: float, whole: int) -> float:
+def _ratio(part: float, whole: Any) -> float:
     return part / whole if whole else float("nan")
 
 

@@ -38,7 +38,10 @@ def held_out_rows(run: Path | None, tokenizer: Any) -> tuple[Any, float]:
         raise NotAvailable(f"validation_text: {error}") from error
     if not len(data.validation):
         raise NotAvailable(f"validation_text: {run} held out no text (data.validation_fraction is 0); leave it out.")
-    return evaluation_rows(data.validation, settings.data.validation_blocks), data.validation_bytes_per_token
+    rows = evaluation_rows(data.validation, settings.data.validation_blocks)
+    # A row that lies inside a long turn of the user has no target.
+    rows = rows[[count_targets(row[None]) > 0 for row in rows]]
+    return rows, data.validation_bytes_per_token
 
 
 @torch.inference_mode()
@@ -51,13 +54,9 @@ def score_rows(
     """
     losses, targets = [], []
     for row in rows:
-        count = count_targets(row[None])
-        if not count:  # a row inside a turn that is not the assistant's
-            on_answers(1)
-            continue
         input_ids, labels = to_batch(row[None], model.device), to_labels(row[None], model.device)
         losses.append(float(model(input_ids, labels=labels, use_cache=False).loss))
-        targets.append(count)
+        targets.append(count_targets(row[None]))
         on_answers(1)
     mean = statistics.fmean(losses, targets)
     stderr = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None

@@ -84,7 +84,7 @@ def test_marks_and_rendering_agree(number: int) -> None:
     answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
     assert targets_text(tokenizer, marked) == "".join(answer + "<|im_end|>" for answer in answers)
     # The ids are those that inference sees.
-    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
     assert token_ids(marked).tolist() == [*whole, tokenizer.eos_token_id]
 
 
@@ -162,7 +162,8 @@ def answers_in(conversations: list[list[Message]]) -> set[str]:
 
 def target_words(tokenizer: Any, stream: np.ndarray) -> list[str]:
     """The answers between end markers, the ones at the edges of a split left out."""
-    found, ids = [], []
+    found: list[str] = []
+    ids: list[int] = []
     for token in stream:
         if token < 0:
             ids = []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -316,7 +319,7 @@ def test_waiting_for_text_can_be_stopped() -> None:
         source.take(check)
     assert time.monotonic() - began < 5
     release.set()
-    assert source.take(lambda: None) == "late"  # type: ignore[comparison-overlap]  # any item will do
+    assert source.take(lambda: None) == "late"
     source.close()
 
 
@@ -344,3 +347,60 @@ def test_a_mixture_leaves_out_what_has_ended(make: Any, tmp_path: Path) -> None:
     counts = Counter(document.source for document in documents_of(data, held_out=False))
     assert counts == {0: 3, 1: 90}
     assert list(Mixture([], [], 0)) == []
+
+
+def test_every_process_sees_the_same_rows(make: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Processes that share a run each read the stream and divide up its rows, so they have to agree on them."""
+    data = streaming(make, write_tables(tmp_path / "tables", "parquet"), write_tables(tmp_path / "more", "jsonl"))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "data.json").write_text(data.model_dump_json())
+    code = (
+        "import hashlib, json, sys\nfrom pathlib import Path\nfrom dtfcli.factory import load_tokenizer\n"
+        "from dtfcli.settings import DataSettings\nfrom dtfcli.stream import RowStream\n"
+        "folder = Path(sys.argv[1])\n"
+        "data = DataSettings.model_validate_json((folder / 'data.json').read_text())\n"
+        f"stream = RowStream(data, load_tokenizer(folder / 'tokenizer'), seed={SEED})\n"
+        "print(hashlib.sha256(stream.take(100).tobytes()).hexdigest())\nstream.close()"
+    )
+    seen = set()
+    for number in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": number}
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[2],
+        )
+        assert done.stderr == ""
+        seen.add(done.stdout)
+    assert len(seen) == 1
+
+
+def test_a_long_document_and_a_bounded_window(make: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """A window ends at so much text; a document of many batches is cut into rows all the same."""
+    from dtfcli import mixture, stream
+
+    monkeypatch.setattr(mixture, "WINDOW_CHARACTERS", 2000)
+    monkeypatch.setattr(stream, "_BATCH_CHARACTERS", 500)
+    texts = [sentence(i, 40 if i % 7 else 3000) for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = streaming(make, tmp_path / "a.jsonl", validation_fraction=0.0, shuffle_buffer=1000)
+    source = SourceStream(0, open_sources(data.sources)[0], seed=SEED, window=1000, wanted=lambda _: True, passes=1)
+    longest = 0
+    found = []
+    for document in source:
+        found.append(document.text)
+        longest = max(longest, sum(len(held.text) for held in source._documents))
+    assert sorted(found) == sorted(texts)
+    assert longest < 2000 + max(map(len, texts))
+    rows = RowStream(data, tokenizer, seed=SEED)
+    expected = rows.take(900)
+    rows.close()
+    first = RowStream(data, tokenizer, seed=SEED)
+    first.take(333)
+    second = RowStream(data, tokenizer, seed=SEED, state=json.loads(json.dumps(first.state())))
+    assert np.array_equal(second.take(567), expected[333:])
+    first.close()
+    second.close()

@@ -12,6 +12,8 @@ import pytest
 
 from dtfcli.data import Document, train_tokenizer
 from dtfcli.errors import DataError
+from dtfcli.evaluation.runner import evaluate
+from dtfcli.factory import load_tokenizer
 from dtfcli.hub_source import SourceLost
 from dtfcli.settings import Settings
 from dtfcli.training import loop
@@ -99,7 +101,7 @@ def test_interrupted_while_waiting_for_text(tmp_path: Path, undisturbed: TrainRe
     def waiting(self: StreamedRows, step: int, check: Callable[[], None]) -> np.ndarray:
         if step == 3:
             run_stop.append(step)
-            check.__self__.requested = True  # type: ignore[attr-defined]  # what the signal's handler does
+            check.__self__.requested = True  # what the signal's handler does
             check()
         return take(self, step, check)
 
@@ -131,3 +133,34 @@ def test_other_architectures_and_no_validation(tmp_path: Path, architecture: str
     result = train(settings)
     assert result.metrics == {}
     assert result.steps == 6
+
+
+def test_on_conversations(tmp_path: Path) -> None:
+    """The answers are learned, the questions are not; packed before and streamed alike."""
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    settings = streaming_settings(tmp_path)
+    rows = []
+    for line in (tmp_path / "text.jsonl").read_text().splitlines():
+        words = json.loads(line)["text"].split()
+        turns = [{"role": "user", "content": " ".join(words[:20])}, {"role": "assistant", "content": "cat cat cat cat"}]
+        rows.append(json.dumps({"chat": turns}))
+    (tmp_path / "chat.jsonl").write_text("\n".join(rows))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for streams in (True, False):
+        source = {"path": str(tmp_path / "chat.jsonl"), "messages_field": "chat", "streaming": streams}
+        data = {"sources": [source], "tokenizer": str(tmp_path / "tokenizer"), "validation_fraction": 0.2}
+        training = {"max_steps": 40, "eval_every": 40, "checkpoint_every": 40}
+        run = {"name": f"chat-{streams}"}
+        result = train(small_settings(tmp_path, "mod", data=data, training=training, run=run))
+        # A few tokens of one answer: far below what the questions' random words would allow.
+        assert result.metrics["val/loss"] < 0.8, streams
+        assert 0 < result.metrics["val/unigram"] < 2.5
+        report = evaluate(result.run_dir, tasks=["validation_text"])
+        measured = report.results["validation_text"].metrics["loss"].value
+        assert measured == pytest.approx(result.metrics["val/loss"], abs=1e-3)
+    assert settings.data.streaming

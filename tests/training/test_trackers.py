@@ -68,7 +68,7 @@ class FakeWandb(types.ModuleType):
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
-    fake.__spec__ = importlib.util.spec_from_loader("wandb", None, origin="fake")  # type: ignore[assignment]
+    fake.__spec__ = importlib.util.spec_from_loader("wandb", None, origin="fake")
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return fake
@@ -132,7 +132,8 @@ def test_one_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
         name = "one"
 
         def __init__(self, error: Exception | None = None) -> None:
-            self.error, self.steps = error, []  # type: ignore[var-annotated]
+            self.error = error
+            self.steps: list[int | str] = []
 
         def log(self, values: dict[str, Any], step: int) -> None:
             if self.error:
