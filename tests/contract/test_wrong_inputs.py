@@ -373,7 +373,10 @@ def test_data_and_trackers(
     before = _contents(workplace)
     for name, path in {**folders, "chat": "chat"}.items():
         command = command.replace(f"{{{name}}}", path)
-    _check(dtf(*shlex.split(command)), expected)
+    result = dtf(*shlex.split(command))
+    lines = result.stderr.splitlines(keepends=True)
+    told = "".join(line for line in lines if not line.rstrip().endswith(" …"))  # progress, before what is wrong
+    _check(Outcome(result.code, result.stdout, told), expected)
     assert _contents(workplace) == before
 
 
