@@ -25,15 +25,15 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from dtfcli import token_cache
-from dtfcli.documents import Document, OnProgress, documents, open_sources, read_documents, stable_key
+from dtfcli.conversations import check_template
+from dtfcli.documents import Document, OnProgress, documents, no_document, open_sources, read_documents, stable_key
 from dtfcli.errors import DataError
 from dtfcli.settings import DataSettings
 from dtfcli.sources import SourceReader, SourceReport
+from dtfcli.stream import document_mixture, read_head, stream_identity
 from dtfcli.tokenization import (
-    Encode,
     data_tokenizer,
-    encode_documents,
-    text_encoder,
+    document_encoder,
     tokenizer_identity,
     train_tokenizer,
 )
@@ -57,13 +57,17 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _INT32 = np.dtype(np.int32)
+_HEAD_TOKENS = 2**20
+"""Of a stream, what thresholds are calibrated and tokens are counted on."""
 
 
 @dataclass(frozen=True)
 class TokenizedData:
     """Both sides of a text as blocks of tokens, and what evaluation needs to know about them."""
 
-    train: np.ndarray  # int32 [N, seq_len], usually a read-only memory map
+    # int32 [N, seq_len], usually a read-only memory map; see `targets` for tokens that are none. Of a stream, where
+    # `Stream` gives the rows to train on, its beginning.
+    train: np.ndarray
     validation: np.ndarray  # int32 [M, seq_len]; M = 0 where data.validation_fraction = 0
     validation_bytes_per_token: float  # UTF-8 bytes of the held-out text per token; nan without any
     validation_unigram: float  # nats per token under training-text frequencies; nan without any
@@ -99,18 +103,22 @@ def prepare_data(
             f"the tokenizer '{tokenizer.name_or_path}' has no end-of-text token to put between documents: "
             "set eos_token in its tokenizer_config.json, or data.tokenizer to another one."
         )
+    check_template(data.sources, tokenizer)
     readers = open_sources(data.sources, on_progress=on_progress)
-    fingerprint = token_cache.fingerprint_of(
-        {
-            "sources": [reader.identity() for reader in readers],
-            "tokenizer": tokenizer_identity(tokenizer),
-            "end_of_text": tokenizer.eos_token_id,
-            "seq_len": data.seq_len,
-            "validation_fraction": data.validation_fraction,
-            "max_documents": data.max_documents,
-            "seed": seed,
-        }
-    )
+    identity = {
+        "sources": [reader.identity() for reader in readers],
+        "tokenizer": tokenizer_identity(tokenizer),
+        "end_of_text": tokenizer.eos_token_id,
+        "seq_len": data.seq_len,
+        "validation_fraction": data.validation_fraction,
+        "max_documents": data.max_documents,
+        "seed": seed,
+    }
+    if any(source.messages_field for source in data.sources):
+        identity["chat_template"] = str(tokenizer.chat_template)
+    if data.streaming:
+        identity |= stream_identity(data)
+    fingerprint = token_cache.fingerprint_of(identity)
     root = token_cache.cache_folder(data)
     cached = _open_cached(root / fingerprint, fingerprint)
     if cached is not None:
@@ -119,11 +127,10 @@ def prepare_data(
         return cached
 
     def build(folder: Path | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        return _build(
+        build_blocks = _build_head if data.streaming else _build
+        return build_blocks(
             readers,
-            text_encoder(tokenizer),
-            tokenizer.eos_token_id,
-            vocab_size=len(tokenizer),
+            tokenizer,
             data=data,
             seed=seed,
             folder=folder,
@@ -179,10 +186,8 @@ class _Table:
 
 def _build(
     readers: Sequence[SourceReader],
-    encode: Encode,
-    end_of_text: int,
+    tokenizer: PreTrainedTokenizerBase,
     *,
-    vocab_size: int,
     data: DataSettings,
     seed: int,
     folder: Path | None,
@@ -200,7 +205,10 @@ def _build(
     )
     blocks, text_bytes = {}, {}
     with _scratch(folder, "spool") as spool:
-        table = _spool(texts, encode, end_of_text, spool, reports)
+        table = _spool(texts, tokenizer, spool, reports)
+        for reader, report in zip(readers, reports, strict=True):
+            if not report.documents:  # the chat template refused all of its conversations
+                raise no_document(reader, report)
         held_out = split_documents(table.digests, data.validation_fraction, seed)
         _check_enough(table, held_out, data)
         for split, mine in (("train", ~held_out), ("validation", held_out)):
@@ -216,12 +224,60 @@ def _build(
         (folder / "spool").unlink()
     validation = blocks["validation"]
     notes = {
-        "validation_bytes_per_token": text_bytes["validation"] / validation.size if validation.size else np.nan,
-        "validation_unigram": unigram_cross_entropy(blocks["train"], validation, vocab_size),
+        "validation_bytes_per_token": _ratio(text_bytes["validation"], np.count_nonzero(validation >= 0)),
+        "validation_unigram": unigram_cross_entropy(blocks["train"], validation, len(tokenizer)),
         "documents": [int(np.count_nonzero(~held_out)), int(np.count_nonzero(held_out))],
         "report": [asdict(report) for report in reports],
     }
     return blocks, notes
+
+
+def _build_head(
+    readers: Sequence[SourceReader],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: DataSettings,
+    seed: int,
+    folder: Path | None,
+    on_progress: OnProgress | None,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """As `_build` of sources that stream: as much held-out text as is evaluated, and the beginning of the rest."""
+    reports = [reader.new_report() for reader in readers]
+    heads = {}
+    for split, message in (("train", "Reading the beginning of the stream"), ("validation", "Reading held-out text")):
+        held_out = split == "validation"
+        count = data.validation_blocks if held_out else max(1, _HEAD_TOKENS // data.seq_len)
+
+        def progress(share: float, message: str = message) -> None:
+            if on_progress is not None:
+                on_progress(message, share)
+
+        mixture = document_mixture(readers, data, seed, held_out=held_out, passes=1)
+        wanted = 0 if held_out and data.validation_fraction == 0 else count
+        heads[split] = read_head(mixture, tokenizer, reports, data.seq_len, wanted, progress)
+        if wanted and not len(heads[split].rows):
+            side = "held-out" if held_out else "training"
+            remedy = "raise data.validation_fraction, or " if held_out else ""
+            raise DataError(
+                f"data.seq_len = {data.seq_len}: data.sources gave too little {side} text for one sequence "
+                f"({heads[split].documents} documents): {remedy}add text, or set a smaller data.seq_len."
+            )
+    blocks = {split: head.rows for split, head in heads.items()}
+    if folder is not None:
+        for split, rows in blocks.items():
+            np.save(folder / f"{split}.npy", rows)
+            blocks[split] = np.load(folder / f"{split}.npy", mmap_mode="r")
+    notes = {
+        "validation_bytes_per_token": heads["validation"].bytes_per_target,
+        "validation_unigram": unigram_cross_entropy(blocks["train"], blocks["validation"], len(tokenizer)),
+        "documents": [heads["train"].documents, heads["validation"].documents],
+        "report": [asdict(report) for report in reports],
+    }
+    return blocks, notes
+
+
+def _ratio(part: float, whole: Any) -> float:
+    return part / whole if whole else float("nan")
 
 
 def _scratch(folder: Path | None, name: str) -> IO[bytes]:
@@ -230,19 +286,17 @@ def _scratch(folder: Path | None, name: str) -> IO[bytes]:
 
 def _spool(
     texts: Iterable[Document],
-    encode: Encode,
-    end_of_text: int,
+    tokenizer: PreTrainedTokenizerBase,
     spool: IO[bytes],
     reports: Sequence[SourceReport],
 ) -> _Table:
     """Tokenize everything and write the ids one after the other."""
     digests, tokens, sizes = [], [], []
-    for document, ids in encode_documents(texts, encode, end_of_text):
+    for document, ids in document_encoder(tokenizer, reports)(texts):
         spool.write(ids.tobytes())
         digests.append(document.digest)
         tokens.append(len(ids))
         sizes.append(document.num_bytes)
-        reports[document.source].tokens += len(ids)
     return _Table(digests, np.array(tokens, dtype=np.int64), np.array(sizes, dtype=np.int64))
 
 
@@ -336,11 +390,12 @@ def unigram_cross_entropy(train: np.ndarray, validation: np.ndarray, vocab_size:
 
 
 def _count(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each id occurs: int64 [at least vocab_size], looking at a part of the blocks at a time."""
+    """How often each id occurs as a target: int64 [at least vocab_size], looking at a part of the blocks at a time."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     rows = max(1, 2**24 // blocks.shape[1])
     for start in range(0, len(blocks), rows):
-        part = np.bincount(blocks[start : start + rows].ravel(), minlength=len(counts))
+        block = blocks[start : start + rows]
+        part = np.bincount(block[block >= 0], minlength=len(counts))
         counts = np.pad(counts, (0, len(part) - len(counts))) + part
     return counts
 

@@ -4,18 +4,22 @@ Notable choices:
 
 - `ratio` keeps a document by a hash of its content, so that the same ones stay whatever their order.
 - `max_documents` takes from the sources in turns, so that a long one does not crowd out the rest.
+- A conversation is a document too: its text is its JSON, which identifies it, its size that of the assistant's turns,
+  which are what is learned from it.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.hub_source import HubReader
@@ -35,6 +39,11 @@ from dtfcli.sources import (
 
 OnProgress = Callable[[str, float | None], None]
 
+Message = dict[str, str]
+"""One turn of a conversation: {"role": …, "content": …}."""
+
+ASSISTANT = "assistant"
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -45,10 +54,13 @@ class Document:
 
     text: str
     source: int = 0
+    messages: tuple[Message, ...] = ()
 
     @cached_property
     def num_bytes(self) -> int:
-        """The length of the text in UTF-8."""
+        """The length in UTF-8 of what a model learns to write: the text, or the assistant's turns."""
+        if self.messages:
+            return sum(len(turn["content"].encode()) for turn in self.messages if turn["role"] == ASSISTANT)
         return len(self.text.encode())
 
     @cached_property
@@ -124,29 +136,69 @@ def _read_source(
     index: int, reader: SourceReader, report: SourceReport, shares: list[float], *, seed: int
 ) -> Iterator[Document]:
     """The documents of one source that have text and that its ratio keeps."""
-    dropped = 0
-    for share, text in reader.texts(report):
+    for share, row in reader.texts(report):
         shares[index] = share
-        if text is None or not text.strip():
-            report.skip("without text")
-            continue
-        # A lone surrogate (a broken "\\ud800" in JSON) is no text in any encoding.
-        document = Document(_SURROGATES.sub("\ufffd", text), index)
-        if reader.ratio < 1:
-            position = int.from_bytes(stable_key(document.digest, seed, "ratio")) / 2**64
-            if position >= reader.ratio:
-                dropped += 1
-                continue
-        report.documents += 1
-        report.bytes += document.num_bytes
-        yield document
+        document = kept_document(index, reader, row, report, seed)
+        if document is not None:
+            report.documents += 1
+            report.bytes += document.num_bytes
+            yield document
     shares[index] = 1.0
-    if dropped:
-        report.skip(f"beyond ratio={reader.ratio:g}", dropped)
     if not report.documents:
-        remedy = "raise the ratio or add text" if dropped else "add files with text"
-        details = report.describe_skipped() or "it has no rows"
-        raise DataError(f"{reader.where}.path = '{reader.path}': no document to use ({details}); {remedy}.")
+        raise no_document(reader, report)
+
+
+def kept_document(index: int, reader: SourceReader, row: Any, report: SourceReport, seed: int) -> Document | None:
+    """The document of a row that a source gave; None, and an entry in the report, where it is left out.
+
+    Raises:
+        DataError: The row is no conversation, and the source has a `messages_field`.
+    """
+    if reader.messages_field:
+        document = _conversation(index, reader, row, report)
+    elif row is None or not row.strip():
+        report.skip("without text")
+        return None
+    else:
+        document = Document(_valid_text(row), index)
+    if document is not None and reader.ratio < 1 and hashed_share(document.digest, seed, "ratio") >= reader.ratio:
+        report.skip(f"beyond ratio={reader.ratio:g}")
+        return None
+    return document
+
+
+def _conversation(index: int, reader: SourceReader, row: Any, report: SourceReport) -> Document | None:
+    """The turns of a conversation, with its role and content alone."""
+    turns = row or ()
+    for turn in turns:
+        if not (isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))):
+            raise DataError(
+                f"{reader.where}.messages_field = '{reader.messages_field}': a turn of a conversation in "
+                f'\'{reader.path}\' is no {{"role": "…", "content": "…"}}: {str(turn)[:80]}.'
+            )
+    if not any(turn["role"] == ASSISTANT and turn["content"].strip() for turn in turns):
+        report.skip(f"without an {ASSISTANT}'s turn")
+        return None
+    messages = tuple({"role": turn["role"], "content": _valid_text(turn["content"])} for turn in turns)
+    return Document(json.dumps(messages, ensure_ascii=False), index, messages)
+
+
+def _valid_text(text: str) -> str:
+    r"""A lone surrogate (a broken "\ud800" in JSON) is no text in any encoding: it is replaced."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def hashed_share(digest: bytes, seed: int, purpose: str) -> float:
+    """`stable_key` as a number from 0 up to, but not, 1."""
+    return int.from_bytes(stable_key(digest, seed, purpose)) / 2**64
+
+
+def no_document(reader: SourceReader, report: SourceReport) -> DataError:
+    """What to tell about a source from which nothing can be used."""
+    dropped = any(reason.startswith("beyond ratio") for reason in report.skipped)
+    remedy = "raise the ratio or add text" if dropped else "add files with text"
+    details = report.describe_skipped() or "it has no rows"
+    return DataError(f"{reader.where}.path = '{reader.path}': no document to use ({details}); {remedy}.")
 
 
 def open_sources(sources: Sequence[Source], *, on_progress: OnProgress | None = None) -> list[SourceReader]:

@@ -53,6 +53,15 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
         unread["hub.private"] = "hub.repo is empty"
     if steps is not None:
         unread["training.epochs"] = f"training.max_steps = {steps} is set"
+    sources = lookup(values, "data.sources")
+    streaming = [isinstance(source, Mapping) and bool(source.get("streaming")) for source in sources or ()]
+    if any(streaming):
+        unread["data.max_documents"] = "data.sources stream"
+        unread.setdefault("training.epochs", "data.sources stream, which has no end")
+    else:
+        unread["data.shuffle_buffer"] = "no entry of data.sources has streaming = true"
+    if not lookup(values, "logging.wandb.enabled"):
+        unread["logging.wandb.project"] = "logging.wandb.enabled is false"
     if isinstance(lookup(values, "model.routed_layers"), list):
         unread["model.dense_edges"] = "model.routed_layers lists the layers"
     if not lookup(values, "eval.after"):

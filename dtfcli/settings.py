@@ -196,13 +196,28 @@ class Source(Group):
     split: str = Field("train", min_length=1, description="Split of a Hub dataset.")
     text_field: str = Field("text", min_length=1, description="Column or key that holds the text.")
     ratio: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Share of the documents kept.")
-    weight: Annotated[float, Field(gt=0)] | None = Field(None, description="Sampling probability when streaming.")
-    streaming: bool = Field(False, description="Read the source while training; not in this version.")
+    messages_field: str = Field(
+        "", description="Column of conversations, lists of {role, content}, to train on instead of a text_field."
+    )
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="How often to draw a document from this source when streaming, beside the others'."
+    )
+    streaming: bool = Field(False, description="Read the source while training, not before; all sources or none.")
 
     @model_validator(mode="after")
-    def _check_streaming(self) -> "Source":
-        _require(not self.streaming, "streaming", True, "this version reads whole sources; leave streaming out")
-        _require(self.weight is None, "weight", self.weight, "only streaming reads it; use ratio to keep a share")
+    def _check_reading(self) -> "Source":
+        _require(
+            self.streaming or self.weight is None,
+            "weight",
+            self.weight,
+            "only streaming reads it; use ratio to keep a share, or set streaming=true",
+        )
+        _require(
+            not self.messages_field or self.text_field == "text",
+            "text_field",
+            self.text_field,
+            f"nothing reads it, since messages_field = {self.messages_field} is set; leave one of them out",
+        )
         return self
 
 
@@ -221,6 +236,28 @@ class DataSettings(Group):
     tokenizer: str = Field("", description="Hub id or folder; empty: the base model's, or one trained on the data.")
     max_documents: Count | None = Field(None, description="Read only so many, from the sources in turns; unset: all.")
     cache_dir: str = Field("", description="Where tokenized text is kept; empty: ~/.cache/dtf/tokens.")
+    shuffle_buffer: Count = Field(1000, description="Documents of each source shuffled together when streaming.")
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the sources are read while training."""
+        return any(source.streaming for source in self.sources)
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "DataSettings":
+        weighted = any(source.weight is not None for source in self.sources)
+        for index, source in enumerate(self.sources):
+            _require(
+                source.streaming == self.streaming,
+                f"sources[{index}].streaming",
+                source.streaming,
+                "other sources stream, and all do or none; set it for each of them",
+            )
+            if weighted and source.weight is None:
+                raise ValueError(
+                    f"sources[{index}].weight = unset: other sources have a weight; give every source one, or none"
+                )
+        return self
 
 
 class LearningRates(Group):
@@ -274,10 +311,32 @@ class TrainingSettings(Group):
     )
 
 
+class WandbSettings(Group):
+    """`logging.wandb.*`: Weights & Biases."""
+
+    enabled: bool = Field(False, description="Send the metrics to Weights & Biases; needs dtfcli[wandb].")
+    project: str = Field("dtf", min_length=1, description="Project that the run appears in.")
+
+
+class TensorboardSettings(Group):
+    """`logging.tensorboard.*`: TensorBoard."""
+
+    enabled: bool = Field(False, description="Write TensorBoard files to the run folder; needs dtfcli[tensorboard].")
+
+
+class TrackioSettings(Group):
+    """`logging.trackio.*`: trackio."""
+
+    enabled: bool = Field(False, description="Record the metrics with trackio; needs dtfcli[trackio].")
+
+
 class LoggingSettings(Group):
-    """`logging.*`: what a run shows."""
+    """`logging.*`: what a run shows, and who else is told its metrics."""
 
     live: bool = Field(True, description="Draw progress in the terminal (never when stderr is none).")
+    wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")
+    tensorboard: TensorboardSettings = Field(default_factory=TensorboardSettings, description="TensorBoard.")
+    trackio: TrackioSettings = Field(default_factory=TrackioSettings, description="trackio.")
 
 
 class EvalSettings(Group):
@@ -337,6 +396,11 @@ class Settings(BaseSettings):
                 "data.seq_len",
                 length,
                 f"a model of model.scratch.max_position_embeddings = {longest} takes no more; change one of the two",
+            )
+        if self.data.streaming and self.training.max_steps is None:
+            raise ValueError(
+                "training.max_steps = unset: data.sources stream, and a stream has no end; set it, such as "
+                "training.max_steps=1000"
             )
         self.accumulation_steps()
         return self

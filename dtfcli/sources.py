@@ -20,6 +20,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class SourceReader:
     def __init__(self, where: str, source: Source):
         self.where, self.path, self.ratio = where, source.path, float(source.ratio)
         self.name, self.split, self.text_field = source.name, source.split, source.text_field
+        self.messages_field = source.messages_field
 
     def new_report(self) -> SourceReport:
         """An empty report under this source's name."""
@@ -76,24 +78,42 @@ class SourceReader:
 
     def identity(self) -> dict[str, Any]:
         """All that decides which documents this source gives; the token cache is looked up by it."""
-        return {
+        identity = {
             "path": self.path,
             "name": self.name,
             "split": self.split,
             "text_field": self.text_field,
             "ratio": self.ratio,
         }
+        return identity | ({"messages_field": self.messages_field} if self.messages_field else {})
 
-    def texts(self, report: SourceReport) -> Iterator[tuple[float, str | None]]:
-        """Pairs of the share of the source read so far and a text (None where a row has none)."""
+    def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
+        """Pairs of the share of the source read so far and a text (None where a row has none).
+
+        With a `messages_field`, conversations in the place of texts.
+        """
+        raise NotImplementedError
+
+    @property
+    def num_shards(self) -> int:
+        """Parts that can be read apart, in any order."""
+        raise NotImplementedError
+
+    def open_shard(self, index: int, state: Any, report: SourceReport) -> Shard:
+        """One part, from the place that an earlier reader of it had reached (`state`; None: its beginning)."""
         raise NotImplementedError
 
     def _choose_field(self, columns: Mapping[str, bool], what: str) -> str:
-        """The column that holds the text, among columns that may (True) or cannot hold strings."""
-        requested = self.text_field
+        """The column that holds the text, among columns that may (True) or cannot hold strings (or conversations)."""
+        requested = self.messages_field or self.text_field
         if columns.get(requested):
             return requested
         listed = ", ".join(columns) or "none"
+        if self.messages_field:
+            where = f"{self.where}.messages_field = '{requested}'"
+            if requested in columns:
+                raise DataError(f"{where}: this column of {what} holds no lists of {{role, content}}; use text_field.")
+            raise DataError(f"{where}: no such column in {what}; columns: {listed}.{did_you_mean(requested, columns)}")
         if requested in columns:
             raise DataError(f"{what}: column '{requested}' holds no strings; columns: {listed}.")
         if requested != _DEFAULT_FIELD:
@@ -109,6 +129,26 @@ class SourceReader:
     def _refuse(self, setting: str, why: str) -> None:
         value = getattr(self, setting)
         raise ConfigError(f"{self.where}.{setting} = '{value}' is not read: {why}; leave it out.")
+
+
+class Shard:
+    """The rows of one part of a source, and how far they have been read."""
+
+    def __init__(self, rows: Iterator[Any], start: int = 0) -> None:
+        """Count rows of an iterator whose first one is number `start`."""
+        self._rows, self._done = rows, start
+
+    def __iter__(self) -> Shard:
+        return self
+
+    def __next__(self) -> Any:
+        row = next(self._rows)
+        self._done += 1
+        return row
+
+    def state(self) -> Any:
+        """What `open_shard` needs to go on after the row given last; plain JSON."""
+        return self._done
 
 
 class _Unusable(Exception):
@@ -129,28 +169,44 @@ class _LocalReader(SourceReader):
         if self.name:
             self._refuse("name", "it names a configuration of a Hub data set, and this source is local")
 
+    @property
+    def num_shards(self) -> int:
+        return len(self.files)
+
+    def open_shard(self, index: int, state: Any, report: SourceReport) -> Shard:
+        start = int(state or 0)
+        return Shard(islice(self._shard_rows(index, report), start, None), start)
+
+    def _shard_rows(self, index: int, report: SourceReport) -> Iterator[Any]:
+        for _, row in self._usable(self.files[index], report):
+            yield row
+
     def identity(self) -> dict[str, Any]:
         by_content = sum(_size(file) for file in self.files) <= _HASH_CONTENT_UP_TO
         states = [_state(file, by_content) for file in self.files]
         files = [(str(file.relative_to(self.root)), state) for file, state in zip(self.files, states, strict=True)]
         return {**super().identity(), "path": str(self.root), "files": files}
 
-    def texts(self, report: SourceReport) -> Iterator[tuple[float, str | None]]:
+    def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
         sizes = [_size(file) for file in self.files]
         done, total = 0, sum(sizes)
         for file, size in zip(self.files, sizes, strict=True):
-            try:
-                for share, text in self._read(file):
-                    yield (done + size * share) / total, text
-            except _Unusable as problem:
-                if file == self.root:
-                    raise DataError(
-                        f"{self.where}.path = '{self.path}': the file is {problem.reason}; {problem.remedy}."
-                    ) from problem
-                report.skip(problem.reason)
+            for share, text in self._usable(file, report):
+                yield (done + size * share) / total, text
             done += size
 
-    def _read(self, file: Path) -> Iterator[tuple[float, str | None]]:
+    def _usable(self, file: Path, report: SourceReport) -> Iterator[tuple[float, Any]]:
+        """The rows of a file; one that cannot be used is skipped among others, and an error alone."""
+        try:
+            yield from self._read(file)
+        except _Unusable as problem:
+            if file == self.root:
+                raise DataError(
+                    f"{self.where}.path = '{self.path}': the file is {problem.reason}; {problem.remedy}."
+                ) from problem
+            report.skip(problem.reason)
+
+    def _read(self, file: Path) -> Iterator[tuple[float, Any]]:
         suffix = file.suffix.lower()
         if suffix == ".jsonl":
             return self._read_jsonl(file)
@@ -158,8 +214,9 @@ class _LocalReader(SourceReader):
             return self._read_parquet(file)
         return iter([(1.0, read_text(file))])
 
-    def _read_jsonl(self, file: Path) -> Iterator[tuple[float, str | None]]:
+    def _read_jsonl(self, file: Path) -> Iterator[tuple[float, Any]]:
         column, size, done = "", _size(file), 0
+        kind: type = list if self.messages_field else str
         try:
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
@@ -168,23 +225,27 @@ class _LocalReader(SourceReader):
                         continue
                     record = _parse_line(line, f"{file}, line {number}")
                     if not column:
-                        holds_text = {key: isinstance(value, str | None) for key, value in record.items()}
+                        holds_text = {key: isinstance(value, kind | None) for key, value in record.items()}
                         column = self._choose_field(holds_text, f"{file}, line {number}")
                     text = record.get(column, ...)
-                    if text is not None and not isinstance(text, str):
-                        problem = "is missing" if text is ... else f"is no string ({type(text).__name__})"
-                        raise DataError(f"{file}, line {number}: the text field '{column}' {problem}.")
+                    if text is not None and not isinstance(text, kind):
+                        wanted, field = ("list", "messages") if self.messages_field else ("string", "text")
+                        problem = "is missing" if text is ... else f"is no {wanted} ({type(text).__name__})"
+                        raise DataError(f"{file}, line {number}: the {field} field '{column}' {problem}.")
                     yield done / size, text
         except OSError as error:
             raise _Unusable("unreadable", first_line(error)) from error
         if not column:
             raise _Unusable("empty", 'expected one JSON object per line, e.g. {"text": "…"}')
 
-    def _read_parquet(self, file: Path) -> Iterator[tuple[float, str | None]]:
+    def _read_parquet(self, file: Path) -> Iterator[tuple[float, Any]]:
         import pyarrow
         import pyarrow.parquet
 
         def holds_text(kind: Any) -> bool:
+            if self.messages_field:
+                lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+                return lists and pyarrow.types.is_struct(kind.value_type)
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             return kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
 
@@ -220,6 +281,8 @@ class FileReader(_LocalReader):
             self._refuse("split", "a single file has no splits")
         if suffix in TEXT_SUFFIXES and source.text_field != _DEFAULT_FIELD:
             self._refuse("text_field", f"a {suffix} file is one text")
+        if suffix in TEXT_SUFFIXES and source.messages_field:
+            self._refuse("messages_field", f"a {suffix} file is one text")
         self.files = [self.root]
 
 
@@ -251,6 +314,10 @@ class FolderReader(_LocalReader):
         tables = any(file.suffix.lower() in TABLE_SUFFIXES for file in self.files)
         if not tables and source.text_field != _DEFAULT_FIELD:
             self._refuse("text_field", "the folder has no .jsonl or .parquet files")
+        if source.messages_field:
+            if not tables:
+                self._refuse("messages_field", "the folder has no .jsonl or .parquet files")
+            self.files = [file for file in self.files if file.suffix.lower() in TABLE_SUFFIXES]
 
     def new_report(self) -> SourceReport:
         report = super().new_report()
@@ -292,6 +359,8 @@ class StdlibReader(_LocalReader):
             self._refuse("split", f"{STDLIB} has no splits")
         if source.text_field != _DEFAULT_FIELD:
             self._refuse("text_field", f"{STDLIB} consists of plain texts")
+        if source.messages_field:
+            self._refuse("messages_field", f"{STDLIB} consists of plain texts")
         files = []
         for folder, folders, names in os.walk(self.root):
             folders[:] = [name for name in folders if name not in _STDLIB_SKIPPED_FOLDERS]
@@ -310,18 +379,33 @@ class StdlibReader(_LocalReader):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "python": sys.version}
 
-    def texts(self, report: SourceReport) -> Iterator[tuple[float, str | None]]:
-        for share, text in super().texts(report):
+    def _usable(self, file: Path, report: SourceReport) -> Iterator[tuple[float, Any]]:
+        for share, text in super()._usable(file, report):
             if text is not None and _STDLIB_TABLE.search(text):
                 report.skip("generated table")
             else:
                 yield share, text
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.files) + 1
+
+    def _shard_rows(self, index: int, report: SourceReport) -> Iterator[Any]:
+        yield from super()._shard_rows(index, report) if index < len(self.files) else self._topics()
+
+    def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
+        yield from super().texts(report)
+        for text in self._topics():
+            yield 1.0, text
+
+    @staticmethod
+    def _topics() -> Iterator[str]:
         try:
             from pydoc_data.topics import topics
         except ImportError:  # some distributions ship it apart
             return
         for name in sorted(topics):
-            yield 1.0, topics[name]
+            yield topics[name]
 
 
 def _size(file: Path) -> int:

@@ -15,16 +15,18 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dtfcli.conversations import check_template, conversation_encoder
 from dtfcli.documents import Document, OnProgress, open_sources, read_documents
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.settings import DataSettings
+from dtfcli.sources import SourceReport
 from dtfcli.token_cache import cache_folder, fingerprint_of
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 
 Encode = Callable[[list[str]], list[np.ndarray]]
+EncodeDocument = Callable[[Document], np.ndarray]
 
 _SAMPLE_CHARACTERS = 6_000_000
 _SMALLEST_SHARE = 1_000
@@ -81,6 +84,12 @@ def data_tokenizer(
     """The tokenizer trained on `data.sources`: from the cache as long as text and size stay the same."""
     from tokenizers import Tokenizer
 
+    check_template(data.sources, None)
+    if data.streaming:
+        raise ConfigError(
+            "data.tokenizer is empty: a tokenizer is trained on whole sources, and data.sources stream; name a "
+            "tokenizer, or a model.base that has one."
+        )
     readers = open_sources(data.sources, on_progress=on_progress)
     identity = {
         "sources": [reader.identity() for reader in readers],
@@ -181,28 +190,69 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     return encode
 
 
+def document_encoder(
+    tokenizer: PreTrainedTokenizerBase, reports: Sequence[SourceReport]
+) -> Callable[[Iterable[Document]], Iterator[tuple[Document, np.ndarray]]]:
+    """A function from documents to pairs of a document and its tokens, int32 [n], in the same order.
+
+    Args:
+        tokenizer: With an end-of-text token and, for conversations, a chat template.
+        reports: One per source; tokens are added, and conversations that cannot be used are counted there.
+    """
+
+    def refuse(document: Document, reason: str) -> None:
+        report = reports[document.source]
+        report.documents -= 1
+        report.bytes -= document.num_bytes
+        report.skip(reason)
+
+    encode = text_encoder(tokenizer)
+    converse = conversation_encoder(tokenizer, refuse) if tokenizer.chat_template else None
+
+    def encode_all(documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        for document, ids in encode_documents(documents, encode, tokenizer.eos_token_id, converse):
+            if len(ids):
+                reports[document.source].tokens += len(ids)
+                yield document, ids
+
+    return encode_all
+
+
 def encode_documents(
-    documents: Iterable[Document], encode: Encode, end_of_text: int
+    documents: Iterable[Document], encode: Encode, end_of_text: int, converse: EncodeDocument | None = None
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Every document with its ids and the end-of-text token, encoded in batches of bounded size."""
+    """Every document with its ids and the end-of-text token, encoded in batches of bounded size.
+
+    Args:
+        documents: Texts, and conversations where there is a `converse`.
+        encode: Of texts.
+        end_of_text: Id that follows a text.
+        converse: Of conversations (`conversations.conversation_encoder`).
+    """
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield from _encode_batch(batch, encode, end_of_text)
+            yield from _encode_batch(batch, encode, end_of_text, converse)
             batch, characters = [], 0
     if batch:
-        yield from _encode_batch(batch, encode, end_of_text)
+        yield from _encode_batch(batch, encode, end_of_text, converse)
 
 
-def _encode_batch(batch: list[Document], encode: Encode, end_of_text: int) -> Iterator[tuple[Document, np.ndarray]]:
-    pieces = [list(split_text(document.text)) for document in batch]
+def _encode_batch(
+    batch: list[Document], encode: Encode, end_of_text: int, converse: EncodeDocument | None
+) -> Iterator[tuple[Document, np.ndarray]]:
+    pieces = [[] if document.messages else list(split_text(document.text)) for document in batch]
     encoded = iter(encode([piece for document in pieces for piece in document]))
     end = np.array([end_of_text], dtype=np.int32)
     for document, parts in zip(batch, pieces, strict=True):
-        yield document, np.concatenate([*(next(encoded) for _ in parts), end])
+        if document.messages:
+            assert converse is not None, "conversations need a tokenizer with a chat template"
+            yield document, converse(document)
+        else:
+            yield document, np.concatenate([*(next(encoded) for _ in parts), end])
 
 
 def split_text(text: str, limit: int = _PIECE_CHARACTERS) -> Iterator[str]:

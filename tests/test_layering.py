@@ -20,6 +20,7 @@ LEVELS = [
     [
         *("base_configs", "devices", "model_paths", "factory", "shares", "training.checkpoint"),
         *("documents", "sources", "hub_source", "tokenization", "token_cache", "data"),
+        *("targets", "conversations", "mixture", "stream"),
     ],
     [
         *("accounting", "scaling", "training", "generation", "inspection", "benchmark", "evaluation"),

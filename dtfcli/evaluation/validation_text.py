@@ -11,8 +11,9 @@ import torch
 from dtfcli.data import prepare_data
 from dtfcli.errors import DataError, DTFError
 from dtfcli.evaluation.report import Score
+from dtfcli.targets import count_targets
 from dtfcli.training.runs import run_settings
-from dtfcli.training.validation import evaluation_rows, to_batch
+from dtfcli.training.validation import evaluation_rows, to_batch, to_labels
 
 
 class NotAvailable(DataError):
@@ -37,7 +38,10 @@ def held_out_rows(run: Path | None, tokenizer: Any) -> tuple[Any, float]:
         raise NotAvailable(f"validation_text: {error}") from error
     if not len(data.validation):
         raise NotAvailable(f"validation_text: {run} held out no text (data.validation_fraction is 0); leave it out.")
-    return evaluation_rows(data.validation, settings.data.validation_blocks), data.validation_bytes_per_token
+    rows = evaluation_rows(data.validation, settings.data.validation_blocks)
+    # A row that lies inside a long turn of the user has no target.
+    rows = rows[[count_targets(row[None]) > 0 for row in rows]]
+    return rows, data.validation_bytes_per_token
 
 
 @torch.inference_mode()
@@ -48,12 +52,13 @@ def score_rows(
 
     Rows go through one at a time: their losses are wanted singly, and none depends on its neighbors then.
     """
-    losses = []
+    losses, targets = [], []
     for row in rows:
-        input_ids = to_batch(row[None], model.device)
-        losses.append(float(model(input_ids, labels=input_ids, use_cache=False).loss))
+        input_ids, labels = to_batch(row[None], model.device), to_labels(row[None], model.device)
+        losses.append(float(model(input_ids, labels=labels, use_cache=False).loss))
+        targets.append(count_targets(row[None]))
         on_answers(1)
-    mean = statistics.fmean(losses)
+    mean = statistics.fmean(losses, targets)
     stderr = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
     per_byte = 1 / math.log(2) / bytes_per_token
     scores = {

@@ -181,7 +181,8 @@ def load_whole(path: str, **options: Any) -> Any:
     Raises:
         ValueError: weights are missing, or are not known to the model.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    model, found = loaded
     for problem, names in (("missing", found["missing_keys"]), ("not known to the model", found["unexpected_keys"])):
         if names:
             some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")

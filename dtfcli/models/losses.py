@@ -65,7 +65,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 
 def causal_lm_loss(
-    hidden_states: Tensor, weight: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    hidden_states: Tensor, weight: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None = None
 ) -> Tensor:
     """Cross-entropy of each next token, in nats.
 

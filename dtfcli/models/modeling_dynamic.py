@@ -42,7 +42,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         logits_to_keep: int | Tensor = 0,
         output_routing: bool = False,
         output_logits: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
         return_dict: bool | None = None,
         cache: Any = None,
         **kwargs: Any,
@@ -101,7 +101,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def _auxiliary_losses(
-        self, outputs: RoutedModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None
+        self, outputs: RoutedModelOutput, labels: Tensor, num_items_in_batch: Tensor | float | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Prior loss (3.5), unweighted; losses of MoD's router and of predictors, weighted and summed; None: none."""
         share: Any = 1.0

@@ -35,6 +35,7 @@ class TrainingState:
         metrics_bytes: length of metrics.jsonl at this point.
         data: fingerprint of the tokenized data.
         processes: how many trained; another number goes on from the same weights, but not bit for bit.
+        stream: position in sources that stream (`stream.RowStream.state`); None: none do.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class TrainingState:
     metrics_bytes: int = 0
     data: str = ""
     processes: int = 1
+    stream: dict[str, Any] | None = None
 
 
 @contextmanager

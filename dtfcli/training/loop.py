@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from dtfcli.accounting import forward_flops_per_token
-from dtfcli.data import update_indices
 from dtfcli.errors import DTFError
 from dtfcli.factory import quiet_libraries
+from dtfcli.hub_source import SourceLost
 from dtfcli.settings import Settings
+from dtfcli.targets import count_targets
 from dtfcli.training.after import evaluate_final, plan_evaluation
 from dtfcli.training.checkpoint import (
     list_checkpoints,
@@ -42,7 +43,7 @@ from dtfcli.training.publishing import is_logged_in, push_final_model
 from dtfcli.training.runs import CURVES_FILE
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.tracking import Event, Listener, read_metrics
-from dtfcli.training.validation import calibration_batches, to_batch, validate
+from dtfcli.training.validation import calibration_batches, to_batch, to_labels, validate
 
 _CURVES_EVERY_SECONDS = 30.0
 _QUICK_CALIBRATION_TOKENS = 4096
@@ -111,6 +112,7 @@ def train(
         with stop:
             try:
                 fit(run)
+                run.rows.close()
                 result = finish(run)
             except StopRequested:
                 checkpoint = _save_checkpoint(run)
@@ -120,6 +122,13 @@ def train(
                     f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
                     f"Go on with: dtf train --resume {run.folder}"
                 ) from None
+            except SourceLost as error:
+                alone = run.processes.count == 1  # others may be in the middle of a step
+                saved = f"step {run.state.step} is saved as {_save_checkpoint(run)}" if alone else "stopped"
+                raise SourceLost(f"{error} The run: {saved}. Go on with: dtf train --resume {run.folder}") from error
+            finally:
+                run.rows.close()
+                run.trackers.finish()
         run.processes.leave()
     if not run.processes.is_main:
         return result
@@ -166,9 +175,10 @@ def update(run: Run) -> dict[str, Any]:
     plan, step = run.plan, run.state.step
     factor = schedule_factor(step, plan.total_steps, plan.warmup_steps, run.settings.training.schedule)
     rates = set_learning_rates(run.optimizer.param_groups, factor)
-    rows = update_indices(
-        step, num_blocks=len(run.data.train), blocks_per_update=plan.rows_per_update, seed=run.settings.run.seed
-    )
+    # Several processes decide together whether to stop, not each while it waits for text.
+    rows = run.rows.take(step, run.stop.check if run.processes.count == 1 else _never_stop)
+    # Gradients and losses are averaged over processes afterwards: each sums up a mean over its part of the targets.
+    targets = max(1, count_targets(rows)) / run.processes.count
 
     if run.objective.routed:
         _choose_training_routing(run)
@@ -177,12 +187,10 @@ def update(run: Run) -> dict[str, Any]:
     sums: dict[str, Any] = {}
     processes, states = run.processes, run.states
     parts = plan.micro_batches(rows, processes.rank, processes.count)
-    # Gradients and losses are averaged over processes afterwards: each sums up a mean over its own part.
-    targets = plan.targets_per_update // processes.count
     for place, part in enumerate(parts, 1):
-        input_ids = to_batch(run.data.train[part], processes.device)
+        input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
         with states.accumulating(is_last=place == len(parts)):
-            losses = states.trained(input_ids, targets, output_routing=_is_logged(plan, step + 1))
+            losses = states.trained(input_ids, targets, output_routing=_is_logged(plan, step + 1), labels=labels)
             run.accelerator.backward(losses.loss)
         values = {
             "train/loss": losses.lm_loss,
@@ -211,6 +219,10 @@ def _average_thresholds(run: Run) -> None:
         run.processes.average(together)
         for thresholds, mean in zip(tracked, together, strict=True):
             thresholds[0] = mean
+
+
+def _never_stop() -> None:
+    """Wait on."""
 
 
 def _choose_training_routing(run: Run) -> None:
@@ -363,7 +375,7 @@ def _causal_routing(model: Any, routed: bool) -> Iterator[None]:
 
 
 def _save_checkpoint(run: Run) -> Path:
-    run.state.metrics_bytes = run.log.bytes
+    run.state.metrics_bytes, run.state.stream = run.log.bytes, run.rows.state()
     with quiet_libraries():
         folder = save_checkpoint(
             run.states, run.folder, run.state, run.settings.training.keep_checkpoints, run.processes

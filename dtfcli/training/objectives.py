@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dtfcli.models.losses import causal_lm_loss
+from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss
 
 STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}
 """Metric name → field of a routing record whose mean it is."""
@@ -42,21 +42,25 @@ class Objective(nn.Module):
         self.model: Any = model
         self.routed = hasattr(model, "set_routing")
 
-    def forward(self, input_ids: Tensor, targets: int, output_routing: bool = False) -> Losses:
+    def forward(
+        self, input_ids: Tensor, targets: float, output_routing: bool = False, labels: Tensor | None = None
+    ) -> Losses:
         """Losses of one micro-batch of rows without padding.
 
         Args:
-            input_ids: int64 [B, T]; each token but the first of a row is a target.
+            input_ids: int64 [B, T].
             targets: targets in the whole update: every loss is a sum over it, the auxiliary ones scaled alike.
             output_routing: also return routing statistics.
+            labels: int64 [B, T], not shifted, -100 for what is no target; None: each token but the first of a row is.
         """
+        labels = input_ids if labels is None else labels
         if not self.routed:
             hidden_states = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-            lm_loss = causal_lm_loss(hidden_states, self.model.lm_head.weight, input_ids, targets)
+            lm_loss = causal_lm_loss(hidden_states, self.model.lm_head.weight, labels, targets)
             return Losses(lm_loss, lm_loss)
         output = self.model(
             input_ids=input_ids,
-            labels=input_ids,
+            labels=labels,
             num_items_in_batch=targets,
             output_routing=output_routing,
             output_logits=False,
@@ -64,7 +68,7 @@ class Objective(nn.Module):
         )
         routing = None
         if output_routing:
-            routing = routing_statistics(output.routing, input_ids[:, 1:].numel() / targets)
+            routing = routing_statistics(output.routing, (labels[:, 1:] != IGNORE_INDEX).sum() / targets)
         return Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, routing)
 
 
@@ -82,7 +86,7 @@ def guess_quality(guessed: Tensor, selected: Tensor) -> dict[str, Tensor]:
     }
 
 
-def routing_statistics(records: Any, share: float) -> dict[str, Tensor]:
+def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]:
     """Means over the tokens of unpadded rows, times `share`, as 0-d tensors without gradient.
 
     Args:

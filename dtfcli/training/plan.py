@@ -34,13 +34,8 @@ class Plan:
     def tokens_per_update(self) -> int:
         return self.rows_per_update * self.seq_len
 
-    @property
-    def targets_per_update(self) -> int:
-        """Predicted tokens of an update: all but the first of each row."""
-        return self.rows_per_update * (self.seq_len - 1)
-
     def micro_batches(self, rows: np.ndarray, rank: int = 0, processes: int = 1) -> list[np.ndarray]:
-        """One process's rows of an update in parts of `micro_batch_size`; the last may be smaller.
+        """One process's rows [R, T] of an update in parts of `micro_batch_size`; the last may be smaller.
 
         Processes take equal parts of the rows, one after the other: the update is the same however many there are.
         """

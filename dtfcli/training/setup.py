@@ -1,5 +1,6 @@
 """Everything a run needs, built and checked before the first step."""
 
+import shutil
 import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 
 from dtfcli.data import TokenizedData, prepare_data
 from dtfcli.devices import compute_dtype
-from dtfcli.errors import ConfigError, DataError
+from dtfcli.errors import ConfigError, DataError, DTFError
 from dtfcli.factory import build_model, build_tokenizer
 from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint, tidy_folders
@@ -21,8 +22,10 @@ from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
 from dtfcli.training.plan import Plan, for_processes, plan_run
 from dtfcli.training.processes import Processes, connect
+from dtfcli.training.rows import UpdateRows, update_rows
 from dtfcli.training.runs import METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.training.sharding import Replicated, Sharded
+from dtfcli.training.trackers import Trackers, check_trackers, start_trackers
 from dtfcli.training.tracking import Event, Listener, MetricsLog, Stopwatch, matmul_peak
 from dtfcli.training.validation import evaluation_rows
 
@@ -42,6 +45,8 @@ class Run:
     optimizer: Any
     tokenizer: Any
     data: TokenizedData
+    rows: UpdateRows
+    trackers: Trackers
     log: MetricsLog
     state: TrainingState
     emit: Listener
@@ -69,6 +74,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
     """Build everything, check what can be checked, and make or reopen the run folder."""
     if resume is not None and (resume / "final_model").exists():
         raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / 'final_model'}.")
+    check_trackers(settings)
     accelerator, processes = connect(settings)
     settings = for_processes(settings, processes.count)
     stop.agree = processes.any
@@ -76,6 +82,9 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
 
     def progress(message: str, fraction: float | None) -> None:
         emit(Event("phase", message, fraction=fraction))
+
+    def warn(message: str) -> None:
+        emit(Event("warning", message))
 
     states = (Sharded if settings.training.sharding == "fsdp2" else Replicated)(accelerator, processes)
     # The first process of a machine fills the caches, the others read them.
@@ -97,6 +106,14 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
         processes.from_main(lambda: create_run_folder(folder, settings))
     else:
         state = _restore(folder, states, state, emit)
+    trackers = Trackers([], warn)
+    if processes.is_main:
+        try:
+            trackers = start_trackers(settings, folder, step=state.step, resumed=resume is not None, warn=warn)
+        except DTFError:
+            if resume is None:  # a run that never began
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     return Run(
         settings=settings,
         plan=plan,
@@ -109,7 +126,14 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
         optimizer=states.optimizer,
         tokenizer=tokenizer,
         data=data,
-        log=MetricsLog(folder / METRICS_FILE, keep_bytes=state.metrics_bytes, writes=processes.is_main),
+        rows=update_rows(settings, data, tokenizer, plan.rows_per_update, state.stream, warn),
+        trackers=trackers,
+        log=MetricsLog(
+            folder / METRICS_FILE,
+            keep_bytes=state.metrics_bytes,
+            writes=processes.is_main,
+            on_line=trackers.log,
+        ),
         state=state,
         emit=emit,
         stop=stop,

@@ -42,12 +42,19 @@ Listener = Callable[[Event], None]
 class MetricsLog:
     """Appends lines to metrics.jsonl, each whole and flushed."""
 
-    def __init__(self, path: Path, keep_bytes: int = 0, writes: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keep_bytes: int = 0,
+        writes: bool = True,
+        on_line: Callable[[dict[str, Any]], None] = lambda line: None,
+    ) -> None:
         """Open the log; what lies beyond `keep_bytes` was written after the checkpoint being resumed, and goes.
 
-        Without `writes`, in a process that is not the main one, nothing is opened or written.
+        Without `writes`, in a process that is not the main one, nothing is opened or written. `on_line` gets every
+        line too.
         """
-        self.path, self.writes = path, writes
+        self.path, self.writes, self._on_line = path, writes, on_line
         if not writes:
             return
         with explained_write_errors(path.parent):
@@ -60,6 +67,7 @@ class MetricsLog:
             return
         with explained_write_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._on_line(metrics)
 
     @property
     def bytes(self) -> int:

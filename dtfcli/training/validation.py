@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dtfcli.shares import ShareMeter, measured_shares
+from dtfcli.targets import count_targets, target_labels, token_ids
 from dtfcli.training.processes import Processes
 
 Between = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
@@ -17,8 +18,13 @@ ALONE = Processes()
 
 
 def to_batch(rows: np.ndarray, device: torch.device) -> Tensor:
-    """int32 [B, T], possibly a memory map, → int64 tensor on the device."""
-    return torch.from_numpy(rows.astype(np.int64)).to(device)
+    """Rows [B, T], possibly a memory map, → their token ids, an int64 tensor on the device."""
+    return torch.from_numpy(token_ids(rows)).to(device)
+
+
+def to_labels(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Rows [B, T] → labels, not shifted, an int64 tensor on the device; -100 is no target."""
+    return torch.from_numpy(target_labels(rows)).to(device)
 
 
 def evaluation_rows(validation: np.ndarray, count: int) -> np.ndarray:
@@ -45,11 +51,11 @@ def mean_loss(
     objective: Any, rows: np.ndarray, batch_size: int, device: torch.device, between: Between, processes: Processes
 ) -> float:
     """Cross-entropy per target in nats, in the model's present routing mode."""
-    targets = rows.shape[0] * (rows.shape[1] - 1)
+    targets = max(1, count_targets(rows))
     total = torch.zeros((), device=device)
     batches, shared = batches_for(rows, batch_size, processes)
     for batch in between(batches):
-        total += objective(to_batch(batch, device), targets).lm_loss
+        total += objective(to_batch(batch, device), targets, labels=to_labels(batch, device)).lm_loss
     if shared:
         processes.average(total)
         total *= processes.count
@@ -146,7 +152,7 @@ def calibration_batches(train: np.ndarray, tokens: int, batch_size: int, seed: i
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         longest = part[0][1]
-        input_ids = torch.from_numpy(np.stack([train[row, :longest] for row, _ in part]).astype(np.int64))
+        input_ids = torch.from_numpy(token_ids(np.stack([train[row, :longest] for row, _ in part])))
         lengths = torch.tensor([length for _, length in part])
         mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
         batches.append({"input_ids": input_ids, "attention_mask": mask})

@@ -6,6 +6,7 @@ the other names are files that `workplace` makes. Nothing that was there may be 
 
 import copy
 import hashlib
+import importlib.util
 import json
 import shlex
 from collections.abc import Callable
@@ -21,6 +22,12 @@ from tests.conftest import Outcome
 from tests.tiny import dense_model, routed_model
 
 SOURCES = "data.sources='[{path=\"%s\"}]'"
+
+
+def _sources(*entries: str) -> str:
+    """An override with these entries of `data.sources`, as a shell takes it."""
+    return f"data.sources='[{', '.join(f'{{{entry}}}' for entry in entries)}]'"
+
 
 PRESETS = [
     ("presets show quickstrat", ["quickstrat", "Did you mean 'quickstart'"]),
@@ -106,7 +113,82 @@ TRAIN = [
     ("train quickstart training.sharding=fsdp", ["training.sharding", "fsdp2"]),
     ("train quickstart --accelerator h100", ["--accelerator h100", "--dry-run"]),
     ("train quickstart --dry-run --accelerator h100", ["--accelerator h100", "--num-processes N"]),
-    ("train dtf-qwen2.5-0.5b --dry-run --num-processes 2 --accelerator h10", ["--accelerator h10", "Did you mean 'h100'"]),
+    (
+        "train dtf-qwen2.5-0.5b --dry-run --num-processes 2 --accelerator h10",
+        ["--accelerator h10", "Did you mean 'h100'"],
+    ),
+]
+
+DATA = [
+    (
+        "train quickstart " + _sources('path="rows.jsonl",streaming=true') + " training.max_steps=3",
+        ["data.tokenizer", "stream"],
+    ),
+    (
+        "train dtf-smollm2-135m " + _sources('path="rows.jsonl",streaming=true') + " training.epochs=1",
+        ["training.epochs", "data.sources stream, which has no end"],
+    ),
+    (
+        "train --config model.toml " + _sources('path="a",streaming=true'),
+        ["training.max_steps = unset", "no end", "1000"],
+    ),
+    (
+        "train quickstart " + _sources('path="a",streaming=true', 'path="b"'),
+        ["data.sources[1].streaming = false", "all do or none"],
+    ),
+    (
+        "train quickstart " + _sources('path="a",streaming=true,weight=2', 'path="b",streaming=true'),
+        ["data.sources[1].weight = unset", "every source one, or none"],
+    ),
+    ("train quickstart " + _sources('path="a",weight=2'), ["data.sources[0].weight = 2", "only streaming reads it"]),
+    (
+        "train quickstart " + _sources('path="a",streaming=true,weight=0'),
+        ["data.sources[0].weight = 0", "greater than 0"],
+    ),
+    ("train quickstart " + _sources('path="a",streaming="yes"'), ["data.sources[0].streaming", "true or false"]),
+    (
+        "train quickstart " + _sources('path="a",streaming=true') + " data.max_documents=9",
+        ["data.max_documents = 9", "data.sources stream"],
+    ),
+    ("train quickstart data.shuffle_buffer=9", ["data.shuffle_buffer = 9", "nothing reads it", "streaming = true"]),
+    (
+        "train quickstart " + _sources('path="a",messages_field="chat",text_field="b"'),
+        ["data.sources[0].text_field", "messages_field = chat", "leave one of them out"],
+    ),
+    (
+        "train quickstart " + _sources('path="rows.jsonl",messages_field="chat"'),
+        ["messages_field = 'chat'", "data.tokenizer"],
+    ),
+    (
+        "train quickstart data.tokenizer={scored} " + _sources('path="rows.jsonl",messages_field="chat"'),
+        ["messages_field = 'chat'", "no chat template"],
+    ),
+    (
+        "train quickstart data.tokenizer={chat} " + _sources('path="rows.jsonl",messages_field="chat"'),
+        ["messages_field = 'chat'", "no such column", "columns: body"],
+    ),
+    (
+        "train quickstart data.tokenizer={chat} " + _sources('path="rows.jsonl",messages_field="body"'),
+        ["messages_field = 'body'", "no lists of", "text_field"],
+    ),
+    (
+        "train quickstart data.tokenizer={chat} " + _sources('path="prompts.txt",messages_field="chat"'),
+        ["data.sources[0].messages_field = 'chat' is not read", "one text"],
+    ),
+    (
+        "train quickstart data.tokenizer={chat} " + _sources('path="rows.jsonl",text_field="body",streaming=true'),
+        ["data.seq_len", "too little", "add text"],
+    ),
+    (
+        "train quickstart data.tokenizer={chat} " + _sources('path="missing.jsonl",streaming=true'),
+        ["missing.jsonl", "no such file"],
+    ),
+    ("train quickstart logging.wandb.project=cats", ["logging.wandb.project", "logging.wandb.enabled is false"]),
+    ("train quickstart logging.wandb=true", ["logging.wandb = true", "a table"]),
+    ("train quickstart logging.wandb.enabld=true", ["logging.wandb.enabld", "Did you mean 'logging.wandb.enabled'"]),
+    ("train quickstart logging.wandb.enabled=true", ["logging.wandb.enabled", "pip install 'dtfcli[wandb]'"]),
+    ("train quickstart logging.tensorboard.enabled=true", ["tensorboard", "pip install 'dtfcli[tensorboard]'"]),
+    ("train quickstart logging.trackio.enabled=true", ["trackio", "pip install 'dtfcli[trackio]'"]),
 ]
 
 GENERATE = [
@@ -287,6 +369,32 @@ def test_presets(dtf: Callable[..., Outcome], workplace: Path, command: str, exp
 def test_train(dtf: Callable[..., Outcome], workplace: Path, command: str, expected: list[str]) -> None:
     before = _contents(workplace)
     _check(dtf(*shlex.split(command)), expected)
+    assert _contents(workplace) == before
+
+
+@pytest.mark.parametrize(("command", "expected"), DATA, ids=[row[0] for row in DATA])
+def test_data_and_trackers(
+    dtf: Callable[..., Outcome],
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folders: dict[str, str],
+    command: str,
+    expected: list[str],
+) -> None:
+    find_spec = importlib.util.find_spec
+    trackers = ("wandb", "tensorboard", "trackio")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in trackers else find_spec(name))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folders["scored"])
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained("chat")
+    (workplace / "model.toml").write_text('[model]\nbase = "folder"\n')
+    before = _contents(workplace)
+    for name, path in {**folders, "chat": "chat"}.items():
+        command = command.replace(f"{{{name}}}", path)
+    result = dtf(*shlex.split(command))
+    lines = result.stderr.splitlines(keepends=True)
+    told = "".join(line for line in lines if not line.rstrip().endswith(" …"))  # progress, before what is wrong
+    _check(Outcome(result.code, result.stdout, told), expected)
     assert _contents(workplace) == before
 
 

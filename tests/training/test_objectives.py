@@ -84,3 +84,17 @@ def test_routing_statistics(architecture: str) -> None:
     assert set(statistics) == {f"router/{layer}/{name}" for layer in (1, 3, 5) for name in names}
     assert statistics["router/3/routed_share"].item() == pytest.approx(0.5)
     assert not any(value.requires_grad for value in statistics.values())
+
+
+@pytest.mark.parametrize("architecture", ["dense", "dtf", "mod"])
+def test_only_labels_are_targets(architecture: str) -> None:
+    """The loss over a third of the tokens is theirs alone, and micro-batches with few and many add up."""
+    objective = build(architecture).eval()
+    batch = tokens(4, 24)
+    labels = batch.masked_fill(torch.rand(4, 24, generator=torch.Generator().manual_seed(1)) > 0.3, -100)
+    targets = int((labels[:, 1:] != -100).sum())
+    logits = objective.model(input_ids=batch).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+    assert torch.allclose(objective(batch, targets, labels=labels).lm_loss, expected, atol=1e-5)
+    parts = [objective(batch[rows], targets, labels=labels[rows]).lm_loss for rows in (slice(0, 1), slice(1, 4))]
+    assert sum(parts).item() == pytest.approx(expected.item(), abs=1e-5)

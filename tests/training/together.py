@@ -22,7 +22,7 @@ def settings_of(folder: Path, architecture: str, sharding: str = "ddp", **groups
     return small_settings(folder, architecture, **values | groups)
 
 
-def train_in_two(folder: Path, architecture: str, sharding: str) -> dict[str, Any]:
+def train_in_two(folder: Path, architecture: str, sharding: str) -> dict[int, Any]:
     """Train in two processes; returns what each noted about its model before the first update.
 
     Returns:

@@ -1,0 +1,94 @@
+"""The rows of each update: looked up in packed text, or taken from a stream."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from dtfcli.data import TokenizedData, update_indices
+from dtfcli.settings import Settings
+from dtfcli.stream import RowStream
+
+
+class UpdateRows(Protocol):
+    """Where an update's rows come from; the same whatever the number of processes, which divide them up."""
+
+    def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
+        """Rows of update `step` (from 0), int32 [rows_per_update, T]; `check` may raise while text is waited for."""
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint has to hold to go on after the rows taken; None: nothing."""
+
+    def close(self) -> None:
+        """Stop reading."""
+
+
+class PackedRows:
+    """Rows of text that was packed before the run, in an order that is a function of seed and step."""
+
+    def __init__(self, rows: np.ndarray, rows_per_update: int, seed: int) -> None:
+        """Take [N, T] rows."""
+        self._rows, self._count, self._seed = rows, rows_per_update, seed
+
+    def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
+        """Look up the rows of this step."""
+        indices = update_indices(step, num_blocks=len(self._rows), blocks_per_update=self._count, seed=self._seed)
+        return self._rows[indices]
+
+    def state(self) -> None:
+        """The step says it all."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class StreamedRows:
+    """Rows of a stream, in its order; it is opened with the first update."""
+
+    def __init__(self, open_stream: Callable[[dict[str, Any] | None], RowStream], count: int, state: Any) -> None:
+        """Go on from `state`; None: the beginning."""
+        self._open, self._count, self._state = open_stream, count, state
+        self._stream: RowStream | None = None
+
+    def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
+        """The next rows, which are those of this step."""
+        if self._stream is None:
+            self._stream = self._open(self._state)
+        return self._stream.take(self._count, check)
+
+    def state(self) -> dict[str, Any] | None:
+        """The stream's position."""
+        return self._state if self._stream is None else self._stream.state()
+
+    def close(self) -> None:
+        """End the thread that reads."""
+        if self._stream is not None:
+            self._state = self._stream.state()
+            self._stream.close()
+            self._stream = None
+
+
+def update_rows(
+    settings: Settings,
+    data: TokenizedData,
+    tokenizer: Any,
+    rows_per_update: int,
+    state: dict[str, Any] | None,
+    on_note: Callable[[str], None],
+) -> UpdateRows:
+    """The rows of a run's updates.
+
+    Args:
+        settings: of the run.
+        data: what was packed, or the beginning of a stream.
+        tokenizer: of the run.
+        rows_per_update: over all processes.
+        state: of the stream in the checkpoint that is resumed.
+        on_note: hears when a source begins again.
+    """
+    seed = settings.run.seed
+    if not settings.data.streaming:
+        return PackedRows(data.train, rows_per_update, seed)
+    return StreamedRows(
+        lambda at: RowStream(settings.data, tokenizer, seed=seed, state=at, on_note=on_note), rows_per_update, state
+    )

@@ -1,0 +1,208 @@
+"""Who else is told a run's metrics: Weights & Biases, TensorBoard and trackio, through accelerate's trackers.
+
+Notable choices:
+
+- They get the lines of metrics.jsonl under the same names, and as configuration the settings that are fit for the
+  public: no paths of this machine.
+- Which run of theirs this is stands in the run folder, so that a resumed run goes on in the same one.
+- They are told, not relied upon: one that fails on the way is left out with a warning, and training goes on.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import tomllib
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+
+from dtfcli.errors import ConfigError, DTFError
+from dtfcli.provenance import public_settings
+from dtfcli.settings import Settings
+from dtfcli.training.checkpoint import explained_write_errors
+
+TRACKERS_FILE = "trackers.json"
+NAMES = ("wandb", "tensorboard", "trackio")
+_TRACKIO_PROJECT = "dtf"
+_OFFLINE_MODES = ("offline", "dryrun", "disabled")
+
+
+def enabled_trackers(settings: Settings) -> list[str]:
+    """The trackers that `logging.*` asks for."""
+    return [name for name in NAMES if getattr(settings.logging, name).enabled]
+
+
+def check_trackers(settings: Settings) -> None:
+    """Raise unless what the trackers need is installed and logged in.
+
+    Raises:
+        ConfigError: and what to install or to do.
+    """
+    for name in enabled_trackers(settings):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name is no package
+            raise ConfigError(
+                f"logging.{name}.enabled = true: the package {name} is not installed; pip install 'dtfcli[{name}]'."
+            )
+        if name == "wandb" and not _can_start_wandb():
+            raise ConfigError(
+                "logging.wandb.enabled = true: not logged in to Weights & Biases; run `wandb login`, or set "
+                "WANDB_MODE=offline."
+            )
+
+
+def _can_start_wandb() -> bool:
+    """Whether W&B is offline, or a key is at hand; asks nobody: `wandb.init` would, in the middle of a run's start."""
+    if os.environ.get("WANDB_MODE") in _OFFLINE_MODES or os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    if wandb.setup().settings.mode in _OFFLINE_MODES:
+        return True
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)  # before 0.31 or so
+
+
+class Trackers:
+    """The trackers of a run that have been started; none where none is enabled."""
+
+    def __init__(self, trackers: list[GeneralTracker], warn: Callable[[str], None]) -> None:
+        """Take started trackers; `warn` hears about those that fail."""
+        self.trackers, self._warn = trackers, warn
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Pass a line of metrics.jsonl on."""
+        values = {
+            name: value
+            for name, value in line.items()
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+        }
+        for tracker in list(self.trackers):
+            with self._dropped_on_failure(tracker):
+                tracker.log(values, step=line["step"])
+
+    def finish(self) -> None:
+        """Let the trackers write what they hold back."""
+        for tracker in list(self.trackers):
+            with self._dropped_on_failure(tracker):
+                tracker.finish()
+        self.trackers.clear()
+
+    @contextlib.contextmanager
+    def _dropped_on_failure(self, tracker: GeneralTracker) -> Iterator[None]:
+        try:
+            with _quiet():
+                yield
+        except Exception as error:  # whatever it is, the run goes on
+            if tracker in self.trackers:
+                self.trackers.remove(tracker)
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            self._warn(f"logging.{tracker.name}: it failed and is left out from here on ({reason}).")
+
+
+def start_trackers(
+    settings: Settings, folder: Path, *, step: int, resumed: bool, warn: Callable[[str], None]
+) -> Trackers:
+    """Start what `logging.*` asks for, or go on in the trackers' runs of a resumed run.
+
+    Args:
+        settings: of the run.
+        folder: the run folder.
+        step: updates done; what trackers know beyond it is told anew.
+        resumed: whether this run was begun before.
+        warn: hears about trackers that fail later.
+
+    Raises:
+        DTFError: a tracker does not start.
+    """
+    started: list[GeneralTracker] = []
+    for name in enabled_trackers(settings):
+        tracker = _build(name, settings, folder, step)
+        try:
+            with _quiet():
+                tracker.start()
+                if not resumed:
+                    tracker.store_init_configuration(tracker_config(settings, folder))
+        except Exception as error:  # the services raise what they like
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            Trackers(started, warn).finish()
+            raise DTFError(
+                f"logging.{name}.enabled = true: it does not start ({reason}). Mend that, or leave it out."
+            ) from error
+        started.append(tracker)
+    return Trackers(started, warn)
+
+
+class _Trackio(TrackioTracker):
+    """accelerate's, ended as the library ends it: else it ends the run again at exit, with a line on stdout."""
+
+    def finish(self) -> None:
+        import trackio
+
+        trackio.finish()
+
+
+def _build(name: str, settings: Settings, folder: Path, step: int) -> GeneralTracker:
+    if name == "tensorboard":
+        # Beyond the checkpoint being resumed, the killed run may have written steps that come again.
+        return TensorBoardTracker("tensorboard", str(folder), purge_step=step + 1 if step else None)
+    identity = _identity(folder, name)
+    if name == "trackio":
+        return _Trackio(_TRACKIO_PROJECT, name=f"{folder.name}-{identity}", resume="allow")
+    import wandb
+
+    return WandBTracker(
+        settings.logging.wandb.project,
+        name=folder.name,
+        id=identity,
+        resume="allow",
+        dir=str(folder),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+
+
+def _identity(folder: Path, name: str) -> str:
+    """The id of this run with a tracker: made once, and kept in the run folder."""
+    path = folder / TRACKERS_FILE
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if name not in known:
+        known[name] = uuid.uuid4().hex[:8]
+        with explained_write_errors(folder):
+            partial = folder / f".{TRACKERS_FILE}.partial"
+            partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+    return str(known[name])
+
+
+def tracker_config(settings: Settings, folder: Path) -> dict[str, bool | int | float | str]:
+    """The resolved settings under dotted names, as far as they are fit for the public; lists as JSON."""
+    flat: dict[str, bool | int | float | str] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{name}.", value)
+            else:
+                plain = isinstance(value, bool | int | float | str)
+                flat[prefix + name] = value if plain else json.dumps(value, ensure_ascii=False)
+
+    add("", public_settings(tomllib.loads(settings.to_toml()), folder))
+    return flat
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what trackers print off stdout, which holds the model's path alone."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,246 @@
+"""Conversations: the chat template's tokens, with the assistant's turns and nothing else as targets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dtfcli.conversations import conversation_encoder
+from dtfcli.data import Document, prepare_data, train_tokenizer, unigram_cross_entropy
+from dtfcli.documents import Message, documents
+from dtfcli.errors import ConfigError, DataError
+from dtfcli.settings import Source
+from dtfcli.stream import RowStream
+from dtfcli.targets import count_targets, target_labels, token_ids, with_targets
+from tests.data.texts import sentence
+
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+PLAIN = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + UNMARKED
+# Shows the reasoning of the last answer only, as some models' templates do.
+REWRITING = (
+    "{% for message in messages %}{{ message.role + ': ' }}{{ message.content if loop.last else '…' }}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = train_tokenizer((Document(sentence(i)) for i in range(50)), 340)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(number: int, turns: int = 2) -> list[Message]:
+    found = [{"role": "system", "content": "You are a cat."}] if number % 2 else []
+    for turn in range(turns):
+        found.append({"role": "user", "content": f"question {number} {turn}: " + sentence(number + turn, 5)})
+        found.append({"role": "assistant", "content": f"answer {number} {turn}: " + sentence(100 + number - turn, 6)})
+    return found
+
+
+def write_conversations(path: Path, count: int = 60, kind: str = "jsonl") -> Path:
+    rows = [{"messages": conversation(i), "id": i} for i in range(count)]
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def encode(tokenizer: Any, messages: list[Message], refused: list[str] | None = None) -> np.ndarray:
+    reasons = [] if refused is None else refused
+    document = Document(json.dumps(messages), 0, tuple(messages))
+    return conversation_encoder(tokenizer, lambda _, reason: reasons.append(reason))(document)
+
+
+def targets_text(tokenizer: Any, row: np.ndarray) -> str:
+    return tokenizer.decode(row[row >= 0])
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_marks_and_rendering_agree(number: int) -> None:
+    messages = conversation(number, turns=1 + number % 3)
+    marked, rendered = (encode(chat_tokenizer(template), messages) for template in (MARKED, UNMARKED))
+    assert np.array_equal(marked, rendered)
+    tokenizer = chat_tokenizer(MARKED)
+    answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    assert targets_text(tokenizer, marked) == "".join(answer + "<|im_end|>" for answer in answers)
+    # The ids are those that inference sees.
+    whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert token_ids(marked).tolist() == [*whole, tokenizer.eos_token_id]
+
+
+def test_without_an_end_marker_the_line_break_ends_a_turn() -> None:
+    tokenizer = chat_tokenizer(PLAIN)
+    row = encode(tokenizer, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}])
+    # The token with the first letter of the answer has the blank before it too, as in the library's own mask.
+    assert targets_text(tokenizer, row) == " sat\n"
+    assert tokenizer.decode(token_ids(row)) == "user: the cat\nassistant: sat\n<|endoftext|>"
+
+
+def test_no_second_end_of_text() -> None:
+    tokenizer = chat_tokenizer(PLAIN.replace("+ '\n'", "+ ('<|endoftext|>' if message.role == 'assistant' else '\n')"))
+    row = encode(tokenizer, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}])
+    assert targets_text(tokenizer, row) == " sat<|endoftext|>"
+    assert row[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (UNMARKED, [("user", "say <|im_end|>"), ("assistant", "no")], "control tokens in a message"),
+        (STRICT, [("assistant", "hello")], "refused by the chat template (the user begins)"),
+        (REWRITING, [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "rewrites later"),
+    ],
+)
+def test_conversations_that_are_left_out(template: str, messages: list[tuple[str, str]], reason: str) -> None:
+    reasons: list[str] = []
+    turns = [{"role": role, "content": content} for role, content in messages]
+    assert len(encode(chat_tokenizer(template), turns, reasons)) == 0
+    assert len(reasons) == 1
+    assert reason in reasons[0]
+
+
+def test_targets_in_rows() -> None:
+    ids = np.array([[0, 5, 7, 9], [3, 0, 0, 2]], dtype=np.int32)
+    mask = np.array([[True, False, True, False], [False, True, True, True]])
+    rows = with_targets(ids, mask)
+    assert rows.dtype == np.int32
+    assert np.array_equal(token_ids(rows), ids)
+    assert target_labels(rows).tolist() == [[0, -100, 7, -100], [-100, 0, 0, 2]]
+    assert count_targets(rows) == 4  # the first token of a row is predicted from nothing
+    assert count_targets(ids) == 6
+
+
+def test_counts_alone_count_targets_alone() -> None:
+    rows = np.array([[1, ~2, 3, ~2]], dtype=np.int32)
+    assert unigram_cross_entropy(rows, rows, 4) == pytest.approx(-np.log(2 / 6))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_packed_conversations(make: Any, tmp_path: Path, kind: str, encodings: list[int]) -> None:
+    path = write_conversations(tmp_path / f"chat.{kind}", kind=kind)
+    data = make(path, source={"messages_field": "messages"}, seq_len=32)
+    tokenizer = chat_tokenizer(UNMARKED)
+    first = prepare_data(data, tokenizer, seed=0)
+    expected = answers_in([conversation(i) for i in range(60)])
+    stream = np.concatenate([first.train.ravel(), first.validation.ravel()])
+    assert set(target_words(tokenizer, stream)) <= expected
+    assert 0.2 < np.count_nonzero(first.train >= 0) / first.train.size < 0.8
+    calls = len(encodings)
+    again = prepare_data(data, tokenizer, seed=0)
+    assert len(encodings) == calls
+    assert np.array_equal(again.train, first.train)
+    # Bytes of the answers per target: end markers are targets without text.
+    answers = tokenizer.decode(first.validation[first.validation >= 0], skip_special_tokens=True)
+    targets = np.count_nonzero(first.validation >= 0)
+    assert first.validation_bytes_per_token == pytest.approx(len(answers.encode()) / targets, rel=0.1)
+    assert prepare_data(data, chat_tokenizer(MARKED), seed=0).fingerprint != first.fingerprint
+
+
+def answers_in(conversations: list[list[Message]]) -> set[str]:
+    return {turn["content"] for turns in conversations for turn in turns if turn["role"] == "assistant"}
+
+
+def target_words(tokenizer: Any, stream: np.ndarray) -> list[str]:
+    """The answers between end markers, the ones at the edges of a split left out."""
+    found: list[str] = []
+    ids: list[int] = []
+    for token in stream:
+        if token < 0:
+            ids = []
+        elif token == tokenizer.convert_tokens_to_ids("<|im_end|>"):
+            text = tokenizer.decode(ids)
+            found += [text] if text.startswith("answer") else []
+            ids = []
+        else:
+            ids.append(token)
+    assert len(found) > 40
+    return found
+
+
+def test_streamed_conversations(make: Any, tmp_path: Path) -> None:
+    path = write_conversations(tmp_path / "chat.parquet", kind="parquet")
+    source = {"messages_field": "messages", "streaming": True}
+    data = make(path, source=source, seq_len=32, validation_fraction=0.0, shuffle_buffer=8)
+    tokenizer = chat_tokenizer(UNMARKED)
+    stream = RowStream(data, tokenizer, seed=0)
+    rows = stream.take(120)
+    stream.close()
+    answers = target_words(tokenizer, rows.ravel())
+    assert set(answers) <= answers_in([conversation(i) for i in range(60)])
+
+
+def test_conversations_beside_texts(make: Any, tmp_path: Path, folder: Path) -> None:
+    path = write_conversations(tmp_path / "chat.jsonl")
+    sources = [{"path": str(path), "messages_field": "messages"}, {"path": str(folder)}]
+    result = prepare_data(make(sources=sources, seq_len=32), chat_tokenizer(MARKED), seed=0)
+    assert [report.documents for report in result.report] == [60, 20]
+    assert result.report[0].tokens > 0
+
+
+def test_left_out_conversations_are_counted(make: Any, tmp_path: Path) -> None:
+    rows = [conversation(i) for i in range(40)]
+    rows += [[{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}]]
+    rows += [[{"role": "user", "content": "nobody answers"}], []]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    data = make(tmp_path / "chat.jsonl", source={"messages_field": "messages"}, seq_len=32)
+    (report,) = prepare_data(data, chat_tokenizer(MARKED), seed=0).report
+    assert report.documents == 40
+    assert report.skipped == {"without an assistant's turn": 2, "with control tokens in a message": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user"}]}, r"a turn of a conversation .* is no \{\"role\""),
+        ({"messages": ["hello"]}, r"a turn of a conversation"),
+        ({"messages": [{"from": "human", "value": "x"}]}, r"a turn of a conversation"),
+        ({"messages": "hello"}, r"messages_field = 'messages': this column .* holds no lists"),
+        ({"mesages": []}, r"messages_field = 'messages': no such column .* Did you mean 'mesages'"),
+    ],
+)
+def test_rows_that_are_no_conversations(tmp_path: Path, row: Any, message: str) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=message):
+        list(documents([Source(path=str(tmp_path / "chat.jsonl"), messages_field="messages")], seed=0))
+
+
+def test_all_conversations_refused(make: Any, tmp_path: Path) -> None:
+    turns = [{"role": "assistant", "content": "hello"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}))
+    data = make(tmp_path / "chat.jsonl", source={"messages_field": "messages"})
+    with pytest.raises(DataError, match=r"no document to use \(1 refused by the chat template"):
+        prepare_data(data, chat_tokenizer(STRICT), seed=0)
+
+
+def test_a_tokenizer_without_a_template(make: Any, tmp_path: Path) -> None:
+    path = write_conversations(tmp_path / "chat.jsonl")
+    data = make(path, source={"messages_field": "messages"})
+    with pytest.raises(DataError, match=r"data\.sources\[0\]\.messages_field = 'messages': .* no chat template"):
+        prepare_data(data, chat_tokenizer(None), seed=0)
+
+
+@pytest.mark.parametrize("path", ["python-stdlib", "texts", "texts/00.txt"])
+def test_texts_have_no_messages(folder: Path, path: str) -> None:
+    path = path if path == "python-stdlib" else str(folder.parent / path)
+    with pytest.raises(ConfigError, match=r"messages_field = 'messages' is not read"):
+        list(documents([Source(path=path, messages_field="messages")], seed=0))

@@ -1,0 +1,271 @@
+"""Trackers hear what metrics.jsonl holds; a fake one shows the protocol, real ones are read back where installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtfcli.errors import ConfigError, DTFError
+from dtfcli.settings import Settings
+from dtfcli.training import trackers
+from dtfcli.training.loop import TrainResult, train
+from dtfcli.training.runs import run_settings
+from dtfcli.training.trackers import Trackers, check_trackers, tracker_config
+from dtfcli.training.tracking import Event, read_metrics
+from tests.training.small_runs import small_settings
+from tests.training.test_resume import Killed, kill_when, the_run
+
+ENABLED = {"wandb": {"enabled": True, "project": "cats"}}
+
+
+class FakeRun:
+    """A run of the fake W&B: what it was told, and a network that fails at a step."""
+
+    def __init__(self, options: dict[str, Any], fails_at: int | None) -> None:
+        self.options, self.fails_at = options, fails_at
+        self.lines: list[tuple[int, dict[str, Any]]] = []
+        self.finished = False
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if step == self.fails_at:
+            raise ConnectionError("no route to host\nmore")
+        self.lines.append((step, dict(values)))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+class FakeWandb(types.ModuleType):
+    """Speaks the part of W&B's protocol that accelerate uses."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: list[FakeRun] = []
+        self.fails_at: int | None = None
+        self.config = types.SimpleNamespace(update=lambda values, **_: self.configs.append(values))
+        self.configs: list[dict[str, Any]] = []
+        self.refusal: Exception | None = None
+
+    def Settings(self, **values: Any) -> dict[str, Any]:
+        return values
+
+    def init(self, **options: Any) -> FakeRun:
+        if self.refusal is not None:
+            raise self.refusal
+        print("a library that prints")  # noqa: T201
+        self.runs.append(FakeRun(options, self.fails_at))
+        return self.runs[-1]
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    fake.__spec__ = importlib.util.spec_from_loader("wandb", None, origin="fake")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return fake
+
+
+def settings_with(folder: Path, logging: dict[str, Any], **groups: Any) -> Settings:
+    return small_settings(folder, "dense", **{"logging": logging, **groups})
+
+
+def finite(result: TrainResult) -> list[tuple[int, dict[str, Any]]]:
+    lines = read_metrics(result.run_dir / "metrics.jsonl")
+    return [(line.pop("step"), {key: value for key, value in line.items() if value is not None}) for line in lines]
+
+
+def test_a_tracker_hears_the_lines_of_the_log(tmp_path: Path, wandb: FakeWandb, capsys: Any) -> None:
+    result = train(settings_with(tmp_path, ENABLED))
+    (run,) = wandb.runs
+    assert run.lines == finite(result)
+    assert run.finished
+    assert run.options["project"] == "cats"
+    assert run.options["name"] == "small"
+    assert Path(run.options["dir"]) == result.run_dir
+    (config,) = wandb.configs
+    assert config["training.max_steps"] == 6
+    assert config["training.betas"] == "[0.9, 0.95]"
+    assert str(tmp_path) not in json.dumps(config)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path: Path, wandb: FakeWandb) -> None:
+    with pytest.raises(Killed):
+        train(
+            settings_with(tmp_path, ENABLED),
+            on_event=kill_when(lambda event: (event.kind, event.step) == ("step", 5)),
+        )
+    result = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
+    first, second = wandb.runs
+    assert first.options["id"] == second.options["id"]
+    assert second.options["resume"] == "allow"
+    assert first.finished, "also when the run is torn down"
+    assert len(wandb.configs) == 1
+    told = dict(first.lines) | dict(second.lines)
+    assert sorted(told) == sorted({step for step, _ in finite(result)})
+    other = train(settings_with(tmp_path, ENABLED, run={"name": "other"}))
+    assert wandb.runs[-1].options["id"] != first.options["id"]
+    assert json.loads((other.run_dir / "trackers.json").read_text())["wandb"] == wandb.runs[-1].options["id"]
+
+
+def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, wandb: FakeWandb) -> None:
+    wandb.fails_at = 2
+    events: list[Event] = []
+    result = train(settings_with(tmp_path, ENABLED), on_event=events.append)
+    assert result.steps == 6
+    assert [step for step, _ in wandb.runs[0].lines] == [0, 1]
+    warnings = [event.message for event in events if event.kind == "warning"]
+    assert warnings == ["logging.wandb: it failed and is left out from here on (no route to host)."]
+
+
+def test_one_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
+    class Tracker:
+        name = "one"
+
+        def __init__(self, error: Exception | None = None) -> None:
+            self.error = error
+            self.steps: list[int | str] = []
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            if self.error:
+                raise self.error
+            self.steps.append(step)
+
+        def finish(self) -> None:
+            self.steps.append("finished")
+
+    said: list[str] = []
+    good = Tracker()
+    both: Any = [Tracker(RuntimeError()), good]
+    together = Trackers(both, said.append)
+    together.log({"step": 1, "loss": 1.0})
+    together.log({"step": 2, "loss": None})
+    together.finish()
+    assert good.steps == [1, 2, "finished"]
+    assert len(said) == 1
+    assert "RuntimeError" in said[0]
+
+
+def test_one_that_does_not_start(tmp_path: Path, wandb: FakeWandb) -> None:
+    wandb.refusal = RuntimeError("entity cats not found")
+    with pytest.raises(DTFError, match=r"logging\.wandb\.enabled = true: .* \(entity cats not found\)"):
+        train(settings_with(tmp_path, ENABLED))
+    assert not list((tmp_path / "outputs").rglob("settings.toml")), "no run that never began"
+
+
+@pytest.mark.parametrize("name", trackers.NAMES)
+def test_a_missing_package_is_named_before_anything_begins(tmp_path: Path, monkeypatch: Any, name: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=rf"logging\.{name}\.enabled = true: .* pip install 'dtfcli\[{name}\]'"):
+        train(settings_with(tmp_path, {name: {"enabled": True}}))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: Any) -> None:
+    """W&B itself makes a folder `wandb` where it runs."""
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(ConfigError, match="not installed"):
+        check_trackers(settings_with(tmp_path, {"trackio": {"enabled": True}}))
+
+
+def test_not_logged_in(tmp_path: Path, wandb: FakeWandb, monkeypatch: Any) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    asked: list[dict[str, Any]] = []
+
+    def login(prompt: bool = True, verify: bool = True) -> bool:
+        asked.append({"prompt": prompt})
+        return False
+
+    monkeypatch.setattr(wandb, "login", login, raising=False)
+    mode = types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"))
+    monkeypatch.setattr(wandb, "setup", lambda: mode, raising=False)
+    with pytest.raises(ConfigError, match=r"wandb login.*WANDB_MODE=offline"):
+        check_trackers(settings_with(tmp_path, ENABLED))
+    assert asked == [{"prompt": False}]
+    mode.settings.mode = "offline"
+    check_trackers(settings_with(tmp_path, ENABLED))
+
+
+def test_configuration_is_flat_and_public(tmp_path: Path) -> None:
+    settings = settings_with(tmp_path, {}, hub={"repo": "me/model"}, eval={"after": "sciq", "data_dir": str(tmp_path)})
+    config = tracker_config(settings, tmp_path)
+    assert all(isinstance(value, bool | int | float | str) for value in config.values())
+    assert not any(key.startswith("hub") or key.endswith("_dir") for key in config)
+    assert str(tmp_path) not in json.dumps(config)
+    assert "local text (.jsonl)" in str(config["data.sources"])
+
+
+def test_tensorboard_for_real(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with pytest.raises(Killed):
+        train(
+            settings_with(tmp_path, {"tensorboard": {"enabled": True}}),
+            on_event=kill_when(lambda event: (event.kind, event.step) == ("step", 5)),
+        )
+    result = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
+    events = accumulators.EventAccumulator(str(result.run_dir / "tensorboard"))
+    events.Reload()
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for step, values in finite(result):
+        for name, value in values.items():
+            expected.setdefault(name, []).append((step, pytest.approx(value, rel=1e-6)))
+    assert set(expected) <= set(events.Tags()["scalars"])
+    for name, points in expected.items():
+        if name not in ("tokens_per_second", "mfu"):
+            assert [(point.step, point.value) for point in events.Scalars(name)] == points, name
+
+
+def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("wandb.sdk")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(Killed):
+        train(settings_with(tmp_path, ENABLED), on_event=kill_when(lambda event: event.step == 5))
+    result = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
+    identity = json.loads((result.run_dir / "trackers.json").read_text())["wandb"]
+    files = list((result.run_dir / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
+    assert len(files) == 2
+    content = b"".join(file.read_bytes() for file in files)
+    assert b"train/loss" in content
+    assert b"val/loss" in content
+
+
+def test_trackio_for_real(tmp_path: Path, monkeypatch: Any) -> None:
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("trackio is not installed")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    import sqlite3
+
+    result = train(settings_with(tmp_path, {"trackio": {"enabled": True}}))
+    identity = json.loads((result.run_dir / "trackers.json").read_text())["trackio"]
+    (database,) = (tmp_path / "trackio").rglob("dtf*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select step, metrics from metrics where run_name = ?", (f"small-{identity}",))
+        steps = {step for step, metrics in rows if "train/loss" in str(metrics)}
+    assert steps == {1, 2, 4, 6}
+
+
+def test_the_path_is_the_last_line_with_all_trackers(tmp_path: Path) -> None:
+    """In a process of its own, since libraries print when it ends."""
+    for name in trackers.NAMES:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    logging = {name: {"enabled": True} for name in trackers.NAMES}
+    (tmp_path / "run.toml").write_text(settings_with(tmp_path, logging).to_toml())
+    command = [sys.executable, "-m", "dtfcli", "train", "--config", str(tmp_path / "run.toml")]
+    environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("final_model")
+    assert "Upload" not in done.stdout
