@@ -96,7 +96,7 @@ def forward_flops_per_token(
         flops += attention * share * (1.0 if every_key else share)
     for name, parameter in model.named_parameters():
         found = _LAYER.search(name)
-        if found is None:
+        if found is None or (dense and ".lora_" in name):
             continue
         layer = int(found.group(1))
         if is_added(name):

@@ -111,11 +111,12 @@ def _dry_run(settings: "Settings", json: bool) -> None:
     from dtfcli.cli import render, train_view
     from dtfcli.devices import compute_dtype, resolve_device
     from dtfcli.factory import build_model
+    from dtfcli.training.adapters import adapt
     from dtfcli.training.plan import plan_run
 
     dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
     account = describe(
-        build_model(settings, meta=True),
+        adapt(build_model(settings, meta=True), settings),
         seq_len=settings.data.seq_len,
         micro_batch_size=settings.training.micro_batch_size,
         dtype=dtype,

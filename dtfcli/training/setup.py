@@ -16,7 +16,9 @@ from dtfcli.devices import compute_dtype, resolve_device
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.factory import build_model, build_tokenizer
 from dtfcli.settings import Settings
+from dtfcli.training.adapters import adapt
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint, load_checkpoint, tidy_folders
+from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
@@ -84,7 +86,12 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
     assert plan is not None, "known once the rows are"
 
     torch.manual_seed(settings.run.seed)
-    objective = _objective(settings, model).to(accelerator.device)
+    model.to(accelerator.device)  # before the parent is made, which may share its tensors
+    distillation = _distillation(settings, model, accelerator.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.run.seed)
+        adapt(model, settings)
+    objective = _objective(settings, model, distillation).to(accelerator.device)
     training = settings.training
     groups = parameter_groups(
         model.named_parameters(),
@@ -131,12 +138,19 @@ def _accelerator(settings: Settings) -> Accelerator:
     return Accelerator(mixed_precision=_MIXED_PRECISION[dtype], cpu=device.type == "cpu")
 
 
-def _objective(settings: Settings, model: Any) -> Objective:
+def _distillation(settings: Settings, model: Any, device: torch.device) -> Distillation | None:
+    if not settings.distill.enabled:
+        return None
+    dtype = compute_dtype(settings.run.dtype, device)
+    return Distillation(dense_parent(model, share=settings.lora.enabled, dtype=dtype), settings.distill)
+
+
+def _objective(settings: Settings, model: Any, distillation: Distillation | None) -> Objective:
     if settings.training.gradient_checkpointing:
         # Named so from Transformers 5.20 or so on, where the old name warns.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    objective = Objective(model)
+    objective = Objective(model, distillation)
     if settings.training.compile:
         objective.compile()
     return objective
