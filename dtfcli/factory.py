@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -305,7 +305,9 @@ def _routed_like(base: Any, config: Any) -> PreTrainedModel:
         return convert(base, fields.pop("architecture"), fields.pop("capacity"), **fields)
     for name, value in fields.items():
         if name != "routing" and getattr(base.config, name) != value:
-            raise ValueError(f"{name} = {value!r}, but its base has {getattr(base.config, name)!r}; it is another base.")
+            raise ValueError(
+                f"{name} = {value!r}, but its base has {getattr(base.config, name)!r}; it is another base."
+            )
     base.config.routing = fields["routing"]
     return base
 

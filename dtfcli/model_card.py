@@ -292,7 +292,10 @@ def _how_it_routes(facts: ModelFacts) -> str:
         ("gate", f"`{config.get('gate')}`"),
         ("sink tokens", str(config.get("sink_tokens"))),
         ("keys and values of", f"{config.get('kv_tokens')} tokens"),
-        ("parameters" + (" here" if facts.is_adapter else ""), f"{facts.parameters:,}, of which {facts.added_parameters:,} decide where to compute"),
+        (
+            "parameters" + (" here" if facts.is_adapter else ""),
+            f"{facts.parameters:,}, of which {facts.added_parameters:,} decide where to compute",
+        ),
         *((f"sha256 of {name}", f"`{digest}`") for name, digest in facts.weights_sha256.items()),
     ]
     if facts.architecture == "dtf":

@@ -321,9 +321,7 @@ class LoraSettings(Group):
 
     enabled: bool = Field(False, description="Freeze the backbone and train low-rank adapters of its projections.")
     r: Count = Field(16, description="Rank of the adapters.")
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        32.0, description="Adapters are scaled by alpha / r."
-    )
+    alpha: Count = Field(32, description="Adapters are scaled by alpha / r.")
     dropout: Share = Field(0.05, description="Dropout in front of the adapters.")
     targets: Annotated[list[str], AfterValidator(_check_targets)] = Field(
         default_factory=lambda: list(LORA_TARGETS),

@@ -27,7 +27,6 @@ from dtfcli.data import update_indices
 from dtfcli.errors import DTFError
 from dtfcli.factory import quiet_libraries
 from dtfcli.settings import Settings
-from dtfcli.training.after import evaluate_final, plan_evaluation
 from dtfcli.training.adapters import (
     adapter_state,
     is_adapted,
@@ -36,6 +35,7 @@ from dtfcli.training.adapters import (
     read_adapter,
     save_adapter,
 )
+from dtfcli.training.after import evaluate_final, plan_evaluation
 from dtfcli.training.checkpoint import (
     list_checkpoints,
     replaced_folder,

@@ -43,14 +43,14 @@ class Objective(nn.Module):
         distillation: what the model also learns from.
     """
 
-    def __init__(self, model: nn.Module, distillation: Distillation | None = None) -> None:
+    def __init__(self, model: Any, distillation: Distillation | None = None) -> None:
         super().__init__()
         self.model: Any = model
         self.routed = hasattr(model, "set_routing")
         self.distillation = distillation
         self._last_hidden: Tensor | None = None
         if distillation is not None:
-            self.model.model.register_forward_hook(self._keep_last_hidden)
+            model.model.register_forward_hook(self._keep_last_hidden)
 
     def _keep_last_hidden(self, module: nn.Module, arguments: Any, output: Any) -> None:
         """The language model does not hand out what its head was given."""

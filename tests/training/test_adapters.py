@@ -185,10 +185,14 @@ def test_commands(runs: dict[str, TrainResult], dtf: Callable[..., Outcome], tmp
     written = dtf("generate", run, "the cat", "--max-new-tokens", "6")
     assert written.code == 0, written
     assert written.stdout == dtf("generate", f"{run}/merged_model", "the cat", "--max-new-tokens", "6").stdout
-    scored = dtf("eval", run, "--tasks", "perplexity", "--limit", "4", "--data-dir", str(tmp_path))
-    assert "Traceback" not in scored.stderr
+    scored = dtf("eval", run, "--tasks", "validation_text")
+    assert scored.code == 0, scored
+    document = json.loads((runs["dtf"].run_dir / "eval" / "latest.json").read_text())
+    assert document["architecture"] == "dtf"
+    assert document["results"]["validation_text"]["n"] > 0
     merged = tmp_path / "merged"
     assert dtf("push", run, "me/new", "--merge", "--dry-run", str(merged)).code == 0
+    assert "validation_text" in (merged / "README.md").read_text()  # the adapter's own evaluation
     loaded = dtfcli.load_model(merged)
     assert torch.allclose(loaded(ids()).logits, dtfcli.load_model(run)(ids()).logits, atol=1e-5)
 
