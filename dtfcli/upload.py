@@ -191,7 +191,8 @@ def _adapters_base(folder: Path, run: Path | None) -> str:
     name, on_hub = public_name(read_adapter_config(folder)["base_model_name_or_path"], run)
     if not on_hub:
         raise CheckpointError(
-            f"{folder}: the base of this adapter is {name}, which nobody else has. Push it merged into its base: --merge."
+            f"{folder}: the base of this adapter is {name}, which nobody else has. "
+            "Push it merged into its base: --merge."
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: an adapter without a config.json; push it merged into its base: --merge.")

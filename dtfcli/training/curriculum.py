@@ -51,8 +51,7 @@ def annealed_capacity(model: Any, left: float, start: float) -> Iterator[float]:
 
 
 def freeze_backbone(param_groups: Iterable[dict[str, Any]]) -> None:
-    """Drop the backbone's gradients (its adapters' too), so that the optimizer passes it over, moments and decay
-    included.
+    """Drop the gradients of the backbone and its adapters: the optimizer passes it over, moments and decay included.
 
     The gradients are computed all the same: whatever reduces or shards them counts on every parameter having one.
     """

@@ -201,11 +201,14 @@ def test_the_trainable_parameters_are_told(
     runs: dict[str, TrainResult], base: Path, tmp_path: Path, dtf: Callable[..., Outcome]
 ) -> None:
     events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.kind == "step":
+            raise Killed
+
     with pytest.raises(Killed):
-        train(
-            adapted_settings(tmp_path, base),
-            on_event=lambda event: (events.append(event), kill_when(lambda e: e.kind == "step")(event))[1],
-        )
+        train(adapted_settings(tmp_path, base), on_event=listen)
     (start,) = [event for event in events if event.kind == "start"]
     state = load_file(runs["dtf"].final_model_path / "adapter_model.safetensors")
     trained = sum(tensor.numel() for name, tensor in state.items() if "thresholds" not in name)

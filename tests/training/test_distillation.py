@@ -129,15 +129,15 @@ def test_a_run_with_distillation(tmp_path: Path) -> None:
     """The metric is there, the language-model loss stays apart, and no checkpoint holds the parent."""
     (tmp_path / "base").mkdir()
     base = train(small_settings(tmp_path / "base", "dense")).final_model_path
-    losses = {}
+    losses, sizes = {}, {}
     for name, extra in (("plain", {}), ("taught", {"distill": {"enabled": True, "hidden_weight": 0.1}})):
         folder = tmp_path / name
         folder.mkdir()
         result = train(small_settings(folder, model={"base": str(base)}, **extra))
         losses[name] = [line for line in read_metrics(result.run_dir / "metrics.jsonl") if "train/loss" in line]
         checkpoint = next((result.run_dir / "checkpoints").glob("step-*"))
-        losses[f"{name} size"] = (checkpoint / "model.safetensors").stat().st_size
-    assert losses["plain size"] == losses["taught size"]
+        sizes[name] = (checkpoint / "model.safetensors").stat().st_size
+    assert sizes["plain"] == sizes["taught"]
     assert "train/distill_loss" not in losses["plain"][0]
     assert all(line["train/distill_loss"] >= 0 and line["train/hidden_loss"] >= 0 for line in losses["taught"])
     first, taught = losses["plain"][0], losses["taught"][0]
