@@ -191,7 +191,8 @@ def test_commands(runs: dict[str, TrainResult], dtf: Callable[..., Outcome], tmp
     assert document["architecture"] == "dtf"
     assert document["results"]["validation_text"]["n"] > 0
     merged = tmp_path / "merged"
-    assert dtf("push", run, "me/new", "--merge", "--dry-run", str(merged)).code == 0
+    pushed = dtf("push", run, "me/new", "--merge", "--dry-run", str(merged))
+    assert pushed.code == 0, pushed
     assert "validation_text" in (merged / "README.md").read_text()  # the adapter's own evaluation
     loaded = dtfcli.load_model(merged)
     assert torch.allclose(loaded(ids()).logits, dtfcli.load_model(run)(ids()).logits, atol=1e-5)

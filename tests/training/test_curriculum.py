@@ -134,12 +134,7 @@ def test_the_warm_up_leaves_the_backbone_alone(
         (["model=dense", "training.router_warmup_steps=5"], "model.architecture is dense"),
         (["training.capacity_schedule=linear", "training.capacity_fraction=0"], "greater than 0"),
         (
-            [
-                *(
-                    f"training.{x}"
-                    for x in ("capacity_schedule=linear", "capacity_fraction=0.8", "threshold_fraction=0.3")
-                )
-            ],
+            ["training.capacity_schedule=linear", "training.capacity_fraction=0.8", "training.threshold_fraction=0.3"],
             r"thresholds take over \(threshold_fraction = 0.3\); at most 0.7",
         ),
         (["training.max_steps=20", "training.router_warmup_steps=20"], "fewer than max_steps = 20"),
