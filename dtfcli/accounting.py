@@ -45,7 +45,9 @@ class Account:
     training_bytes: int
 
 
-def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: str, checkpointing: bool) -> Account:
+def describe(
+    model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: str, checkpointing: bool, parent: bool = False
+) -> Account:
     """Count a model.
 
     Args:
@@ -54,6 +56,7 @@ def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: st
         micro_batch_size: rows of a forward pass in training.
         dtype: precision of the computation: float32, bfloat16 or float16.
         checkpointing: whether activations are recomputed.
+        parent: whether a frozen copy of the backbone is kept to learn from.
     """
     named = list(model.named_parameters())
     flops = forward_flops_per_token(model, seq_len)
@@ -63,7 +66,8 @@ def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: st
         trainable_parameters=sum(p.numel() for _, p in named if p.requires_grad),
         flops_per_token=flops,
         share_of_dense=flops / forward_flops_per_token(model, seq_len, dense=True),
-        training_bytes=_training_bytes(model, seq_len, micro_batch_size, _BYTES[dtype], checkpointing),
+        training_bytes=_training_bytes(model, seq_len, micro_batch_size, _BYTES[dtype], checkpointing)
+        + (_BYTES[dtype] * sum(p.numel() for name, p in named if not is_added(name)) if parent else 0),
     )
 
 

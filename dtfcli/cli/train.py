@@ -121,6 +121,7 @@ def _dry_run(settings: "Settings", json: bool) -> None:
         micro_batch_size=settings.training.micro_batch_size,
         dtype=dtype,
         checkpointing=settings.training.gradient_checkpointing,
+        parent=settings.distill.enabled and not settings.lora.enabled,  # with LoRA it shares the model's tensors
     )
     plan = plan_run(settings, None)
     if json:

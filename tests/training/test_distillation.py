@@ -1,5 +1,7 @@
 """Distillation: the chunked divergence against whole logits, whose tensors the parent has, what is minimized."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.loop import train
 from dtfcli.training.objectives import Objective
 from dtfcli.training.tracking import read_metrics
+from tests.conftest import Outcome
 from tests.tiny import dense_model, routed_model, tokens
 from tests.training.small_runs import small_settings
 
@@ -142,3 +145,15 @@ def test_a_run_with_distillation(tmp_path: Path) -> None:
     assert all(line["train/distill_loss"] >= 0 and line["train/hidden_loss"] >= 0 for line in losses["taught"])
     first, taught = losses["plain"][0], losses["taught"][0]
     assert first["train/loss"] == taught["train/loss"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_dry_run_counts_the_copy(dtf: Callable[..., Outcome], lora: bool) -> None:
+    """Of the backbone alone, in the precision of the computation; none with LoRA, which shares it."""
+    command = ["train", "dtf-smollm2-135m", "run.dtype=bfloat16", f"lora.enabled={str(lora).lower()}", "--dry-run"]
+    plain, taught = (
+        json.loads(dtf(*command, f"distill.enabled={switch}", "--json").stdout)["account"]
+        for switch in ("false", "true")
+    )
+    backbone = 134_515_008  # SmolLM2-135M
+    assert taught["training_bytes"] - plain["training_bytes"] == (0 if lora else 2 * backbone)
