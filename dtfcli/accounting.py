@@ -48,7 +48,9 @@ class Account:
     training_bytes: int
 
 
-def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: str, checkpointing: bool) -> Account:
+def describe(
+    model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: str, checkpointing: bool, parent: bool = False
+) -> Account:
     """Count a model.
 
     Args:
@@ -57,6 +59,7 @@ def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: st
         micro_batch_size: rows of a forward pass in training.
         dtype: precision of the computation: float32, bfloat16 or float16.
         checkpointing: whether activations are recomputed.
+        parent: whether a frozen copy of the backbone is kept to learn from.
     """
     named = list(model.named_parameters())
     flops = forward_flops_per_token(model, seq_len)
@@ -66,7 +69,8 @@ def describe(model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: st
         trainable_parameters=sum(p.numel() for _, p in named if p.requires_grad),
         flops_per_token=flops,
         share_of_dense=flops / forward_flops_per_token(model, seq_len, dense=True),
-        training_bytes=_training_bytes(model, seq_len, micro_batch_size, BYTES[dtype], checkpointing),
+        training_bytes=_training_bytes(model, seq_len, micro_batch_size, BYTES[dtype], checkpointing)
+        + (BYTES[dtype] * sum(p.numel() for name, p in named if not is_added(name)) if parent else 0),
     )
 
 
@@ -99,7 +103,7 @@ def forward_flops_per_token(
         flops += attention * share * (1.0 if every_key else share)
     for name, parameter in model.named_parameters():
         found = LAYER.search(name)
-        if found is None:
+        if found is None or (dense and ".lora_" in name):
             continue
         layer = int(found.group(1))
         if is_added(name):

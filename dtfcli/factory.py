@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,15 +29,17 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from dtfcli.base_configs import BASE_CONFIGS
 from dtfcli.devices import DTYPES, has_fast_bfloat16, resolve_device
 from dtfcli.errors import CheckpointError, ConfigError, DTFError, HubError
 from dtfcli.model_paths import ModelPath, resolve_model_path
 from dtfcli.models.configuration_fields import DTF_ONLY, MOD_ONLY
-from dtfcli.models.conversion import convert, load_dense, load_whole, routed_config
+from dtfcli.models.conversion import ROUTING_FIELD_NAMES, convert, load_dense, load_whole, routed_config
 from dtfcli.settings import Settings
 from dtfcli.tokenization import data_tokenizer
+from dtfcli.training.adapters import apply_adapter, read_adapter_config
 
 _SCRATCH_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
@@ -121,12 +125,13 @@ def load_model(
     """A trained model, dense or routed, in eval mode.
 
     Args:
-        path: model folder, run folder, .gguf file, or Hub id[@revision].
+        path: model folder, run folder, adapter folder (its adapters are merged into its base), .gguf file, or Hub
+            id[@revision].
         routing: "threshold", "predictor" or "topk"; None or "auto": the mode saved with the model. Routed models only.
         capacity: γ for all routed layers; None: the model's own. Routed models only.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
-        dtype: auto (the checkpoint's own, or float32 where the device does not compute in it), float32, bfloat16 or
-            float16.
+        dtype: auto (the checkpoint's own, or float32 where the device does not compute in it, and for adapters),
+            float32, bfloat16 or float16.
         revision: branch, tag or commit of a Hub id.
         attn_implementation: sdpa, eager or flash_attention_2; None: Transformers chooses.
         trust_remote_code: run code that comes with the model; dtf's own classes need none.
@@ -197,6 +202,9 @@ def _base_config(base: str, revision: str | None, trust_remote_code: bool) -> An
     if source.kind == "hub" and source.revision is None and source.path in BASE_CONFIGS:
         return AutoConfig.for_model(**BASE_CONFIGS[source.path])
     with _explained_load_errors(source):
+        if source.is_adapter and not (Path(source.path) / "config.json").is_file():
+            config = read_adapter_config(Path(source.path))
+            return _base_config(config["base_model_name_or_path"], config.get("revision"), trust_remote_code)
         if source.kind == "gguf":
             file = Path(source.path)
             return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -229,7 +237,71 @@ def _load_weights(
         options["attn_implementation"] = attn_implementation
     if source.kind == "gguf":
         return load_dense(source.path, **options)
+    adapter = _adapter_folder(source)
+    if adapter is not None:
+        return _load_adapter(adapter, dtype, attn_implementation, trust_remote_code)
     return load_whole(source.path, revision=source.revision, **options)
+
+
+def _adapter_folder(source: ModelPath) -> Path | None:
+    """The adapter folder that a source is, fetched if it is on the Hub; None: it is none."""
+    if source.kind == "folder":
+        return Path(source.path) if source.is_adapter else None
+    if source.kind != "hub" or find_adapter_config_file(source.path, revision=source.revision) is None:
+        return None
+    return Path(
+        snapshot_download(source.path, revision=source.revision, allow_patterns=["*.json", "adapter_model.safetensors"])
+    )
+
+
+def _load_adapter(
+    folder: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The base of an adapter, routed as the adapter's own configuration says, with the adapter merged in.
+
+    Merging happens in float32, whatever the precision wanted: the changes are small beside the weights.
+
+    Raises:
+        CheckpointError, HubError: the base cannot be had.
+        ValueError: the adapter does not fit it.
+    """
+    config = read_adapter_config(folder)
+    base = config["base_model_name_or_path"]
+    try:
+        source = resolve_model_path(base, config.get("revision") or None)
+        with _explained_load_errors(source):
+            model: Any = _load_weights(source, torch.float32, attn_implementation, trust_remote_code)
+    except (CheckpointError, HubError) as error:
+        raise type(error)(f"{folder}: the base model of this adapter cannot be had. {error}") from error
+    own = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    if hasattr(own, "routed_layer_indices"):
+        model = _routed_like(model, own)
+    model = apply_adapter(model, folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if "router" not in name:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _routed_like(base: Any, config: Any) -> PreTrainedModel:
+    """A base model routed by a configuration; what routing adds is still to be loaded.
+
+    Raises:
+        ValueError: the base is routed in another way.
+    """
+    fields = {name: getattr(config, name) for name in ROUTING_FIELD_NAMES}
+    if not hasattr(base, "set_routing"):
+        return convert(base, fields.pop("architecture"), fields.pop("capacity"), **fields)
+    for name, value in fields.items():
+        if name != "routing" and getattr(base.config, name) != value:
+            raise ValueError(
+                f"{name} = {value!r}, but its base has {getattr(base.config, name)!r}; it is another base."
+            )
+    base.config.routing = fields["routing"]
+    return base
 
 
 def _route(start: Any, settings: Settings) -> PreTrainedModel:
@@ -288,7 +360,7 @@ def _load_dtype(source: ModelPath, dtype: str | torch.dtype, device: torch.devic
         if dtype not in DTYPES:
             raise ConfigError(f"dtype = {dtype!r}: choose one of auto, {', '.join(DTYPES)}.")
         return DTYPES[dtype]
-    if source.kind == "gguf":
+    if source.kind == "gguf" or source.is_adapter:
         return torch.float32
     own = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust_remote_code).dtype
     slow_half = own == torch.bfloat16 and not has_fast_bfloat16(device)

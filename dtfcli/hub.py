@@ -15,6 +15,7 @@ The notable choices:
 import hashlib
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,18 +94,20 @@ def push(
     private: bool = False,
     revision: str | None = None,
     commit_message: str | None = None,
+    merge: bool = False,
     on_progress: Listener | None = None,
 ) -> PushResult:
     """Push a model folder or run folder to the Hub, as one commit.
 
     Args:
-        model: model folder, or run folder (its final model).
+        model: model folder, adapter folder, or run folder (its final model).
         repo: owner/name, or a name; then the owner is `username` or who is logged in.
         username: owner, of a bare name.
         eval_results: JSON of an evaluation for the card; None: the newest beside the model.
         private: make a new repository private.
         revision: branch; it is made when there is none. None: main.
         commit_message: first line of the commit; None: says what it is.
+        merge: publish an adapter as a plain model, merged into its base.
         on_progress: told what is being done.
 
     Raises:
@@ -117,11 +120,18 @@ def push(
     model_folder(model)
     if get_token() is None:
         raise HubAccessError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN.")
-    with _quiet_client():
+    with _quiet_client(), tempfile.TemporaryDirectory() as scratch:
         hub = _Hub(tell)
         tell("asking the Hub who you are")
         target = hub.find(hub.owned_id(repo, username), revision or MAIN, private)
-        upload = prepare_upload(model, target.repo, revision=revision, eval_results=eval_results, on_progress=tell)
+        upload = prepare_upload(
+            model,
+            target.repo,
+            revision=revision,
+            eval_results=eval_results,
+            merge_into=Path(scratch) if merge else None,
+            on_progress=tell,
+        )
         message = commit_message or _default_message(upload)
         commit = hub.commit(upload, target, message, private)
     url = f"{hub.api.endpoint}/{target.repo}" + (f"/tree/{target.branch}" if target.branch != MAIN else "")

@@ -64,6 +64,7 @@ class ModelFacts:
         routed_layers: indices; empty for a dense model.
         base: Hub id, or name of the file, that training started from; empty: from scratch; None: not known.
         base_on_hub: whether `base` is a Hub id.
+        is_adapter: whether these are adapters (LoRA) of `base` alone, and what routing adds to it.
         datasets: (Hub id or kind of local text, configuration, share kept, on the Hub) of each source.
         settings: of the run, without local paths; empty where the model comes without its run.
         evaluation: the line of metrics.jsonl that these weights were measured in.
@@ -82,6 +83,7 @@ class ModelFacts:
     routed_layers: list[int] = field(default_factory=list)
     base: str | None = None
     base_on_hub: bool = False
+    is_adapter: bool = False
     datasets: list[tuple[str, str, float, bool]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -129,14 +131,16 @@ def _metadata(facts: ModelFacts) -> ModelCardData:
     tags = [*_TAGS.get(facts.architecture, [])]
     if facts.routed_layers:
         tags += ["mixture-of-depths", "conditional-computation"]
+    if facts.is_adapter:
+        tags.append("lora")
     if "auto_map" in facts.config:
         tags.append("custom_code")
     return ModelCardData(
         base_model=on_hub,
-        base_model_relation="finetune" if on_hub else None,
+        base_model_relation=("adapter" if facts.is_adapter else "finetune") if on_hub else None,
         datasets=list(dict.fromkeys(name for name, _, _, hub in facts.datasets if hub)) or None,
         eval_results=_model_index(facts) or None,
-        library_name="transformers",
+        library_name="peft" if facts.is_adapter else "transformers",
         license=base_license(on_hub) if on_hub else None,
         model_name=facts.name if facts.results is not None else None,
         pipeline_tag="text-generation",
@@ -201,6 +205,14 @@ def _metric_name(score: Score, result: TaskResult, facts: ModelFacts) -> str:
 
 def _summary(facts: ModelFacts) -> str:
     size = f"{_count(facts.parameters)} parameters"
+    if facts.is_adapter:
+        kind = f"make it a **{_LONG_NAMES[facts.architecture]}**" if facts.routed_layers else "adapt it"
+        routed = f", in which {len(facts.routed_layers)} of {facts.config['num_hidden_layers']} layers process only "
+        routed += f"some of the tokens, {_capacity(facts)}"
+        return (
+            f"LoRA adapters of {size} for {_base(facts)} that {kind}{routed if facts.routed_layers else ''}. They were "
+            f"trained with dtf {facts.version}."
+        )
     if not facts.routed_layers:
         made = f"trained from {_base(facts)}" if facts.base is not None else "saved"
         return f"A dense language model of {size}, {made} with dtf {facts.version}: a baseline for routed models."
@@ -230,11 +242,21 @@ def _capacity(facts: ModelFacts) -> str:
 def _usage(facts: ModelFacts) -> str:
     trust = ", trust_remote_code=True" if "auto_map" in facts.config else ""
     revision = f', revision="{facts.revision}"' if facts.revision else ""
+    routed_adapter = facts.is_adapter and bool(facts.routed_layers)
+    loader = [
+        "import dtfcli",
+        "",
+        f'tokenizer = dtfcli.load_tokenizer("{facts.repo}"{revision})',
+        f'model = dtfcli.load_model("{facts.repo}"{revision})',
+    ]
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}"{revision}{trust})',
         f'model = AutoModelForCausalLM.from_pretrained("{facts.repo}"{revision}{trust})',
+    ]
+    lines = loader if routed_adapter else lines
+    lines += [
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))",
     ]
@@ -249,6 +271,11 @@ def _usage(facts: ModelFacts) -> str:
         remark = (
             "The model's code travels with its weights, so that `dtf` need not be installed"
             f"{f' (saved with Transformers {library})' if library else ''}. "
+        )
+    elif routed_adapter:
+        remark = (
+            f"`dtf` loads {_base(facts)} and makes of it what these files say. Transformers and peft alone would load "
+            "the base without its routing. "
         )
     return f"## Use\n\n```python\n{code}\n```\n\n{remark}Where `dtf` is installed:\n\n```\n{command}\n```"
 
@@ -265,7 +292,10 @@ def _how_it_routes(facts: ModelFacts) -> str:
         ("gate", f"`{config.get('gate')}`"),
         ("sink tokens", str(config.get("sink_tokens"))),
         ("keys and values of", f"{config.get('kv_tokens')} tokens"),
-        ("parameters", f"{facts.parameters:,}, of which {facts.added_parameters:,} decide where to compute"),
+        (
+            "parameters" + (" here" if facts.is_adapter else ""),
+            f"{facts.parameters:,}, of which {facts.added_parameters:,} decide where to compute",
+        ),
         *((f"sha256 of {name}", f"`{digest}`") for name, digest in facts.weights_sha256.items()),
     ]
     if facts.architecture == "dtf":
@@ -388,8 +418,11 @@ def _limits(facts: ModelFacts) -> str:
             "γ is a wish: the share of tokens that is really routed follows from calibrated thresholds and depends on "
             "the kind of text and on the position. Measure it on yours.",
             "`topk` looks at the whole text. Losses and scores measured with it cannot be reached while generating.",
-            "Loading it runs the Python files of this repository (`trust_remote_code=True`): read them, or use dtf.",
         ]
+        if "auto_map" in facts.config:
+            lines.append(
+                "Loading it runs the Python files of this repository (`trust_remote_code=True`): read them, or use dtf."
+            )
         tokens = facts.settings.get("training", {}).get("calibration_tokens")
         if tokens:
             length = facts.settings.get("data", {}).get("seq_len")

@@ -10,6 +10,7 @@ from dtfcli.errors import CheckpointError, did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,17 @@ class ModelPath:
     path: str
     revision: str | None = None
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a folder of adapters (LoRA), which name the base that they belong to."""
+        return self.kind == "folder" and (Path(self.path) / _ADAPTER).is_file()
+
 
 def resolve_model_path(model: str | Path, revision: str | None = None) -> ModelPath:
     """Find out what MODEL is.
 
     Args:
-        model: model folder, run folder (its final model, else its best), .gguf file, or Hub id[@revision].
+        model: model or adapter folder, run folder (its final model, else its best), .gguf file, or Hub id[@revision].
         revision: of a Hub id; says the same as @revision.
 
     Raises:
@@ -73,14 +79,12 @@ def _prefix(text: str) -> str:
 def _local(path: Path) -> ModelPath:
     if path.is_file():
         return _file(path)
+    if (path / _ADAPTER).is_file():
+        return ModelPath("folder", str(path))
     if (path / "config.json").is_file():
         if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
             raise CheckpointError(f"{path}: has a config.json but no weights (model.safetensors); copy them there.")
         return ModelPath("folder", str(path))
-    if (path / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{path}: a LoRA adapter; this version does not load adapters. Merge it into its base model first."
-        )
     for name in ("final_model", "best_model"):
         if (path / name / "config.json").is_file():
             return ModelPath("folder", str(path / name))

@@ -21,6 +21,12 @@ from dtfcli.presets import preset_names, read_preset, read_toml
 ROUTING_NAMES = tuple(f.name for f in fields(RoutingFields) if f.name != "architecture")
 """The `model.*` keys that come from `RoutingFields`."""
 
+_SWITCHED = {
+    "lora": ("r", "alpha", "dropout", "targets", "merge"),
+    "distill": ("weight", "temperature", "hidden_weight"),
+}
+"""Groups with a switch, `enabled`, and what is read only while it is on."""
+
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -41,7 +47,7 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     mod_only = [f"model.{name}" for name in MOD_ONLY]
     routed = [f"model.{name}" for name in ROUTING_NAMES]
     routed += [f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "calibration_tokens")]
-    routed.append("training.threshold_fraction")
+    routed += [f"training.{name}" for name in ("threshold_fraction", "capacity_schedule", "router_warmup_steps")]
     absent = {"dtf": mod_only, "mod": dtf_only, "dense": [*routed, *dtf_only]}.get(str(architecture), [])
     unread |= dict.fromkeys(absent, f"model.architecture is {architecture}")
 
@@ -66,6 +72,12 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
         unread["model.dense_edges"] = "model.routed_layers lists the layers"
     if not lookup(values, "eval.after"):
         unread |= dict.fromkeys(["eval.tasks", "eval.limit", "eval.data_dir"], "eval.after is empty")
+    for group, names in _SWITCHED.items():
+        if not lookup(values, f"{group}.enabled"):
+            unread |= dict.fromkeys([f"{group}.{name}" for name in names], f"{group}.enabled is false")
+    if lookup(values, "training.capacity_schedule") in (None, "constant"):
+        keys = ["training.capacity_start", "training.capacity_fraction"]
+        unread |= dict.fromkeys(keys, "training.capacity_schedule is constant")
     if lookup(values, "data.validation_fraction") == 0:
         keys = ["data.validation_blocks", "training.eval_every"]
         unread |= dict.fromkeys(keys, "data.validation_fraction is 0")

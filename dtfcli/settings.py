@@ -77,11 +77,25 @@ def _check_betas(betas: list[float]) -> list[float]:
     return betas
 
 
+def _check_targets(targets: list[str]) -> list[str]:
+    unknown = [name for name in targets if name not in LORA_TARGETS]
+    _require(
+        not unknown,
+        "targets",
+        targets,
+        f"{', '.join(unknown)} is no projection of the backbone; choose from {', '.join(LORA_TARGETS)}",
+    )
+    return targets
+
+
 def _check_routing_field(name: str, value: Any) -> Any:
     if value is not None:
         check_routing_fields({name: value})
     return value
 
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections of a backbone block. Routers, priors and predictors are trained in full, never adapted."""
 
 Architecture = Literal["dtf", "mod", "dense"]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
@@ -309,6 +323,67 @@ class TrainingSettings(Group):
     threshold_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="Last share of the updates that route by threshold, as inference does, instead of by top-K."
     )
+    capacity_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How γ goes from capacity_start to model.capacity; constant: it is that from the start."
+    )
+    capacity_start: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="γ of the first update under a capacity_schedule."
+    )
+    capacity_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.3, description="First share of the updates over which capacity_schedule runs."
+    )
+    router_warmup_steps: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = Field(
+        0, description="First so many updates that train routers, priors and predictors alone, the backbone frozen."
+    )
+
+    @model_validator(mode="after")
+    def _check_curriculum(self) -> "TrainingSettings":
+        if self.capacity_schedule != "constant":
+            left = 1 - self.threshold_fraction
+            _require(
+                self.capacity_fraction <= left + 1e-9,
+                "capacity_fraction",
+                self.capacity_fraction,
+                f"γ must have arrived where thresholds take over (threshold_fraction = {self.threshold_fraction:g}); "
+                f"at most {left:g}",
+            )
+        if self.max_steps is not None:
+            _require(
+                self.router_warmup_steps < self.max_steps,
+                "router_warmup_steps",
+                self.router_warmup_steps,
+                f"the backbone would never be trained; fewer than max_steps = {self.max_steps}",
+            )
+        return self
+
+
+class LoraSettings(Group):
+    """`lora.*`: adapt the backbone by low-rank matrices; routers, priors and predictors are trained in full."""
+
+    enabled: bool = Field(False, description="Freeze the backbone and train low-rank adapters of its projections.")
+    r: Count = Field(16, description="Rank of the adapters.")
+    alpha: Count = Field(32, description="Adapters are scaled by alpha / r.")
+    dropout: Share = Field(0.05, description="Dropout in front of the adapters.")
+    targets: Annotated[list[str], AfterValidator(_check_targets)] = Field(
+        default_factory=lambda: list(LORA_TARGETS),
+        min_length=1,
+        description="Projections of the backbone's blocks that get adapters.",
+        examples=['["q_proj", "v_proj"]'],
+    )
+    merge: bool = Field(False, description="Also write merged_model/: the final model with its adapters merged in.")
+
+
+class DistillSettings(Group):
+    """`distill.*`: also learn from the dense parent, the base before it was routed."""
+
+    enabled: bool = Field(False, description="Add the divergence from the dense parent's predictions to the loss.")
+    weight: Rate = Field(1.0, description="Weight of KL(parent ‖ model), beside the language-model loss's 1.")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="T: both distributions are softened by it, and the divergence is scaled by T²."
+    )
+    hidden_weight: Rate = Field(
+        0.0, description="Weight of the mean squared difference of the final hidden states; 0: not computed."
+    )
 
 
 class WandbSettings(Group):
@@ -370,6 +445,8 @@ class Settings(BaseSettings):
     model: ModelSettings = Field(default_factory=ModelSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    distill: DistillSettings = Field(default_factory=DistillSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     eval: EvalSettings = Field(default_factory=EvalSettings)
     hub: HubSettings = Field(default_factory=HubSettings)
@@ -402,6 +479,12 @@ class Settings(BaseSettings):
                 "training.max_steps = unset: data.sources stream, and a stream has no end; set it, such as "
                 "training.max_steps=1000"
             )
+        for name, group, why in (
+            ("lora", self.lora, "random weights are not saved with an adapter"),
+            ("distill", self.distill, "a model from scratch has no dense parent"),
+        ):
+            remedy = f"{why}; set model.base to a pretrained model"
+            _require(not group.enabled or bool(self.model.base), f"{name}.enabled", True, remedy)
         self.accumulation_steps()
         return self
 

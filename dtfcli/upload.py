@@ -19,13 +19,15 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.eval_results import EvalResults, read_results
+from dtfcli.factory import load_model, load_tokenizer, quiet_libraries
 from dtfcli.leaks import find_leaks, without_local_traces
 from dtfcli.model_card import CURVES_FILE, ModelFacts, model_card
 from dtfcli.model_paths import resolve_model_path, weights_hash
 from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.provenance import own_evaluation, public_name, public_settings, public_sources, run_settings_table
+from dtfcli.training.adapters import read_adapter_config
 from dtfcli.training.checkpoint import replaced_folder
-from dtfcli.training.runs import METRICS_FILE, SETTINGS_FILE
+from dtfcli.training.runs import MERGED_MODEL, METRICS_FILE, SETTINGS_FILE
 from dtfcli.training.tracking import read_metrics
 
 CARD_FILE = "README.md"
@@ -35,7 +37,8 @@ _TOKENIZER = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
 _CONFIGS = ("config.json", "generation_config.json")
-_STALE_WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_STALE_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
 _UNKNOWN_OWNER = "YOUR-NAME"
 
 
@@ -78,7 +81,7 @@ class Upload:
 def is_replaced_by_a_push(name: str) -> bool:
     """Whether a file of a repository is of a kind that pushes write, so that one left from before is stale."""
     code = {path.name for path in (Path(__file__).parent / "models").glob("*.py")}
-    known = {CARD_FILE, CURVES_FILE, *_CONFIGS, *_TOKENIZER, *code}
+    known = {CARD_FILE, CURVES_FILE, _ADAPTER_CONFIG, *_CONFIGS, *_TOKENIZER, *code}
     return name in known or bool(_STALE_WEIGHTS.fullmatch(name))
 
 
@@ -88,28 +91,38 @@ def prepare_upload(
     *,
     revision: str | None = None,
     eval_results: Path | None = None,
+    merge_into: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Upload:
     """Gather, clean, describe and check what a push of a model would upload.
 
     Args:
-        model: model folder or run folder (its final model).
+        model: model folder, adapter folder or run folder (its final model).
         repo: owner/name.
         revision: branch that it is meant for.
         eval_results: JSON of an evaluation; None: the newest beside the model that is of these weights, a causal one
             if there is any.
+        merge_into: an empty folder, for an adapter that is to be uploaded as a plain model: it is written there, and
+            has to stay until the upload is done.
         on_progress: told what is being done.
 
     Raises:
         CheckpointError: the model is missing, incomplete, no folder or holds what must not be published.
-        ConfigError: the evaluation cannot be used.
+        ConfigError: the evaluation cannot be used; a merge was asked for where nothing can be merged.
     """
     tell = on_progress or (lambda message: None)
-    folder = model_folder(model)
+    named = folder = model_folder(model)
     run = _run_of(folder)
+    adapter = (folder / _ADAPTER_CONFIG).is_file()
+    base = _adapters_base(folder, run) if adapter and merge_into is None else None
+    if merge_into is not None:
+        if not adapter:
+            raise ConfigError(f"--merge: {folder} is no adapter, there is nothing to merge; leave it out.")
+        tell("merging the adapter into its base")
+        folder = _merge(folder, merge_into)
     given = None if eval_results is None else read_results(eval_results, f"--eval-results {eval_results}")
     config = _read_json(folder / "config.json")
-    weights = _weight_files(folder)
+    weights = _weight_files(folder) if base is None else [folder / _ADAPTER_WEIGHTS]
     warnings: list[str] = []
 
     files: dict[str, bytes | Path] = {}
@@ -118,7 +131,10 @@ def prepare_upload(
             files[name] = _cleaned(folder / name)
     if not any(name in files for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")):
         warnings.append(f"{folder} has no tokenizer: those who download the model will miss it.")
-    files |= {path.name: path for path in _code_files(folder, config)}
+    if base is None:
+        files |= {path.name: path for path in _code_files(folder, config)}
+    else:
+        files[_ADAPTER_CONFIG] = _cleaned(folder / _ADAPTER_CONFIG)
     files |= {path.name: path for path in weights}
     if len(weights) > 1:
         files[_INDEX] = folder / _INDEX
@@ -126,18 +142,18 @@ def prepare_upload(
         files[CURVES_FILE] = run / CURVES_FILE
 
     tell("hashing the weights")
-    digest = weights_hash(folder)
-    results, warning = _results_for(given, f"--eval-results {eval_results}", folder, run, digest)
+    digests = [weights_hash(place) for place in _same_weights(named, run)]
+    results, warning = _results_for(given, f"--eval-results {eval_results}", named, run, digests)
     warnings += [warning] if warning else []
     shown = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
-    facts = _facts(shown, revision, config, weights, run, folder, results, CURVES_FILE in files)
+    facts = _facts(shown, revision, config, weights, run, named, base, results, CURVES_FILE in files)
     try:
         files[CARD_FILE] = str(model_card(facts)).encode("utf-8")
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}.") from error
 
     tell("looking for what must not be published")
-    _check_leaks(files, folder, run)
+    _check_leaks(files, named, run)
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in files)
     return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, warnings)
 
@@ -162,8 +178,40 @@ def model_folder(model: str | Path) -> Path:
 
 def _run_of(folder: Path) -> Path | None:
     """The run folder that a model folder lies in."""
-    named = folder.name in ("final_model", "best_model")
+    named = folder.name in ("final_model", "best_model", MERGED_MODEL)
     return folder.parent if named and (folder.parent / SETTINGS_FILE).is_file() else None
+
+
+def _adapters_base(folder: Path, run: Path | None) -> str:
+    """The Hub id of an adapter's base.
+
+    Raises:
+        CheckpointError: it lies on this machine, where nobody else finds it; or the adapter is damaged.
+    """
+    name, on_hub = public_name(read_adapter_config(folder)["base_model_name_or_path"], run)
+    if not on_hub:
+        raise CheckpointError(
+            f"{folder}: the base of this adapter is {name}, which nobody else has. "
+            "Push it merged into its base: --merge."
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: an adapter without a config.json; push it merged into its base: --merge.")
+    return name
+
+
+def _merge(adapter: Path, folder: Path) -> Path:
+    """Write the plain model that an adapter makes of its base."""
+    model: Any = load_model(adapter, device="cpu")
+    with quiet_libraries():
+        model.save_pretrained(folder)
+        load_tokenizer(adapter).save_pretrained(folder)
+    return folder
+
+
+def _same_weights(folder: Path, run: Path | None) -> list[Path]:
+    """Folders whose evaluations are of these weights: a merged model was measured as the adapter it comes from."""
+    merged = run is not None and folder.name == MERGED_MODEL and (run / "final_model").is_dir()
+    return [folder, run / "final_model"] if merged and run is not None else [folder]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -229,7 +277,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _results_for(
-    given: EvalResults | None, label: str, folder: Path, run: Path | None, digest: str
+    given: EvalResults | None, label: str, folder: Path, run: Path | None, digests: list[str]
 ) -> tuple[EvalResults | None, str | None]:
     """The evaluation to show, and a warning; `label` is what to call the given one.
 
@@ -239,10 +287,10 @@ def _results_for(
     if given is not None:
         if given.model_hash is None:
             return given, f"{label}: does not say which weights it measured; be sure that it was these."
-        if given.model_hash != digest:
+        if given.model_hash not in digests:
             raise ConfigError(
                 f"{label}: measured other weights (model_hash {given.model_hash[:12]}…, this model has "
-                f"{digest[:12]}…); run `dtf eval {folder}`."
+                f"{digests[0][:12]}…); run `dtf eval {folder}`."
             )
         return given, None
     found = [path for place in (folder, run) if place is not None for path in (place / "eval").glob("*.json")]
@@ -250,7 +298,7 @@ def _results_for(
     for path in sorted(found, key=lambda path: path.stat().st_mtime):
         with suppress(ConfigError):  # a damaged or foreign file is no reason not to push
             results = read_results(path, str(path))
-            own += [results] if results.model_hash == digest else []
+            own += [results] if results.model_hash in digests else []
     if own:
         return next((results for results in reversed(own) if results.causal), own[-1]), None
     if found:
@@ -268,6 +316,7 @@ def _facts(
     weights: list[Path],
     run: Path | None,
     folder: Path,
+    adapters_base: str | None,
     results: EvalResults | None,
     has_curves: bool,
 ) -> ModelFacts:
@@ -276,6 +325,8 @@ def _facts(
     parameters, added = _count_parameters(weights)
     settings = run_settings_table(run) if run is not None else {}
     base, on_hub = public_name(settings.get("model", {}).get("base"), run) if settings else (None, False)
+    if adapters_base is not None:
+        base, on_hub = adapters_base, True
     lines = read_metrics(run / METRICS_FILE) if run is not None and (run / METRICS_FILE).is_file() else []
     return ModelFacts(
         repo=repo,
@@ -287,6 +338,7 @@ def _facts(
         routed_layers=_routed_layers(config),
         base=base,
         base_on_hub=on_hub,
+        is_adapter=adapters_base is not None,
         datasets=public_sources(settings, run),
         settings=public_settings(settings, run),
         evaluation=own_evaluation(lines, folder.name),

@@ -18,7 +18,7 @@ LEVELS = [
     ["errors"],
     ["models", "overrides", "presets", "schema", "resolution", "settings", "registration"],
     [
-        *("base_configs", "devices", "model_paths", "factory", "shares", "training.checkpoint"),
+        *("base_configs", "devices", "model_paths", "factory", "shares", "training.checkpoint", "training.adapters"),
         *("documents", "sources", "hub_source", "tokenization", "token_cache", "data"),
         *("targets", "conversations", "mixture", "stream"),
     ],

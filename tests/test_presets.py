@@ -16,6 +16,7 @@ NEEDED = {
     "dtf-qwen2.5-0.5b",
     "mod-qwen2.5-0.5b",
     "dense-qwen2.5-0.5b",
+    "dtf-qwen2.5-0.5b-lora",
     "thesis-dtf",
     "thesis-mod",
     "dtf-smollm2-135m",

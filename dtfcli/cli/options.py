@@ -17,7 +17,10 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A model folder, a run folder (its final model), a .gguf file, or a Hub id with or without @revision.",
+        help=(
+            "A model folder, a run folder (its final model), an adapter folder, a .gguf file, or a Hub id with or "
+            "without @revision."
+        ),
         show_default=False,
     ),
 ]

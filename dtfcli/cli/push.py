@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def push(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A model folder, or a run folder (its final model).", show_default=False),
+        typer.Argument(
+            metavar="MODEL", help="A model or adapter folder, or a run folder (its final model).", show_default=False
+        ),
     ],
     repo: Annotated[
         str,
@@ -42,6 +44,9 @@ def push(
     commit_message: Annotated[
         str | None, typer.Option("--commit-message", "-m", metavar="M", help="What the commit is called.")
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Publish an adapter as a plain model, merged into its base.")
+    ] = False,
     dry_run: Annotated[
         Path | None,
         typer.Option("--dry-run", metavar="DIR", help="Write what would be uploaded to this folder, and ask nobody."),
@@ -57,12 +62,13 @@ def push(
     Examples:
       dtf push outputs/2026-01-31/quickstart my-first-dtf --dry-run preview
       dtf push outputs/2026-01-31/quickstart my-first-dtf --private
+      dtf push outputs/2026-01-31/lora my-dtf --merge
       dtf push MODEL my-group/dtf-0.5b --eval-results eval/latest.json --revision v2
     """
     from dtfcli.cli import render
 
     if dry_run is not None:
-        upload = _dry_run(model, repo, hf_username, eval_results, revision, commit_message, dry_run)
+        upload = _dry_run(model, repo, hf_username, eval_results, revision, commit_message, merge, dry_run)
         _remark(upload.left_out, upload.warnings)
         if json:
             render.emit_json({"repo": upload.repo, "folder": dry_run, "files": list(upload.files)})
@@ -79,6 +85,7 @@ def push(
         private=private,
         revision=revision,
         commit_message=commit_message,
+        merge=merge,
         on_progress=render.note,
     )
     _remark(result.left_out, result.warnings)
@@ -96,6 +103,7 @@ def _dry_run(
     eval_results: Path | None,
     revision: str | None,
     commit_message: str | None,
+    merge: bool,
     folder: Path,
 ) -> "Upload":
     from dtfcli.cli import render
@@ -103,13 +111,23 @@ def _dry_run(
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--dry-run {folder}: exists and is not empty; name another folder.")
+    import tempfile
+
     from dtfcli.hub import check_options
     from dtfcli.upload import prepare_upload
 
     full = check_options(repo, username, revision, commit_message)
-    upload = prepare_upload(model, full, revision=revision, eval_results=eval_results, on_progress=render.note)
-    upload.write(folder)
-    render.note(f"{len(upload.files)} files, {upload.size() / 2**20:.1f} MiB; nothing was uploaded")
+    with tempfile.TemporaryDirectory() as scratch:
+        upload = prepare_upload(
+            model,
+            full,
+            revision=revision,
+            eval_results=eval_results,
+            merge_into=Path(scratch) if merge else None,
+            on_progress=render.note,
+        )
+        upload.write(folder)
+        render.note(f"{len(upload.files)} files, {upload.size() / 2**20:.1f} MiB; nothing was uploaded")
     return upload
 
 

@@ -166,13 +166,14 @@ def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json
     from dtfcli.cli import render, train_view
     from dtfcli.devices import compute_dtype, resolve_device
     from dtfcli.factory import build_model
+    from dtfcli.training.adapters import adapt
     from dtfcli.training.plan import for_processes, plan_run
 
     if accelerator and processes is None:
         raise ConfigError(f"--accelerator {accelerator}: how many of them? Add --num-processes N.")
     scaling = None
     dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
-    model = build_model(settings, meta=True)
+    model = adapt(build_model(settings, meta=True), settings)
     if processes is not None:
         from dtfcli.scaling import estimate, find_accelerator
 
@@ -187,6 +188,7 @@ def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json
         micro_batch_size=settings.training.micro_batch_size,
         dtype=dtype,
         checkpointing=settings.training.gradient_checkpointing,
+        parent=settings.distill.enabled and not settings.lora.enabled,  # with LoRA it shares the model's tensors
     )
     plan = plan_run(settings, None)
     if json:

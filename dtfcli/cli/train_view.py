@@ -48,7 +48,7 @@ class PlainView:
             note(f"{event.message} …")
             self._phase = event.message
         elif event.kind == "start":
-            note(f"Training in {event.message}")
+            note(_start_line(event))
         elif event.kind == "step" and "tokens_per_second" in metrics:
             note(f"{place}  loss {metrics['train/loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s")
         elif event.kind == "evaluation":
@@ -99,7 +99,7 @@ class LiveView:
             return
         if event.kind == "start":
             self._steps_task = self._steps.add_task("", total=event.total_steps, completed=event.step)
-            note(f"Training in {event.message}")
+            note(_start_line(event))
         if event.kind == "phase":
             fraction = event.fraction
             self._phase.update(
@@ -140,6 +140,12 @@ class LiveView:
             if value is not None:
                 line.append(f"{label} ", style="dim").append(f"{value:{shape}}   ", style="bold")
         return line
+
+
+def _start_line(event: "Event") -> str:
+    """How much is trained, and where."""
+    whole, trained = event.metrics["parameters"] or 0, event.metrics["trainable"] or 0
+    return f"Training {trained:,} of {whole:,} parameters in {event.message}"
 
 
 def view_of(settings: "Settings") -> PlainView | LiveView:
@@ -227,7 +233,7 @@ def account_rows(
     return [
         ("parameters", _count(account.parameters), f"{account.parameters:,}"),
         ("new", _count(account.new_parameters), "routers and priors"),
-        ("trainable", _count(account.trainable_parameters), ""),
+        ("trainable", _count(account.trainable_parameters), f"{account.trainable_parameters:,}"),
         ("FLOPs per token", _count(account.flops_per_token), f"one forward pass at {seq_len} tokens"),
         ("share of dense", f"{account.share_of_dense:.3f}", "of those FLOPs"),
         ("memory", f"{account.training_bytes / 2**30:.1f} GiB", "estimate for training on one device"),

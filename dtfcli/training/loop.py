@@ -27,12 +27,21 @@ from dtfcli.factory import quiet_libraries
 from dtfcli.hub_source import SourceLost
 from dtfcli.settings import Settings
 from dtfcli.targets import count_targets
+from dtfcli.training.adapters import (
+    adapter_state,
+    is_adapted,
+    load_adapter_state,
+    merged_copy,
+    read_adapter,
+    save_adapter,
+)
 from dtfcli.training.after import evaluate_final, plan_evaluation
 from dtfcli.training.checkpoint import (
     list_checkpoints,
     save_checkpoint,
     shared_folder,
 )
+from dtfcli.training.curriculum import annealed_capacity, annealing_left, freeze_backbone
 from dtfcli.training.curves import draw_curves
 from dtfcli.training.failures import explained_failures
 from dtfcli.training.interrupt import StopRequested, StopSignal
@@ -40,7 +49,7 @@ from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import Plan
 from dtfcli.training.processes import is_main_process
 from dtfcli.training.publishing import is_logged_in, push_final_model
-from dtfcli.training.runs import CURVES_FILE
+from dtfcli.training.runs import CURVES_FILE, MERGED_MODEL
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.tracking import Event, Listener, read_metrics
 from dtfcli.training.validation import calibration_batches, to_batch, to_labels, validate
@@ -65,7 +74,8 @@ class TrainResult:
 
     Attributes:
         run_dir: the run folder.
-        final_model_path, best_model_path: model folders; no best one without validation text.
+        final_model_path, best_model_path: model folders, with LoRA adapter folders; no best one without validation
+            text.
         steps: updates done.
         metrics: of the last evaluation, by the names of metrics.jsonl, `val/unigram` included.
         best_step, best_val_loss: of the best evaluation.
@@ -135,7 +145,9 @@ def train(
     if evaluation is not None:
         result = replace(result, evaluation=evaluate_final(settings, evaluation, run.folder, emit))
     # After the benchmarks, so that the card shows them.
-    return replace(result, hub_url=push_final_model(settings.hub, result.final_model_path, emit))
+    merged = result.run_dir / MERGED_MODEL
+    pushed = merged if merged.exists() else result.final_model_path
+    return replace(result, hub_url=push_final_model(settings.hub, pushed, emit))
 
 
 def _tell_nobody(event: Event) -> None:
@@ -145,7 +157,9 @@ def _tell_nobody(event: Event) -> None:
 def fit(run: Run) -> None:
     """Update the weights until all steps are done; evaluate, log and save on the way."""
     plan, state = run.plan, run.state
-    run.tell("start", str(run.folder))
+    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in run.model.parameters()]
+    sizes = {"parameters": sum(n for n, _ in parameters), "trainable": sum(n for n, trained in parameters if trained)}
+    run.tell("start", str(run.folder), metrics=sizes)
     if run.settings.hub.repo and not is_logged_in():
         run.tell("warning", f"hub.repo = {run.settings.hub.repo!r}: not logged in; run `hf auth login` meanwhile.")
     while state.step < plan.total_steps:
@@ -187,28 +201,46 @@ def update(run: Run) -> dict[str, Any]:
     sums: dict[str, Any] = {}
     processes, states = run.processes, run.states
     parts = plan.micro_batches(rows, processes.rank, processes.count)
-    for place, part in enumerate(parts, 1):
-        input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
-        with states.accumulating(is_last=place == len(parts)):
-            losses = states.trained(input_ids, targets, output_routing=_is_logged(plan, step + 1), labels=labels)
-            run.accelerator.backward(losses.loss)
-        values = {
-            "train/loss": losses.lm_loss,
-            "train/prior_loss": losses.prior_loss,
-            "train/router_loss": losses.router_loss,
-            **(losses.routing or {}),
-        }
-        for name, value in values.items():
-            if value is not None:
-                sums[name] = sums.get(name, 0.0) + value.detach()
+    with _training_capacity(run) as extra:
+        for place, part in enumerate(parts, 1):
+            input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
+            with states.accumulating(is_last=place == len(parts)):
+                losses = states.trained(input_ids, targets, output_routing=_is_logged(plan, step + 1), labels=labels)
+                run.accelerator.backward(losses.loss)
+            values = {
+                "train/loss": losses.lm_loss,
+                "train/prior_loss": losses.prior_loss,
+                "train/router_loss": losses.router_loss,
+                "train/distill_loss": losses.distill_loss,
+                "train/hidden_loss": losses.hidden_loss,
+                **(losses.routing or {}),
+            }
+            for name, value in values.items():
+                if value is not None:
+                    sums[name] = sums.get(name, 0.0) + value.detach()
     states.reduce_gradients()
     sums = processes.mean(sums)
     if run.objective.routed:
         _average_thresholds(run)
+    if step < run.settings.training.router_warmup_steps:
+        freeze_backbone(run.optimizer.param_groups)
+        rates["base"] = 0.0
     metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
     _check_finite(run, metrics)
     run.optimizer.step()
-    return metrics | sums | {f"lr/{name}": rate for name, rate in rates.items()}
+    return metrics | sums | extra | {f"lr/{name}": rate for name, rate in rates.items()}
+
+
+@contextmanager
+def _training_capacity(run: Run) -> Iterator[dict[str, float]]:
+    """Route by the γ of this update; gives the metric that tells it, where γ changes in the course of the run."""
+    training = run.settings.training
+    if not run.objective.routed or training.capacity_schedule == "constant":
+        yield {}
+        return
+    left = annealing_left(run.state.step, run.plan.total_steps, training)
+    with annealed_capacity(run.model, left, training.capacity_start) as capacity:
+        yield {"train/capacity": capacity}
 
 
 def _average_thresholds(run: Run) -> None:
@@ -325,6 +357,8 @@ def finish(run: Run) -> TrainResult:
     if run.objective.routed and 0 <= run.state.best_step < run.state.step:
         _complete_best_model(run)
     _draw_curves(run, at_once=True)
+    if run.settings.lora.enabled and run.settings.lora.merge:
+        _save_model(run, MERGED_MODEL, merged_copy(run.model))
     # Last of all, because a run that has its final model is finished and cannot be resumed.
     final = _save_model(run, "final_model")
     run.tell("end", str(final))
@@ -343,11 +377,19 @@ def finish(run: Run) -> TrainResult:
 
 def _complete_best_model(run: Run) -> None:
     """Calibrate a best model from the way, saved with thresholds of its own capacity alone, for any capacity."""
-    final = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    run.states.load_weights(run.folder / "best_model")
+    best, adapted = run.folder / "best_model", is_adapted(run.model)
+    state = adapter_state(run.model) if adapted else run.model.state_dict()
+    final = {name: tensor.clone() for name, tensor in state.items()}
+    if adapted:
+        load_adapter_state(run.model, read_adapter(best))
+    else:
+        run.states.load_weights(best)
     calibrate(run)
     _save_model(run, "best_model")
-    run.model.load_state_dict(final)
+    if adapted:
+        load_adapter_state(run.model, final)
+    else:
+        run.model.load_state_dict(final)
 
 
 def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tuple[str, str]:
@@ -384,12 +426,20 @@ def _save_checkpoint(run: Run) -> Path:
     return folder
 
 
-def _save_model(run: Run, name: str) -> Path:
-    """A model folder: weights in float32, configuration, tokenizer and, for routed models, their code."""
-    folder, weights = run.folder / name, run.states.whole_weights()
+def _save_model(run: Run, name: str, model: Any = None) -> Path:
+    """A model folder: weights in float32, configuration, tokenizer and, for routed models, their code.
+
+    With LoRA an adapter folder, unless another (merged) model is given to save.
+    """
+    own, folder = model is None, run.folder / name
+    model = run.model if own else model
+    weights = run.states.whole_weights() if own else None
     with quiet_libraries(), shared_folder(folder, run.processes) as partial:
         if run.processes.is_main:
-            run.model.save_pretrained(partial, state_dict=weights)
+            if is_adapted(model):
+                save_adapter(model, partial)
+            else:
+                model.save_pretrained(partial, state_dict=weights)
             run.tokenizer.save_pretrained(partial)
     return folder
 

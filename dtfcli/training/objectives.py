@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss
+from dtfcli.training.distillation import Distillation, DistillLosses
 
 STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}
 """Metric name → field of a routing record whose mean it is."""
@@ -27,6 +28,10 @@ class Losses(NamedTuple):
     """Weighted auxiliary losses of the router (MoD)."""
     routing: dict[str, Tensor] | None = None
     """`router/<layer>/<statistic>`, where asked for."""
+    distill_loss: Tensor | None = None
+    """Unweighted divergence from the dense parent, while training with distillation."""
+    hidden_loss: Tensor | None = None
+    """Unweighted squared difference of the final hidden states, likewise."""
 
 
 class Objective(nn.Module):
@@ -35,12 +40,21 @@ class Objective(nn.Module):
     Attributes:
         model: a routed model, or a stock one.
         routed: which of the two.
+        distillation: what the model also learns from.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any, distillation: Distillation | None = None) -> None:
         super().__init__()
         self.model: Any = model
         self.routed = hasattr(model, "set_routing")
+        self.distillation = distillation
+        self._last_hidden: Tensor | None = None
+        if distillation is not None:
+            model.model.register_forward_hook(self._keep_last_hidden)
+
+    def _keep_last_hidden(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        """The language model does not hand out what its head was given."""
+        self._last_hidden = output.last_hidden_state if self.training else None
 
     def forward(
         self, input_ids: Tensor, targets: float, output_routing: bool = False, labels: Tensor | None = None
@@ -57,7 +71,7 @@ class Objective(nn.Module):
         if not self.routed:
             hidden_states = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
             lm_loss = causal_lm_loss(hidden_states, self.model.lm_head.weight, labels, targets)
-            return Losses(lm_loss, lm_loss)
+            return self._with_distillation(Losses(lm_loss, lm_loss), input_ids, labels, targets)
         output = self.model(
             input_ids=input_ids,
             labels=labels,
@@ -69,7 +83,19 @@ class Objective(nn.Module):
         routing = None
         if output_routing:
             routing = routing_statistics(output.routing, (labels[:, 1:] != IGNORE_INDEX).sum() / targets)
-        return Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, routing)
+        losses = Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, routing)
+        return self._with_distillation(losses, input_ids, labels, targets)
+
+    def _with_distillation(self, losses: Losses, input_ids: Tensor, labels: Tensor, targets: float) -> Losses:
+        """Add what the dense parent teaches, in training."""
+        hidden_states, self._last_hidden = self._last_hidden, None
+        if self.distillation is None or hidden_states is None:
+            return losses
+        head = self.model.lm_head.weight
+        learnt: DistillLosses = self.distillation(hidden_states, head, input_ids, labels, targets)
+        return losses._replace(
+            loss=losses.loss + learnt.total, distill_loss=learnt.divergence, hidden_loss=learnt.hidden
+        )
 
 
 def guess_quality(guessed: Tensor, selected: Tensor) -> dict[str, Tensor]:

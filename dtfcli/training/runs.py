@@ -13,6 +13,8 @@ from dtfcli.training.checkpoint import STATE_FILE, explained_write_errors, list_
 SETTINGS_FILE = "settings.toml"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
+MERGED_MODEL = "merged_model"
+"""Folder of the plain model that `lora.merge` writes beside the final one."""
 
 
 def new_run_folder(settings: Settings, *, rename: bool) -> Path:

@@ -16,7 +16,9 @@ from dtfcli.devices import compute_dtype
 from dtfcli.errors import ConfigError, DataError, DTFError
 from dtfcli.factory import build_model, build_tokenizer
 from dtfcli.settings import Settings
+from dtfcli.training.adapters import adapt
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint, tidy_folders
+from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
@@ -99,7 +101,11 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
     assert plan is not None, "known once the rows are"
 
     torch.manual_seed(settings.run.seed + processes.rank)  # each drops out other numbers
-    states.prepare(_objective(settings, model), lambda: _optimizer(settings, model))
+    distillation = _distillation(settings, model, processes.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.run.seed)
+        adapt(model, settings)
+    states.prepare(_objective(settings, model, distillation), lambda: _optimizer(settings, model))
 
     state = TrainingState(data=data.fingerprint, processes=processes.count)
     if resume is None:
@@ -141,12 +147,20 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
     )
 
 
-def _objective(settings: Settings, model: Any) -> Objective:
+def _distillation(settings: Settings, model: Any, device: torch.device) -> Distillation | None:
+    if not settings.distill.enabled:
+        return None
+    model.to(device)  # before the parent is made, which may share its tensors
+    dtype = compute_dtype(settings.run.dtype, device)
+    return Distillation(dense_parent(model, share=settings.lora.enabled, dtype=dtype), settings.distill)
+
+
+def _objective(settings: Settings, model: Any, distillation: Distillation | None) -> Objective:
     if settings.training.gradient_checkpointing:
         # Named so from Transformers 5.20 or so on, where the old name warns.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    objective = Objective(model)
+    objective = Objective(model, distillation)
     if settings.training.compile:
         objective.compile()
     return objective

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,26 @@ TRAIN = [
     ("train dtf-smollm2-135m model.base=folder", ["folder", "empty folder"]),
     (f"train quickstart {SOURCES % 'missing.txt'}", ["missing.txt"]),
     (f"train quickstart {SOURCES % 'empty.txt'}", ["empty.txt"]),
+    ("train quickstart lora.enabled=true", ["lora.enabled = true", "random weights", "model.base"]),
+    ("train quickstart distill.enabled=true", ["distill.enabled = true", "no dense parent", "model.base"]),
+    ("train quickstart lora.r=8", ["lora.r = 8", "nothing reads it", "lora.enabled is false"]),
+    ("train quickstart distill.temperature=2", ["distill.temperature = 2", "nothing reads it"]),
+    ("train dtf-qwen2.5-0.5b-lora lora.r=0", ["lora.r = 0", "at least 1"]),
+    ("train dtf-qwen2.5-0.5b-lora lora.dropout=1", ["lora.dropout = 1", "less than 1"]),
+    ("train dtf-qwen2.5-0.5b-lora 'lora.targets=[\"w_in\"]'", ["lora.targets", "w_in is no projection", "gate_proj"]),
+    ("train dtf-qwen2.5-0.5b-lora 'lora.targets=[]'", ["lora.targets = []", "must not be empty", "q_proj"]),
+    ("train dtf-qwen2.5-0.5b distill.enabled=true distill.temperature=0", ["distill.temperature", "greater than 0"]),
+    ("train quickstart training.capacity_schedule=step", ["training.capacity_schedule", "linear, cosine"]),
+    (
+        "train quickstart training.capacity_fraction=0.5",
+        ["training.capacity_fraction", "capacity_schedule is constant"],
+    ),
+    (
+        "train quickstart training.capacity_schedule=cosine training.threshold_fraction=0.8",
+        ["training.capacity_fraction", "threshold_fraction = 0.8", "at most 0.2"],
+    ),
+    ("train quickstart training.router_warmup_steps=600", ["training.router_warmup_steps = 600", "fewer than"]),
+    ("train quickstart model=dense training.router_warmup_steps=5", ["router_warmup_steps = 5", "nothing reads it"]),
     ("train --resume nowhere", ["nowhere"]),
     ("train --resume", ["outputs"]),
     ("train --resume=nowhere", ["nowhere"]),
@@ -197,6 +218,9 @@ GENERATE = [
     ("generate taken.toml x", ["taken.toml", "no model"]),
     ("generate nowhere/at/all x", ["nowhere/at/all", "no such file or folder"]),
     ("generate notes.gguf x", ["notes.gguf", "no GGUF file"]),
+    ("generate {orphan} x", ["{orphan}", "base model of this adapter", "gone/base: no such file"]),
+    ("generate {unnamed} x", ["{unnamed}", "names no base model", "Hub id"]),
+    ("generate {hollow} x", ["{hollow}", "adapter without adapter_model.safetensors"]),
     ("generate {model} ''", ["prompt"]),
     ("generate {model} a --max-new-tokens 0", ["max", "0"]),
     ("generate {model} a --max-new-tokens many", ["max-new-tokens", "many"]),
@@ -295,6 +319,9 @@ PUSH = [
     ("push {model} me/new --commit-message ''", ["--commit-message", "empty"]),
     ("push {model} me/new --commit_mesage x", ["Did you mean '--commit-message'"]),
     ("push {model} me/new", ["not logged in", "hf auth login"]),
+    ("push {model} me/new --merge --dry-run out", ["--merge", "is no adapter", "leave it out"]),
+    ("push {hollow} me/new --dry-run out", ["adapter without adapter_model.safetensors"]),
+    ("push {orphan} me/new --merge --dry-run out", ["base model of this adapter", "gone/base: no such file"]),
     ("push {model} me/new --dry-run full", ["--dry-run full", "not empty", "another folder"]),
     ("push {model} me/new --dry-run taken.toml", ["--dry-run taken.toml", "another folder"]),
     ("push nowhere/at/all me/new --dry-run out", ["nowhere/at/all", "no such file or folder"]),
@@ -314,7 +341,7 @@ PUSH = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Routed and dense model folders, a routed one with another tokenizer, one with an end-of-text token."""
+    """Routed and dense models, one with another tokenizer, one with an end-of-text token; adapters that lack things."""
     root = tmp_path_factory.mktemp("models")
     for name, model in (("model", routed_model()), ("dense", dense_model()), ("scored", routed_model())):
         model.save_pretrained(root / name)
@@ -325,7 +352,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrained
     routed_model().save_pretrained(root / "other")
     letters = Tokenizer(WordLevel({chr(ord("z") - i): i for i in range(26)} | {"<unk>": 26}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>").save_pretrained(root / "other")
-    return {name: str(root / name) for name in ("model", "dense", "scored", "other")}
+    for name, base in (("orphan", "./gone/base"), ("unnamed", None), ("hollow", "dense")):
+        (root / name).mkdir()
+        shutil.copy(root / "model" / "config.json", root / name)
+        adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+        (root / name / "adapter_config.json").write_text(json.dumps(adapter))
+        if name != "hollow":
+            (root / name / "adapter_model.safetensors").write_bytes(b"")
+    names = ("model", "dense", "scored", "other", "orphan", "unnamed", "hollow")
+    return {name: str(root / name) for name in names}
 
 
 @pytest.fixture
@@ -403,7 +438,7 @@ def test_generate(
     dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
 ) -> None:
     before = _contents(workplace)
-    _check(dtf(*shlex.split(command.format(**folders))), expected)
+    _check(dtf(*shlex.split(command.format(**folders))), [text.format(**folders) for text in expected])
     assert _contents(workplace) == before
 
 
@@ -448,7 +483,11 @@ def test_push(
     (workplace / "empty.json").write_text('{"results": {}}')
     before = _contents(workplace)
     result = dtf(*shlex.split(command.format(**folders)))
-    notes = ("hashing the weights", "looking for what must not be published")  # progress, before what is wrong
+    notes = (
+        "hashing the weights",
+        "merging the adapter into its base",
+        "looking for what must not be published",
+    )  # progress, before what is wrong
     lines = [line for line in result.stderr.splitlines(keepends=True) if line.strip() not in notes]
     _check(Outcome(result.code, result.stdout, "".join(lines)), expected)
     assert _contents(workplace) == before

@@ -1,0 +1,61 @@
+"""What changes in the course of a run besides the learning rates: capacity annealing and the routers' warm-up.
+
+Both are pure functions of the step, so that resuming needs no state.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dtfcli.settings import TrainingSettings
+
+
+def annealing_left(step: int, total_steps: int, training: TrainingSettings) -> float:
+    """How much of the way from the first γ to the model's own is left at update `step` (from 0): 1 to 0.
+
+    A line or half a cosine over the first `capacity_fraction` of the updates, 0 from then on; 0 always for
+    "constant".
+    """
+    length = training.capacity_fraction * total_steps
+    if training.capacity_schedule == "constant" or step >= length:
+        return 0.0
+    progress = step / length
+    return 0.5 * (1.0 + math.cos(math.pi * progress)) if training.capacity_schedule == "cosine" else 1.0 - progress
+
+
+@contextmanager
+def annealed_capacity(model: Any, left: float, start: float) -> Iterator[float]:
+    """Route by the γ between `start` and each layer's own for the length of a `with` block.
+
+    Inside, top-K takes that γ and the tracked thresholds follow it; outside, and so in every evaluation, calibration
+    and saved model, γ is the model's own.
+
+    Args:
+        model: a routed model.
+        left: share of the way that is left (`annealing_left`): 1 for `start`, 0 for the model's own γ.
+        start: γ of the first update.
+
+    Yields:
+        The mean γ over the routed layers.
+    """
+    routers = list(model.model.routers.values())
+    own = [router.capacity for router in routers]
+    try:
+        for router, capacity in zip(routers, own, strict=True):
+            router.capacity = left * start + (1.0 - left) * capacity
+        yield sum(router.capacity for router in routers) / len(routers)
+    finally:
+        for router, capacity in zip(routers, own, strict=True):
+            router.capacity = capacity
+
+
+def freeze_backbone(param_groups: Iterable[dict[str, Any]]) -> None:
+    """Drop the gradients of the backbone and its adapters: the optimizer passes it over, moments and decay included.
+
+    The gradients are computed all the same: whatever reduces or shards them counts on every parameter having one.
+    """
+    for group in param_groups:
+        if group["name"] == "base":
+            for parameter in group["params"]:
+                parameter.grad = None

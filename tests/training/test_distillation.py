@@ -1,0 +1,159 @@
+"""Distillation: the chunked divergence against whole logits, whose tensors the parent has, what is minimized."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtfcli.models.conversion import convert
+from dtfcli.settings import DistillSettings
+from dtfcli.training import distillation
+from dtfcli.training.adapters import adapt
+from dtfcli.training.distillation import Distillation, dense_parent
+from dtfcli.training.loop import train
+from dtfcli.training.objectives import Objective
+from dtfcli.training.tracking import read_metrics
+from tests.conftest import Outcome
+from tests.tiny import dense_model, routed_model, tokens
+from tests.training.small_runs import small_settings
+
+
+def whole(hidden: Tensor, head: Tensor, parents: Tensor, parents_head: Tensor, labels: Tensor, t: float) -> Tensor:
+    """The divergence as it is written down, with whole logits; mean over the targets."""
+    ours = F.log_softmax(F.linear(hidden[:, :-1], head).float() / t, dim=-1)
+    theirs = F.log_softmax(F.linear(parents[:, :-1], parents_head).float() / t, dim=-1)
+    each = F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    counted = labels[:, 1:] != -100
+    return t**2 * each[counted].sum() / counted.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("elements", [1, 300, 2**24])
+def test_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch, temperature: float, elements: int) -> None:
+    """Values and gradients, however the rows are cut, with targets left out."""
+    monkeypatch.setattr(distillation, "_CHUNK_ELEMENTS", elements)
+    parent: Any = dense_model(seed=3)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 11, 32, generator=generator, requires_grad=True)
+    head = torch.randn(97, 32, generator=generator, requires_grad=True)
+    input_ids = tokens(3, 11)
+    labels = input_ids.clone()
+    labels[0, 4:7] = -100
+    targets = int((labels[:, 1:] != -100).sum())
+    learn = Distillation(parent, DistillSettings(enabled=True, weight=0.3, temperature=temperature, hidden_weight=0.7))
+    losses = learn(hidden, head, input_ids, labels, targets)
+
+    with torch.no_grad():
+        parents = parent.model(input_ids=input_ids).last_hidden_state
+    divergence = whole(hidden, head, parents, parent.lm_head.weight, labels, temperature)
+    counted = labels[:, 1:] != -100
+    difference = (hidden[:, :-1] - parents[:, :-1])[counted].square().mean()
+    torch.testing.assert_close(losses.divergence, divergence, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses.hidden, difference, atol=1e-5, rtol=1e-5)
+    expected = torch.autograd.grad(0.3 * divergence + 0.7 * difference, (hidden, head))
+    found = torch.autograd.grad(losses.total, (hidden, head))
+    torch.testing.assert_close(losses.total, 0.3 * divergence + 0.7 * difference, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_micro_batches_add_up() -> None:
+    model: Any = routed_model().train()
+    objective = Objective(model, Distillation(dense_model(seed=3), DistillSettings(enabled=True, hidden_weight=0.5)))
+    batch = tokens(4, 24)
+    together = objective(batch, 4 * 23)
+    parts = [objective(part, 4 * 23) for part in batch.split(1)]
+    for name in ("loss", "distill_loss", "hidden_loss"):
+        assert sum(getattr(p, name).item() for p in parts) == pytest.approx(getattr(together, name).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["dtf", "mod", "dense"])
+def test_the_loss_is_the_models_own_and_what_is_learnt(architecture: str) -> None:
+    model = dense_model() if architecture == "dense" else routed_model(architecture=architecture)
+    settings = DistillSettings(enabled=True, weight=2.0)
+    alone, taught = Objective(model), Objective(model, Distillation(dense_model(seed=3), settings))
+    batch = tokens(2, 20)
+    one, other = alone.train()(batch, 38), taught.train()(batch, 38)
+    assert torch.equal(one.lm_loss, other.lm_loss)
+    assert torch.allclose(other.loss, one.loss + 2.0 * other.distill_loss)
+    assert other.distill_loss.item() > 0
+    assert other.hidden_loss is None
+    evaluated = taught.eval()(batch, 38)
+    assert torch.equal(evaluated.loss, evaluated.lm_loss)
+    assert evaluated.distill_loss is None
+
+
+@pytest.mark.parametrize("architecture", ["dtf", "dense"])
+def test_with_lora_the_parent_has_the_models_tensors(tmp_path: Path, architecture: str) -> None:
+    model: Any = dense_model() if architecture == "dense" else convert(dense_model(), architecture, 0.5)
+    before = dense_model()(tokens(2, 12)).logits
+    parent = dense_parent(model, share=True, dtype=torch.float32)
+    settings = small_settings(tmp_path, architecture, model={"base": str(tmp_path)})
+    settings = settings.model_copy(update={"lora": settings.lora.model_copy(update={"enabled": True})})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    adapt(model, settings)
+    ours = {name.replace(".base_layer", ""): parameter.data_ptr() for name, parameter in model.named_parameters()}
+    for name, parameter in parent.named_parameters():
+        assert parameter.data_ptr() == ours[name], name
+        assert not parameter.requires_grad
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert torch.equal(parent(tokens(2, 12)).logits, before)
+    assert not parent.training
+
+
+@pytest.mark.parametrize("architecture", ["mod", "dense"])
+def test_without_lora_the_parent_is_a_copy(architecture: str) -> None:
+    model: Any = dense_model() if architecture == "dense" else convert(dense_model(), architecture, 0.5)
+    parent = dense_parent(model, share=False, dtype=torch.bfloat16)
+    pointers = {parameter.data_ptr() for parameter in model.parameters()}
+    for parameter in parent.parameters():
+        assert parameter.data_ptr() not in pointers
+        assert parameter.dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_dense_student_starts_at_its_parent() -> None:
+    model: Any = dense_model()
+    objective = Objective(model, Distillation(dense_parent(model, share=False, dtype=torch.float32), DistillSettings()))
+    losses = objective.train()(tokens(2, 16), 30)
+    assert losses.distill_loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_run_with_distillation(tmp_path: Path) -> None:
+    """The metric is there, the language-model loss stays apart, and no checkpoint holds the parent."""
+    (tmp_path / "base").mkdir()
+    base = train(small_settings(tmp_path / "base", "dense")).final_model_path
+    losses, sizes = {}, {}
+    for name, extra in (("plain", {}), ("taught", {"distill": {"enabled": True, "hidden_weight": 0.1}})):
+        folder = tmp_path / name
+        folder.mkdir()
+        result = train(small_settings(folder, model={"base": str(base)}, **extra))
+        losses[name] = [line for line in read_metrics(result.run_dir / "metrics.jsonl") if "train/loss" in line]
+        checkpoint = next((result.run_dir / "checkpoints").glob("step-*"))
+        sizes[name] = (checkpoint / "model.safetensors").stat().st_size
+    assert sizes["plain"] == sizes["taught"]
+    assert "train/distill_loss" not in losses["plain"][0]
+    assert all(line["train/distill_loss"] >= 0 and line["train/hidden_loss"] >= 0 for line in losses["taught"])
+    first, taught = losses["plain"][0], losses["taught"][0]
+    assert first["train/loss"] == taught["train/loss"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_dry_run_counts_the_copy(dtf: Callable[..., Outcome], lora: bool) -> None:
+    """Of the backbone alone, in the precision of the computation; none with LoRA, which shares it."""
+    command = ["train", "dtf-smollm2-135m", "run.dtype=bfloat16", f"lora.enabled={str(lora).lower()}", "--dry-run"]
+    plain, taught = (
+        json.loads(dtf(*command, f"distill.enabled={switch}", "--json").stdout)["account"]
+        for switch in ("false", "true")
+    )
+    backbone = 134_515_008  # SmolLM2-135M
+    assert taught["training_bytes"] - plain["training_bytes"] == (0 if lora else 2 * backbone)
