@@ -11,7 +11,7 @@ Shape suffixes: B rows, T tokens of a row, K slots for routed tokens, D hidden s
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,34 +29,64 @@ class Scores(NamedTuple):
     s_cu: Tensor | None = None
 
 
-def surprise(original: Tensor, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Static and change surprise of each token.
+class Surprise(NamedTuple):
+    """What a decision layer says about each token; float32 [B, T] each."""
 
-    D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token.
-    D_ch = ‖posterior − prior‖² / D (3.7): how far the cheap prediction of that change was off.
+    static: Tensor
+    """D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token."""
+    change: Tensor
+    """D_ch = ‖posterior − prior‖² / D (3.7): how far the cheap prediction of that change was off."""
+    prior_error: Tensor
+    """‖prior − stop_grad(posterior)‖² / D (3.4): the value of D_ch, but no gradient reaches the posterior."""
+
+
+class _Surprise(torch.autograd.Function):
+    """All three in one pass: two differences, two reductions, and nothing saved but the inputs.
+
+    As separate expressions they cost seven float32 copies of the hidden states, and three more sums on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(original, posterior, prior)
+        static = _mean_square(_difference(posterior, original))
+        change = _mean_square(_difference(posterior, prior))
+        return static, change, change.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        original, posterior, prior = ctx.saved_tensors
+        for_original, for_posterior, for_prior = ctx.needs_input_grad
+        static, change, error = (grad.unsqueeze(-1) * (2 / original.shape[-1]) for grad in grads)
+        to_original = _difference(posterior, original).mul_(static) if for_original or for_posterior else None
+        to_prior = _difference(posterior, prior)
+        to_posterior = None
+        if for_posterior:
+            to_posterior = torch.addcmul(to_original, to_prior, change).to(posterior.dtype)
+        return (
+            to_original.neg_().to(original.dtype) if for_original else None,
+            to_posterior,
+            to_prior.mul_(-(change + error)).to(prior.dtype) if for_prior else None,
+        )
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a − b in float32, without copies where one of them is float32 already."""
+    return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """Mean of x² over the last dimension, without a tensor of squares."""
+    return torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
+
+
+def surprise(original: Tensor, posterior: Tensor, prior: Tensor) -> Surprise:
+    """Static surprise, change surprise and prior error of each token.
 
     Args:
         original, posterior, prior: [B, T, D], any float dtype.
-
-    Returns:
-        D_st, D_ch: float32 [B, T].
     """
-    posterior = posterior.float()
-    static = (posterior - original.float()).square().mean(-1)
-    change = (posterior - prior.float()).square().mean(-1)
-    return static, change
-
-
-def prior_error(prior: Tensor, posterior: Tensor) -> Tensor:
-    """‖prior − stop_grad(posterior)‖² / D of each token (3.4), before the mean over tokens.
-
-    Args:
-        prior, posterior: [B, T, D].
-
-    Returns:
-        float32 [B, T]; no gradient reaches the posterior.
-    """
-    return (prior.float() - posterior.detach().float()).square().mean(-1)
+    return Surprise(*_Surprise.apply(original, posterior, prior))
 
 
 class Recent(NamedTuple):

@@ -23,18 +23,28 @@ def rows_and_mask(data: st.DataObject, most: int = 14) -> tuple[torch.Tensor, li
 def test_surprise(data: st.DataObject, dtype: torch.dtype) -> None:
     mask, _ = rows_and_mask(data, 5)
     states = [torch.randn(*mask.shape, 6).to(dtype).requires_grad_() for _ in range(3)]
-    weight_st, weight_ch = torch.randn(mask.shape), torch.randn(mask.shape)
-    static, change = routing.surprise(*states)
+    weight_st, weight_ch, weight_error = (torch.randn(mask.shape) for _ in range(3))
+    static, change, error = routing.surprise(*states)
     naive = [
         [routing_naive.surprise(*(s[b, t] for s in states)) for t in range(mask.shape[1])] for b in range(len(mask))
     ]
     naive_static = torch.stack([torch.stack([pair[0] for pair in row]) for row in naive])
     naive_change = torch.stack([torch.stack([pair[1] for pair in row]) for row in naive])
-    assert static.dtype == change.dtype == torch.float32
+    # The prior error (3.4): D_ch's value, the prior's gradient alone.
+    apart = [states[0], states[1].detach(), states[2]]
+    naive_error = torch.stack(
+        [
+            torch.stack([routing_naive.surprise(*(s[b, t] for s in apart))[1] for t in range(mask.shape[1])])
+            for b in range(len(mask))
+        ]
+    )
+    assert static.dtype == change.dtype == error.dtype == torch.float32
+    torch.testing.assert_close(error, naive_error)
     torch.testing.assert_close(static, naive_static)
     torch.testing.assert_close(change, naive_change)
-    ours = torch.autograd.grad((static * weight_st + change * weight_ch).sum(), states)
-    theirs = torch.autograd.grad((naive_static * weight_st + naive_change * weight_ch).sum(), states)
+    ours = torch.autograd.grad((static * weight_st + change * weight_ch + error * weight_error).sum(), states)
+    total = naive_static * weight_st + naive_change * weight_ch + naive_error * weight_error
+    theirs = torch.autograd.grad(total.sum(), states)
     loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}  # bfloat16 gradients are summed in bfloat16
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **loose)
@@ -250,6 +260,7 @@ def test_chunked_cross_entropy_in_several_chunks(monkeypatch: pytest.MonkeyPatch
     labels = torch.randint(0, 30, (2, 50))
     reference = torch.autograd.grad(reference_causal_lm_loss(hidden, weight, labels), (hidden, weight))
     monkeypatch.setattr("dtfcli.models.losses._CHUNK_ELEMENTS", 30 * 7)
+    monkeypatch.setattr("dtfcli.models.losses._SLICE_ELEMENTS", 30 * 3)
     for a, b in zip(
         torch.autograd.grad(causal_lm_loss(hidden, weight, labels), (hidden, weight)), reference, strict=True
     ):
