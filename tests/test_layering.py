@@ -22,7 +22,8 @@ LEVELS = [
         *("documents", "sources", "hub_source", "tokenization", "token_cache", "data"),
     ],
     [
-        *("accounting", "training", "generation", "inspection", "benchmark", "evaluation"),
+        *("accounting", "training", "generation", "inspection", "evaluation"),
+        *("benchmark", "training_benchmark"),
         *("leaks", "eval_results", "model_card", "provenance", "upload", "hub_errors", "hub"),
     ],
     ["cli"],

@@ -76,6 +76,13 @@ class RoutingFrame:
             counted = counted & ~self.seen_sinks
         return recent_tokens(counted, self.average_window, self.past)
 
+    def prepare(self, architecture: str) -> None:
+        """Work out what layers will ask for. Later they would as well, but a compiled layer cannot enter the lock that
+        `cached_property` has in Python 3.11."""
+        _ = self.real, self.sinks
+        if architecture == "dtf":
+            _ = self.recent
+
 
 class PriorFFN(nn.Module):
     """prior = x + W_out(silu(W_gate n) · W_up n), n = RMSNorm(x) (3.1–3.3): a cheap guess at the decision layer.

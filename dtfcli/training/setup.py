@@ -17,6 +17,7 @@ from dtfcli.errors import ConfigError, DataError
 from dtfcli.factory import build_model, build_tokenizer
 from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint, load_checkpoint, tidy_folders
+from dtfcli.training.compiling import compile_layers
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
@@ -136,10 +137,9 @@ def _objective(settings: Settings, model: Any) -> Objective:
         # Named so from Transformers 5.20 or so on, where the old name warns.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    objective = Objective(model)
     if settings.training.compile:
-        objective.compile()
-    return objective
+        compile_layers(model)
+    return Objective(model)
 
 
 def _check_length(settings: Settings, model: Any) -> None:
