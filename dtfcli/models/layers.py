@@ -46,8 +46,8 @@ class DecisionLayerMixin(nn.Module):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[B, T, D] → posterior [B, T, D]; D_st, D_ch, prior error: float32 [B, T]."""
         posterior = super().forward(hidden_states, **kwargs)
-        prior = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
-        return posterior, *surprise(hidden_states, posterior, prior)
+        guess = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
+        return posterior, *surprise(hidden_states, posterior, guess, self.prior_input_gradient)
 
 
 class RoutedLayerMixin(nn.Module):

@@ -33,7 +33,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        grad_weight = None
         rows = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
         with torch.autocast(device_type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):
@@ -43,8 +43,12 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 loss += _cross_entropy_into_gradient(logits, labels_N[chunk], needs_hidden or needs_weight)
                 if grad_hidden is not None:
                     grad_hidden[chunk] = logits @ weight
-                if grad_weight is not None:
-                    grad_weight += logits.t() @ hidden
+                if needs_weight:
+                    # One chunk's product keeps its type; several are summed in float32.
+                    product = logits.t() @ hidden
+                    grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight_VD)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -55,7 +59,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+            grad_weight = (grad_weight.to(grad_loss.dtype) * grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None
 
 

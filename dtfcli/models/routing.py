@@ -41,33 +41,36 @@ class Surprise(NamedTuple):
 
 
 class _Surprise(torch.autograd.Function):
-    """All three in one pass: two differences, two reductions, and nothing saved but the inputs.
+    """All three in one pass: two differences, two reductions; the prior itself is never formed, nor anything saved.
 
-    As separate expressions they cost seven float32 copies of the hidden states, and three more sums on the way back.
+    As separate expressions they cost eight float32 copies of the hidden states, and four more sums on the way back.
     """
 
     @staticmethod
-    def forward(ctx: Any, original: Tensor, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(original, posterior, prior)
-        static = _mean_square(_difference(posterior, original))
-        change = _mean_square(_difference(posterior, prior))
+    def forward(
+        ctx: Any, original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(original, posterior, guess)
+        ctx.through_original = through_original
+        step = _difference(posterior, original)
+        static = _mean_square(step)
+        change = _mean_square(step.sub_(guess))
         return static, change, change.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        original, posterior, prior = ctx.saved_tensors
-        for_original, for_posterior, for_prior = ctx.needs_input_grad
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        original, posterior, guess = ctx.saved_tensors
+        for_original, for_posterior, for_guess, _ = ctx.needs_input_grad
         static, change, error = (grad.unsqueeze(-1) * (2 / original.shape[-1]) for grad in grads)
-        to_original = _difference(posterior, original).mul_(static) if for_original or for_posterior else None
-        to_prior = _difference(posterior, prior)
-        to_posterior = None
-        if for_posterior:
-            to_posterior = torch.addcmul(to_original, to_prior, change).to(posterior.dtype)
-        return (
-            to_original.neg_().to(original.dtype) if for_original else None,
-            to_posterior,
-            to_prior.mul_(-(change + error)).to(prior.dtype) if for_prior else None,
-        )
+        step = _difference(posterior, original)
+        miss = step - guess
+        step.mul_(static)
+        to_posterior = torch.addcmul(step, miss, change).to(posterior.dtype) if for_posterior else None
+        to_guess = miss.mul_(-(change + error)) if for_guess or ctx.through_original else None
+        to_original = None
+        if for_original:
+            to_original = (to_guess - step if ctx.through_original else step.neg_()).to(original.dtype)
+        return to_original, to_posterior, to_guess.to(guess.dtype) if for_guess else None, None
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
@@ -80,13 +83,14 @@ def _mean_square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
 
 
-def surprise(original: Tensor, posterior: Tensor, prior: Tensor) -> Surprise:
-    """Static surprise, change surprise and prior error of each token.
+def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool = True) -> Surprise:
+    """Static surprise, change surprise and prior error of each token; the prior is original + guess (3.1).
 
     Args:
-        original, posterior, prior: [B, T, D], any float dtype.
+        original, posterior, guess: [B, T, D], any float dtype.
+        through_original: whether gradients of the prior reach `original`, or stop at the guess.
     """
-    return Surprise(*_Surprise.apply(original, posterior, prior))
+    return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
 
 
 class Recent(NamedTuple):
@@ -369,6 +373,20 @@ def scatter_tokens(tokens: Tensor, slots: Slots, values: Tensor) -> Tensor:
     return tokens.flatten(0, 1).index_copy(0, flat, values.flatten(0, 1)).view_as(tokens)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """processed, with the gradient that gate · (processed − hidden_states) sends to the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, processed: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_states, processed)
+        return processed.view_as(processed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        hidden_states, processed = ctx.saved_tensors
+        return None, grad, (processed - hidden_states).mul_(grad).sum(-1, dtype=torch.float32)
+
+
 def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor | None, kind: str) -> Tensor:
     """hidden_states + gate · (processed − hidden_states).
 
@@ -383,11 +401,9 @@ def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor | None, 
     if kind == "straight_through":
         if gate is None or not gate.requires_grad:
             return processed
-        base, gate = processed, gate - gate.detach()
-    else:
-        base = hidden_states
+        return _StraightThrough.apply(hidden_states, processed, gate)
     assert gate is not None, "a soft gate is always worked out"
-    return base + gate.unsqueeze(-1).to(processed.dtype) * (processed - hidden_states)
+    return hidden_states + gate.unsqueeze(-1).to(processed.dtype) * (processed - hidden_states)
 
 
 def masked_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
