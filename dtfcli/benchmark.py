@@ -12,7 +12,7 @@ The notable choices:
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.stack import is_added
 from dtfcli.shares import measured_shares
 from dtfcli.training.tracking import matmul_peak
+from dtfcli.training_benchmark import StepResult
 
 OnProgress = Callable[[str], None]
 
@@ -73,6 +74,7 @@ class BenchReport:
     new_tokens: int
     matmul_gflops: float
     results: list[PhaseResult]
+    training: list[StepResult] = field(default_factory=list)
 
 
 @torch.inference_mode()

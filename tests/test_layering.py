@@ -23,7 +23,8 @@ LEVELS = [
         *("targets", "conversations", "mixture", "stream"),
     ],
     [
-        *("accounting", "scaling", "training", "generation", "inspection", "benchmark", "evaluation"),
+        *("accounting", "scaling", "training", "generation", "inspection", "evaluation"),
+        *("benchmark", "training_benchmark"),
         *("leaks", "eval_results", "model_card", "provenance", "upload", "hub_errors", "hub"),
     ],
     ["cli"],

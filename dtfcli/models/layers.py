@@ -26,7 +26,6 @@ from .routing import (
     assign_slots,
     gated_update,
     gather_tokens,
-    prior_error,
     row_groups,
     scatter_tokens,
     select_threshold,
@@ -47,11 +46,8 @@ class DecisionLayerMixin(nn.Module):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[B, T, D] → posterior [B, T, D]; D_st, D_ch, prior error: float32 [B, T]."""
         posterior = super().forward(hidden_states, **kwargs)
-        prior = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
-        static, change = surprise(hidden_states, posterior, prior)
-        # The prior error is D_ch with another gradient.
-        error = prior_error(prior, posterior) if torch.is_grad_enabled() else change
-        return posterior, static, change, error
+        guess = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
+        return posterior, *surprise(hidden_states, posterior, guess, self.prior_input_gradient)
 
 
 class RoutedLayerMixin(nn.Module):

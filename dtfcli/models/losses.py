@@ -11,8 +11,11 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-_CHUNK_ELEMENTS = 2**25
-"""Logits held at once (float32, 128 MiB): large enough to keep a matrix product busy."""
+_CHUNK_ELEMENTS = 2**26
+"""Logits held at once: 128 MiB in bfloat16. Each chunk adds into the head's whole gradient, so chunks must be few."""
+
+_SLICE_ELEMENTS = 2**19
+"""Logits that are normalized at once on a CPU: 2 MiB in float32, so that all passes over them stay in its cache."""
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -30,26 +33,22 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        grad_weight = None
         rows = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
         with torch.autocast(device_type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):
                 chunk = slice(start, start + rows)
-                hidden, labels = hidden_ND[chunk].to(dtype), labels_N[chunk]
-                counted = labels != IGNORE_INDEX
-                targets = labels.clamp(min=0).unsqueeze(1)
-                logits = (hidden @ weight.t()).float()
-                normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-                loss += ((normalizer - logits.gather(1, targets)).squeeze(1) * counted).sum()
-                if grad_hidden is None and grad_weight is None:
-                    continue
-                grad_logits = logits.sub_(normalizer).exp_()
-                grad_logits.scatter_add_(1, targets, torch.full_like(normalizer, -1.0))
-                grad_logits = grad_logits.mul_(counted.unsqueeze(1)).to(dtype)
+                hidden = hidden_ND[chunk].to(dtype)
+                logits = hidden @ weight.t()
+                loss += _cross_entropy_into_gradient(logits, labels_N[chunk], needs_hidden or needs_weight)
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = (grad_logits @ weight).to(grad_hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += grad_logits.t() @ hidden
+                    grad_hidden[chunk] = logits @ weight
+                if needs_weight:
+                    # One chunk's product keeps its type; several are summed in float32.
+                    product = logits.t() @ hidden
+                    grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight_VD)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -60,8 +59,29 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+            grad_weight = (grad_weight.to(grad_loss.dtype) * grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None
+
+
+def _cross_entropy_into_gradient(logits_NV: Tensor, labels_N: Tensor, with_gradient: bool) -> Tensor:
+    """Sum of the cross-entropies in float32; overwrites the logits with their gradient, softmax − one-hot.
+
+    On a CPU a few rows at a time: the float32 copy of a slice, its maximum, exponentials and sum never leave the cache.
+    """
+    loss = logits_NV.new_zeros((), dtype=torch.float32)
+    rows = max(1, _SLICE_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
+    for logits, labels in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
+        counted = labels != IGNORE_INDEX
+        targets = labels.clamp(min=0).unsqueeze(1)
+        # log_softmax is one kernel where logsumexp is five.
+        log_probabilities = logits.log_softmax(1, dtype=torch.float32)
+        loss -= (log_probabilities.gather(1, targets).squeeze(1) * counted).sum()
+        if with_gradient:
+            gradient = log_probabilities.exp_()
+            gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
+            torch.mul(gradient, counted.unsqueeze(1), out=gradient)
+            logits.copy_(gradient)
+    return loss
 
 
 def causal_lm_loss(

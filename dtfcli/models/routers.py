@@ -76,9 +76,16 @@ class RoutingFrame:
             counted = counted & ~self.seen_sinks
         return recent_tokens(counted, self.average_window, self.past)
 
+    def prepare(self, architecture: str) -> None:
+        """Work out what layers will ask for. Later they would as well, but a compiled layer cannot enter the lock that
+        `cached_property` has in Python 3.11."""
+        _ = self.real, self.sinks
+        if architecture == "dtf":
+            _ = self.recent
+
 
 class PriorFFN(nn.Module):
-    """prior = x + W_out(silu(W_gate n) · W_up n), n = RMSNorm(x) (3.1–3.3): a cheap guess at the decision layer.
+    """prior − x = W_out(silu(W_gate n) · W_up n), n = RMSNorm(x) (3.1–3.3): a cheap guess at the decision layer.
 
     Width ⌈D·f⌉ rounded up to an even number, at least 2; no biases. W_gate and W_up are the halves of one matrix, and
     the norm is torch's fused one: in decoding a small operation costs as much as a small matrix.
@@ -94,12 +101,25 @@ class PriorFFN(nn.Module):
         self.dropout = config.prior_dropout
 
     def forward(self, original: Tensor) -> Tensor:
-        """[B, T, D] → [B, T, D]."""
-        gate, up = self.w_in(self.norm(original)).chunk(2, dim=-1)
+        """[B, T, D] → prior − original, [B, T, D]."""
+        gate, up = self._project(original).chunk(2, dim=-1)
         change = self.w_out(nn.functional.silu(gate) * up)
         if self.training and self.dropout:
             change = nn.functional.dropout(change, self.dropout)
-        return original + change
+        return change
+
+    def _project(self, original: Tensor) -> Tensor:
+        """RMSNorm, then W_gate and W_up; [B, T, D] → [B, T, 2r].
+
+        While training the norm's weight goes into the matrix and its scale, a number for each token, behind it: the
+        normalized states, and all that their gradient would need, are never formed.
+        """
+        if not torch.is_grad_enabled() or original.requires_grad:
+            return self.w_in(self.norm(original))
+        square = torch.linalg.vector_norm(original, dim=-1, keepdim=True, dtype=torch.float32).square()
+        scale = torch.rsqrt(square / original.shape[-1] + self.norm.eps)
+        projected = nn.functional.linear(original, self.w_in.weight * self.norm.weight)
+        return projected * scale.to(projected.dtype)
 
 
 class Predictor(nn.Module):

@@ -11,7 +11,7 @@ Shape suffixes: B rows, T tokens of a row, K slots for routed tokens, D hidden s
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,34 +29,68 @@ class Scores(NamedTuple):
     s_cu: Tensor | None = None
 
 
-def surprise(original: Tensor, posterior: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Static and change surprise of each token.
+class Surprise(NamedTuple):
+    """What a decision layer says about each token; float32 [B, T] each."""
 
-    D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token.
-    D_ch = ‖posterior − prior‖² / D (3.7): how far the cheap prediction of that change was off.
+    static: Tensor
+    """D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token."""
+    change: Tensor
+    """D_ch = ‖posterior − prior‖² / D (3.7): how far the cheap prediction of that change was off."""
+    prior_error: Tensor
+    """‖prior − stop_grad(posterior)‖² / D (3.4): the value of D_ch, but no gradient reaches the posterior."""
+
+
+class _Surprise(torch.autograd.Function):
+    """All three in one pass: two differences, two reductions; the prior itself is never formed, nor anything saved.
+
+    As separate expressions they cost eight float32 copies of the hidden states, and four more sums on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(original, posterior, guess)
+        ctx.through_original = through_original
+        step = _difference(posterior, original)
+        static = _mean_square(step)
+        change = _mean_square(step.sub_(guess))
+        return static, change, change.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        original, posterior, guess = ctx.saved_tensors
+        for_original, for_posterior, for_guess, _ = ctx.needs_input_grad
+        static, change, error = (grad.unsqueeze(-1) * (2 / original.shape[-1]) for grad in grads)
+        step = _difference(posterior, original)
+        miss = step - guess
+        step.mul_(static)
+        to_posterior = torch.addcmul(step, miss, change).to(posterior.dtype) if for_posterior else None
+        to_guess = miss.mul_(-(change + error)) if for_guess or ctx.through_original else None
+        to_original = None
+        if for_original:
+            to_original = (to_guess - step if ctx.through_original else step.neg_()).to(original.dtype)
+        return to_original, to_posterior, to_guess.to(guess.dtype) if for_guess else None, None
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a − b in float32, without copies where one of them is float32 already."""
+    return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """Mean of x² over the last dimension, without a tensor of squares."""
+    return torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
+
+
+def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool = True) -> Surprise:
+    """Static surprise, change surprise and prior error of each token; the prior is original + guess (3.1).
 
     Args:
-        original, posterior, prior: [B, T, D], any float dtype.
-
-    Returns:
-        D_st, D_ch: float32 [B, T].
+        original, posterior, guess: [B, T, D], any float dtype.
+        through_original: whether gradients of the prior reach `original`, or stop at the guess.
     """
-    posterior = posterior.float()
-    static = (posterior - original.float()).square().mean(-1)
-    change = (posterior - prior.float()).square().mean(-1)
-    return static, change
-
-
-def prior_error(prior: Tensor, posterior: Tensor) -> Tensor:
-    """‖prior − stop_grad(posterior)‖² / D of each token (3.4), before the mean over tokens.
-
-    Args:
-        prior, posterior: [B, T, D].
-
-    Returns:
-        float32 [B, T]; no gradient reaches the posterior.
-    """
-    return (prior.float() - posterior.detach().float()).square().mean(-1)
+    return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
 
 
 class Recent(NamedTuple):
@@ -339,6 +373,20 @@ def scatter_tokens(tokens: Tensor, slots: Slots, values: Tensor) -> Tensor:
     return tokens.flatten(0, 1).index_copy(0, flat, values.flatten(0, 1)).view_as(tokens)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """processed, with the gradient that gate · (processed − hidden_states) sends to the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, processed: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_states, processed)
+        return processed.view_as(processed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        hidden_states, processed = ctx.saved_tensors
+        return None, grad, (processed - hidden_states).mul_(grad).sum(-1, dtype=torch.float32)
+
+
 def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor | None, kind: str) -> Tensor:
     """hidden_states + gate · (processed − hidden_states).
 
@@ -353,11 +401,9 @@ def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor | None, 
     if kind == "straight_through":
         if gate is None or not gate.requires_grad:
             return processed
-        base, gate = processed, gate - gate.detach()
-    else:
-        base = hidden_states
+        return _StraightThrough.apply(hidden_states, processed, gate)
     assert gate is not None, "a soft gate is always worked out"
-    return base + gate.unsqueeze(-1).to(processed.dtype) * (processed - hidden_states)
+    return hidden_states + gate.unsqueeze(-1).to(processed.dtype) * (processed - hidden_states)
 
 
 def masked_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -160,6 +160,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         if cache is None and use_cache and not self.training and self.config.routing != "topk":
             cache = RoutedCache(self.config)
         stream = self._enter(input_ids, inputs_embeds, attention_mask, position_ids, cache, output_routing)
+        stream.frame.prepare(self.config.architecture)
         if stream.frame.mode in CAUSAL_MODES:
             self._require_thresholds(stream.frame)
         for index, layer in enumerate(self.layers):

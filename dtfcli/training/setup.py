@@ -18,6 +18,7 @@ from dtfcli.factory import build_model, build_tokenizer
 from dtfcli.settings import Settings
 from dtfcli.training.adapters import adapt
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint, tidy_folders
+from dtfcli.training.compiling import compile_layers
 from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.objectives import Objective
@@ -160,10 +161,9 @@ def _objective(settings: Settings, model: Any, distillation: Distillation | None
         # Named so from Transformers 5.20 or so on, where the old name warns.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    objective = Objective(model, distillation)
     if settings.training.compile:
-        objective.compile()
-    return objective
+        compile_layers(model)
+    return Objective(model, distillation)
 
 
 def _optimizer(settings: Settings, model: Any) -> torch.optim.AdamW:

@@ -67,7 +67,7 @@ def decode(model, input_ids: list[int]) -> Tensor:
                 walker.remember(x, cos, sin)
                 x = walker.block(x, cos, sin)
                 if hasattr(walker.layer, "prior"):
-                    below = routing_naive.surprise(original, x, walker.layer.prior(original))
+                    below = routing_naive.surprise(original, x, original + walker.layer.prior(original))
                 continue
             if config.architecture == "mod":
                 score = x @ router.weight

@@ -18,26 +18,61 @@ def rows_and_mask(data: st.DataObject, most: int = 14) -> tuple[torch.Tensor, li
     return mask, [row.nonzero().flatten().tolist() for row in mask]
 
 
-@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]), through_original=st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_surprise(data: st.DataObject, dtype: torch.dtype) -> None:
+def test_surprise(data: st.DataObject, dtype: torch.dtype, through_original: bool) -> None:
     mask, _ = rows_and_mask(data, 5)
     states = [torch.randn(*mask.shape, 6).to(dtype).requires_grad_() for _ in range(3)]
-    weight_st, weight_ch = torch.randn(mask.shape), torch.randn(mask.shape)
-    static, change = routing.surprise(*states)
+    weight_st, weight_ch, weight_error = (torch.randn(mask.shape) for _ in range(3))
+    static, change, error = routing.surprise(*states, through_original)
+    original, posterior, guess = states
+    prior = (original if through_original else original.detach()).float() + guess.float()
+    parts = [original, posterior, prior]
     naive = [
-        [routing_naive.surprise(*(s[b, t] for s in states)) for t in range(mask.shape[1])] for b in range(len(mask))
+        [routing_naive.surprise(*(s[b, t] for s in parts)) for t in range(mask.shape[1])] for b in range(len(mask))
     ]
     naive_static = torch.stack([torch.stack([pair[0] for pair in row]) for row in naive])
     naive_change = torch.stack([torch.stack([pair[1] for pair in row]) for row in naive])
-    assert static.dtype == change.dtype == torch.float32
+    # The prior error (3.4): D_ch's value, the prior's gradient alone.
+    apart = [original, posterior.detach(), prior]
+    naive_error = torch.stack(
+        [
+            torch.stack([routing_naive.surprise(*(s[b, t] for s in apart))[1] for t in range(mask.shape[1])])
+            for b in range(len(mask))
+        ]
+    )
+    assert static.dtype == change.dtype == error.dtype == torch.float32
+    torch.testing.assert_close(error, naive_error)
     torch.testing.assert_close(static, naive_static)
     torch.testing.assert_close(change, naive_change)
-    ours = torch.autograd.grad((static * weight_st + change * weight_ch).sum(), states)
-    theirs = torch.autograd.grad((naive_static * weight_st + naive_change * weight_ch).sum(), states)
+    ours = torch.autograd.grad((static * weight_st + change * weight_ch + error * weight_error).sum(), states)
+    total = naive_static * weight_st + naive_change * weight_ch + naive_error * weight_error
+    theirs = torch.autograd.grad(total.sum(), states)
     loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}  # bfloat16 gradients are summed in bfloat16
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **loose)
+
+
+def test_prior_projects_as_it_normalizes() -> None:
+    """What training computes, with the norm folded into the matrix, is the norm and then the matrix."""
+    prior = shared_routed_model("llama", "dtf").model.layers[0].prior
+    states = torch.randn(2, 9, 32) * torch.tensor([1.0, 300.0]).view(2, 1, 1)
+    weight = torch.randn(2, 9, 32)
+    wanted = list(prior.parameters())
+    plain = prior.w_out(
+        torch.nn.functional.silu(prior.w_in(prior.norm(states)).chunk(2, -1)[0])
+        * prior.w_in(prior.norm(states)).chunk(2, -1)[1]
+    )
+    ours = prior(states)
+    torch.testing.assert_close(ours, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(prior(states), plain)
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), wanted),
+        torch.autograd.grad((plain * weight).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @given(data=st.data(), window=st.integers(1, 8), skip=st.integers(0, 3), spike=st.sampled_from([1.0, 1e4]))
@@ -250,6 +285,7 @@ def test_chunked_cross_entropy_in_several_chunks(monkeypatch: pytest.MonkeyPatch
     labels = torch.randint(0, 30, (2, 50))
     reference = torch.autograd.grad(reference_causal_lm_loss(hidden, weight, labels), (hidden, weight))
     monkeypatch.setattr("dtfcli.models.losses._CHUNK_ELEMENTS", 30 * 7)
+    monkeypatch.setattr("dtfcli.models.losses._SLICE_ELEMENTS", 30 * 3)
     for a, b in zip(
         torch.autograd.grad(causal_lm_loss(hidden, weight, labels), (hidden, weight)), reference, strict=True
     ):

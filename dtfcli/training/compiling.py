@@ -1,0 +1,36 @@
+"""`training.compile`: torch.compile for each decoder layer by itself.
+
+One layer is the unit that repeats: kinds of layers (dense, decision, routed) compile once each and serve all layers of
+their kind, where the whole model would be compiled as one long graph. The loss walks over chunks in its own function
+and needs no compiler.
+"""
+
+from typing import Any
+
+import torch
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> None:
+    """Compile every decoder layer of a causal language model in place; parameter names stay as they are.
+
+    A layer is compiled whole (`fullgraph`): a graph break would cost more than compiling gains. Only training by `topk`
+    has shapes that are known beforehand; everything else (evaluation, the causal modes) runs as before.
+
+    Args:
+        model: routed or stock, with its layers at `model.model.layers`.
+        backend: of torch.compile.
+    """
+    for layer in model.model.layers:
+        _compile(layer, backend)
+
+
+def _compile(layer: Any, backend: str) -> None:
+    compiled = torch.compile(layer._call_impl, backend=backend, fullgraph=True, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        frame = kwargs.get("frame")
+        fixed = layer.training and torch.is_grad_enabled() and (frame is None or frame.mode == "topk")
+        return compiled(*args, **kwargs) if fixed else layer._call_impl(*args, **kwargs)
+
+    # What `nn.Module.compile` sets; it is neither saved nor copied with the module.
+    layer._compiled_call_impl = call
