@@ -114,13 +114,17 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
     else:
         state = _restore(folder, states, state, emit)
     trackers = Trackers([], warn)
-    if processes.is_main:
+
+    def begin_tracking() -> None:
+        nonlocal trackers
         try:
             trackers = start_trackers(settings, folder, step=state.step, resumed=resume is not None, warn=warn)
         except DTFError:
             if resume is None:  # a run that never began
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    processes.from_main(begin_tracking)
     return Run(
         settings=settings,
         plan=plan,
