@@ -106,7 +106,10 @@ TRAIN = [
     ("train quickstart training.sharding=fsdp", ["training.sharding", "fsdp2"]),
     ("train quickstart --accelerator h100", ["--accelerator h100", "--dry-run"]),
     ("train quickstart --dry-run --accelerator h100", ["--accelerator h100", "--num-processes N"]),
-    ("train dtf-qwen2.5-0.5b --dry-run --num-processes 2 --accelerator h10", ["--accelerator h10", "Did you mean 'h100'"]),
+    (
+        "train dtf-qwen2.5-0.5b --dry-run --num-processes 2 --accelerator h10",
+        ["--accelerator h10", "Did you mean 'h100'"],
+    ),
 ]
 
 GENERATE = [
