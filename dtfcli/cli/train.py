@@ -120,13 +120,15 @@ def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
     if len(arguments) > 1:
         raise ConfigError(f"--resume takes one run folder, not {len(arguments)}: {' '.join(arguments)}.")
     from dtfcli.overrides import environment_name
-    from dtfcli.training.runs import newest_run, processes_of, run_settings
+    from dtfcli.training.runs import locked, newest_run, processes_of, run_settings
 
     if arguments and arguments[0]:
         folder = Path(arguments[0])
     else:
         folder = newest_run(Path(os.environ.get(environment_name("run.output_dir"), "outputs")))
     settings = run_settings(folder)
+    with locked(folder):
+        pass  # said before any process is started
     if not _launched(settings, processes or processes_of(folder)):
         _train(settings, folder, None, rename=False, json=json)
 

@@ -13,7 +13,7 @@ The notable choices:
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import Plan
 from dtfcli.training.processes import is_main_process
 from dtfcli.training.publishing import is_logged_in, push_final_model
-from dtfcli.training.runs import CURVES_FILE, MERGED_MODEL
+from dtfcli.training.runs import CURVES_FILE, MERGED_MODEL, locked
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.tracking import Event, Listener, read_metrics
 from dtfcli.training.validation import calibration_batches, to_batch, to_labels, validate
@@ -117,8 +117,12 @@ def train(
     emit = on_event if on_event and is_main_process() else _tell_nobody
     evaluation = plan_evaluation(settings)
     stop = StopSignal(lambda: emit(Event("warning", "Stopping after this step; Ctrl-C again stops at once.")))
-    with explained_failures(settings):
+    with explained_failures(settings), ExitStack() as held:
+        if resume is not None and is_main_process():
+            held.enter_context(locked(resume))
         run = setup(settings, resume, rename, emit, stop)
+        if resume is None and run.processes.is_main:
+            held.enter_context(locked(run.folder))
         with stop:
             try:
                 fit(run)

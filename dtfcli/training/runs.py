@@ -4,11 +4,18 @@ import datetime
 import json
 import os
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dtfcli.errors import CheckpointError, ConfigError, did_you_mean
 from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import STATE_FILE, explained_write_errors, list_checkpoints
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SETTINGS_FILE = "settings.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -73,6 +80,26 @@ def run_settings(folder: Path) -> Settings:
         return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged, the run cannot be resumed. Start a new one.") from error
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run while it is trained, so that nobody resumes it meanwhile; the system lets go when a process ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with (run / SETTINGS_FILE).open("rb") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{run}: another process is training or saving this run; stop it first, or wait until it ends."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def processes_of(run: Path) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from dtfcli.errors import CheckpointError, DataError, DTFError
+from dtfcli.errors import CheckpointError, ConfigError, DataError, DTFError
 from dtfcli.training.checkpoint import list_checkpoints, read_state
 from dtfcli.training.loop import TrainingInterrupted, TrainResult, train
 from dtfcli.training.runs import newest_run, run_settings
@@ -253,6 +253,20 @@ def test_a_signal_saves_and_exits_with_130(tmp_path: Path, number: signal.Signal
         f"Interrupted at step {step} of 400, saved as {checkpoint}. Go on with: dtf train --resume {the_run(tmp_path)}"
     )
     assert (the_run(tmp_path) / "curves.png").exists()
+
+
+def test_a_run_in_progress_is_not_resumed(tmp_path: Path) -> None:
+    """Two would write the same files."""
+    small_settings(tmp_path)
+    process = start(tmp_path, 20.0)
+    run = the_run(tmp_path)
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ConfigError, match="another process is training"):
+        train(run_settings(run), resume=run)
+    assert sorted(run.rglob("*")) == before
+    process.kill()
+    process.communicate()
+    train(run_settings(run).model_copy(update={"training": small_settings(tmp_path).training}), resume=run)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
