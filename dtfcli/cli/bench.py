@@ -36,7 +36,9 @@ def bench(
     ] = None,
     stock: Annotated[
         bool,
-        typer.Option("--stock", help="Also train the dense model as Transformers does, with whole logits: much memory."),
+        typer.Option(
+            "--stock", help="Also train the dense model as Transformers does, with whole logits: much memory."
+        ),
     ] = False,
     calibration_tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=64, help="Random tokens that thresholds are measured on.")
@@ -233,6 +235,5 @@ def _show(report: Any) -> None:
         title = f"batch {report.batch}, prompt {report.seq_len}, then {report.new_tokens} tokens; {where}"
         render.out.print(render.table([*columns, "tokens/s"], rows, title=title))
     render.out.print(
-        "theory: FLOPs (training, prefill), weights read (decode); "
-        f"matmul peak {report.matmul_gflops:,.0f} GFLOP/s"
+        f"theory: FLOPs (training, prefill), weights read (decode); matmul peak {report.matmul_gflops:,.0f} GFLOP/s"
     )

@@ -74,7 +74,7 @@ class _Surprise(torch.autograd.Function):
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """a − b in float32, without copies where one of them is float32 already."""
+    """The difference a − b in float32, without copies where one of them is float32 already."""
     return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
 
 

@@ -59,8 +59,10 @@ def test_prior_projects_as_it_normalizes() -> None:
     states = torch.randn(2, 9, 32) * torch.tensor([1.0, 300.0]).view(2, 1, 1)
     weight = torch.randn(2, 9, 32)
     wanted = list(prior.parameters())
-    plain = prior.w_out(torch.nn.functional.silu(prior.w_in(prior.norm(states)).chunk(2, -1)[0])
-                        * prior.w_in(prior.norm(states)).chunk(2, -1)[1])
+    plain = prior.w_out(
+        torch.nn.functional.silu(prior.w_in(prior.norm(states)).chunk(2, -1)[0])
+        * prior.w_in(prior.norm(states)).chunk(2, -1)[1]
+    )
     ours = prior(states)
     torch.testing.assert_close(ours, plain)
     with torch.no_grad():
