@@ -66,7 +66,7 @@ class _Surprise(torch.autograd.Function):
         miss = step - guess
         step.mul_(static)
         to_posterior = torch.addcmul(step, miss, change).to(posterior.dtype) if for_posterior else None
-        to_guess = miss.mul_(-(change + error)) if for_guess or ctx.through_original else None
+        to_guess = miss.mul_(-(change + error))
         to_original = None
         if for_original:
             to_original = (to_guess - step if ctx.through_original else step.neg_()).to(original.dtype)
