@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def bench_training(
         flops.append(training_step_flops(model.train(), seq_len))
         if compiled:
             _timed_step(objective, input_ids, dtype)
-        peaks.append(_peak_bytes(lambda objective=objective: _timed_step(objective, input_ids, dtype), objective))
+        peaks.append(_peak_bytes(partial(_timed_step, objective, input_ids, dtype), objective))
         optimizers.append(_optimizer_seconds(objective))
     for number in range(repeats):
         tell(f"train, round {number + 1} of {repeats}")

@@ -77,8 +77,7 @@ class RoutingFrame:
         return recent_tokens(counted, self.average_window, self.past)
 
     def prepare(self, architecture: str) -> None:
-        """Work out what layers will ask for. Later they would as well, but a compiled layer cannot enter the lock that
-        `cached_property` has in Python 3.11."""
+        """Work out now what layers will ask for: compiled ones cannot enter `cached_property`'s lock (Python 3.11)."""
         _ = self.real, self.sinks
         if architecture == "dtf":
             _ = self.recent

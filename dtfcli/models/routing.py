@@ -66,7 +66,7 @@ class _Surprise(torch.autograd.Function):
         miss = step - guess
         step.mul_(static)
         to_posterior = torch.addcmul(step, miss, change).to(posterior.dtype) if for_posterior else None
-        to_guess = miss.mul_(-(change + error)) if for_guess or ctx.through_original else None
+        to_guess = miss.mul_(-(change + error))
         to_original = None
         if for_original:
             to_original = (to_guess - step if ctx.through_original else step.neg_()).to(original.dtype)
@@ -74,7 +74,7 @@ class _Surprise(torch.autograd.Function):
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """a − b in float32, without copies where one of them is float32 already."""
+    """The difference a − b in float32, without copies where one of them is float32 already."""
     return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
 
 

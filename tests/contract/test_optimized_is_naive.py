@@ -24,8 +24,8 @@ def test_surprise(data: st.DataObject, dtype: torch.dtype, through_original: boo
     mask, _ = rows_and_mask(data, 5)
     states = [torch.randn(*mask.shape, 6).to(dtype).requires_grad_() for _ in range(3)]
     weight_st, weight_ch, weight_error = (torch.randn(mask.shape) for _ in range(3))
-    static, change, error = routing.surprise(*states, through_original)
     original, posterior, guess = states
+    static, change, error = routing.surprise(original, posterior, guess, through_original)
     prior = (original if through_original else original.detach()).float() + guess.float()
     parts = [original, posterior, prior]
     naive = [
