@@ -308,7 +308,7 @@ class TrainingSettings(Group):
         1.0, description="Largest norm of the gradient of a learning-rate group."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
-    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    compile: bool = Field(False, description="Compile each layer with torch.compile.")
     sharding: Literal["ddp", "fsdp2"] = Field(
         "ddp",
         description="With several processes: ddp (each holds the whole model) or fsdp2 (each holds a part of it).",
