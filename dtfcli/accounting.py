@@ -147,5 +147,5 @@ def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpo
     shares = routed_shares(config, seq_len)
     layers = [shares.get(layer, 1.0) for layer in range(config.num_hidden_layers)]
     per_token = 4.0 * config.hidden_size * len(layers) + block if checkpointing else block * sum(layers)
-    logits = 4 * min(rows * seq_len * config.vocab_size, 2**25) * 2
+    logits = width * min(rows * seq_len * config.vocab_size, 2**26)
     return int(per_token * rows * seq_len + logits + 4 * config.vocab_size * config.hidden_size)

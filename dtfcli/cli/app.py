@@ -100,10 +100,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         code = app(args=arguments, prog_name="dtf", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        from dtfcli.cli.render import fail
-
-        fail("interrupted.")
-        return 130
+        code = 130
     except BrokenPipeError:
         # Whoever read stdout is gone; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,6 +109,10 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             sys.excepthook(type(error), error, error.__traceback__)
         return _report(error, arguments)
+    if code == 130:
+        from dtfcli.cli.render import fail
+
+        fail("interrupted.")
     return code if isinstance(code, int) else 0
 
 

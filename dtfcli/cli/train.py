@@ -109,7 +109,7 @@ def _launched(settings: "Settings", processes: int | None) -> bool:
     check_processes(settings, processes)
     code = launch(sys.argv[1:], processes)
     if code:
-        raise typer.Exit(code)
+        raise SystemExit(code)  # the processes have said why
     return True
 
 

@@ -132,7 +132,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
         base = config["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}); save the adapter again.") from error
+        raise CheckpointError(
+            f"{path}: a LoRA adapter whose configuration is damaged ({type(error).__name__}); save it again."
+        ) from error
     if not isinstance(base, str) or not base:
         raise CheckpointError(
             f"{path}: base_model_name_or_path = {base!r}: names no base model; write its folder or Hub id there."

@@ -58,8 +58,8 @@ def test_train_and_merge(family: str, architecture: str, saved: list[str] | None
     merged = wrapped.merge_and_unload()
     assert type(merged) is type(model)
     assert set(merged.state_dict()) == set(base)
-    for mode, expected in trained.items():
-        assert torch.allclose(logits(merged, mode), expected, atol=1e-5), mode
+    for mode, expected in trained.items():  # merging rounds the weights anew
+        assert (logits(merged, mode) - expected).abs().max() <= 1e-4, mode
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
