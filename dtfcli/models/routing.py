@@ -90,7 +90,12 @@ def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_origina
         original, posterior, guess: [B, T, D], any float dtype.
         through_original: whether gradients of the prior reach `original`, or stop at the guess.
     """
-    return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
+    if torch.is_grad_enabled():
+        return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
+    step = _difference(posterior, original)
+    static = step.square().mean(-1)
+    change = step.sub_(guess).square().mean(-1)
+    return Surprise(static, change, change)
 
 
 class Recent(NamedTuple):
