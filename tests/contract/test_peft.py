@@ -53,13 +53,14 @@ def test_train_and_merge(family: str, architecture: str, saved: list[str] | None
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
         if plain in base:
             assert torch.equal(parameter, base[plain]), name
+    wrapped.double()  # merging rounds the weights anew: up to 2e-5 on these logits in float32
     trained = {mode: logits(wrapped, mode) for mode in ("threshold", "topk")}
     assert (trained["topk"] - before).abs().max() > 1e-3
     merged = wrapped.merge_and_unload()
     assert type(merged) is type(model)
     assert set(merged.state_dict()) == set(base)
-    for mode, expected in trained.items():  # merging rounds the weights anew
-        assert (logits(merged, mode) - expected).abs().max() <= 1e-4, mode
+    for mode, expected in trained.items():
+        assert (logits(merged, mode) - expected).abs().max() <= 1e-5, mode
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
