@@ -35,7 +35,8 @@ SMALL: dict[str, Any] = {
 }
 
 MEASURE = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from dtfcli.factory import build_model
@@ -44,8 +45,10 @@ from dtfcli.settings import Settings
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
 
+# The peak of this program; `ru_maxrss` would begin with the peak of the process that started it.
 def resident():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 settings = Settings.model_validate(json.loads(sys.argv[1]))
 rows, length = settings.training.micro_batch_size, settings.data.seq_len

@@ -241,7 +241,7 @@ def change(path: Path, **fields: object) -> None:
             "the base model of this adapter cannot be had. /not/here: no such file or folder",
         ),
         (lambda folder: change(folder / "adapter_config.json", base_model_name_or_path=None), "names no base model"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: damaged"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "configuration is damaged"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "without adapter_model.safetensors"),
         (lambda folder: drop(folder, "router"), "Weights are missing: .*router"),
         (lambda folder: drop(folder, "lora_A"), "Weights are missing: .*lora_A"),
