@@ -19,6 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 CACHE_NAME = "cache" if "cache" in signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 """What Transformers calls a cache in arguments and outputs: 5.24 renamed `past_key_values`; users may say either."""
 
+_SPARE_SLOTS = 31
+"""Room for tokens to come, whenever a layer needs more: what is stored is copied for every 32nd token only."""
+
 
 class SurpriseHistory:
     """D_st of every position of a DTF layer, kept whole: 4 bytes for each, and cropping is exact."""
@@ -122,12 +125,9 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         if everyone and not any(before):
             # What lies in free slots is overwritten before any mask shows it.
             self.keys, self.values = keys, values
-        elif everyone and len(rows) == 1:
-            self.keys = torch.cat([self.keys, keys], dim=2)
-            self.values = torch.cat([self.values, values], dim=2)
         else:
             self._grow(longest)
-            if keys.shape[2] == 1:
+            if keys.shape[2] == 1 < len(rows):
                 self.keys[rows, :, before] = keys[:, :, 0]
                 self.values[rows, :, before] = values[:, :, 0]
             else:
@@ -141,11 +141,13 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         return keys.index_select(0, index), values.index_select(0, index)
 
     def _grow(self, slots: int) -> None:
-        """Room for so many slots, in tensors that may be written to."""
-        missing = max(0, slots - self.keys.shape[2])
-        if missing or torch.is_grad_enabled():
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+        """Room for so many slots and some to come, in tensors that may be written to."""
+        missing = slots - self.keys.shape[2]
+        locked = torch.is_grad_enabled() or (self.keys.is_inference() and not torch.is_inference_mode_enabled())
+        if missing > 0 or locked:
+            more = missing + _SPARE_SLOTS if missing > 0 else 0
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not how a routed layer stores its tokens; see `append`."""
@@ -195,7 +197,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         self.entered = self.entered[:, :tokens_to_remove]
         self.counts = self.entered.sum(1).tolist()
         if self.keys is not None and self.values is not None:
-            kept = max(self.counts, default=0)
+            kept = max(self.counts, default=0) + _SPARE_SLOTS
             self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
         self._map_surprise(lambda x: x[:, :tokens_to_remove])
 

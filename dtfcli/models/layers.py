@@ -104,7 +104,8 @@ class RoutedLayerMixin(nn.Module):
             return [([], assign_slots(selected, topk_capacity(self._topk_share(frame), frame.shape[1])))], []
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
-        counts: list[int] = selected.sum(1).tolist()
+        alone = frame.shape[1] == 1  # a token is its row's count: one operation less for each layer of each token
+        counts: list[int] = (selected.flatten() if alone else selected.sum(1)).tolist()
         rows_together = row_groups(counts)
         return [(rows, assign_group(selected, rows, [counts[row] for row in rows])) for rows in rows_together], counts
 

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .routing import Recent, Scores, dtf_scores, mod_scores, moving_average, recent_tokens, sink_mask
+from .routing import (
+    Recent,
+    Scores,
+    dtf_scores,
+    mean_square,
+    mod_scores,
+    moving_average,
+    recent_of_all,
+    recent_tokens,
+    sink_mask,
+)
 
 CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
 """γ for which calibration measures thresholds; others are interpolated."""
@@ -68,10 +78,12 @@ class RoutingFrame:
         return None if self.seen_sinks is None else self.seen_sinks[:, self.past :]
 
     @cached_property
-    def recent(self) -> Recent:
+    def recent(self) -> Recent | slice:
         """What the moving average of each new token runs over: no padding, and no sinks where they are left out."""
-        everything = (self.shape[0], self.past + self.shape[1])
-        counted = torch.ones(everything, dtype=torch.bool, device=self.device) if self.seen is None else self.seen
+        if self.seen is None:
+            left_out = self.sink_tokens if self.average_skips_sinks else 0
+            return recent_of_all(self.shape, self.average_window, self.past, left_out, self.device)
+        counted = self.seen
         if self.average_skips_sinks and self.seen_sinks is not None:
             counted = counted & ~self.seen_sinks
         return recent_tokens(counted, self.average_window, self.past)
@@ -84,41 +96,33 @@ class RoutingFrame:
 
 
 class PriorFFN(nn.Module):
-    """prior − x = W_out(silu(W_gate n) · W_up n), n = RMSNorm(x) (3.1–3.3): a cheap guess at the decision layer.
+    """prior − x = W_out(silu(W_gate n) · W_up n), n = x / RMS(x) (3.1–3.3): a cheap guess at the decision layer.
 
     Width ⌈D·f⌉ rounded up to an even number, at least 2; no biases. W_gate and W_up are the halves of one matrix, and
-    the norm is torch's fused one: in decoding a small operation costs as much as a small matrix.
+    n has no weight of its own, which would only scale the columns of that matrix: in decoding a small operation costs
+    as much as a small matrix.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         width = ceil(config.hidden_size * config.prior_factor)
         width = max(2, width + width % 2)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eps = config.rms_norm_eps
         self.w_in = nn.Linear(config.hidden_size, 2 * width, bias=False)
         self.w_out = nn.Linear(width, config.hidden_size, bias=False)
         self.dropout = config.prior_dropout
 
     def forward(self, original: Tensor) -> Tensor:
         """[B, T, D] → prior − original, [B, T, D]."""
-        gate, up = self._project(original).chunk(2, dim=-1)
+        # 1 / RMS(x), a number for each token, goes behind the matrix: the normalized states are never formed.
+        square = mean_square(original, keepdim=True, few_operations=not torch.is_grad_enabled())
+        scale = torch.rsqrt(square + self.eps)
+        projected = self.w_in(original)
+        gate, up = (projected * scale.to(projected.dtype)).chunk(2, dim=-1)
         change = self.w_out(nn.functional.silu(gate) * up)
         if self.training and self.dropout:
             change = nn.functional.dropout(change, self.dropout)
         return change
-
-    def _project(self, original: Tensor) -> Tensor:
-        """RMSNorm, then W_gate and W_up; [B, T, D] → [B, T, 2r].
-
-        While training the norm's weight goes into the matrix and its scale, a number for each token, behind it: the
-        normalized states, and all that their gradient would need, are never formed.
-        """
-        if not torch.is_grad_enabled() or original.requires_grad:
-            return self.w_in(self.norm(original))
-        square = torch.linalg.vector_norm(original, dim=-1, keepdim=True, dtype=torch.float32).square()
-        scale = torch.rsqrt(square / original.shape[-1] + self.norm.eps)
-        projected = nn.functional.linear(original, self.w_in.weight * self.norm.weight)
-        return projected * scale.to(projected.dtype)
 
 
 class Predictor(nn.Module):

@@ -53,8 +53,8 @@ class _Surprise(torch.autograd.Function):
         ctx.save_for_backward(original, posterior, guess)
         ctx.through_original = through_original
         step = _difference(posterior, original)
-        static = _mean_square(step)
-        change = _mean_square(step.sub_(guess))
+        static = mean_square(step, few_operations=False)
+        change = mean_square(step.sub_(guess), few_operations=False)
         return static, change, change.clone()
 
     @staticmethod
@@ -78,9 +78,11 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
     return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    """Mean of x² over the last dimension, without a tensor of squares."""
-    return torch.linalg.vector_norm(x, dim=-1).square() / x.shape[-1]
+def mean_square(x: Tensor, keepdim: bool = False, few_operations: bool = True) -> Tensor:
+    """Mean of x² over the last dimension in float32; by few operations, or without a tensor of squares."""
+    if few_operations:
+        return x.float().square().mean(-1, keepdim=keepdim)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim, dtype=torch.float32).square() / x.shape[-1]
 
 
 def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool = True) -> Surprise:
@@ -93,8 +95,8 @@ def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_origina
     if torch.is_grad_enabled():
         return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
     step = _difference(posterior, original)
-    static = step.square().mean(-1)
-    change = step.sub_(guess).square().mean(-1)
+    static = mean_square(step)
+    change = mean_square(step.sub_(guess))
     return Surprise(static, change, change)
 
 
@@ -128,7 +130,33 @@ def recent_tokens(counted: Tensor, window: int, past: int = 0) -> Recent:
     return Recent(position_BTW, exists_BTW / exists_BTW.sum(-1, keepdim=True).clamp(min=1))
 
 
-def moving_average(values: Tensor, recent: Recent) -> Tensor:
+def recent_of_all(
+    shape: tuple[int, int], window: int, past: int, left_out: int, device: torch.device
+) -> Recent | slice:
+    """`recent_tokens` where every token counts but the first `left_out`, without looking for them.
+
+    Args:
+        shape: B and T.
+        window, past: as there.
+        left_out: how many tokens at the start do not count.
+        device: of the result.
+
+    Returns:
+        For a single token the run of positions.
+    """
+    rows, tokens = shape
+    if tokens == 1 and past >= left_out:
+        return slice(max(left_out, past + 1 - window), past + 1)
+    window = min(window, past + tokens)
+    rank_TW = torch.arange(past - left_out, past - left_out + tokens, device=device).unsqueeze(1)
+    rank_TW = rank_TW - torch.arange(window, device=device)
+    exists_TW = rank_TW >= 0
+    position_TW = (rank_TW.clamp(min=0) + left_out).clamp(max=past + tokens - 1)
+    weight_TW = exists_TW / exists_TW.sum(-1, keepdim=True).clamp(min=1)
+    return Recent(position_TW.expand(rows, -1, -1), weight_TW.expand(rows, -1, -1))
+
+
+def moving_average(values: Tensor, recent: Recent | slice) -> Tensor:
     """MA in (3.9): the mean of the last counted values at or before each new token, without gradient.
 
     Each window is summed afresh: a difference of running sums would lose the small values that follow the massive
@@ -136,13 +164,15 @@ def moving_average(values: Tensor, recent: Recent) -> Tensor:
 
     Args:
         values: float32 [B, S + T], of the cached positions and the new ones.
-        recent: from `recent_tokens`.
+        recent: from `recent_tokens` or `recent_of_all`.
 
     Returns:
         float32 [B, T]; 0 where nothing has been counted yet.
     """
+    if isinstance(recent, slice):
+        return values.detach()[:, recent].mean(1, keepdim=True)
     windows_BTW = values.detach().gather(1, recent.position.flatten(1)).view_as(recent.position)
-    return (windows_BTW * recent.weight).sum(-1)
+    return torch.linalg.vecdot(windows_BTW, recent.weight)
 
 
 def dtf_scores(

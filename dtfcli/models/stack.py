@@ -214,6 +214,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 f"cached and {tokens} new tokens"
             )
         seen = None if attention_mask is None else attention_mask.bool().to(device)
+        if seen is not None and not self.training and mode in CAUSAL_MODES and bool(seen.all()):
+            seen = attention_mask = None  # `generate` always gives a mask; a causal mode waits for the device anyway
         if position_ids is None and seen is None:
             position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
         elif position_ids is None:

@@ -36,8 +36,6 @@ from torch.distributed.tensor import DTensor
 from dtfcli.training.processes import Processes
 
 _SHARDS = "shards"
-_WHOLE = ("router", "prior.norm")
-"""Names of what is not sharded."""
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -125,7 +123,7 @@ class Sharded(Replicated):
         )
         for layer in model.model.layers:
             self._materialize(list(layer.modules()))
-            kept = [p for name, p in layer.named_parameters() if any(part in name for part in _WHOLE)]
+            kept = [p for name, p in layer.named_parameters() if "router" in name]
             self.whole += kept
             predictor = getattr(layer, "predictor", None)
             if predictor is not None:  # calibration asks it outside of its layer's forward

@@ -54,19 +54,15 @@ def test_surprise(data: st.DataObject, dtype: torch.dtype, through_original: boo
 
 
 def test_prior_projects_as_it_normalizes() -> None:
-    """What training computes, with the norm folded into the matrix, is the norm and then the matrix."""
+    """The scale behind the matrix is the norm in front of it."""
     prior = shared_routed_model("llama", "dtf").model.layers[0].prior
-    states = torch.randn(2, 9, 32) * torch.tensor([1.0, 300.0]).view(2, 1, 1)
+    states = (torch.randn(2, 9, 32) * torch.tensor([1.0, 300.0]).view(2, 1, 1)).requires_grad_()
     weight = torch.randn(2, 9, 32)
-    wanted = list(prior.parameters())
-    plain = prior.w_out(
-        torch.nn.functional.silu(prior.w_in(prior.norm(states)).chunk(2, -1)[0])
-        * prior.w_in(prior.norm(states)).chunk(2, -1)[1]
-    )
+    wanted = [states, *prior.parameters()]
+    gate, up = prior.w_in(torch.nn.functional.rms_norm(states, (32,), eps=prior.eps)).chunk(2, -1)
+    plain = prior.w_out(torch.nn.functional.silu(gate) * up)
     ours = prior(states)
     torch.testing.assert_close(ours, plain)
-    with torch.no_grad():
-        torch.testing.assert_close(prior(states), plain)
     for a, b in zip(
         torch.autograd.grad((ours * weight).sum(), wanted),
         torch.autograd.grad((plain * weight).sum(), wanted),
@@ -91,6 +87,10 @@ def test_moving_average(data: st.DataObject, window: int, skip: int, spike: floa
     for past in range(mask.shape[1]):  # as chunks of any length see it
         later = routing.moving_average(values, routing.recent_tokens(counted, window, past))
         torch.testing.assert_close(later, ours[:, past:])
+        if mask.all():
+            shape = (len(mask), mask.shape[1] - past)
+            known = routing.recent_of_all(shape, window, past, skip, mask.device)
+            torch.testing.assert_close(routing.moving_average(values, known), later)
 
 
 @given(seed=st.integers(0, 2**20), scale=st.sampled_from([0.1, 1.0, 5.0]))
