@@ -1,5 +1,8 @@
 """Which device and which precision a name such as "auto" means on this machine."""
 
+import ctypes
+import os
+
 import torch
 
 from dtfcli.errors import ConfigError
@@ -46,3 +49,21 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     return DTYPES[name]
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that tensors free, for those to come; whether it does (glibc alone knows how).
+
+    Otherwise each large tensor on the CPU is a fresh mapping, and the kernel zeroes its pages one by one. For programs
+    that compute the same shapes over and over. What `MALLOC_…` variables say counts more.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # Windows, macOS, musl
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

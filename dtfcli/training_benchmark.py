@@ -111,6 +111,7 @@ def bench_training(
     repeats: int = 7,
     stock: bool = False,
     compiled: bool = False,
+    micro_batches: int = 1,
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> list[StepResult]:
@@ -126,6 +127,7 @@ def bench_training(
         repeats: rounds, after one of warm-up.
         stock: also measure the dense model as Transformers trains it.
         compiled: compile layers, as `training.compile` does.
+        micro_batches: of an update; a step is the mean of one. Weights are converted to `dtype` once for all of them.
         seed: of the token ids.
         on_progress: called with what is measured next.
     """
@@ -156,7 +158,7 @@ def bench_training(
         times = []
         for _, capacity, model, objective in entries:
             _choose_capacity(model, capacity)
-            times.append(_timed_step(objective, input_ids, dtype))
+            times.append(_timed_step(objective, input_ids, dtype, micro_batches))
         rounds.append(times)
     dense.zero_grad(set_to_none=True)
     peak_flops = matmul_peak(device, dtype)
@@ -196,25 +198,31 @@ def _choose_capacity(model: Any, capacity: float) -> None:
             router.capacity = capacity
 
 
-def _timed_step(objective: nn.Module, input_ids: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of a forward and a backward pass from empty gradients."""
+def _timed_step(
+    objective: nn.Module, input_ids: Tensor, dtype: torch.dtype, micro_batches: int = 1
+) -> dict[str, float]:
+    """Seconds of a forward and a backward pass, the mean over the micro-batches of an update that starts afresh."""
+    device = input_ids.device
     objective.train()
     objective.zero_grad(set_to_none=True)
-    _wait(input_ids.device)
-    began, began_cpu = time.perf_counter(), time.process_time()
-    with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
-        loss = objective(input_ids)
-    _wait(input_ids.device)
-    between = time.perf_counter()
-    loss.backward()
-    _wait(input_ids.device)
-    ended, ended_cpu = time.perf_counter(), time.process_time()
-    return {
-        "forward": between - began,
-        "backward": ended - between,
-        "wall": ended - began,
-        "cpu": ended_cpu - began_cpu,
-    }
+    forward = backward = 0.0
+    _wait(device)
+    began_cpu = time.process_time()
+    # As in `training.loop.update`: one autocast around all micro-batches, none around their backward passes.
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for _ in range(micro_batches):
+            began = time.perf_counter()
+            loss = objective(input_ids)
+            _wait(device)
+            between = time.perf_counter()
+            with torch.autocast(device.type, enabled=False):
+                loss.backward()
+            _wait(device)
+            forward += between - began
+            backward += time.perf_counter() - between
+    parts = {"forward": forward, "backward": backward, "wall": forward + backward}
+    parts["cpu"] = time.process_time() - began_cpu
+    return {name: seconds / micro_batches for name, seconds in parts.items()}
 
 
 def _optimizer_seconds(objective: nn.Module, repeats: int = 3) -> float:

@@ -34,6 +34,9 @@ def bench(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of a CPU; all cores unless given.")
     ] = None,
+    micro_batches: Annotated[
+        int, typer.Option("--micro-batches", min=1, help="Of an update in training: a step is the mean of one.")
+    ] = 1,
     stock: Annotated[
         bool,
         typer.Option(
@@ -80,7 +83,7 @@ def bench(
 
     import torch
 
-    from dtfcli.devices import compute_dtype, resolve_device
+    from dtfcli.devices import compute_dtype, keep_freed_memory, resolve_device
 
     place = resolve_device(device)
     precision = compute_dtype(dtype, place)
@@ -105,6 +108,8 @@ def bench(
 
     training: list[Any] = []
     if "train" in chosen_phases:
+        if place.type == "cpu":
+            keep_freed_memory()  # as `dtf train` does
         from dtfcli.training_benchmark import bench_training
 
         routed = models(torch.float32)
@@ -118,6 +123,7 @@ def bench(
             repeats=repeats,
             stock=stock,
             compiled=settings is not None and settings.training.compile,
+            micro_batches=micro_batches,
             on_progress=render.note,
         )
     from dtfcli.benchmark import bench as measure

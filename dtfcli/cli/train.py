@@ -13,6 +13,8 @@ from dtfcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from dtfcli.settings import Settings
+    from dtfcli.training.loop import TrainResult
+    from dtfcli.training.tracking import Listener
 
 
 def train(
@@ -147,20 +149,27 @@ def _train(settings: "Settings", resume: Path | None, preset: str | None, *, ren
     from dtfcli.cli import render, train_view
 
     if int(os.environ.get("RANK") or 0):  # one of several, which has nothing to say
-        from dtfcli.training.loop import train as run_training
-
-        run_training(settings, resume=resume, rename=rename)
+        _run_training(settings, resume, rename)
         return
     with train_view.view_of(settings) as view:
-        # Inside, so that there is something to see while torch and Transformers load.
-        from dtfcli.training.loop import train as run_training
-
-        result = run_training(settings, resume=resume, rename=rename, on_event=view)
+        result = _run_training(settings, resume, rename, view)
     if json:
         render.emit_json(result)
         return
     train_view.show_summary(result, settings, preset)
     render.emit(str(result.final_model_path))
+
+
+def _run_training(
+    settings: "Settings", resume: Path | None, rename: bool, view: "Listener | None" = None
+) -> "TrainResult":
+    """Imports late, so that there is something to see while torch and Transformers load."""
+    from dtfcli.devices import keep_freed_memory, resolve_device
+    from dtfcli.training.loop import train
+
+    if resolve_device(settings.run.device).type == "cpu":
+        keep_freed_memory()
+    return train(settings, resume=resume, rename=rename, on_event=view)
 
 
 def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json: bool) -> None:

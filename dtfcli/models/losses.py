@@ -59,7 +59,10 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight.to(grad_loss.dtype) * grad_loss).to(ctx.weight_dtype)
+            whole = grad_weight.to(grad_loss.dtype)
+            # The head's gradient is as large as all logits of a small batch: a fresh copy is scaled in place.
+            scaled = whole * grad_loss if whole is grad_weight else whole.mul_(grad_loss)
+            grad_weight = scaled.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None
 
 

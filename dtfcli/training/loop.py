@@ -205,12 +205,12 @@ def update(run: Run) -> dict[str, Any]:
     sums: dict[str, Any] = {}
     processes, states = run.processes, run.states
     parts = plan.micro_batches(rows, processes.rank, processes.count)
-    with _training_capacity(run) as extra:
+    with _training_capacity(run) as extra, states.converting_once():
         for place, part in enumerate(parts, 1):
             input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
             with states.accumulating(is_last=place == len(parts)):
                 losses = states.trained(input_ids, targets, output_routing=_is_logged(plan, step + 1), labels=labels)
-                run.accelerator.backward(losses.loss)
+                states.backward(losses.loss)
             values = {
                 "train/loss": losses.lm_loss,
                 "train/prior_loss": losses.prior_loss,

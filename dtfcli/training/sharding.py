@@ -65,6 +65,15 @@ class Replicated:
         self.objective = objective.to(self.processes.device)
         self.trained, self.optimizer = self.accelerator.prepare(self.objective, build_optimizer())
 
+    def converting_once(self) -> AbstractContextManager[Any]:
+        """Around all micro-batches of an update: autocast then converts each weight once, not once for each of them."""
+        return self.accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch; autocast is about the forward pass alone."""
+        with torch.autocast(self.processes.device.type, enabled=False):
+            self.accelerator.backward(loss)
+
     def accumulating(self, is_last: bool) -> AbstractContextManager[Any]:
         """Around each micro-batch of an update: gradients travel with the last one."""
         return nullcontext() if is_last else self.accelerator.no_sync(self.trained)
@@ -158,6 +167,9 @@ class Sharded(Replicated):
                 module._apply(lambda tensor: tensor.to(device), recurse=False)
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             self.processes.share([tensor.data for tensor in tensors])
+
+    def converting_once(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # layers are gathered in their type, and gone after each pass
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext()  # whole gradients are never kept: each micro-batch's are reduced at once
