@@ -40,8 +40,12 @@ class Surprise(NamedTuple):
     """‖prior − stop_grad(posterior)‖² / D (3.4): the value of D_ch, but no gradient reaches the posterior."""
 
 
+_SLICE_ELEMENTS = 2**16
+"""Of hidden states whose surprise a CPU works out at once: 256 KiB in float32, so that all steps stay in its cache."""
+
+
 class _Surprise(torch.autograd.Function):
-    """All three in one pass: two differences, two reductions; the prior itself is never formed, nor anything saved.
+    """All three in one pass over the tokens; the prior itself is never formed, nor anything saved.
 
     As separate expressions they cost eight float32 copies of the hidden states, and four more sums on the way back.
     """
@@ -52,25 +56,47 @@ class _Surprise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(original, posterior, guess)
         ctx.through_original = through_original
-        step = _difference(posterior, original)
-        static = mean_square(step, few_operations=False)
-        change = mean_square(step.sub_(guess), few_operations=False)
+        static, change = (original.new_empty(original.shape[:-1], dtype=torch.float32) for _ in range(2))
+        for at in _slices(original):
+            step = _difference(_tokens(posterior)[at], _tokens(original)[at])
+            static.view(-1)[at] = mean_square(step, few_operations=False)
+            change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]), few_operations=False)
         return static, change, change.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        original, posterior, guess = ctx.saved_tensors
-        for_original, for_posterior, for_guess, _ = ctx.needs_input_grad
-        static, change, error = (grad.unsqueeze(-1) * (2 / original.shape[-1]) for grad in grads)
-        step = _difference(posterior, original)
-        miss = step - guess
-        step.mul_(static)
-        to_posterior = torch.addcmul(step, miss, change).to(posterior.dtype) if for_posterior else None
-        to_guess = miss.mul_(-(change + error))
-        to_original = None
-        if for_original:
-            to_original = (to_guess - step if ctx.through_original else step.neg_()).to(original.dtype)
-        return to_original, to_posterior, to_guess.to(guess.dtype) if for_guess else None, None
+        inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        results = [torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
+        to_original, to_posterior, to_guess = (None if x is None else _tokens(x) for x in results)
+        original, posterior, guess = map(_tokens, inputs)
+        static, change, error = (grad.reshape(-1, 1) * (2 / original.shape[-1]) for grad in grads)
+        for at in _slices(inputs[0]):
+            step = _difference(posterior[at], original[at])
+            miss = step - guess[at]
+            step.mul_(static[at])
+            if to_posterior is not None:
+                to_posterior[at] = torch.addcmul(step, miss, change[at])
+            miss.mul_(-(change[at] + error[at]))
+            if to_guess is not None:
+                to_guess[at] = miss
+            if to_original is not None:
+                to_original[at] = miss.sub_(step) if ctx.through_original else step.neg_()
+        return *results, None
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, T, D] → [B · T, D]."""
+    return x.flatten(0, -2)
+
+
+def _slices(x: Tensor) -> list[slice]:
+    """Slices of the tokens of [B, T, D]: all at once, or on a CPU as many as its cache holds."""
+    tokens, size = x.shape[:-1].numel(), x.shape[-1]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(0, tokens)]
+    few = max(1, _SLICE_ELEMENTS // size)
+    return [slice(start, start + few) for start in range(0, tokens, few)]
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
