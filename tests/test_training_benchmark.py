@@ -1,6 +1,9 @@
 """`dtf bench --phases train`: what it counts is what torch counts, and what it prints is whole."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -36,7 +39,9 @@ def test_flops_are_what_torch_counts(architecture: str, capacity: float, kv_toke
 
 
 def test_report(dtf: Dtf) -> None:
-    result = dtf(*BENCH, "train", "--capacities", "0.5,0.25", "--stock", "--threads", "1", "--json")
+    result = dtf(
+        *BENCH, "train", "--capacities", "0.5,0.25", "--stock", "--threads", "1", "--micro-batches", "2", "--json"
+    )
     assert result.code == 0, result.stderr
     report = json.loads(result.stdout)
     steps = {(step["architecture"], step["capacity"]): step for step in report["training"]}
@@ -120,3 +125,21 @@ def test_compiled_layers_are_the_eager_ones(family: str, architecture: str, gate
         objective(batches[0], 2 * 47).loss.backward()
     with torch.no_grad():
         assert objective.eval()(batches[1], 2 * 47).loss.isfinite()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+@pytest.mark.parametrize(("environment", "kept"), [({}, "True"), ({"MALLOC_ARENA_MAX": "2"}, "False")])
+def test_freed_memory_is_kept_unless_the_user_has_decided(environment: dict[str, str], kept: str) -> None:
+    """Tensors as large as those that were freed find their pages there, most of the time."""
+    code = (
+        "import resource, torch, dtfcli.devices as d; print(d.keep_freed_memory())\n"
+        "pages = 2**24 * 4 // resource.getpagesize()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(32): torch.ones(2**24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 16 * pages)"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [kept, kept]

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import dtfcli
 from dtfcli.data import prepare_data
 from dtfcli.errors import ConfigError
 from dtfcli.training import loop
+from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.loop import TrainingDiverged, TrainResult, train
 from dtfcli.training.runs import run_settings
 from dtfcli.training.tracking import Event, read_metrics
@@ -230,3 +232,27 @@ def test_memory_and_precision_options(tmp_path: Path, option: str) -> None:
     assert result.metrics["val/loss"] == pytest.approx(plain.metrics["val/loss"], abs=tolerance)
     weights = load_file(result.final_model_path / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+class CountConversions(TorchDispatchMode):
+    """Counts how often a tensor of some shape becomes bfloat16."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.count += tuple(args[0].shape) == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_weights_are_converted_once_for_all_micro_batches(tmp_path: Path, rows: int) -> None:
+    settings = small_settings(tmp_path, "mod", run={"dtype": "bfloat16"}, training={"micro_batch_size": rows})
+    setup_run = loop.setup(settings, None, False, lambda event: None, StopSignal(lambda: None))
+    layer = setup_run.model.model.layers[0]
+    with CountConversions(tuple(layer.mlp.down_proj.weight.shape)) as conversions:
+        loop.update(setup_run)
+    setup_run.rows.close()
+    assert conversions.count == len(setup_run.model.model.layers)
