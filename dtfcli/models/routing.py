@@ -64,7 +64,7 @@ class _Surprise(torch.autograd.Function):
         return static, change, change.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         results = [torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
