@@ -81,12 +81,18 @@ def _wait_for(workers: list[Any]) -> int | None:
     while alive := [worker for worker in workers if worker.is_alive()]:
         wait([worker.sentinel for worker in alive], timeout=1.0)
         if first is None:
-            first = next((rank for rank, worker in enumerate(workers) if worker.exitcode), None)
+            first = _first_failed(workers)
             failed_at = time.monotonic()
         elif time.monotonic() - failed_at > _GRACE_SECONDS:
             for worker in alive:
                 worker.kill()
-    return next((rank for rank, worker in enumerate(workers) if worker.exitcode), None) if first is None else first
+    return _first_failed(workers) if first is None else first
+
+
+def _first_failed(workers: list[Any]) -> int | None:
+    """The lowest rank that failed; one ended by a signal before the others, which ended because they lost it."""
+    failed = [(worker.exitcode > 0, rank) for rank, worker in enumerate(workers) if worker.exitcode]
+    return min(failed)[1] if failed else None
 
 
 def _report(rank: int, code: int, folder: Path) -> int:

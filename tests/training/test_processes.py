@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 import dtfcli
+from dtfcli.cli import launch
 from dtfcli.errors import ConfigError
 from dtfcli.training.checkpoint import list_checkpoints, read_state
 from dtfcli.training.loop import TrainResult, train
@@ -196,6 +198,14 @@ def test_a_lost_process_ends_the_run_with_a_reason(tmp_path: Path) -> None:
     assert "process 1 was ended by SIGKILL" in errors
     assert "Traceback" not in errors
     assert list_checkpoints(the_run(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "first"),
+    [([0, 0], None), ([None, 0], None), ([1, None], 0), ([0, 2], 1), ([1, -9], 1), ([1, 1], 0), ([-9, -15, 1], 0)],
+)
+def test_a_killed_process_is_named_before_those_that_lost_it(codes: Any, first: int | None) -> None:
+    assert launch._first_failed([SimpleNamespace(exitcode=code) for code in codes]) == first
 
 
 @pytest.mark.slow
