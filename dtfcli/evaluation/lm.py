@@ -3,12 +3,12 @@
 Prompts, tokenization, scoring and stop sequences are HFLM's. What differs:
 
 - HFLM pads on the right and passes no mask when it scores: padding would compete for capacity under `topk` and be
-  counted as routed in any mode. A routed model gets the mask here; a dense one is called as HFLM calls it.
-- Logits are formed for the continuations alone, not for a prompt of 25 examples times the vocabulary.
+  counted as routed in any mode. A routed model gets the mask here, and forms logits for the continuations alone, not
+  for a prompt of 25 examples times the vocabulary. A dense one is called as HFLM calls it: other matrix shapes would
+  move its scores in the last digits.
 - Batches are formed as HFLM forms them, but here, one at a time: a batch whose answers are known is not run again.
 """
 
-import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -47,12 +47,12 @@ class RoutedLM(HFLM):
         Args:
             model: a causal language model on its device.
             tokenizer: of the model; with an end-of-text token.
-            batch_size: rows at a time; None: what fits into memory.
+            batch_size: rows at a time; None: what fits into memory, and a dense model's rows one by one on a CPU: that
+                is fastest there with whole logits, and lm-eval's own default.
         """
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
         self._rows = batch_size
         self._routed = hasattr(model, "set_routing")
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._lengths: list[tuple[int, int]] | None = None
         self.on_answers: Callable[[int], None] = lambda count: None
         self.begin(AnswerStore())
@@ -124,23 +124,22 @@ class RoutedLM(HFLM):
         return answers
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, K, V] of the last K positions of right-padded rows [B, T].
+        """Logits of right-padded rows [B, T]: [B, T, V], or of a routed model [B, K, V], the last K positions.
 
         HFLM finds a continuation by counting from the end of the logits, so K positions will do where no continuation
         begins before them.
         """
+        if not self._routed:
+            return super()._model_call(inps)
         assert self._lengths is not None, "only scoring calls the model here"
         tokens = inps.shape[1]
         assert len(inps) == len(self._lengths), "HFLM formed other batches than these"
         assert tokens == self._lengths[0][0], "HFLM sorts rows by length"
-        options: dict[str, Any] = {"use_cache": False}
-        if self._routed:
-            lengths = torch.tensor([length for length, _ in self._lengths], device=inps.device)
-            options["attention_mask"] = (torch.arange(tokens, device=inps.device) < lengths.unsqueeze(1)).long()
-        if self._keeps_logits:
-            options["logits_to_keep"] = max(tokens - length + scored for length, scored in self._lengths)
+        lengths = torch.tensor([length for length, _ in self._lengths], device=inps.device)
+        mask = (torch.arange(tokens, device=inps.device) < lengths.unsqueeze(1)).long()
+        keep = max(tokens - length + scored for length, scored in self._lengths)
         with torch.inference_mode():
-            return self.model(inps, **options).logits
+            return self.model(inps, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole documents, in windows of the model's positions."""
@@ -186,6 +185,8 @@ class RoutedLM(HFLM):
         """Rows of a batch: what was asked for, else a power of two whose activations fit into memory."""
         if self._rows is not None:
             return self._rows
+        if not self._routed and self.device.type == "cpu":
+            return 1
         config = self.model.config
         row = 4 * tokens * (2 * config.vocab_size + 10 * config.hidden_size)
         budget = _CPU_BYTES

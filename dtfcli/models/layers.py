@@ -24,10 +24,11 @@ from .routing import (
     Slots,
     assign_group,
     assign_slots,
+    enter_layer,
     gated_update,
     gather_tokens,
+    leave_layer,
     row_groups,
-    scatter_tokens,
     select_threshold,
     select_topk,
     surprise,
@@ -47,7 +48,7 @@ class DecisionLayerMixin(nn.Module):
         """[B, T, D] → posterior [B, T, D]; D_st, D_ch, prior error: float32 [B, T]."""
         posterior = super().forward(hidden_states, **kwargs)
         guess = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
-        return posterior, *surprise(hidden_states, posterior, guess, self.prior_input_gradient)
+        return surprise(hidden_states, posterior, guess, self.prior_input_gradient)
 
 
 class RoutedLayerMixin(nn.Module):
@@ -141,7 +142,7 @@ class RoutedLayerMixin(nn.Module):
         groups, counts = self.groups(selected, frame)
         all_keys = self._keys(hidden_states, position_embeddings, selected, counts, store)
         for rows, slots in groups:
-            x_RKD = gather_tokens(hidden_states, slots)
+            x_RKD, passing = enter_layer(hidden_states, slots)
             keys = all_keys.of_rows(rows, slots)
             cos, sin = (gather_tokens(part, slots) for part in position_embeddings)
             processed = super().forward(
@@ -155,7 +156,7 @@ class RoutedLayerMixin(nn.Module):
             updated = gated_update(x_RKD, processed, gate_RK, self.config.gate)
             if slots.routed is not None:
                 updated = torch.where(slots.routed.unsqueeze(-1), updated, x_RKD)
-            hidden_states = scatter_tokens(hidden_states, slots, updated)
+            hidden_states = leave_layer(passing, slots, updated)
         return hidden_states, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits
 
     def _keys(

@@ -30,8 +30,10 @@ class Scores(NamedTuple):
 
 
 class Surprise(NamedTuple):
-    """What a decision layer says about each token; float32 [B, T] each."""
+    """What a decision layer says about each token; float32 [B, T] each but the first."""
 
+    posterior: Tensor
+    """[B, T, D], as it was given: passed on in its stead, it has one gradient instead of two that are added."""
     static: Tensor
     """D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token."""
     change: Tensor
@@ -45,7 +47,7 @@ _SLICE_ELEMENTS = 2**16
 
 
 class _Surprise(torch.autograd.Function):
-    """All three in one pass over the tokens; the prior itself is never formed, nor anything saved.
+    """All in one pass over the tokens; the prior itself is never formed, nor anything saved.
 
     As separate expressions they cost eight float32 copies of the hidden states, and four more sums on the way back.
     """
@@ -53,7 +55,7 @@ class _Surprise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(original, posterior, guess)
         ctx.through_original = through_original
         static, change = (original.new_empty(original.shape[:-1], dtype=torch.float32) for _ in range(2))
@@ -61,10 +63,10 @@ class _Surprise(torch.autograd.Function):
             step = _difference(_tokens(posterior)[at], _tokens(original)[at])
             static.view(-1)[at] = mean_square(step, few_operations=False)
             change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]), few_operations=False)
-        return static, change, change.clone()
+        return posterior.view_as(posterior), static, change, change.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_posterior: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         results = [torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
@@ -76,7 +78,7 @@ class _Surprise(torch.autograd.Function):
             miss = step - guess[at]
             step.mul_(static[at])
             if to_posterior is not None:
-                to_posterior[at] = torch.addcmul(step, miss, change[at])
+                to_posterior[at] = torch.addcmul(step, miss, change[at]).add_(_tokens(grad_posterior)[at])
             miss.mul_(-(change[at] + error[at]))
             if to_guess is not None:
                 to_guess[at] = miss
@@ -123,7 +125,7 @@ def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_origina
     step = _difference(posterior, original)
     static = mean_square(step)
     change = mean_square(step.sub_(guess))
-    return Surprise(static, change, change)
+    return Surprise(posterior, static, change, change)
 
 
 class Recent(NamedTuple):
@@ -432,6 +434,60 @@ def scatter_tokens(tokens: Tensor, slots: Slots, values: Tensor) -> Tensor:
         return values
     flat = _flat_index(slots, tokens.shape[1])
     return tokens.flatten(0, 1).index_copy(0, flat, values.flatten(0, 1)).view_as(tokens)
+
+
+def enter_layer(tokens: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+    """`gather_tokens`, and the tokens [B, T, D] that pass by, for `leave_layer` and nothing else.
+
+    Gathering and scattering have a gradient for all tokens each, and these are added. But a token that enters has its
+    gradient through the layer alone, and one that passes by keeps the one it came with: together they are one copy.
+    """
+    if not _apart(tokens, slots):
+        return gather_tokens(tokens, slots), tokens
+    entering, passing = _Enter.apply(tokens.flatten(0, 1), _flat_index(slots, tokens.shape[1]))
+    return entering.unflatten(0, slots.position.shape), passing.view_as(tokens)
+
+
+def leave_layer(passing: Tensor, slots: Slots, values: Tensor) -> Tensor:
+    """`scatter_tokens`, into what `enter_layer` said passes by."""
+    if not _apart(passing, slots):
+        return scatter_tokens(passing, slots, values)
+    flat = _flat_index(slots, passing.shape[1])
+    values = values.to(passing.dtype).flatten(0, 1)
+    return _Leave.apply(passing.flatten(0, 1), flat, values).view_as(passing)
+
+
+def _apart(tokens: Tensor, slots: Slots) -> bool:
+    """Whether tokens that enter and tokens that pass by have gradients of their own."""
+    return torch.is_grad_enabled() and tokens.requires_grad and not slots.whole
+
+
+class _Enter(torch.autograd.Function):
+    """(the tokens at `flat`, all tokens); the latter are for `_Leave` and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(flat)
+        return tokens.index_select(0, flat), tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad_entering: Tensor, grad_passing: Tensor) -> tuple[Tensor, None]:
+        (flat,) = ctx.saved_tensors
+        return grad_passing.index_copy(0, flat, grad_entering), None
+
+
+class _Leave(torch.autograd.Function):
+    """All tokens, those at `flat` replaced. Their own gradient, 0, is left for `_Enter` to write over."""
+
+    @staticmethod
+    def forward(ctx: Any, passing: Tensor, flat: Tensor, updated: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        return passing.index_copy(0, flat, updated)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (flat,) = ctx.saved_tensors
+        return grad, None, grad.index_select(0, flat)
 
 
 class _StraightThrough(torch.autograd.Function):

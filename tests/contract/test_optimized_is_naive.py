@@ -25,7 +25,9 @@ def test_surprise(data: st.DataObject, dtype: torch.dtype, through_original: boo
     states = [torch.randn(*mask.shape, 6).to(dtype).requires_grad_() for _ in range(3)]
     weight_st, weight_ch, weight_error = (torch.randn(mask.shape) for _ in range(3))
     original, posterior, guess = states
-    static, change, error = routing.surprise(original, posterior, guess, through_original)
+    weight_passed = torch.randn(*mask.shape, 6)
+    passed, static, change, error = routing.surprise(original, posterior, guess, through_original)
+    assert torch.equal(passed, posterior)
     prior = (original if through_original else original.detach()).float() + guess.float()
     parts = [original, posterior, prior]
     naive = [
@@ -45,9 +47,10 @@ def test_surprise(data: st.DataObject, dtype: torch.dtype, through_original: boo
     torch.testing.assert_close(error, naive_error)
     torch.testing.assert_close(static, naive_static)
     torch.testing.assert_close(change, naive_change)
-    ours = torch.autograd.grad((static * weight_st + change * weight_ch + error * weight_error).sum(), states)
+    surprises = static * weight_st + change * weight_ch + error * weight_error
+    ours = torch.autograd.grad(surprises.sum() + (passed * weight_passed).sum(), states)
     total = naive_static * weight_st + naive_change * weight_ch + naive_error * weight_error
-    theirs = torch.autograd.grad(total.sum(), states)
+    theirs = torch.autograd.grad(total.sum() + (posterior * weight_passed).sum(), states)
     loose = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}  # bfloat16 gradients are summed in bfloat16
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **loose)
@@ -173,6 +176,29 @@ def test_slots_gather_and_scatter(data: st.DataObject) -> None:
     torch.testing.assert_close(written, hidden_states * factor)
     (gradient,) = torch.autograd.grad(written.sum(), hidden_states)
     torch.testing.assert_close(gradient, factor.expand_as(gradient))
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_entering_and_leaving_a_layer_is_gathering_and_scattering(data: st.DataObject) -> None:
+    """Values, and gradients that reach a token through the layer, past it, and beside both."""
+    selected, _ = rows_and_mask(data)
+    slots = routing.assign_slots(selected, max(1, int(selected.sum(1).max())))
+    hidden_states = torch.randn(*selected.shape, 3, dtype=torch.float64, requires_grad=True)
+    weight, matrix = torch.randn_like(hidden_states), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+
+    def values_and_gradients(by: str) -> list[torch.Tensor]:
+        x = hidden_states * 1.5
+        if by == "layer":
+            taken, passing = routing.enter_layer(x, slots)
+            written = routing.leave_layer(passing, slots, (taken @ matrix).tanh())
+        else:
+            written = routing.scatter_tokens(x, slots, (routing.gather_tokens(x, slots) @ matrix).tanh())
+        total = (written * weight).sum() + (x * weight).square().sum() + written.square().sum()
+        return [written, *torch.autograd.grad(total, (hidden_states, matrix))]
+
+    for ours, naive in zip(values_and_gradients("layer"), values_and_gradients("apart"), strict=True):
+        torch.testing.assert_close(ours, naive)
 
 
 @given(data=st.data(), padding=st.sampled_from([0.0, 0.03, 0.5]), small=st.sampled_from([0, 6, 256]))
