@@ -132,7 +132,9 @@ def bench(
     routed = models(precision)
     dense = routed.pop("dense")
     if inference:
-        _calibrate(routed, shares, seq_len, calibration_tokens)
+        # Scores change with the position: rows twice as long have the decoded tokens in their middle.
+        length = 2 * seq_len + new_tokens if "decode" in inference else seq_len
+        _calibrate(routed, shares, length, calibration_tokens)
     report = measure(
         dense,
         routed,
@@ -151,7 +153,7 @@ def bench(
     _show(report)
 
 
-def _calibrate(routed: dict[str, Any], shares: list[float], seq_len: int, calibration_tokens: int) -> None:
+def _calibrate(routed: dict[str, Any], shares: list[float], length: int, calibration_tokens: int) -> None:
     """Measure the thresholds of random models, or again those of trained ones, on random tokens."""
     import torch
 
@@ -159,7 +161,7 @@ def _calibrate(routed: dict[str, Any], shares: list[float], seq_len: int, calibr
     from dtfcli.models.routers import CAPACITY_GRID
 
     render.note(f"calibrating {', '.join(routed)} on {calibration_tokens} random tokens")
-    length = min(seq_len, calibration_tokens)
+    length = min(length, calibration_tokens)
     vocabulary = next(iter(routed.values())).config.vocab_size
     ids = torch.randint(
         0, vocabulary, (max(1, calibration_tokens // length), length), generator=torch.Generator().manual_seed(1)
