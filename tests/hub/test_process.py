@@ -51,7 +51,13 @@ def test_a_process_without_a_token(server: Hub, saved: dict[str, Path], tmp_path
 def test_ctrl_c_ends_a_push_with_130_and_nothing_behind(server: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
     server.faults = [Fault("commit", 429, times=1, retry_after=50)]
     command = [sys.executable, "-m", "dtfcli", "push", str(saved["dense"]), "me/new"]
-    process = subprocess.Popen(command, env=_environment(server, tmp_path), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=_environment(server, tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 120
     while "commit" not in server.requests and time.monotonic() < deadline:
         time.sleep(0.1)
