@@ -45,7 +45,12 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        str, typer.Option("--batch-size", metavar="N|auto", help="Rows of a forward pass; auto: what fits into memory.")
+        str,
+        typer.Option(
+            "--batch-size",
+            metavar="N|auto",
+            help="Rows of a forward pass; auto: what fits into memory, but one where a CPU scores with a dense model.",
+        ),
     ] = "auto",
     data_dir: Annotated[
         Path | None,

@@ -47,8 +47,8 @@ class RoutedLM(HFLM):
         Args:
             model: a causal language model on its device.
             tokenizer: of the model; with an end-of-text token.
-            batch_size: rows at a time; None: what fits into memory, and a dense model's rows one by one on a CPU: that
-                is fastest there with whole logits, and lm-eval's own default.
+            batch_size: rows at a time; None: what fits into memory, but a dense model on a CPU scores row by row: with
+                whole logits that is fastest there, and it is lm-eval's own default.
         """
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
         self._rows = batch_size
@@ -99,7 +99,7 @@ class RoutedLM(HFLM):
         for place, request in enumerate(requests):
             members[tuple(_inputs(request))].append(place)
         answers: list[Any] = [None] * len(requests)
-        size = override_bs or self._rows_for(max(len(_inputs(request)) for request in requests))
+        size = override_bs or self._rows_scored(max(len(_inputs(request)) for request in requests))
         for rows in collator.get_batched(n=size):
             places = [place for row in rows for place in members[tuple(_inputs(row))]]
             batch = [requests[place] for place in places]
@@ -143,7 +143,7 @@ class RoutedLM(HFLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole documents, in windows of the model's positions."""
-        self.batch_size_per_gpu = self._rows_for(self.max_length)
+        self.batch_size_per_gpu = self._rows_scored(self.max_length)
         on_answers, self.on_answers = self.on_answers, lambda count: None  # windows, of which nobody knows the number
         try:
             scores = super().loglikelihood_rolling(requests, disable_tqdm=True)
@@ -181,12 +181,16 @@ class RoutedLM(HFLM):
             answers += self._answered([row[:2] for row in rows], truncated, write)
         return collator.get_original(answers)
 
+    def _rows_scored(self, tokens: int) -> int:
+        """`_rows_for`, and one row where whole logits of several would outgrow a CPU's cache many times over."""
+        if self._rows is None and not self._routed and self.device.type == "cpu":
+            return 1
+        return self._rows_for(tokens)
+
     def _rows_for(self, tokens: int) -> int:
         """Rows of a batch: what was asked for, else a power of two whose activations fit into memory."""
         if self._rows is not None:
             return self._rows
-        if not self._routed and self.device.type == "cpu":
-            return 1
         config = self.model.config
         row = 4 * tokens * (2 * config.vocab_size + 10 * config.hidden_size)
         budget = _CPU_BYTES

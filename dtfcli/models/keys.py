@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from .cache import RoutedLayerCache
-from .routing import Slots
+from .slots import Slots
 
 
 class OwnKeys:

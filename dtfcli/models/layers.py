@@ -19,21 +19,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from .cache import CACHE_NAME
 from .keys import EveryKey, OwnKeys, StoredKeys
 from .routers import LinearRouter, PredictiveRouter, Predictor, PriorFFN, RoutingFrame
-from .routing import (
-    Scores,
-    Slots,
-    assign_group,
-    assign_slots,
-    enter_layer,
-    gated_update,
-    gather_tokens,
-    leave_layer,
-    row_groups,
-    select_threshold,
-    select_topk,
-    surprise,
-    topk_capacity,
-)
+from .routing import Scores, gated_update, select_threshold, select_topk, surprise, topk_capacity
+from .slots import Slots, assign_group, assign_slots, enter_layer, gather_tokens, leave_layer, row_groups
 
 
 class DecisionLayerMixin(nn.Module):

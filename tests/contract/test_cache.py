@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
-from dtfcli.models.routing import row_groups
+from dtfcli.models.slots import row_groups
 from tests.contract.naive_decoder import decode
 from tests.near import near_tie
 from tests.tiny import ARCHITECTURES, FAMILIES, pad, shared_routed_model, tokens

@@ -7,6 +7,15 @@ from hypothesis import strategies as st
 
 from dtfcli.models import routing, routing_naive
 from dtfcli.models.losses import causal_lm_loss, reference_causal_lm_loss
+from dtfcli.models.slots import (
+    assign_group,
+    assign_slots,
+    enter_layer,
+    gather_tokens,
+    leave_layer,
+    row_groups,
+    scatter_tokens,
+)
 from tests.tiny import ARCHITECTURES, FAMILIES, pad, shared_routed_model, tokens
 
 
@@ -162,16 +171,16 @@ def test_share_threshold(data: st.DataObject, share: float, sinks: int) -> None:
 def test_slots_gather_and_scatter(data: st.DataObject) -> None:
     selected, places = rows_and_mask(data)
     slots = max(1, int(selected.sum(1).max()))
-    index, routed, *_ = assigned = routing.assign_slots(selected, slots)
+    index, routed, *_ = assigned = assign_slots(selected, slots)
     assert routed is not None
     assert index.shape == routed.shape == (len(selected), slots)
     for b, places_b in enumerate(places):
         assert index[b][routed[b]].tolist() == places_b  # position order: causal attention depends on it
         assert len(set(index[b].tolist())) == slots
     hidden_states = torch.randn(*selected.shape, 3, requires_grad=True)
-    taken = routing.gather_tokens(hidden_states, assigned)
+    taken = gather_tokens(hidden_states, assigned)
     assert all(torch.equal(taken[b, k], hidden_states[b, index[b, k]]) for b in range(len(index)) for k in range(slots))
-    written = routing.scatter_tokens(hidden_states, assigned, taken * 2)
+    written = scatter_tokens(hidden_states, assigned, taken * 2)
     factor = torch.ones(selected.shape).scatter(1, index, 2.0).unsqueeze(-1)
     torch.testing.assert_close(written, hidden_states * factor)
     (gradient,) = torch.autograd.grad(written.sum(), hidden_states)
@@ -183,17 +192,17 @@ def test_slots_gather_and_scatter(data: st.DataObject) -> None:
 def test_entering_and_leaving_a_layer_is_gathering_and_scattering(data: st.DataObject) -> None:
     """Values, and gradients that reach a token through the layer, past it, and beside both."""
     selected, _ = rows_and_mask(data)
-    slots = routing.assign_slots(selected, max(1, int(selected.sum(1).max())))
+    slots = assign_slots(selected, max(1, int(selected.sum(1).max())))
     hidden_states = torch.randn(*selected.shape, 3, dtype=torch.float64, requires_grad=True)
     weight, matrix = torch.randn_like(hidden_states), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
 
     def values_and_gradients(by: str) -> list[torch.Tensor]:
         x = hidden_states * 1.5
         if by == "layer":
-            taken, passing = routing.enter_layer(x, slots)
-            written = routing.leave_layer(passing, slots, (taken @ matrix).tanh())
+            taken, passing = enter_layer(x, slots)
+            written = leave_layer(passing, slots, (taken @ matrix).tanh())
         else:
-            written = routing.scatter_tokens(x, slots, (routing.gather_tokens(x, slots) @ matrix).tanh())
+            written = scatter_tokens(x, slots, (gather_tokens(x, slots) @ matrix).tanh())
         total = (written * weight).sum() + (x * weight).square().sum() + written.square().sum()
         return [written, *torch.autograd.grad(total, (hidden_states, matrix))]
 
@@ -207,19 +216,19 @@ def test_rows_in_groups(data: st.DataObject, padding: float, small: int) -> None
     """Groups of rows, gathered and written back one after another, are what all rows together are."""
     selected, places = rows_and_mask(data)
     counts = selected.sum(1).tolist()
-    groups = routing.row_groups(counts, padding, small)
+    groups = row_groups(counts, padding, small)
     assert sorted(row for group in groups for row in group) == [row for row, count in enumerate(counts) if count]
     hidden_states = torch.randn(*selected.shape, 3)
     written = hidden_states
     for rows in groups:
-        slots = routing.assign_group(selected, rows, [counts[row] for row in rows])
-        taken = routing.gather_tokens(hidden_states, slots)
+        slots = assign_group(selected, rows, [counts[row] for row in rows])
+        taken = gather_tokens(hidden_states, slots)
         routed = torch.ones(slots.position.shape, dtype=torch.bool) if slots.routed is None else slots.routed
         for r, row in enumerate(rows):
             assert slots.position[r][routed[r]].tolist() == places[row]
             assert torch.equal(taken[r], hidden_states[row, slots.position[r]])
         assert routed.shape[1] == max(counts[row] for row in rows)
-        written = routing.scatter_tokens(written, slots, torch.where(routed.unsqueeze(-1), taken * 2, taken))
+        written = scatter_tokens(written, slots, torch.where(routed.unsqueeze(-1), taken * 2, taken))
     torch.testing.assert_close(written, hidden_states * torch.where(selected, 2.0, 1.0).unsqueeze(-1))
 
 
