@@ -57,7 +57,7 @@ class RoutedLayerMixin(nn.Module):
             with torch.autocast(device_type, enabled=False):
                 return self.score(hidden_states, surprises, frame, store)
         if self.config.architecture != "dtf":  # not by the router's class: peft may have wrapped it
-            return self.router(hidden_states)
+            return self.router(hidden_states, frame)
         static, change = surprises
         history = static if store is None else store.extend_surprise(static)
         return self.router(static, change, history, frame)
@@ -94,6 +94,8 @@ class RoutedLayerMixin(nn.Module):
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
         alone = frame.shape[1] == 1  # a token is its row's count: one operation less for each layer of each token
         counts: list[int] = (selected.flatten() if alone else selected.sum(1)).tolist()
+        if min(counts) == frame.shape[1]:
+            return [(list(range(len(counts))), frame.every_token)], counts
         rows_together = row_groups(counts)
         return [(rows, assign_group(selected, rows, [counts[row] for row in rows])) for rows in rows_together], counts
 

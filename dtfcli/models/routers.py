@@ -4,6 +4,7 @@ Whatever is new has `prior`, `router` or `predictor` in its parameter names. Sco
 enter a layer; thresholds, one table for each causal mode, say how much is enough.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, exp, log
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .routing import (
+    Criteria,
     Recent,
     Scores,
+    criteria,
     dtf_scores,
     mean_square,
     mod_scores,
@@ -23,6 +26,7 @@ from .routing import (
     recent_tokens,
     sink_mask,
 )
+from .slots import Slots
 
 CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
 """γ for which calibration measures thresholds; others are interpolated."""
@@ -46,6 +50,7 @@ class RoutingFrame:
         past: S.
         gates: whether anybody needs gates and criteria: a soft gate, a gradient, or who asked for routing records.
         column: the threshold column to use instead of `capacity` (calibration).
+        criteria: of DTF's routed layers, where they were worked out for all at once; else each works out its own.
     """
 
     mode: str
@@ -59,6 +64,7 @@ class RoutingFrame:
     past: int = 0
     gates: bool = True
     column: int | None = None
+    criteria: Mapping[int, Criteria] | None = None
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -87,6 +93,12 @@ class RoutingFrame:
         if self.average_skips_sinks and self.seen_sinks is not None:
             counted = counted & ~self.seen_sinks
         return recent_tokens(counted, self.average_window, self.past)
+
+    @cached_property
+    def every_token(self) -> Slots:
+        """The slots of a pass in which every token of every row is routed."""
+        batch, tokens = self.shape
+        return Slots(torch.arange(tokens, device=self.device).expand(batch, tokens), whole=True)
 
     def prepare(self, architecture: str) -> None:
         """Work out now what layers will ask for: compiled ones cannot enter `cached_property`'s lock (Python 3.11)."""
@@ -204,6 +216,7 @@ class PredictiveRouter(Router):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
         self.initial = {
             "log_o_ce": log(config.o_ce_init),
             "log_m_cu": log(config.m_cu_init),
@@ -221,8 +234,8 @@ class PredictiveRouter(Router):
     def forward(self, static: Tensor, change: Tensor, history: Tensor, frame: RoutingFrame) -> Scores:
         """D_st, D_ch of the new tokens: float32 [B, T]; D_st of the row up to them: float32 [B, S + T]."""
         average = moving_average(history, frame.recent)
-        scalars = (self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
-        return dtf_scores(static, change, average, *scalars, gates=frame.gates)
+        known = frame.criteria or criteria_by_layer([self])
+        return dtf_scores(static, change, average, known[self.layer_idx], gates=frame.gates)
 
     def scalars(self) -> dict[str, float]:
         """The four scalars of the paper, for reports."""
@@ -232,6 +245,17 @@ class PredictiveRouter(Router):
             "beta_ce": self.beta_ce.item(),
             "beta_cu": self.beta_cu.item(),
         }
+
+
+def criteria_by_layer(routers: Iterable[PredictiveRouter]) -> dict[int, Criteria]:
+    """The criteria of several layers by as many operations as those of one take: tiny ones cost what large ones do."""
+    routers = list(routers)
+    log_o_ce, log_m_cu, beta_ce, beta_cu = (
+        torch.cat([getattr(router, name) for router in routers]) for name in routers[0].initial
+    )
+    together = criteria(log_o_ce.exp(), log_m_cu.exp(), beta_ce, beta_cu)
+    each = zip(*(values.unbind() for values in together), strict=True)
+    return {router.layer_idx: Criteria(*values) for router, values in zip(routers, each, strict=True)}
 
 
 class LinearRouter(Router):
@@ -247,9 +271,9 @@ class LinearRouter(Router):
         super().reset_parameters()
         self.weight.normal_(0.0, self.std)
 
-    def forward(self, hidden_states: Tensor) -> Scores:
+    def forward(self, hidden_states: Tensor, frame: RoutingFrame) -> Scores:
         """[B, T, D] → scores [B, T]."""
-        return mod_scores(hidden_states, self.weight, self.gate)
+        return mod_scores(hidden_states, self.weight, self.gate, gates=frame.gates)
 
     def scalars(self) -> dict[str, float]:
         return {}

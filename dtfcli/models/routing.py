@@ -203,16 +203,29 @@ def moving_average(values: Tensor, recent: Recent | slice) -> Tensor:
     return torch.linalg.vecdot(windows_BTW, recent.weight)
 
 
-def dtf_scores(
-    static: Tensor,
-    change: Tensor,
-    average: Tensor,
-    o_ce: Tensor,
-    m_cu: Tensor,
-    beta_ce: Tensor,
-    beta_cu: Tensor,
-    gates: bool = True,
-) -> Scores:
+class Criteria(NamedTuple):
+    """What the two criteria make of a layer's four learnable scalars; float32, broadcastable."""
+
+    offset_ce: Tensor
+    """ln(o_ce + 1e-10)."""
+    multiple_cu: Tensor
+    """m_cu."""
+    slope_ce: Tensor
+    """softplus(β_ce)."""
+    slope_cu: Tensor
+    """softplus(β_cu)."""
+
+
+def criteria(o_ce: Tensor, m_cu: Tensor, beta_ce: Tensor, beta_cu: Tensor) -> Criteria:
+    """The part of 3.8–3.11 that no token has a say in; of one layer, or of many at once.
+
+    Args:
+        o_ce, m_cu, beta_ce, beta_cu: learnable scalars, any shape; o_ce and m_cu positive.
+    """
+    return Criteria(torch.log(o_ce + 1e-10), m_cu, F.softplus(beta_ce), F.softplus(beta_cu))
+
+
+def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Criteria, gates: bool = True) -> Scores:
     """Surprise → gate, token by token.
 
     CE = D_st − (D_ch − ln(o_ce + 1e-10)) (3.8): the change the prior saw coming.
@@ -223,12 +236,12 @@ def dtf_scores(
 
     Args:
         static, change, average: D_st, D_ch, MA(D_st); float32 [B, T].
-        o_ce, m_cu, beta_ce, beta_cu: learnable scalars, broadcastable; o_ce and m_cu positive.
+        of: the layer's `criteria`.
         gates: False leaves out what the ranked score does not need.
     """
-    expected = static - (change - torch.log(o_ce + 1e-10))
-    unexpected = static - m_cu * average
-    a, b = F.softplus(beta_ce) * expected, F.softplus(beta_cu) * unexpected
+    expected = static - (change - of.offset_ce)
+    unexpected = static - of.multiple_cu * average
+    a, b = of.slope_ce * expected, of.slope_cu * unexpected
     score = F.softplus(a) + F.softplus(b)
     if not gates:
         return Scores(score, None)
@@ -236,15 +249,19 @@ def dtf_scores(
     return Scores(score, s_ce + s_cu - s_ce * s_cu, s_ce, s_cu)
 
 
-def mod_scores(hidden_states: Tensor, weight: Tensor, gate: str = "sigmoid") -> Scores:
+def mod_scores(hidden_states: Tensor, weight: Tensor, gate: str = "sigmoid", gates: bool = True) -> Scores:
     """Mixture-of-Depths: r = x · w, a linear score of the token alone; gate σ(r), or r itself ("raw").
 
     Args:
         hidden_states: [B, T, D].
         weight: float32 [D].
+        gate: "sigmoid" or "raw".
+        gates: False leaves out what the ranked score does not need.
     """
     score = hidden_states.float() @ weight
-    return Scores(score=score, gate=score if gate == "raw" else torch.sigmoid(score))
+    if not gates:
+        return Scores(score, None)
+    return Scores(score, score if gate == "raw" else torch.sigmoid(score))
 
 
 def sink_mask(real: Tensor | None, sinks: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:

@@ -31,8 +31,8 @@ from .layers import (
     RoutedQwenLayer,
 )
 from .outputs import RoutedModelOutput, RoutingRecord
-from .routers import CAPACITY_GRID, Router, RoutingFrame
-from .routing import share_threshold
+from .routers import CAPACITY_GRID, Router, RoutingFrame, criteria_by_layer
+from .routing import Criteria, share_threshold
 
 ADDED_NAMES = ("router", "prior", "predictor")
 """Every parameter and buffer that routing adds has one of these in its name."""
@@ -234,6 +234,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 average_skips_sinks=self.config.skips_sinks_in_average,
                 past=past,
                 gates=output_routing or self.config.gate == "soft" or torch.is_grad_enabled(),
+                criteria=self._criteria(),
             ),
             layer_inputs={
                 # By place: Transformers 5.24 renamed the cache's argument.
@@ -242,6 +243,12 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             },
         )
+
+    def _criteria(self) -> dict[int, Criteria] | None:
+        """Those of all routers, for a pass without gradients; in others each layer's own belong to its own graph."""
+        if self.config.architecture != "dtf" or torch.is_grad_enabled():
+            return None
+        return criteria_by_layer(self.routers.values())
 
     def _step(self, index: int, layer: Any, stream: Stream, **kwargs: Any) -> None:
         """Pass one layer."""
