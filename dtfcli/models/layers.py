@@ -60,7 +60,8 @@ class RoutedLayerMixin(nn.Module):
             return self.router(hidden_states, frame)
         static, change = surprises
         history = static if store is None else store.extend_surprise(static)
-        return self.router(static, change, history, frame)
+        of = None if frame.criteria is None else frame.criteria[self.layer_idx]
+        return self.router(static, change, history, frame, of)
 
     def rank(
         self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None

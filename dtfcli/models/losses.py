@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 
@@ -87,6 +87,45 @@ def _cross_entropy_into_gradient(logits_NV: Tensor, labels_N: Tensor, with_gradi
     return loss
 
 
+class _TiedEmbedding(torch.autograd.Function):
+    """(rows of the weight, the weight as the head's): one gradient instead of two that are added.
+
+    An embedding's own gradient is as large as the head's and zero but for the rows of the tokens. The loss hands over
+    a gradient of the head that nobody else holds; these rows are added to it in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, input_ids: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(input_ids)
+        ctx.padding_idx = padding_idx
+        return F.embedding(input_ids, weight_VD), weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor, grad_head: Tensor) -> tuple[Tensor, None, None]:
+        ids, rows = ctx.saved_tensors[0].flatten(), grad_rows.flatten(0, -2).to(grad_head.dtype)
+        if ctx.padding_idx is not None:
+            rows = rows.masked_fill((ids == ctx.padding_idx).unsqueeze(1), 0.0)
+        # Not index_add_, whose sums come in any order on a GPU.
+        return grad_head.index_put_((ids,), rows, accumulate=True), None, None
+
+
+def embedded_with_head(embedding: Any, head: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings of tokens, and the head's weight for `causal_lm_loss` and nothing else.
+
+    Args:
+        embedding, head: the modules; where they share one trainable weight, the two results have one gradient.
+        input_ids: int64 [B, T].
+
+    Returns:
+        [B, T, D] and [V, D].
+    """
+    plain = type(embedding) is nn.Embedding and not (embedding._forward_hooks or embedding._forward_pre_hooks)
+    one = plain and head.weight is embedding.weight and embedding.max_norm is None
+    if one and torch.is_grad_enabled() and head.weight.requires_grad:
+        return _TiedEmbedding.apply(embedding.weight, input_ids, embedding.padding_idx)
+    return embedding(input_ids), head.weight
+
+
 def causal_lm_loss(
     hidden_states: Tensor, weight: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None = None
 ) -> Tensor:
@@ -94,7 +133,7 @@ def causal_lm_loss(
 
     Args:
         hidden_states: [B, T, D], the last hidden states; position t predicts label t + 1.
-        weight: [V, D], the language-model head.
+        weight: [V, D], of the language-model head, maybe from `embedded_with_head`.
         labels: [B, T] int64, not shifted; -100 is ignored.
         num_items_in_batch: divide the sum by this number (targets in a whole update) instead of by the number of
             targets here.

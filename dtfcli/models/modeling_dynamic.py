@@ -13,7 +13,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from .cache import CACHE_NAME, RoutedCache
 from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import CAUSAL_MODES, ROUTING_MODES
-from .losses import causal_lm_loss
+from .losses import causal_lm_loss, embedded_with_head
 from .outputs import RoutedCausalLMOutput, RoutedModelOutput, RoutingRecord
 from .routers import CAPACITY_GRID
 from .routing import masked_mean
@@ -63,6 +63,10 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         Raises:
             ValueError: `threshold` routing without calibration; a foreign cache; a mask that does not cover all tokens.
         """
+        head = self.lm_head.weight
+        if labels is not None and inputs_embeds is None and input_ids is not None:
+            inputs_embeds, head = embedded_with_head(self.model.embed_tokens, self.lm_head, input_ids)
+            input_ids = None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -80,7 +84,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
 
         loss = lm_loss = prior_loss = router_loss = None
         if labels is not None:
-            lm_loss = causal_lm_loss(hidden_states, self.lm_head.weight, labels, num_items_in_batch)
+            lm_loss = causal_lm_loss(hidden_states, head, labels, num_items_in_batch)
             prior_loss, router_loss = self._auxiliary_losses(outputs, labels, num_items_in_batch)
             loss = lm_loss
             if self.training and prior_loss is not None:

@@ -4,7 +4,7 @@ Whatever is new has `prior`, `router` or `predictor` in its parameter names. Sco
 enter a layer; thresholds, one table for each causal mode, say how much is enough.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, exp, log
@@ -216,7 +216,6 @@ class PredictiveRouter(Router):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.layer_idx = layer_idx
         self.initial = {
             "log_o_ce": log(config.o_ce_init),
             "log_m_cu": log(config.m_cu_init),
@@ -231,11 +230,14 @@ class PredictiveRouter(Router):
         for name, value in self.initial.items():
             getattr(self, name).fill_(value)
 
-    def forward(self, static: Tensor, change: Tensor, history: Tensor, frame: RoutingFrame) -> Scores:
+    def forward(
+        self, static: Tensor, change: Tensor, history: Tensor, frame: RoutingFrame, of: Criteria | None = None
+    ) -> Scores:
         """D_st, D_ch of the new tokens: float32 [B, T]; D_st of the row up to them: float32 [B, S + T]."""
         average = moving_average(history, frame.recent)
-        known = frame.criteria or criteria_by_layer([self])
-        return dtf_scores(static, change, average, known[self.layer_idx], gates=frame.gates)
+        if of is None:
+            of = criteria(self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
+        return dtf_scores(static, change, average, of, gates=frame.gates)
 
     def scalars(self) -> dict[str, float]:
         """The four scalars of the paper, for reports."""
@@ -247,15 +249,15 @@ class PredictiveRouter(Router):
         }
 
 
-def criteria_by_layer(routers: Iterable[PredictiveRouter]) -> dict[int, Criteria]:
+def criteria_by_layer(routers: Mapping[int, PredictiveRouter]) -> dict[int, Criteria]:
     """The criteria of several layers by as many operations as those of one take: tiny ones cost what large ones do."""
-    routers = list(routers)
     log_o_ce, log_m_cu, beta_ce, beta_cu = (
-        torch.cat([getattr(router, name) for router in routers]) for name in routers[0].initial
+        torch.cat([getattr(router, name) for router in routers.values()])
+        for name in ("log_o_ce", "log_m_cu", "beta_ce", "beta_cu")
     )
     together = criteria(log_o_ce.exp(), log_m_cu.exp(), beta_ce, beta_cu)
     each = zip(*(values.unbind() for values in together), strict=True)
-    return {router.layer_idx: Criteria(*values) for router, values in zip(routers, each, strict=True)}
+    return {layer: Criteria(*values) for layer, values in zip(routers, each, strict=True)}
 
 
 class LinearRouter(Router):

@@ -248,7 +248,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         """Those of all routers, for a pass without gradients; in others each layer's own belong to its own graph."""
         if self.config.architecture != "dtf" or torch.is_grad_enabled():
             return None
-        return criteria_by_layer(self.routers.values())
+        return criteria_by_layer(self.routers)
 
     def _step(self, index: int, layer: Any, stream: Stream, **kwargs: Any) -> None:
         """Pass one layer."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss
+from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head
 from dtfcli.training.distillation import Distillation, DistillLosses
 
 STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}
@@ -69,8 +69,9 @@ class Objective(nn.Module):
         """
         labels = input_ids if labels is None else labels
         if not self.routed:
-            hidden_states = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-            lm_loss = causal_lm_loss(hidden_states, self.model.lm_head.weight, labels, targets)
+            embedded, head = embedded_with_head(self.model.model.embed_tokens, self.model.lm_head, input_ids)
+            hidden_states = self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            lm_loss = causal_lm_loss(hidden_states, head, labels, targets)
             return self._with_distillation(Losses(lm_loss, lm_loss), input_ids, labels, targets)
         output = self.model(
             input_ids=input_ids,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtfcli.models import routing, routing_naive
-from dtfcli.models.losses import causal_lm_loss, reference_causal_lm_loss
+from dtfcli.models.losses import causal_lm_loss, embedded_with_head, reference_causal_lm_loss
 from dtfcli.models.slots import (
     assign_group,
     assign_slots,
@@ -112,7 +112,7 @@ def test_dtf_scores(seed: int, scale: float) -> None:
     static, change, average = (scale * torch.rand(2, 5, generator=generator) for _ in range(3))
     inputs = [static.requires_grad_(), change.requires_grad_(), average]
     scalars = [torch.tensor(v, requires_grad=True) for v in (1.025, 1.1, -0.3, -0.6)]
-    ours = routing.dtf_scores(*inputs, routing.criteria(*scalars))
+    ours = routing.dtf_scores(static, change, average, routing.criteria(*scalars))
     naive = [[routing_naive.dtf_gate(*(x[b, t] for x in inputs), *scalars) for t in range(5)] for b in range(2)]
     gate = torch.stack([torch.stack([pair[0] for pair in row]) for row in naive])
     score = torch.stack([torch.stack([pair[1] for pair in row]) for row in naive])
@@ -325,3 +325,32 @@ def test_chunked_cross_entropy_in_several_chunks(monkeypatch: pytest.MonkeyPatch
         torch.autograd.grad(causal_lm_loss(hidden, weight, labels), (hidden, weight)), reference, strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@given(padding_idx=st.sampled_from([None, 0, 3]), seed=st.integers(0, 999), frozen=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_tied_embedding_and_head_have_one_gradient(padding_idx: int | None, seed: int, frozen: bool) -> None:
+    torch.manual_seed(seed)
+    embedding, head = torch.nn.Embedding(11, 6, padding_idx=padding_idx), torch.nn.Linear(6, 11, bias=False)
+    head.weight = embedding.weight
+    head.weight.requires_grad_(not frozen)
+    input_ids, middle = torch.randint(0, 11, (2, 7)), torch.randn(6, 6, requires_grad=True)
+
+    def gradients(embedded: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        loss = causal_lm_loss((embedded @ middle).tanh(), weight, input_ids)
+        return [loss, *torch.autograd.grad(loss, [middle] if frozen else [middle, head.weight])]
+
+    ours = gradients(*embedded_with_head(embedding, head, input_ids))
+    for a, b in zip(ours, gradients(embedding(input_ids), head.weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_embeddings_that_others_hook_into_are_called() -> None:
+    """As by peft's `enable_input_require_grads`."""
+    model = shared_routed_model("llama", "dtf")
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda *args: seen.append(args))
+    ids = tokens(2, 8)
+    model(ids, labels=ids)
+    hook.remove()
+    assert len(seen) == 1
