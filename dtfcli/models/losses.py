@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 
-_CHUNK_ELEMENTS = 2**26
-"""Logits held at once: 128 MiB in bfloat16. Each chunk adds into the head's whole gradient, so chunks must be few."""
+_CHUNK_ELEMENTS = 2**27
+"""Logits held at once: 256 MiB in bfloat16. Each chunk adds into the head's whole gradient, so chunks must be few."""
+
+_BLOCK_ROWS = 512
+"""Rows of a chunk that are multiplied at once on a CPU: with a vocabulary's width, more rows take longer each."""
 
 _SLICE_ELEMENTS = 2**19
 """Logits that are normalized at once on a CPU: 2 MiB in float32, so that all passes over them stay in its cache."""
@@ -35,14 +38,17 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
         grad_weight = None
         rows = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
+        block = _BLOCK_ROWS if device_type == "cpu" else rows
         with torch.autocast(device_type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):
-                chunk = slice(start, start + rows)
-                hidden = hidden_ND[chunk].to(dtype)
-                logits = hidden @ weight.t()
-                loss += _cross_entropy_into_gradient(logits, labels_N[chunk], needs_hidden or needs_weight)
-                if grad_hidden is not None:
-                    grad_hidden[chunk] = logits @ weight
+                hidden = hidden_ND[start : start + rows].to(dtype)
+                logits = hidden.new_empty(len(hidden), len(weight))
+                for first in range(0, len(hidden), block):
+                    part, whole = slice(first, first + block), slice(start + first, start + min(first + block, rows))
+                    torch.mm(hidden[part], weight.t(), out=logits[part])
+                    loss += _cross_entropy_into_gradient(logits[part], labels_N[whole], needs_hidden or needs_weight)
+                    if grad_hidden is not None:
+                        grad_hidden[whole] = logits[part] @ weight
                 if needs_weight:
                     # One chunk's product keeps its type; several are summed in float32.
                     product = logits.t() @ hidden
@@ -74,16 +80,15 @@ def _cross_entropy_into_gradient(logits_NV: Tensor, labels_N: Tensor, with_gradi
     loss = logits_NV.new_zeros((), dtype=torch.float32)
     rows = max(1, _SLICE_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
     for logits, labels in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
-        counted = labels != IGNORE_INDEX
-        targets = labels.clamp(min=0).unsqueeze(1)
-        # log_softmax is one kernel where logsumexp is five.
-        log_probabilities = logits.log_softmax(1, dtype=torch.float32)
-        loss -= (log_probabilities.gather(1, targets).squeeze(1) * counted).sum()
+        counted, targets = (labels != IGNORE_INDEX).float(), labels.clamp(min=0).unsqueeze(1)
+        values = logits.float()
+        probabilities = values.softmax(1)
+        # ln Σ exp by the largest logit and its probability, which is at least 1 / V.
+        log_total = values.amax(1) - probabilities.amax(1).log()
+        loss += ((log_total - values.gather(1, targets).squeeze(1)) * counted).sum()
         if with_gradient:
-            gradient = log_probabilities.exp_()
-            gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
-            torch.mul(gradient, counted.unsqueeze(1), out=gradient)
-            logits.copy_(gradient)
+            probabilities.scatter_add_(1, targets, probabilities.new_full(targets.shape, -1.0))
+            logits.copy_(probabilities.mul_(counted.unsqueeze(1)))
     return loss
 
 
