@@ -8,16 +8,17 @@ H being query heads × head size; scores and weighted values cost 2 · T · H ea
 torch's FLOP counter does. A routed layer processes K = max(1, ⌊γT⌋) of T tokens, so its matrices count K / T and its
 attention (K / T)², or with keys of all tokens K / T. The language-model head counts, embeddings (a lookup) do not;
 priors and routers see every token, and so do predictors while they train or route.
-Norms, gates and other element-wise work are left out. A training step costs three forward passes.
+Norms, gates and other element-wise work are left out. A training step costs three forward passes where all is trained.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from dtfcli.models.losses import CHUNK_ELEMENTS
 from dtfcli.models.stack import is_added
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -49,7 +50,13 @@ class Account:
 
 
 def describe(
-    model: nn.Module, *, seq_len: int, micro_batch_size: int, dtype: str, checkpointing: bool, parent: bool = False
+    model: nn.Module,
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    dtype: str,
+    checkpointing: bool | str,
+    parent: bool = False,
 ) -> Account:
     """Count a model.
 
@@ -58,7 +65,7 @@ def describe(
         seq_len: T.
         micro_batch_size: rows of a forward pass in training.
         dtype: precision of the computation: float32, bfloat16 or float16.
-        checkpointing: whether activations are recomputed.
+        checkpointing: `training.gradient_checkpointing`: whether activations are recomputed.
         parent: whether a frozen copy of the backbone is kept to learn from.
     """
     named = list(model.named_parameters())
@@ -93,14 +100,44 @@ def forward_flops_per_token(
     """
     config = model.config
     shares = {} if dense else shares or routed_shares(config, seq_len)
-    every_key = getattr(config, "kv_tokens", "routed") == "all"
-    predicts = model.training or getattr(config, "routing", None) == "predictor"
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * seq_len * config.num_attention_heads * head_size
     flops = 2.0 * config.vocab_size * config.hidden_size * with_logits
     for layer in range(config.num_hidden_layers):
         share = shares.get(layer, 1.0)
-        flops += attention * share * (1.0 if every_key else share)
+        flops += attention * share * (1.0 if _every_key(config) else share)
+    return flops + sum(each for _, each in _matrix_flops(model, shares, dense))
+
+
+def training_step_flops(model: Any, seq_len: int) -> float:
+    """FLOPs of forward and backward, per token of a sequence of `seq_len`: three times those of the forward pass.
+
+    The backward pass multiplies each matrix twice, for its input and, where it is trained, for its weights: frozen ones
+    (LoRA's backbone) count two times. Attention's backward pass counts twice its forward one, though flash kernels
+    repeat the scores (2.5 times). With `kv_tokens` "all" routed tokens' own keys and values are computed and not used:
+    they have no backward pass.
+    """
+    flops = 3.0 * forward_flops_per_token(model, seq_len)
+    shares = routed_shares(model.config, seq_len)
+    flops -= sum(each for parameter, each in _matrix_flops(model, shares) if not parameter.requires_grad)
+    if not model.lm_head.weight.requires_grad:
+        flops -= 2.0 * model.config.vocab_size * model.config.hidden_size
+    if _every_key(model.config):
+        for layer, share in shares.items():
+            attention = model.model.layers[layer].self_attn
+            unused = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
+            flops -= 2.0 * 2.0 * share * unused
+    return flops
+
+
+def _every_key(config: Any) -> bool:
+    return getattr(config, "kv_tokens", "routed") == "all"
+
+
+def _matrix_flops(model: Any, shares: Mapping[int, float], dense: bool = False) -> Iterator[tuple[nn.Parameter, float]]:
+    """Each matrix of the layers with its FLOPs of a forward pass, per token of the sequence."""
+    config = model.config
+    predicts = model.training or getattr(config, "routing", None) == "predictor"
     for name, parameter in model.named_parameters():
         found = LAYER.search(name)
         if found is None or (dense and ".lora_" in name):
@@ -110,12 +147,12 @@ def forward_flops_per_token(
             # MoD's router is a matrix with one row, kept as a vector; DTF's has scalars only.
             matrix = parameter.numel() >= config.hidden_size and "norm" not in name
             if matrix and not dense and (predicts or "predictor" not in name):
-                flops += 2.0 * parameter.numel()
+                yield parameter, 2.0 * parameter.numel()
         elif parameter.ndim == 2:
-            flops += 2.0 * parameter.numel() * shares.get(layer, 1.0)
-            if every_key and layer in shares and ("k_proj" in name or "v_proj" in name):
-                flops += 2.0 * parameter.numel()  # keys and values of all tokens, and again of the routed ones
-    return flops
+            share = shares.get(layer, 1.0)
+            if _every_key(config) and layer in shares and ("k_proj" in name or "v_proj" in name):
+                share += 1.0  # keys and values of all tokens, and again of the routed ones
+            yield parameter, 2.0 * parameter.numel() * share
 
 
 def routed_shares(config: Any, seq_len: int) -> dict[int, float]:
@@ -124,7 +161,7 @@ def routed_shares(config: Any, seq_len: int) -> dict[int, float]:
     return {layer: max(1, int(config.layer_capacity(layer) * seq_len)) / seq_len for layer in layers}
 
 
-def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointing: bool) -> int:
+def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointing: bool | str) -> int:
     """Weights, gradients and AdamW's two moments in float32, copies for autocast, and saved activations."""
     numbers = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -132,13 +169,14 @@ def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointi
     return states + activation_bytes(model, seq_len, rows, width, checkpointing=checkpointing)
 
 
-def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpointing: bool) -> int:
+def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpointing: bool | str) -> int:
     """Bytes that a micro-batch keeps for its backward pass, and the loss's part.
 
     Activations of a block that the backward pass needs, per token: about 6 vectors of D (residual stream and norms in
     float32 count double), queries, keys, values and their output, and 4 vectors of the feed-forward width; with
-    checkpointing one vector of D per layer and one whole block at a time. The loss holds a chunk of logits and the
-    gradient of the head. An estimate: allocators and fused kernels differ.
+    checkpointing one vector of D per layer and one whole block at a time; with "selective" also what products and
+    attention gave: queries, keys, values, three vectors of D and 2 of the feed-forward width. The loss holds a chunk
+    of logits and the gradient of the head. An estimate: allocators and fused kernels differ.
     """
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -146,6 +184,10 @@ def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpo
     block = width * (heads + 4 * config.intermediate_size) + 4 * 6 * config.hidden_size
     shares = routed_shares(config, seq_len)
     layers = [shares.get(layer, 1.0) for layer in range(config.num_hidden_layers)]
-    per_token = 4.0 * config.hidden_size * len(layers) + block if checkpointing else block * sum(layers)
-    logits = width * min(rows * seq_len * config.vocab_size, 2**26)
+    per_token = float(block * sum(layers))
+    if checkpointing:
+        per_token = 4.0 * config.hidden_size * len(layers) + block
+    if checkpointing == "selective":
+        per_token += width * (heads + 2 * config.hidden_size + 2 * config.intermediate_size) * sum(layers)
+    logits = width * min(rows * seq_len * config.vocab_size, CHUNK_ELEMENTS)
     return int(per_token * rows * seq_len + logits + 4 * config.vocab_size * config.hidden_size)

@@ -5,7 +5,7 @@ layer's parameters in the precision of the computation (w bytes a number), R par
 
     memory, ddp     4 P  (weights)  +  4 P_t  (gradients)  +  8 P_t  (AdamW)  +  w P  (copies that autocast keeps)
     memory, fsdp2   (4 P + 4 P_t + 8 P_t) / N  +  2 L + 8 R  (what is gathered: two layers; the rest with its gradient)
-    compute         3 forward passes, 4 with gradient checkpointing, over the peak of the matrix units
+    compute         3 forward passes (2 for frozen matrices), 1 more with gradient checkpointing, over the peak
     traffic         each micro-batch reads the weights twice and adds to the gradients, 2 w P + 8 P_t; AdamW 28 P_t / N
     exchange        ddp: 2 (N-1)/N · 4 P_t once; fsdp2: (N-1)/N · (2 · gathered + 4 P_t) for each micro-batch
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dtfcli.accounting import BYTES, LAYER, activation_bytes, forward_flops_per_token
+from dtfcli.accounting import BYTES, LAYER, activation_bytes, forward_flops_per_token, training_step_flops
 from dtfcli.devices import compute_dtype, resolve_device
 from dtfcli.errors import ConfigError, did_you_mean
 from dtfcli.settings import Settings
@@ -117,7 +117,9 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
     sharded = training.sharding == "fsdp2"
     parts = processes if sharded else 1
     copies = 2.0 * width * max(layers.values()) + 8.0 * outside if sharded else (width * every if width < 4 else 0.0)
-    passes = 4 if training.gradient_checkpointing else 3
+    flops = training_step_flops(model, length)
+    if training.gradient_checkpointing is True:  # "selective" keeps what was multiplied
+        flops += forward_flops_per_token(model, length)
     tokens = settings.tokens_per_update / processes
     micro_batches = settings.accumulation_steps(processes)
     gathered = width * sum(layers.values()) + 4 * outside
@@ -133,7 +135,7 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
         activations=activation_bytes(
             model, length, training.micro_batch_size, width, checkpointing=training.gradient_checkpointing
         ),
-        compute_seconds=passes * forward_flops_per_token(model, length) * tokens / accelerator.flops,
+        compute_seconds=flops * tokens / accelerator.flops,
         traffic_seconds=(micro_batches * (2 * width * every + 8 * trained) + 28 * trained / parts)
         / accelerator.bandwidth,
         exchange_seconds=None if accelerator.link is None else moved * (processes - 1) / processes / accelerator.link,

@@ -307,7 +307,11 @@ class TrainingSettings(Group):
     gradient_clip: Annotated[float, Field(gt=0)] = Field(
         1.0, description="Largest norm of the gradient of a learning-rate group."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Recompute activations to save memory: all of them, or (selective) the cheap ones, keeping what "
+        "matrix products and attention gave.",
+    )
     compile: bool = Field(False, description="Compile each layer with torch.compile.")
     sharding: Literal["ddp", "fsdp2"] = Field(
         "ddp",

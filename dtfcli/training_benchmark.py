@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dtfcli.accounting import forward_flops_per_token, routed_shares
+from dtfcli.accounting import training_step_flops
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups
@@ -84,22 +84,6 @@ class _OwnObjective(nn.Module):
         return self.objective(input_ids, input_ids[:, 1:].numel()).loss
 
 
-def training_step_flops(model: Any, seq_len: int) -> float:
-    """FLOPs of forward and backward, per token of a sequence of `seq_len`: three times those of the forward pass.
-
-    The backward pass multiplies each matrix twice, for its input and for its weights. Attention's backward pass counts
-    twice its forward one, though flash kernels repeat the scores (2.5 times). With `kv_tokens` "all" routed tokens' own
-    keys and values are computed and not used: they have no backward pass.
-    """
-    flops = 3.0 * forward_flops_per_token(model, seq_len)
-    if getattr(model.config, "kv_tokens", "routed") == "all":
-        for layer, share in routed_shares(model.config, seq_len).items():
-            attention = model.model.layers[layer].self_attn
-            unused = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
-            flops -= 2.0 * 2.0 * share * unused
-    return flops
-
-
 def bench_training(
     dense: PreTrainedModel,
     routed: dict[str, PreTrainedModel],
@@ -153,13 +137,14 @@ def bench_training(
             _timed_step(objective, input_ids, dtype)
         peaks.append(_peak_bytes(partial(_timed_step, objective, input_ids, dtype), objective))
         optimizers.append(_optimizer_seconds(objective))
-    for number in range(repeats):
+    for number in range(-1, repeats):  # measuring the peaks has given all memory back: one round to take it again
         tell(f"train, round {number + 1} of {repeats}")
         times = []
         for _, capacity, model, objective in entries:
             _choose_capacity(model, capacity)
             times.append(_timed_step(objective, input_ids, dtype, micro_batches))
-        rounds.append(times)
+        if number >= 0:
+            rounds.append(times)
     dense.zero_grad(set_to_none=True)
     peak_flops = matmul_peak(device, dtype)
     results = []

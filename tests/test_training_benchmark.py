@@ -8,12 +8,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtfcli.accounting import training_step_flops
 from dtfcli.models.conversion import convert
+from dtfcli.models.stack import is_added
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.objectives import Objective
-from dtfcli.training_benchmark import bench_training, training_step_flops
+from dtfcli.training_benchmark import bench_training
 from tests.conftest import Outcome
 from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, tokens
 
@@ -36,6 +39,24 @@ def test_flops_are_what_torch_counts(architecture: str, capacity: float, kv_toke
     with FlopCounterMode(display=False) as counter:
         objective(input_ids, rows * (length - 1)).loss.backward()
     assert training_step_flops(model, length) * rows * length == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
+def test_flops_of_a_frozen_backbone(architecture: str) -> None:
+    """As LoRA has it: no products for the gradients of frozen weights. Below the first trained one, none for inputs."""
+    model = dense_model("llama", attn_implementation="eager", hidden_size=64, intermediate_size=96)
+    if architecture != "dense":
+        model = convert(model, architecture)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_added(name))
+    low_rank = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
+    inject_adapter_in_model(low_rank, model)
+    rows, length = 2, 64
+    input_ids = tokens(rows, length)
+    objective = Objective(model).train()
+    with FlopCounterMode(display=False) as counter:
+        objective(input_ids, rows * (length - 1)).loss.backward()
+    assert training_step_flops(model, length) * rows * length == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_report(dtf: Dtf) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 IGNORE_INDEX = -100
 
-_CHUNK_ELEMENTS = 2**27
+CHUNK_ELEMENTS = 2**27
 """Logits held at once: 256 MiB in bfloat16. Each chunk adds into the head's whole gradient, so chunks must be few."""
 
 _BLOCK_ROWS = 512
@@ -37,7 +37,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
         grad_weight = None
-        rows = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
+        rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         block = _BLOCK_ROWS if device_type == "cpu" else rows
         with torch.autocast(device_type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):

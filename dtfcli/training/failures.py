@@ -43,7 +43,7 @@ def _out_of_memory(settings: Settings) -> str:
     if training.micro_batch_size > 1:
         half = training.micro_batch_size // 2
         remedies.append(f"training.micro_batch_size={half} (it was {training.micro_batch_size})")
-    if not training.gradient_checkpointing:
+    if training.gradient_checkpointing is not True:
         remedies.append("training.gradient_checkpointing=true")
     if world_size() > 1 and training.sharding != "fsdp2":
         remedies.append("training.sharding=fsdp2")

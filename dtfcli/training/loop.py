@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtfcli.accounting import forward_flops_per_token
+from dtfcli.accounting import training_step_flops
 from dtfcli.errors import DTFError
 from dtfcli.factory import quiet_libraries
 from dtfcli.hub_source import SourceLost
@@ -289,7 +289,7 @@ def log_step(run: Run, losses: dict[str, Any]) -> None:
         run.tell("step", metrics={"train/loss": losses["train/loss"]})
         return
     rate = run.watch.take_rate()
-    flops = 3 * forward_flops_per_token(run.model, run.plan.seq_len) * rate
+    flops = training_step_flops(run.model, run.plan.seq_len) * rate
     line: dict[str, Any] = {"step": run.state.step, "tokens": run.tokens}
     line |= {name: value.item() if torch.is_tensor(value) else value for name, value in losses.items()}
     if run.objective.routed:

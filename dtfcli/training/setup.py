@@ -25,6 +25,7 @@ from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
 from dtfcli.training.plan import Plan, for_processes, plan_run
 from dtfcli.training.processes import Processes, connect
+from dtfcli.training.recomputing import recompute_activations
 from dtfcli.training.rows import UpdateRows, update_rows
 from dtfcli.training.runs import METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.training.sharding import Replicated, Sharded
@@ -162,9 +163,7 @@ def _distillation(settings: Settings, model: Any, device: torch.device) -> Disti
 
 def _objective(settings: Settings, model: Any, distillation: Distillation | None) -> Objective:
     if settings.training.gradient_checkpointing:
-        # Named so from Transformers 5.20 or so on, where the old name warns.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        recompute_activations(model, selective=settings.training.gradient_checkpointing == "selective")
     if settings.training.compile:
         compile_layers(model)
     return Objective(model, distillation)

@@ -319,7 +319,7 @@ def test_chunked_cross_entropy_in_several_chunks(monkeypatch: pytest.MonkeyPatch
     hidden, weight = torch.randn(2, 50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     labels = torch.randint(0, 30, (2, 50))
     reference = torch.autograd.grad(reference_causal_lm_loss(hidden, weight, labels), (hidden, weight))
-    monkeypatch.setattr("dtfcli.models.losses._CHUNK_ELEMENTS", 30 * 7)
+    monkeypatch.setattr("dtfcli.models.losses.CHUNK_ELEMENTS", 30 * 7)
     monkeypatch.setattr("dtfcli.models.losses._SLICE_ELEMENTS", 30 * 3)
     for a, b in zip(
         torch.autograd.grad(causal_lm_loss(hidden, weight, labels), (hidden, weight)), reference, strict=True

@@ -219,16 +219,16 @@ def test_best_model_from_the_middle_takes_any_capacity(tmp_path: Path, monkeypat
     dtfcli.load_model(result.best_model_path, capacity=0.25, device="cpu")(torch.arange(20)[None])
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "bfloat16"])
+@pytest.mark.parametrize("option", ["all", "selective", "bfloat16"])
 def test_memory_and_precision_options(tmp_path: Path, option: str) -> None:
     changes: dict[str, Any] = {"training": {"max_steps": 2}}
-    if option == "gradient_checkpointing":
-        changes["training"]["gradient_checkpointing"] = True
-    else:
+    if option == "bfloat16":
         changes["run"] = {"dtype": "bfloat16"}
+    else:
+        changes["training"]["gradient_checkpointing"] = True if option == "all" else option
     plain = train(small_settings(tmp_path, run={"name": "plain"}, training={"max_steps": 2}))
     result = train(small_settings(tmp_path, **changes))
-    tolerance = 1e-5 if option == "gradient_checkpointing" else 0.05
+    tolerance = 0.05 if option == "bfloat16" else 1e-5
     assert result.metrics["val/loss"] == pytest.approx(plain.metrics["val/loss"], abs=tolerance)
     weights = load_file(result.final_model_path / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
