@@ -313,6 +313,9 @@ class TrainingSettings(Group):
         "matrix products and attention gave.",
     )
     compile: bool = Field(False, description="Compile each layer with torch.compile.")
+    kernels: Literal["torch", "liger"] = Field(
+        "torch", description="What runs norms and SwiGLU: torch, or on GPUs liger (pip install 'dtfcli[liger]')."
+    )
     sharding: Literal["ddp", "fsdp2"] = Field(
         "ddp",
         description="With several processes: ddp (each holds the whole model) or fsdp2 (each holds a part of it).",
@@ -339,6 +342,12 @@ class TrainingSettings(Group):
     router_warmup_steps: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = Field(
         0, description="First so many updates that train routers, priors and predictors alone, the backbone frozen."
     )
+
+    @model_validator(mode="after")
+    def _check_kernels(self) -> "TrainingSettings":
+        one = not (self.compile and self.kernels == "liger")
+        _require(one, "kernels", self.kernels, "compile = true fuses the same operations; choose one of the two")
+        return self
 
     @model_validator(mode="after")
     def _check_curriculum(self) -> "TrainingSettings":

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from dtfcli.accounting import training_step_flops
 from dtfcli.training.compiling import compile_layers
+from dtfcli.training.kernels import check_kernels, use_liger
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups
 from dtfcli.training.tracking import matmul_peak
@@ -95,6 +96,7 @@ def bench_training(
     repeats: int = 7,
     stock: bool = False,
     compiled: bool = False,
+    kernels: str = "torch",
     micro_batches: int = 1,
     seed: int = 0,
     on_progress: OnProgress | None = None,
@@ -111,6 +113,7 @@ def bench_training(
         repeats: rounds, after one of warm-up.
         stock: also measure the dense model as Transformers trains it.
         compiled: compile layers, as `training.compile` does.
+        kernels: of norms and SwiGLU, as `training.kernels`; also those of "stock".
         micro_batches: of an update; a step is the mean of one. Weights are converted to `dtype` once for all of them.
         seed: of the token ids.
         on_progress: called with what is measured next.
@@ -124,8 +127,11 @@ def bench_training(
         entries.append(("stock", 1.0, dense, _StockObjective(dense)))
     for architecture, model in routed.items():
         entries += [(architecture, capacity, model, _OwnObjective(model)) for capacity in capacities]
-    if compiled:
-        for model in (dense, *routed.values()):
+    check_kernels(kernels, device)
+    for model in (dense, *routed.values()):
+        if kernels == "liger":
+            use_liger(model)
+        if compiled:
             compile_layers(model)
 
     flops, rounds, peaks, optimizers = [], [], [], []

@@ -123,6 +123,7 @@ def bench(
             repeats=repeats,
             stock=stock,
             compiled=settings is not None and settings.training.compile,
+            kernels="torch" if settings is None else settings.training.kernels,
             micro_batches=micro_batches,
             on_progress=render.note,
         )

@@ -21,6 +21,7 @@ from dtfcli.training.checkpoint import TrainingState, find_checkpoint, tidy_fold
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.interrupt import StopSignal
+from dtfcli.training.kernels import check_kernels, use_liger
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
 from dtfcli.training.plan import Plan, for_processes, plan_run
@@ -80,6 +81,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
         raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / 'final_model'}.")
     check_trackers(settings)
     accelerator, processes = connect(settings)
+    check_kernels(settings.training.kernels, processes.device)
     settings = for_processes(settings, processes.count)
     stop.agree = processes.any
     folder = processes.from_main(lambda: resume or new_run_folder(settings, rename=rename))
@@ -164,6 +166,8 @@ def _distillation(settings: Settings, model: Any, device: torch.device) -> Disti
 def _objective(settings: Settings, model: Any, distillation: Distillation | None) -> Objective:
     if settings.training.gradient_checkpointing:
         recompute_activations(model, selective=settings.training.gradient_checkpointing == "selective")
+    if settings.training.kernels == "liger":
+        use_liger(model)
     if settings.training.compile:
         compile_layers(model)
     return Objective(model, distillation)

@@ -132,6 +132,20 @@ TRAIN = [
     ("train quickstart run.device=cuda:1 --num-processes 2", ["cuda:1"]),
     ("train quickstart training.sharding=fsdp2", ["training.sharding = 'fsdp2'", "--num-processes N"]),
     ("train quickstart training.sharding=fsdp", ["training.sharding", "fsdp2"]),
+    (
+        "train quickstart training.kernels=liger run.device=cpu",
+        ["training.kernels = 'liger'", "run on GPUs", "'torch'"],
+    ),
+    (
+        "train quickstart training.kernels=liger training.compile=true",
+        ['training.kernels = "liger"', "compile", "choose one"],
+    ),
+    ("train quickstart training.kernels=triton", ["training.kernels", "triton", "torch", "liger"]),
+    ("train quickstart training.gradient_checkpointing=some", ["training.gradient_checkpointing", "some", "selective"]),
+    (
+        "bench quickstart training.kernels=liger --device cpu --phases train",
+        ["training.kernels = 'liger'", "run on GPUs"],
+    ),
     ("train quickstart --accelerator h100", ["--accelerator h100", "--dry-run"]),
     ("train quickstart --dry-run --accelerator h100", ["--accelerator h100", "--num-processes N"]),
     (
