@@ -125,8 +125,8 @@ def training_step_flops(model: Any, seq_len: int) -> float:
     if _every_key(model.config):
         for layer, share in shares.items():
             attention = model.model.layers[layer].self_attn
-            unused = attention.k_proj.weight.numel() + attention.v_proj.weight.numel()
-            flops -= 2.0 * 2.0 * share * unused
+            for weight in (attention.k_proj.weight, attention.v_proj.weight):
+                flops -= 2.0 * (1 + weight.requires_grad) * share * weight.numel()
     return flops
 
 

@@ -4,7 +4,7 @@ Counted from shapes, before anything is bought. P parameters of which P_t are tr
 layer's parameters in the precision of the computation (w bytes a number), R parameters outside of the layers:
 
     memory, ddp     4 P  (weights)  +  4 P_t  (gradients)  +  8 P_t  (AdamW)  +  w P  (copies that autocast keeps)
-    memory, fsdp2   (4 P + 4 P_t + 8 P_t) / N  +  2 L + 8 R  (what is gathered: two layers; the rest with its gradient)
+    memory, fsdp2   (4 P + 4 P_t + 8 P_t) / N  +  2 L + 8 R  (gathered: two layers; the rest and its gradient, 4 R if frozen)
     compute         3 forward passes (2 for frozen matrices), 1 more with gradient checkpointing, over the peak
     traffic         each micro-batch reads the weights twice and adds to the gradients, 2 w P + 8 P_t; AdamW 28 P_t / N
     exchange        ddp: 2 (N-1)/N · 4 P_t once; fsdp2: (N-1)/N · (2 · gathered + 4 P_t) for each micro-batch
@@ -113,10 +113,13 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
         if found := LAYER.search(name):
             layers[found.group(1)] = layers.get(found.group(1), 0) + parameter.numel()
     outside = every - sum(layers.values())
+    trained_outside = sum(p.numel() for name, p in named if p.requires_grad and not LAYER.search(name))
 
     sharded = training.sharding == "fsdp2"
     parts = processes if sharded else 1
-    copies = 2.0 * width * max(layers.values()) + 8.0 * outside if sharded else (width * every if width < 4 else 0.0)
+    copies = float(width * every if width < 4 else 0)
+    if sharded:
+        copies = 2.0 * width * max(layers.values()) + 4.0 * (outside + trained_outside)
     flops = training_step_flops(model, length)
     if training.gradient_checkpointing is True:  # "selective" keeps what was multiplied
         flops += forward_flops_per_token(model, length)

@@ -144,7 +144,7 @@ def bench_training(
         peaks.append(_peak_bytes(partial(_timed_step, objective, input_ids, dtype), objective))
         optimizers.append(_optimizer_seconds(objective))
     for number in range(-1, repeats):  # measuring the peaks has given all memory back: one round to take it again
-        tell(f"train, round {number + 1} of {repeats}")
+        tell(f"train, round {number + 1} of {repeats}" if number >= 0 else "train, a round of warm-up")
         times = []
         for _, capacity, model, objective in entries:
             _choose_capacity(model, capacity)

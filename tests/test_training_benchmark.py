@@ -41,12 +41,13 @@ def test_flops_are_what_torch_counts(architecture: str, capacity: float, kv_toke
     assert training_step_flops(model, length) * rows * length == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize("kv_tokens", ["routed", "all"])
 @pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
-def test_flops_of_a_frozen_backbone(architecture: str) -> None:
+def test_flops_of_a_frozen_backbone(architecture: str, kv_tokens: str) -> None:
     """As LoRA has it: no products for the gradients of frozen weights. Below the first trained one, none for inputs."""
     model = dense_model("llama", attn_implementation="eager", hidden_size=64, intermediate_size=96)
     if architecture != "dense":
-        model = convert(model, architecture)
+        model = convert(model, architecture, kv_tokens=kv_tokens)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_added(name))
     low_rank = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])

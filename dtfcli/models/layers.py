@@ -76,7 +76,10 @@ class RoutedLayerMixin(nn.Module):
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
         if frame.mode == "topk":
             return select_topk(ranked, self._topk_share(frame), frame.real, frame.sinks), None
-        threshold = self.router.threshold(frame.mode, frame.capacity, frame.column)
+        if frame.thresholds is None:
+            threshold = self.router.threshold(frame.mode, frame.capacity, frame.column)
+        else:
+            threshold = frame.thresholds[self.layer_idx]
         return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold
 
     def _topk_share(self, frame: RoutingFrame) -> float:
@@ -90,7 +93,8 @@ class RoutedLayerMixin(nn.Module):
         every process of a distributed run has to enter every layer. Rows and counts are empty where nobody looked.
         """
         if frame.mode == "topk":
-            return [([], assign_slots(selected, topk_capacity(self._topk_share(frame), frame.shape[1])))], []
+            slots = assign_slots(selected, topk_capacity(self._topk_share(frame), frame.shape[1]))
+            return [([], slots if frame.real is not None else slots._replace(routed=None))], []  # K of T, in every row
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
         alone = frame.shape[1] == 1  # a token is its row's count: one operation less for each layer of each token

@@ -20,6 +20,9 @@ _BLOCK_ROWS = 512
 _SLICE_ELEMENTS = 2**19
 """Logits that are normalized at once on a CPU: 2 MiB in float32, so that all passes over them stay in its cache."""
 
+_SLICE_ELEMENTS_GPU = 2**26
+"""The same on other devices: 256 MiB of probabilities in float32."""
+
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     """sum_n −log softmax(hidden_n · weightᵀ)[label_n], a few rows of logits at a time.
@@ -77,15 +80,15 @@ def _cross_entropy_into_gradient(logits_NV: Tensor, labels_N: Tensor, with_gradi
 
     On a CPU a few rows at a time: the float32 copy of a slice, its maximum, exponentials and sum never leave the cache.
     """
-    loss = logits_NV.new_zeros((), dtype=torch.float32)
-    rows = max(1, _SLICE_ELEMENTS // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
+    loss, cpu = logits_NV.new_zeros((), dtype=torch.float32), logits_NV.device.type == "cpu"
+    rows = max(1, (_SLICE_ELEMENTS if cpu else _SLICE_ELEMENTS_GPU) // logits_NV.shape[1])
     for logits, labels in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
         counted, targets = (labels != IGNORE_INDEX).float(), labels.clamp(min=0).unsqueeze(1)
-        values = logits.float()
-        probabilities = values.softmax(1)
+        values = logits.float() if cpu else logits  # a copy in the cache makes the passes over it faster
+        probabilities = values.softmax(1, dtype=torch.float32)
         # ln Σ exp by the largest logit and its probability, which is at least 1 / V.
-        log_total = values.amax(1) - probabilities.amax(1).log()
-        loss += ((log_total - values.gather(1, targets).squeeze(1)) * counted).sum()
+        log_total = values.amax(1).float() - probabilities.amax(1).log()
+        loss += ((log_total - values.gather(1, targets).squeeze(1).float()) * counted).sum()
         if with_gradient:
             probabilities.scatter_add_(1, targets, probabilities.new_full(targets.shape, -1.0))
             logits.copy_(probabilities.mul_(counted.unsqueeze(1)))
@@ -110,7 +113,9 @@ class _TiedEmbedding(torch.autograd.Function):
         ids, rows = ctx.saved_tensors[0].flatten(), grad_rows.flatten(0, -2).to(grad_head.dtype)
         if ctx.padding_idx is not None:
             rows = rows.masked_fill((ids == ctx.padding_idx).unsqueeze(1), 0.0)
-        # Not index_add_, whose sums come in any order on a GPU.
+        # Repeated tokens are added in a fixed order by index_add_ on a CPU alone, by index_put_ on GPUs alone.
+        if grad_head.device.type == "cpu":
+            return grad_head.index_add_(0, ids, rows), None, None
         return grad_head.index_put_((ids,), rows, accumulate=True), None, None
 
 
@@ -124,11 +129,16 @@ def embedded_with_head(embedding: Any, head: Any, input_ids: Tensor) -> tuple[Te
     Returns:
         [B, T, D] and [V, D].
     """
-    plain = type(embedding) is nn.Embedding and not (embedding._forward_hooks or embedding._forward_pre_hooks)
-    one = plain and head.weight is embedding.weight and embedding.max_norm is None
-    if one and torch.is_grad_enabled() and head.weight.requires_grad:
+    tied = type(embedding) is nn.Embedding and head.weight is embedding.weight and embedding.max_norm is None
+    if tied and not _is_hooked(embedding) and torch.is_grad_enabled() and head.weight.requires_grad:
         return _TiedEmbedding.apply(embedding.weight, input_ids, embedding.padding_idx)
     return embedding(input_ids), head.weight
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module called: by a hook, or by a forward of his own."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
 
 
 def causal_lm_loss(

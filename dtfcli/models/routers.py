@@ -51,6 +51,7 @@ class RoutingFrame:
         gates: whether anybody needs gates and criteria: a soft gate, a gradient, or who asked for routing records.
         column: the threshold column to use instead of `capacity` (calibration).
         criteria: of DTF's routed layers, where they were worked out for all at once; else each works out its own.
+        thresholds: of routed layers, where they must not be those that a layer has when it is asked.
     """
 
     mode: str
@@ -65,6 +66,7 @@ class RoutingFrame:
     gates: bool = True
     column: int | None = None
     criteria: Mapping[int, Criteria] | None = None
+    thresholds: Mapping[int, Tensor] | None = None
 
     @cached_property
     def real(self) -> Tensor | None:

@@ -234,7 +234,11 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 average_skips_sinks=self.config.skips_sinks_in_average,
                 past=past,
                 gates=output_routing or self.config.gate == "soft" or torch.is_grad_enabled(),
-                criteria=self._criteria(),
+                criteria=self._criteria(device),
+                # Tracking moves them between a forward pass and what is recomputed of it.
+                thresholds={i: router.threshold(mode).clone() for i, router in self.routers.items()}
+                if self.training and mode in CAUSAL_MODES
+                else None,
             ),
             layer_inputs={
                 # By place: Transformers 5.24 renamed the cache's argument.
@@ -244,11 +248,17 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             },
         )
 
-    def _criteria(self) -> dict[int, Criteria] | None:
-        """Those of all routers, for a pass without gradients; in others each layer's own belong to its own graph."""
+    def _criteria(self, device: torch.device) -> dict[int, Criteria] | None:
+        """Those of all routers, for a pass without gradients; in others each layer's own belong to its own graph.
+
+        None where some lie elsewhere than the tokens: on several devices, offloaded, or in parts.
+        """
         if self.config.architecture != "dtf" or torch.is_grad_enabled():
             return None
-        return criteria_by_layer(self.routers)
+        routers = self.routers
+        if any(type(r.beta_ce) is not torch.nn.Parameter or r.beta_ce.device != device for r in routers.values()):
+            return None
+        return criteria_by_layer(routers)
 
     def _step(self, index: int, layer: Any, stream: Stream, **kwargs: Any) -> None:
         """Pass one layer."""

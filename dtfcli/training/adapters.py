@@ -25,6 +25,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtfcli.errors import CheckpointError
 from dtfcli.model_paths import resolve_model_path
@@ -76,21 +77,24 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name:
-            state[_PREFIX + name.replace(f".{_NAME}", "")] = tensor.contiguous()
+            state[_PREFIX + name.replace(f".{_NAME}", "")] = tensor
         elif is_added(name):
-            state[_PREFIX + name] = tensor.contiguous()
+            state[_PREFIX + name] = tensor
     return state
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put stored tensors back into a model with the same adapters.
+    """Put stored tensors, whole ones, back into a model with the same adapters, sharded or not.
 
     Raises:
         KeyError: one is missing.
     """
     with torch.no_grad():
         for name, tensor in adapter_state(model).items():
-            tensor.copy_(state[name])
+            stored = state[name]
+            if isinstance(tensor, DTensor):
+                stored = distribute_tensor(stored.to(tensor.device), tensor.device_mesh, tensor.placements)
+            tensor.copy_(stored)
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -98,27 +102,33 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / SAFETENSORS_WEIGHTS_NAME)
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write an adapter folder: adapters, what routing adds, and both configurations; the base is only named."""
+def save_adapter(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write an adapter folder: adapters, what routing adds, and both configurations; the base is only named.
+
+    Args:
+        model: the adapted model.
+        folder: to write into.
+        state: its `adapter_state`, whole.
+    """
     config = copy.copy(model.peft_config[_NAME])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
-    save_file(adapter_state(model), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    stored = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(stored, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     # Without the code that a routed model's folder has: an adapter is no model that would open by itself.
     model.config.to_json_file(folder / "config.json")
     model.generation_config.save_pretrained(folder)
 
 
-def merged_copy(model: Any) -> Any:
-    """A plain model that computes what an adapted one does; the adapted one is left intact."""
-    plain = copy.deepcopy(model)
-    for name, module in list(plain.named_modules()):
+def merge(model: Any) -> Any:
+    """The plain model that computes what an adapted one does; takes the adapted one apart."""
+    for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
-            plain.set_submodule(name, module.get_base_layer())
-    del plain.peft_config
-    return plain.requires_grad_(True)
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    return model.requires_grad_(True)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

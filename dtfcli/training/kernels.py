@@ -5,6 +5,7 @@ the Liger library (`pip install 'dtfcli[liger]'`), on GPUs. Matrix products and 
 the language-model loss has its own here, and what routing adds is left alone.
 """
 
+import sys
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
@@ -21,13 +22,14 @@ def check_kernels(kernels: str, device: torch.device) -> None:
     """Refuse kernels that cannot run here.
 
     Raises:
-        ConfigError: Liger is not installed, or the device is a CPU.
+        ConfigError: Liger is not installed, or the device is none that it runs on.
     """
     if kernels != "liger":
         return
-    if device.type == "cpu":
+    if device.type not in ("cuda", "xpu") or not sys.platform.startswith("linux"):
         raise ConfigError(
-            "training.kernels = 'liger': its kernels run on GPUs, and this is a CPU; leave it at 'torch'."
+            f"training.kernels = 'liger': its kernels run on GPUs (cuda, xpu) under Linux, and this is "
+            f"{device.type} on {sys.platform}; leave it at 'torch'."
         )
     if find_spec("liger_kernel") is None:
         raise ConfigError("training.kernels = 'liger': Liger is not installed; run pip install 'dtfcli[liger]'.")

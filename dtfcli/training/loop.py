@@ -23,15 +23,16 @@ import torch
 
 from dtfcli.accounting import training_step_flops
 from dtfcli.errors import DTFError
-from dtfcli.factory import quiet_libraries
+from dtfcli.factory import build_model, quiet_libraries
 from dtfcli.hub_source import SourceLost
 from dtfcli.settings import Settings
 from dtfcli.targets import count_targets
 from dtfcli.training.adapters import (
+    adapt,
     adapter_state,
     is_adapted,
     load_adapter_state,
-    merged_copy,
+    merge,
     read_adapter,
     save_adapter,
 )
@@ -353,6 +354,8 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
 
 def finish(run: Run) -> TrainResult:
     """Calibrate, evaluate for the last time, see what the model writes, and save it: the end of a run."""
+    if run.settings.lora.merge:
+        _save_checkpoint(run)  # merging may need the base again, and the memory for it
     if run.objective.routed:
         calibrate(run)
     metrics = evaluate(run)
@@ -362,7 +365,7 @@ def finish(run: Run) -> TrainResult:
         _complete_best_model(run)
     _draw_curves(run, at_once=True)
     if run.settings.lora.enabled and run.settings.lora.merge:
-        _save_model(run, MERGED_MODEL, merged_copy(run.model))
+        _save_merged(run)
     # Last of all, because a run that has its final model is finished and cannot be resumed.
     final = _save_model(run, "final_model")
     run.tell("end", str(final))
@@ -382,7 +385,7 @@ def finish(run: Run) -> TrainResult:
 def _complete_best_model(run: Run) -> None:
     """Calibrate a best model from the way, saved with thresholds of its own capacity alone, for any capacity."""
     best, adapted = run.folder / "best_model", is_adapted(run.model)
-    state = adapter_state(run.model) if adapted else run.model.state_dict()
+    state = run.states.whole(adapter_state(run.model)) if adapted else run.model.state_dict()
     final = {name: tensor.clone() for name, tensor in state.items()}
     if adapted:
         load_adapter_state(run.model, read_adapter(best))
@@ -430,22 +433,37 @@ def _save_checkpoint(run: Run) -> Path:
     return folder
 
 
-def _save_model(run: Run, name: str, model: Any = None) -> Path:
+def _save_model(run: Run, name: str) -> Path:
     """A model folder: weights in float32, configuration, tokenizer and, for routed models, their code.
 
-    With LoRA an adapter folder, unless another (merged) model is given to save.
+    With LoRA an adapter folder.
     """
-    own, folder = model is None, run.folder / name
-    model = run.model if own else model
-    weights = run.states.whole_weights() if own else None
+    folder = run.folder / name
+    adapters = run.states.whole(adapter_state(run.model)) if is_adapted(run.model) else None
+    weights = run.states.whole_weights() if adapters is None else None
     with quiet_libraries(), shared_folder(folder, run.processes) as partial:
         if run.processes.is_main:
-            if is_adapted(model):
-                save_adapter(model, partial)
+            if adapters is None:
+                run.model.save_pretrained(partial, state_dict=weights)
             else:
-                model.save_pretrained(partial, state_dict=weights)
+                save_adapter(run.model, partial, adapters)
             run.tokenizer.save_pretrained(partial)
     return folder
+
+
+def _save_merged(run: Run) -> None:
+    """The plain model folder of a LoRA run, adapters merged into the base."""
+    state = run.states.whole(adapter_state(run.model))
+
+    def from_base() -> Any:
+        return adapt(build_model(run.settings, tokenizer=run.tokenizer), run.settings)
+
+    with quiet_libraries(), shared_folder(run.folder / MERGED_MODEL, run.processes) as partial:
+        if run.processes.is_main:
+            adapted = run.states.detached(run.model, from_base)
+            load_adapter_state(adapted, state)
+            merge(adapted).save_pretrained(partial)
+            run.tokenizer.save_pretrained(partial)
 
 
 def _draw_curves(run: Run, at_once: bool = False) -> None:

@@ -172,9 +172,8 @@ def check_processes(settings: Settings, count: int) -> None:
         )
     if sharded and compute_dtype(settings.run.dtype, device) == torch.float16:
         raise ConfigError("training.sharding = 'fsdp2' does not go with run.dtype = 'float16'; use bfloat16.")
-    for name, group in (("lora", settings.lora), ("distill", settings.distill)):
-        if sharded and group.enabled:
-            raise ConfigError(f"training.sharding = 'fsdp2' does not go with {name}.enabled; use ddp.")
+    if sharded and settings.distill.enabled:
+        raise ConfigError("training.sharding = 'fsdp2' does not go with distill.enabled; use ddp.")
     if count == 1:
         return
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):

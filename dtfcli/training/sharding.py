@@ -12,6 +12,7 @@ Choices for FSDP2, which accelerate would silently replace by DDP on CPUs:
 - in bfloat16 layers are gathered in it, halving the traffic; gradients are reduced in float32.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -95,6 +96,14 @@ class Replicated:
         """The whole state dict for saving, in the main process; None: the model has it."""
         return None
 
+    def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the model, each of them whole, in every process."""
+        return state
+
+    def detached(self, model: Any, rebuild: Callable[[], Any]) -> Any:
+        """A model like this one, in this process alone; `rebuild` makes it from the base where it lies in parts."""
+        return copy.deepcopy(model)
+
     def load_weights(self, folder: Path) -> None:
         """Take the weights of a model folder that `save_pretrained` has written."""
         files = sorted(folder.glob("*.safetensors"))
@@ -125,7 +134,7 @@ class Sharded(Replicated):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.processes.device.type, (self.processes.count,))
         model: Any = objective.model
-        self.whole: list[nn.Parameter] = []
+        self.replicated: list[nn.Parameter] = []
         half = self.accelerator.mixed_precision == "bf16"
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -133,7 +142,7 @@ class Sharded(Replicated):
         for layer in model.model.layers:
             self._materialize(list(layer.modules()))
             kept = [p for name, p in layer.named_parameters() if "router" in name]
-            self.whole += kept
+            self.replicated += kept
             predictor = getattr(layer, "predictor", None)
             if predictor is not None:  # calibration asks it outside of its layer's forward
                 fully_shard(predictor, mesh=mesh, mp_policy=policy)
@@ -141,7 +150,7 @@ class Sharded(Replicated):
         inside = {module for layer in model.model.layers for module in layer.modules()}
         self._materialize([module for module in objective.modules() if module not in inside])
         model.tie_weights()
-        fully_shard(objective, mesh=mesh, ignored_params=set(self.whole))
+        fully_shard(objective, mesh=mesh, ignored_params=set(self.replicated))
         objective.forward = self.accelerator.autocast()(objective.forward)
         self.objective = self.trained = objective
         self._pass_once()
@@ -175,7 +184,7 @@ class Sharded(Replicated):
         return nullcontext()  # whole gradients are never kept: each micro-batch's are reduced at once
 
     def reduce_gradients(self) -> None:
-        grads = [p.grad for p in self.whole if p.grad is not None]
+        grads = [p.grad for p in self.replicated if p.grad is not None]
         if grads:
             flat = torch.cat([grad.flatten() for grad in grads])
             self.processes.average(flat)
@@ -200,6 +209,12 @@ class Sharded(Replicated):
             if weights and same != name:
                 weights[name] = weights[same]
         return weights
+
+    def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
+
+    def detached(self, model: Any, rebuild: Callable[[], Any]) -> Any:
+        return rebuild()
 
     def load_weights(self, folder: Path) -> None:
         weights: dict[str, Any] = {}

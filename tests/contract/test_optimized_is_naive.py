@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtfcli.models import routing, routing_naive
+from dtfcli.models.conversion import convert
 from dtfcli.models.losses import causal_lm_loss, embedded_with_head, reference_causal_lm_loss
 from dtfcli.models.slots import (
     assign_group,
@@ -16,7 +17,7 @@ from dtfcli.models.slots import (
     row_groups,
     scatter_tokens,
 )
-from tests.tiny import ARCHITECTURES, FAMILIES, pad, shared_routed_model, tokens
+from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, pad, shared_routed_model, tokens
 
 
 def rows_and_mask(data: st.DataObject, most: int = 14) -> tuple[torch.Tensor, list[list[int]]]:
@@ -340,17 +341,41 @@ def test_tied_embedding_and_head_have_one_gradient(padding_idx: int | None, seed
         loss = causal_lm_loss((embedded @ middle).tanh(), weight, input_ids)
         return [loss, *torch.autograd.grad(loss, [middle] if frozen else [middle, head.weight])]
 
-    ours = gradients(*embedded_with_head(embedding, head, input_ids))
+    embedded, weight = embedded_with_head(embedding, head, input_ids)
+    assert (weight is embedding.weight) == frozen  # one that is trained goes through the function that shares
+    ours = gradients(embedded, weight)
     for a, b in zip(ours, gradients(embedding(input_ids), head.weight), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_embeddings_that_others_hook_into_are_called() -> None:
     """As by peft's `enable_input_require_grads`."""
-    model = shared_routed_model("llama", "dtf")
-    seen = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda *args: seen.append(args))
-    ids = tokens(2, 8)
-    model(ids, labels=ids)
-    hook.remove()
-    assert len(seen) == 1
+    model, ids = convert(dense_model("llama", tie_word_embeddings=True), "mod").train(), tokens(2, 8)
+    seen: list[object] = []
+    embedding = model.get_input_embeddings()
+    assert embedding.weight is model.lm_head.weight
+    for hook in (embedding.register_forward_hook, embedding.register_full_backward_hook):
+        handle = hook(lambda *args: seen.append(args))
+        model(ids, labels=ids).loss.backward()
+        handle.remove()
+    assert len(seen) == 2
+
+
+def test_the_tied_gradient_is_the_same_every_time() -> None:
+    """Also with several threads and tokens that repeat themselves: sums in another order would differ."""
+    weight, input_ids = torch.randn(50, 256, requires_grad=True), torch.randint(0, 50, (8, 128))
+    embedding, head = torch.nn.Embedding(50, 256, _weight=weight.detach()), torch.nn.Linear(256, 50, bias=False)
+    head.weight = embedding.weight
+
+    def gradient() -> torch.Tensor:
+        embedded, tied = embedded_with_head(embedding, head, input_ids)
+        (gradient,) = torch.autograd.grad(causal_lm_loss(embedded.sin(), tied, input_ids), head.weight)
+        return gradient
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
@@ -106,3 +107,14 @@ def test_peft_adapts_and_merges(family: str, architecture: str) -> None:
         assert type(merged) is type(shared_routed_model(family, architecture))
         # Merging rounds the weights anew: a routing score at its threshold may flip, and none does here.
         assert (merged(input_ids).logits - before).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_that_accelerate_keeps_elsewhere(architecture: str) -> None:
+    """`cpu_offload` holds parameters on the meta device and brings each module's when it is called."""
+    model = routed_model("llama", architecture)
+    input_ids = tokens(2, 24)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        found = cpu_offload(model, execution_device=torch.device("cpu"))(input_ids).logits
+    assert torch.equal(found, expected)

@@ -1,5 +1,6 @@
 """LoRA: train → load → generate → evaluate → push, with a base that nobody writes to."""
 
+import copy
 import hashlib
 import json
 import re
@@ -16,7 +17,7 @@ import dtfcli
 from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.model_paths import weights_hash
 from dtfcli.models.stack import is_added
-from dtfcli.training.adapters import adapt, adapter_state, is_adapted, merged_copy
+from dtfcli.training.adapters import adapt, adapter_state, is_adapted, merge
 from dtfcli.training.loop import TrainResult, train
 from dtfcli.training.runs import run_settings
 from dtfcli.training.tracking import Event
@@ -130,7 +131,7 @@ def test_merged_is_adapted(base: Path, tmp_path: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.1)
     model.calibrate([{"input_ids": tokens(16, 32, seed=1)}])
     model.eval()
-    plain = merged_copy(model)
+    plain = merge(copy.deepcopy(model))
     assert is_adapted(model)
     assert not is_adapted(plain)
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """`training.kernels = "liger"`: which operations go to the library, and that nothing else changes.
 
-Liger's kernels need a GPU; here its two functions are played by torch's, with its signatures. The kernels themselves are
-compared in `test_liger_itself`, where they are installed: on a GPU, or on a CPU in Triton's interpreter
-(`TRITON_INTERPRET=1`).
+Liger's kernels need a GPU; here its two functions are played by torch's, with its signatures. The kernels themselves
+are compared in `test_liger_itself`, where they are installed and can run: on a GPU, or in an interpreter of Triton
+that knows them (`TRITON_INTERPRET=1`).
 """
 
 import copy

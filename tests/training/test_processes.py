@@ -98,6 +98,33 @@ def test_two_processes_reach_the_losses_of_one(
     assert architecture == "dense" or model.is_calibrated
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["dtf", "dense"])
+def test_two_processes_share_the_base_of_adapters(
+    tmp_path: Path, alone: Callable[[str], TrainResult], architecture: str
+) -> None:
+    """LoRA under FSDP2: losses, the adapter folder and the merged model are those of one process."""
+    base = {"base": str(alone("dense").final_model_path)}
+    groups = {"model": base, "lora": {"enabled": True, "r": 4, "dropout": 0.0, "merge": True}}
+    one = train(settings_of(tmp_path / "one", architecture, **groups))
+    notes = train_in_two(tmp_path / "two", architecture, "fsdp2", **groups)
+    for note in notes.values():
+        assert any("q_proj.base_layer" in name for name in note["sharded"])
+        assert any("lora_A" in name for name in note["sharded"])
+    for first, second in zip(lines_of(one.run_dir), lines_of(the_run(tmp_path / "two")), strict=True):
+        for name in first.keys() & {"train/loss", "train/prior_loss", "val/loss"}:
+            assert second[name] == pytest.approx(first[name], abs=1e-3), (name, first["step"])
+    for name, file in (("final_model", "adapter_model.safetensors"), ("merged_model", "model.safetensors")):
+        reference = load_file(one.run_dir / name / file)
+        found = load_file(the_run(tmp_path / "two") / name / file)
+        assert found.keys() == reference.keys()
+        for key, tensor in reference.items():
+            if "thresholds" not in key:
+                assert (found[key] - tensor).abs().max() < 5e-3, key
+    model = dtfcli.load_model(the_run(tmp_path / "two"), device="cpu")
+    assert architecture == "dense" or model.is_calibrated
+
+
 # ------------------------------------------------------------------ the command
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtfcli.models.conversion import convert
+from dtfcli.training.compiling import compile_layers
 from dtfcli.training.objectives import Objective
 from dtfcli.training.recomputing import recompute_activations
 from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, tokens
@@ -50,3 +51,50 @@ def test_selective_with_soft_gates_and_every_key(kv_tokens: str) -> None:
         plain, selective = (a_step("llama", architecture, kind, **fields)[0] for kind in KINDS[:2])
         for a, b in zip(plain, selective, strict=True):
             torch.testing.assert_close(b, a)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_same_tokens_while_thresholds_move(architecture: str, kind: str) -> None:
+    """Trained by threshold, a forward pass tracks the thresholds before its layers are recomputed with them."""
+
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        model = convert(dense_model("llama"), architecture)
+        model.calibrate([{"input_ids": tokens(8, 64, seed=5)}], capacities=())
+        model.set_training_routing("threshold")
+        for router in model.model.routers.values():
+            router.thresholds[0] -= 0.5  # so that tracking moves it
+        if recompute:
+            recompute_activations(model, selective=kind == "selective")
+        before = [router.thresholds[0].item() for router in model.model.routers.values()]
+        Objective(model).train()(tokens(2, 64), 2 * 63).loss.backward()
+        assert all(r.thresholds[0].item() != b for r, b in zip(model.model.routers.values(), before, strict=True))
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
+def test_recomputed_and_compiled(architecture: str) -> None:
+    """The compiler sees the checkpoint inside of a layer, and honors what is to be kept."""
+
+    def gradients(kind: str) -> tuple[list[torch.Tensor], int]:
+        torch._dynamo.reset()
+        model = dense_model("llama")
+        if architecture != "dense":
+            model = convert(model, architecture)
+        if kind != "nothing":
+            recompute_activations(model, selective=kind == "selective")
+        compile_layers(model, backend="aot_eager_decomp_partition")
+        with FlopCounterMode(display=False) as counter:
+            Objective(model).train()(tokens(2, 64), 2 * 63).loss.backward()
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return found, counter.get_total_flops()
+
+    steps = {kind: gradients(kind) for kind in KINDS}
+    for kind in KINDS[1:]:
+        for plain, recomputed in zip(steps["nothing"][0], steps[kind][0], strict=True):
+            torch.testing.assert_close(recomputed, plain)
+    assert steps["selective"][1] == steps["nothing"][1] < steps["all"][1]

@@ -22,8 +22,11 @@ def settings_of(folder: Path, architecture: str, sharding: str = "ddp", **groups
     return small_settings(folder, architecture, **values | groups)
 
 
-def train_in_two(folder: Path, architecture: str, sharding: str) -> dict[int, Any]:
+def train_in_two(folder: Path, architecture: str, sharding: str, **groups: dict[str, Any]) -> dict[int, Any]:
     """Train in two processes; returns what each noted about its model before the first update.
+
+    Args:
+        folder, architecture, sharding, groups: of `settings_of`.
 
     Returns:
         rank → {"sharded": names of parameters that are DTensors, "whole": the others, "elements": numbers held}.
@@ -34,12 +37,14 @@ def train_in_two(folder: Path, architecture: str, sharding: str) -> dict[int, An
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     folder.mkdir(parents=True)
-    settings_of(folder, architecture)  # writes the text, which two processes must not do at a time
-    start_processes(_train, (str(folder), architecture, sharding, port), nprocs=2, start_method="spawn")
+    settings_of(folder, architecture, **groups)  # writes the text, which two processes must not do at a time
+    start_processes(_train, (str(folder), architecture, sharding, port, groups), nprocs=2, start_method="spawn")
     return {rank: json.loads((folder / f"model-{rank}.json").read_text()) for rank in range(2)}
 
 
-def _train(rank: int, folder: str, architecture: str, sharding: str, port: int) -> None:
+def _train(
+    rank: int, folder: str, architecture: str, sharding: str, port: int, groups: dict[str, dict[str, Any]]
+) -> None:
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update(
         {name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -66,4 +71,4 @@ def _train(rank: int, folder: str, architecture: str, sharding: str, port: int) 
         Path(folder, f"thresholds-{rank}.json").write_text(json.dumps(thresholds))
 
     loop.fit = noting
-    loop.train(settings_of(Path(folder), architecture, sharding))
+    loop.train(settings_of(Path(folder), architecture, sharding, **groups))
