@@ -4,7 +4,7 @@ Counted from shapes, before anything is bought. P parameters of which P_t are tr
 layer's parameters in the precision of the computation (w bytes a number), R parameters outside of the layers:
 
     memory, ddp     4 P  (weights)  +  4 P_t  (gradients)  +  8 P_t  (AdamW)  +  w P  (copies that autocast keeps)
-    memory, fsdp2   (4 P + 4 P_t + 8 P_t) / N  +  2 L + 8 R  (gathered: two layers; the rest and its gradient, 4 R if frozen)
+    memory, fsdp2   (4 P + 4 P_t + 8 P_t) / N  +  2 L + 8 R  (gathered: two layers, the rest; 4 R if frozen)
     compute         3 forward passes (2 for frozen matrices), 1 more with gradient checkpointing, over the peak
     traffic         each micro-batch reads the weights twice and adds to the gradients, 2 w P + 8 P_t; AdamW 28 P_t / N
     exchange        ddp: 2 (N-1)/N · 4 P_t once; fsdp2: (N-1)/N · (2 · gathered + 4 P_t) for each micro-batch

@@ -45,7 +45,9 @@ def test_flops_are_what_torch_counts(architecture: str, capacity: float, kv_toke
 @pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
 def test_flops_of_a_frozen_backbone(architecture: str, kv_tokens: str) -> None:
     """As LoRA has it: no products for the gradients of frozen weights. Below the first trained one, none for inputs."""
-    model = dense_model("llama", attn_implementation="eager", hidden_size=64, intermediate_size=96)
+    model = dense_model(
+        "llama", attn_implementation="eager", hidden_size=64, intermediate_size=96, num_hidden_layers=12
+    )
     if architecture != "dense":
         model = convert(model, architecture, kv_tokens=kv_tokens)
     for name, parameter in model.named_parameters():

@@ -58,11 +58,7 @@ class _Surprise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(original, posterior, guess)
         ctx.through_original = through_original
-        static, change = (original.new_empty(original.shape[:-1], dtype=torch.float32) for _ in range(2))
-        for at in _slices(original):
-            step = _difference(_tokens(posterior)[at], _tokens(original)[at])
-            static.view(-1)[at] = mean_square(step, few_operations=False)
-            change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]), few_operations=False)
+        static, change = _static_and_change(original, posterior, guess)
         return posterior.view_as(posterior), static, change, change.clone()
 
     @staticmethod
@@ -85,6 +81,19 @@ class _Surprise(torch.autograd.Function):
             if to_original is not None:
                 to_original[at] = miss.sub_(step) if ctx.through_original else step.neg_()
         return *results, None
+
+
+def _static_and_change(original: Tensor, posterior: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    """D_st (3.6) and D_ch (3.7), float32 [B, T] each, a slice of the tokens at a time."""
+    if original.numel() <= _SLICE_ELEMENTS:  # a decoded token
+        step = _difference(posterior, original)
+        return mean_square(step), mean_square(step.sub_(guess))
+    static, change = (original.new_empty(original.shape[:-1], dtype=torch.float32) for _ in range(2))
+    for at in _slices(original):
+        step = _difference(_tokens(posterior)[at], _tokens(original)[at])
+        static.view(-1)[at] = mean_square(step, few_operations=False)
+        change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]), few_operations=False)
+    return static, change
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -122,9 +131,7 @@ def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_origina
     """
     if torch.is_grad_enabled():
         return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
-    step = _difference(posterior, original)
-    static = mean_square(step)
-    change = mean_square(step.sub_(guess))
+    static, change = _static_and_change(original, posterior, guess)
     return Surprise(posterior, static, change, change)
 
 

@@ -348,6 +348,7 @@ def test_tied_embedding_and_head_have_one_gradient(padding_idx: int | None, seed
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 def test_embeddings_that_others_hook_into_are_called() -> None:
     """As by peft's `enable_input_require_grads`."""
     model, ids = convert(dense_model("llama", tie_word_embeddings=True), "mod").train(), tokens(2, 8)
