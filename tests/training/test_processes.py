@@ -106,6 +106,7 @@ def test_two_processes_share_the_base_of_adapters(
     """LoRA under FSDP2: losses, the adapter folder and the merged model are those of one process."""
     base = {"base": str(alone("dense").final_model_path)}
     groups = {"model": base, "lora": {"enabled": True, "r": 4, "dropout": 0.0, "merge": True}}
+    (tmp_path / "one").mkdir()
     one = train(settings_of(tmp_path / "one", architecture, **groups))
     notes = train_in_two(tmp_path / "two", architecture, "fsdp2", **groups)
     for note in notes.values():
