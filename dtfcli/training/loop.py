@@ -23,25 +23,12 @@ import torch
 
 from dtfcli.accounting import training_step_flops
 from dtfcli.errors import DTFError
-from dtfcli.factory import build_model, quiet_libraries
 from dtfcli.hub_source import SourceLost
 from dtfcli.settings import Settings
 from dtfcli.targets import count_targets
-from dtfcli.training.adapters import (
-    adapt,
-    adapter_state,
-    is_adapted,
-    load_adapter_state,
-    merge,
-    read_adapter,
-    save_adapter,
-)
+from dtfcli.training.adapters import adapter_state, is_adapted, load_adapter_state, read_adapter
 from dtfcli.training.after import evaluate_final, plan_evaluation
-from dtfcli.training.checkpoint import (
-    list_checkpoints,
-    save_checkpoint,
-    shared_folder,
-)
+from dtfcli.training.checkpoint import list_checkpoints
 from dtfcli.training.curriculum import annealed_capacity, annealing_left, freeze_backbone
 from dtfcli.training.curves import draw_curves
 from dtfcli.training.failures import explained_failures
@@ -51,6 +38,7 @@ from dtfcli.training.plan import Plan
 from dtfcli.training.processes import is_main_process
 from dtfcli.training.publishing import is_logged_in, push_final_model
 from dtfcli.training.runs import CURVES_FILE, MERGED_MODEL, locked
+from dtfcli.training.saving import checkpoint, save_merged, save_model
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.tracking import Event, Listener, read_metrics
 from dtfcli.training.validation import calibration_batches, to_batch, to_labels, validate
@@ -130,16 +118,16 @@ def train(
                 run.rows.close()
                 result = finish(run)
             except StopRequested:
-                checkpoint = _save_checkpoint(run)
+                folder = checkpoint(run)
                 _draw_curves(run, at_once=True)
                 run.processes.wait()
                 raise TrainingInterrupted(
-                    f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {checkpoint}. "
+                    f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {folder}. "
                     f"Go on with: dtf train --resume {run.folder}"
                 ) from None
             except SourceLost as error:
                 alone = run.processes.count == 1  # others may be in the middle of a step
-                saved = f"step {run.state.step} is saved as {_save_checkpoint(run)}" if alone else "stopped"
+                saved = f"step {run.state.step} is saved as {checkpoint(run)}" if alone else "stopped"
                 raise SourceLost(f"{error} The run: {saved}. Go on with: dtf train --resume {run.folder}") from error
             finally:
                 run.rows.close()
@@ -178,7 +166,7 @@ def fit(run: Run) -> None:
         state.step += 1
         log_step(run, losses)
         if state.step % plan.checkpoint_every == 0 and state.step < plan.total_steps:
-            _save_checkpoint(run)
+            checkpoint(run)
 
 
 def update(run: Run) -> dict[str, Any]:
@@ -326,7 +314,7 @@ def evaluate(run: Run) -> dict[str, float]:
         run.log.write({"step": state.step, "tokens": run.tokens, **metrics, **once})
         if state.step > 0 and (state.best_loss is None or metrics["val/loss"] < state.best_loss):
             state.best_step, state.best_loss = state.step, metrics["val/loss"]
-            _save_model(run, "best_model")
+            save_model(run, "best_model")
         run.tell("evaluation", metrics={**metrics, "val/unigram": run.data.validation_unigram})
     state.evaluated_step = state.step
     _draw_curves(run)
@@ -355,7 +343,7 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
 def finish(run: Run) -> TrainResult:
     """Calibrate, evaluate for the last time, see what the model writes, and save it: the end of a run."""
     if run.settings.lora.merge:
-        _save_checkpoint(run)  # merging may need the base again, and the memory for it
+        checkpoint(run)  # merging may need the base again, and the memory for it
     if run.objective.routed:
         calibrate(run)
     metrics = evaluate(run)
@@ -365,9 +353,9 @@ def finish(run: Run) -> TrainResult:
         _complete_best_model(run)
     _draw_curves(run, at_once=True)
     if run.settings.lora.enabled and run.settings.lora.merge:
-        _save_merged(run)
+        save_merged(run)
     # Last of all, because a run that has its final model is finished and cannot be resumed.
-    final = _save_model(run, "final_model")
+    final = save_model(run, "final_model")
     run.tell("end", str(final))
     return TrainResult(
         run_dir=run.folder,
@@ -392,7 +380,7 @@ def _complete_best_model(run: Run) -> None:
     else:
         run.states.load_weights(best)
     calibrate(run)
-    _save_model(run, "best_model")
+    save_model(run, "best_model")
     if adapted:
         load_adapter_state(run.model, final)
     else:
@@ -421,49 +409,6 @@ def _causal_routing(model: Any, routed: bool) -> Iterator[None]:
         return
     with model.routing_mode(model.causal_routing):
         yield
-
-
-def _save_checkpoint(run: Run) -> Path:
-    run.state.metrics_bytes, run.state.stream = run.log.bytes, run.rows.state()
-    with quiet_libraries():
-        folder = save_checkpoint(
-            run.states, run.folder, run.state, run.settings.training.keep_checkpoints, run.processes
-        )
-    run.tell("checkpoint", str(folder))
-    return folder
-
-
-def _save_model(run: Run, name: str) -> Path:
-    """A model folder: weights in float32, configuration, tokenizer and, for routed models, their code.
-
-    With LoRA an adapter folder.
-    """
-    folder = run.folder / name
-    adapters = run.states.whole(adapter_state(run.model)) if is_adapted(run.model) else None
-    weights = run.states.whole_weights() if adapters is None else None
-    with quiet_libraries(), shared_folder(folder, run.processes) as partial:
-        if run.processes.is_main:
-            if adapters is None:
-                run.model.save_pretrained(partial, state_dict=weights)
-            else:
-                save_adapter(run.model, partial, adapters)
-            run.tokenizer.save_pretrained(partial)
-    return folder
-
-
-def _save_merged(run: Run) -> None:
-    """The plain model folder of a LoRA run, adapters merged into the base."""
-    state = run.states.whole(adapter_state(run.model))
-
-    def from_base() -> Any:
-        return adapt(build_model(run.settings, tokenizer=run.tokenizer), run.settings)
-
-    with quiet_libraries(), shared_folder(run.folder / MERGED_MODEL, run.processes) as partial:
-        if run.processes.is_main:
-            adapted = run.states.detached(run.model, from_base)
-            load_adapter_state(adapted, state)
-            merge(adapted).save_pretrained(partial)
-            run.tokenizer.save_pretrained(partial)
 
 
 def _draw_curves(run: Run, at_once: bool = False) -> None:
