@@ -7,8 +7,7 @@ gathered when the layer runs; the main process alone reads the weights and hands
 Choices for FSDP2, which accelerate would silently replace by DDP on CPUs:
 
 - embeddings, final norm and head are one group with the losses around them, because these use the head's weight;
-- routers and the norms of priors stay whole everywhere, float32: they are a few numbers, calibration asks routers
-  outside of any forward, and torch's fused norm wants its weight in the precision of its input;
+- routers stay whole everywhere, float32: they are a few numbers, and calibration asks them outside of any forward;
 - in bfloat16 layers are gathered in it, halving the traffic; gradients are reduced in float32.
 """
 
