@@ -90,7 +90,12 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.counts: list[int] = []
-        self.entered: Tensor | None = None
+        self._entered: list[Tensor] = []
+
+    @property
+    def entered(self) -> Tensor | None:
+        """Put together when somebody asks: a decoded token does not."""
+        return torch.cat(self._entered, dim=1) if self._entered else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with no slots, in the shape, dtype and device of these states [R, H, K, E]."""
@@ -102,8 +107,9 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     def advance(self, selected: Tensor) -> None:
         """Count new positions, bool [B, T], True where the token is being stored."""
-        past = self.entered
-        self.entered = selected if past is None else torch.cat([past, selected], dim=1)
+        self._entered.append(selected)
+        if len(self._entered) > _SPARE_SLOTS:
+            self._entered = [torch.cat(self._entered, dim=1)]
         if not self.counts:
             self.counts = [0] * selected.shape[0]
 
@@ -155,7 +161,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Positions seen."""
-        return 0 if self.entered is None else self.entered.shape[1]
+        return sum(part.shape[1] for part in self._entered)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -166,36 +172,37 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tokens' keys and values, the record of who entered, and surprise."""
-        if self.entered is None:
+        entered = self.entered
+        if entered is None:
             return 0
         stored = 0
         if self.keys is not None and self.values is not None:
             stored = sum(self.counts) * self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3])
             stored *= self.keys.element_size()
-        return stored + self.entered.nbytes + self.surprise_nbytes
+        return stored + entered.nbytes + self.surprise_nbytes
 
     def _map(self, change: Any) -> None:
         """Apply a change of rows to everything."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = change(self.keys), change(self.values)
-        if self.entered is not None:
-            self.entered = change(self.entered)
-            self.counts = self.entered.sum(1).tolist()
+        if (entered := self.entered) is not None:
+            self._entered = [change(entered)]
+            self.counts = self._entered[0].sum(1).tolist()
         self._map_surprise(change)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.entered = self.surprise = None
-        self.counts, self.is_initialized = [], False
+        self.keys = self.values = self.surprise = None
+        self.counts, self._entered, self.is_initialized = [], [], False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last so many positions (a negative number, as in Transformers)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number of positions to remove")
-        if tokens_to_remove == 0 or self.entered is None:
+        if tokens_to_remove == 0 or (entered := self.entered) is None:
             return
-        self.entered = self.entered[:, :tokens_to_remove]
-        self.counts = self.entered.sum(1).tolist()
+        self._entered = [entered[:, :tokens_to_remove]]
+        self.counts = self._entered[0].sum(1).tolist()
         if self.keys is not None and self.values is not None:
             kept = max(self.counts, default=0) + _SPARE_SLOTS
             self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
@@ -216,12 +223,21 @@ class RoutedCache(Cache):
 
     Works in `generate` with sampling, beams, left padding and assisted decoding; `crop`, `reorder_cache`,
     `batch_repeat_interleave`, `batch_select_indices` and `reset` as for any Transformers cache.
+
+    Attributes:
+        rules: what the model that fills it holds against every token, by mode and γ: worked out once for a text.
     """
 
     def __init__(self, config: Any) -> None:
         routed = set(config.routed_layer_indices) if config.kv_tokens == "routed" else set()
         layers = [RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
         super().__init__(layers=layers)
+        self.rules: dict[tuple[str, float | None], Any] = {}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.rules.clear()
 
     @property
     def nbytes(self) -> int:

@@ -45,30 +45,34 @@ class RoutedLayerMixin(nn.Module):
         super().__init__(config, layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.router = (PredictiveRouter if config.architecture == "dtf" else LinearRouter)(config, layer_idx)
+        self.by_surprise = config.architecture == "dtf"  # not by the router's class: peft may have wrapped it
+        self.router = (PredictiveRouter if self.by_surprise else LinearRouter)(config, layer_idx)
         self.predictor = Predictor(config) if config.has_predictor else None
+        self.kv_tokens, self.gate = config.kv_tokens, config.gate  # a configuration's own fields are slow to read
 
     def score(
         self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
     ) -> Scores:
-        """The router's scores in float32, also under autocast; `surprises` is (D_st, D_ch) for DTF, () for MoD."""
-        device_type = hidden_states.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return self.score(hidden_states, surprises, frame, store)
-        if self.config.architecture != "dtf":  # not by the router's class: peft may have wrapped it
+        """The router's scores in float32; `surprises` is (D_st, D_ch) for DTF, () for MoD."""
+        if not self.by_surprise:
             return self.router(hidden_states, frame)
         static, change = surprises
         history = static if store is None else store.extend_surprise(static)
-        of = None if frame.criteria is None else frame.criteria[self.layer_idx]
+        of = None if frame.rules is None else frame.rules[self.layer_idx].criteria
         return self.router(static, change, history, frame, of)
 
     def rank(
         self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
     ) -> tuple[Tensor, Scores, Tensor | None]:
         """What is compared with thresholds, float32 [B, T]; the router's scores; the predictor's logits, if used."""
-        scores = self.score(hidden_states, surprises, frame, store)
-        wanted = self.predictor is not None and (self.training or frame.mode == "predictor")
+        if frame.autocast:
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                scores = self.score(hidden_states, surprises, frame, store)
+        else:
+            scores = self.score(hidden_states, surprises, frame, store)
+        if self.predictor is None:
+            return scores.score, scores, None
+        wanted = self.training or frame.mode == "predictor"
         logits = self.predictor(hidden_states) if wanted else None
         return (logits if frame.mode == "predictor" else scores.score), scores, logits
 
@@ -76,10 +80,9 @@ class RoutedLayerMixin(nn.Module):
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
         if frame.mode == "topk":
             return select_topk(ranked, self._topk_share(frame), frame.real, frame.sinks), None
-        if frame.thresholds is None:
+        threshold = None if frame.rules is None else frame.rules[self.layer_idx].threshold
+        if threshold is None:
             threshold = self.router.threshold(frame.mode, frame.capacity, frame.column)
-        else:
-            threshold = frame.thresholds[self.layer_idx]
         return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold
 
     def _topk_share(self, frame: RoutingFrame) -> float:
@@ -97,8 +100,10 @@ class RoutedLayerMixin(nn.Module):
             return [([], slots if frame.real is not None else slots._replace(routed=None))], []  # K of T, in every row
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
-        alone = frame.shape[1] == 1  # a token is its row's count: one operation less for each layer of each token
-        counts: list[int] = (selected.flatten() if alone else selected.sum(1)).tolist()
+        # A single token is its row's count: one operation less for each layer of each token.
+        counts: list[int] = (
+            [int(one) for (one,) in selected.tolist()] if frame.shape[1] == 1 else selected.sum(1).tolist()
+        )
         if min(counts) == frame.shape[1]:
             return [(list(range(len(counts))), frame.every_token)], counts
         rows_together = row_groups(counts)
@@ -147,7 +152,7 @@ class RoutedLayerMixin(nn.Module):
                 **kwargs,
             )
             gate_RK = None if scores.gate is None else gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
-            updated = gated_update(x_RKD, processed, gate_RK, self.config.gate)
+            updated = gated_update(x_RKD, processed, gate_RK, self.gate)
             if slots.routed is not None:
                 updated = torch.where(slots.routed.unsqueeze(-1), updated, x_RKD)
             hidden_states = leave_layer(passing, slots, updated)
@@ -162,7 +167,7 @@ class RoutedLayerMixin(nn.Module):
         store: Any,
     ) -> OwnKeys:
         """Whose keys and values the routed tokens attend to; what the cache keeps is kept here."""
-        if self.config.kv_tokens == "all":
+        if self.kv_tokens == "all":
             attention = self.self_attn
             normed = self.input_layernorm(hidden_states)
             shape = (*normed.shape[:-1], -1, attention.head_dim)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, exp, log
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .configuration_fields import CAUSAL_MODES
 from .routing import (
     Criteria,
     Recent,
@@ -35,6 +36,15 @@ THRESHOLD_COLUMNS = 1 + len(CAPACITY_GRID)
 """Column 0 is the threshold at the model's own capacity (also tracked while training), then the grid."""
 
 
+class Rule(NamedTuple):
+    """What a routed layer holds against every token alike, whoever it is."""
+
+    criteria: Criteria | None = None
+    """None: MoD, or to be worked out by the layer, for its gradient."""
+    threshold: Tensor | None = None
+    """float32, 0-d; None outside the causal modes."""
+
+
 @dataclass(frozen=True)
 class RoutingFrame:
     """What all routed layers of one forward pass share.
@@ -49,9 +59,9 @@ class RoutingFrame:
         average_window, average_skips_sinks: what the moving average of eq. 3.9 runs over (DTF).
         past: S.
         gates: whether anybody needs gates and criteria: a soft gate, a gradient, or who asked for routing records.
+        autocast: whether autocast is on, which scores have to leave.
         column: the threshold column to use instead of `capacity` (calibration).
-        criteria: of DTF's routed layers, where they were worked out for all at once; else each works out its own.
-        thresholds: of routed layers, where they must not be those that a layer has when it is asked.
+        rules: of each routed layer, where they must not be what the layer says when it is asked.
     """
 
     mode: str
@@ -64,9 +74,9 @@ class RoutingFrame:
     average_skips_sinks: bool = False
     past: int = 0
     gates: bool = True
+    autocast: bool = False
     column: int | None = None
-    criteria: Mapping[int, Criteria] | None = None
-    thresholds: Mapping[int, Tensor] | None = None
+    rules: "Mapping[int, Rule] | None" = None
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -251,17 +261,6 @@ class PredictiveRouter(Router):
         }
 
 
-def criteria_by_layer(routers: Mapping[int, PredictiveRouter]) -> dict[int, Criteria]:
-    """The criteria of several layers by as many operations as those of one take: tiny ones cost what large ones do."""
-    log_o_ce, log_m_cu, beta_ce, beta_cu = (
-        torch.cat([getattr(router, name) for router in routers.values()])
-        for name in ("log_o_ce", "log_m_cu", "beta_ce", "beta_cu")
-    )
-    together = criteria(log_o_ce.exp(), log_m_cu.exp(), beta_ce, beta_cu)
-    each = zip(*(values.unbind() for values in together), strict=True)
-    return {layer: Criteria(*values) for layer, values in zip(routers, each, strict=True)}
-
-
 class LinearRouter(Router):
     """MoD: a linear score of the token's hidden state."""
 
@@ -281,3 +280,19 @@ class LinearRouter(Router):
 
     def scalars(self) -> dict[str, float]:
         return {}
+
+
+def rules_by_layer(routers: Mapping[int, Router], mode: str, capacity: float | None) -> dict[int, Rule]:
+    """The rules of several layers: their criteria by as many operations as those of one take."""
+    thresholds = {
+        layer: router.threshold(mode, capacity) if mode in CAUSAL_MODES else None for layer, router in routers.items()
+    }
+    if not all(isinstance(router, PredictiveRouter) for router in routers.values()):
+        return {layer: Rule(None, threshold) for layer, threshold in thresholds.items()}
+    log_o_ce, log_m_cu, beta_ce, beta_cu = (
+        torch.cat([getattr(router, name) for router in routers.values()])
+        for name in ("log_o_ce", "log_m_cu", "beta_ce", "beta_cu")
+    )
+    together = criteria(log_o_ce.exp(), log_m_cu.exp(), beta_ce, beta_cu)
+    each = zip(*(values.unbind() for values in together), strict=True)
+    return {layer: Rule(Criteria(*of), thresholds[layer]) for layer, of in zip(routers, each, strict=True)}

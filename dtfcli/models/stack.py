@@ -31,8 +31,8 @@ from .layers import (
     RoutedQwenLayer,
 )
 from .outputs import RoutedModelOutput, RoutingRecord
-from .routers import CAPACITY_GRID, Router, RoutingFrame, criteria_by_layer
-from .routing import Criteria, share_threshold
+from .routers import CAPACITY_GRID, Router, RoutingFrame, Rule, rules_by_layer
+from .routing import share_threshold
 
 ADDED_NAMES = ("router", "prior", "predictor")
 """Every parameter and buffer that routing adds has one of these in its name."""
@@ -234,11 +234,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 average_skips_sinks=self.config.skips_sinks_in_average,
                 past=past,
                 gates=output_routing or self.config.gate == "soft" or torch.is_grad_enabled(),
-                criteria=self._criteria(device),
-                # Tracking moves them between a forward pass and what is recomputed of it.
-                thresholds={i: router.threshold(mode).clone() for i, router in self.routers.items()}
-                if self.training and mode in CAUSAL_MODES
-                else None,
+                autocast=torch.is_autocast_enabled(device.type),
+                rules=self._rules(mode, device, cache),
             ),
             layer_inputs={
                 # By place: Transformers 5.24 renamed the cache's argument.
@@ -248,17 +245,30 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             },
         )
 
-    def _criteria(self, device: torch.device) -> dict[int, Criteria] | None:
-        """Those of all routers, for a pass without gradients; in others each layer's own belong to its own graph.
+    def _rules(self, mode: str, device: torch.device, cache: RoutedCache | None) -> Mapping[int, Rule] | None:
+        """Those of all routed layers, where they can be had before any layer is asked.
 
-        None where some lie elsewhere than the tokens: on several devices, offloaded, or in parts.
+        A text that is being generated keeps them in its cache. While training only the thresholds are looked up, as
+        tracking moves them between a forward pass and what is recomputed of it; with a gradient each layer's criteria
+        belong to its own graph. None: where some router lies elsewhere than the tokens (on several devices, offloaded,
+        or in parts).
         """
-        if self.config.architecture != "dtf" or torch.is_grad_enabled():
+        causal = mode in CAUSAL_MODES
+        if self.training:
+            return {i: Rule(None, r.threshold(mode).clone()) for i, r in self.routers.items()} if causal else None
+        if torch.is_grad_enabled():
             return None
+        key = (mode, self.capacity_override)
+        if cache is not None and key in cache.rules:
+            return cache.rules[key]
         routers = self.routers
-        if any(type(r.beta_ce) is not torch.nn.Parameter or r.beta_ce.device != device for r in routers.values()):
+        own = [next(router.parameters(recurse=False), None) for router in routers.values()]
+        if any(type(weight) is not torch.nn.Parameter or weight.device != device for weight in own):
             return None
-        return criteria_by_layer(routers)
+        rules = rules_by_layer(routers, mode, self.capacity_override)
+        if cache is not None:
+            cache.rules[key] = rules
+        return rules
 
     def _step(self, index: int, layer: Any, stream: Stream, **kwargs: Any) -> None:
         """Pass one layer."""
@@ -325,7 +335,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 self._step(index, self.layers[index], stream)
         for mode, column in columns:
             streams = [
-                replace(s, frame=replace(s.frame, mode=mode, column=column), prior_errors=[], records=[])
+                replace(s, frame=replace(s.frame, mode=mode, column=column, rules=None), prior_errors=[], records=[])
                 for s in entering
             ]
             for index in range(first, last + 1):
