@@ -9,6 +9,7 @@ Layers return flat tuples of tensors, hidden states first: gradient checkpointin
 be recorded on the side.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .cache import CACHE_NAME
 from .keys import EveryKey, OwnKeys, StoredKeys
+from .products import products_of_few_rows
 from .routers import LinearRouter, PredictiveRouter, Predictor, PriorFFN, RoutingFrame
 from .routing import Scores, gated_update, select_threshold, select_topk, surprise, topk_capacity
 from .slots import Slots, assign_group, assign_slots, enter_layer, gather_tokens, leave_layer, row_groups
@@ -144,13 +146,14 @@ class RoutedLayerMixin(nn.Module):
             x_RKD, passing = enter_layer(hidden_states, slots)
             keys = all_keys.of_rows(rows, slots)
             cos, sin = (gather_tokens(part, slots) for part in position_embeddings)
-            processed = super().forward(
-                x_RKD,
-                attention_mask=keys.mask(x_RKD, slots, frame, self.config),
-                position_embeddings=(cos, sin),
-                **{CACHE_NAME: keys.as_cache},
-                **kwargs,
-            )
+            with nullcontext() if slots.whole else products_of_few_rows(x_RKD):
+                processed = super().forward(
+                    x_RKD,
+                    attention_mask=keys.mask(x_RKD, slots, frame, self.config),
+                    position_embeddings=(cos, sin),
+                    **{CACHE_NAME: keys.as_cache},
+                    **kwargs,
+                )
             gate_RK = None if scores.gate is None else gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
             updated = gated_update(x_RKD, processed, gate_RK, self.gate)
             if slots.routed is not None:

@@ -1,0 +1,63 @@
+"""Float32 matrix products of the few rows that routing leaves, on a CPU.
+
+torch gives float32 products on a CPU to MKL, whose speed falls with the number of rows, and bfloat16 ones to oneDNN.
+What a routed layer gathers from a short prompt is few rows: they go to oneDNN as well.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import register_flop_formula
+
+FEW_ROWS = 256
+"""Above so many, MKL is within a few percent of its best."""
+
+_ONE_DNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+class _OneDNN(TorchFunctionMode):
+    """`linear` of float32 tensors by oneDNN; everything else as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and not kwargs and _is_plain(args[0]) and _is_plain(args[1]):
+            bias = args[2] if len(args) > 2 else None
+            return _ONE_DNN(args[0], args[1], bias, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether this is float32 in memory, not a part of something distributed or quantized."""
+    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def products_of_few_rows(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which the matrix products of gathered tokens [R, K, D] take the faster way, where there is one.
+
+    There is none where a gradient or autocast is wanted, or R · K is above `FEW_ROWS`. Products agree with torch's own
+    up to the order of their sums. `torch.backends.mkldnn.enabled = False` leaves all of them to MKL.
+    """
+    if (
+        _ONE_DNN is None
+        or torch.is_grad_enabled()
+        or x.shape[:-1].numel() > FEW_ROWS
+        or not _is_plain(x)
+        or torch.is_autocast_enabled("cpu")
+        or not torch.backends.mkldnn.enabled
+    ):
+        return nullcontext()
+    return _OneDNN()
+
+
+if _ONE_DNN is not None:
+
+    @register_flop_formula(_ONE_DNN)
+    def _flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        """So that torch's FLOP counter sees these products, too."""
+        rows = 1
+        for size in x_shape[:-1]:
+            rows *= size
+        return int(2 * rows * weight_shape[0] * weight_shape[1])
