@@ -37,11 +37,12 @@ def _is_plain(x: Tensor) -> bool:
 def products_of_few_rows(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which the matrix products of gathered tokens [R, K, D] take the faster way, where there is one.
 
-    There is none where a gradient or autocast is wanted, or R · K is above `FEW_ROWS`. Products agree with torch's own
-    up to the order of their sums. `torch.backends.mkldnn.enabled = False` leaves all of them to MKL.
+    There is none in compiled code, where a gradient or autocast is wanted, or R · K is above `FEW_ROWS`. Products agree
+    with torch's own up to the order of their sums. `torch.backends.mkldnn.enabled = False` leaves all of them to MKL.
     """
     if (
         _ONE_DNN is None
+        or torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or x.shape[:-1].numel() > FEW_ROWS
         or not _is_plain(x)
