@@ -13,7 +13,7 @@ from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from dtfcli.models.slots import row_groups
 from tests.contract.naive_decoder import decode
 from tests.near import near_tie
-from tests.tiny import ARCHITECTURES, FAMILIES, pad, shared_routed_model, tokens
+from tests.tiny import ARCHITECTURES, FAMILIES, pad, routed_model, shared_routed_model, tokens
 
 KV_TOKENS = ("routed", "all")
 CAPACITIES = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -131,6 +131,36 @@ def test_reset_starts_afresh(family: str, architecture: str, kv_tokens: str) -> 
     assert cache.get_seq_length() == cache.nbytes == 0
     row = tokens(1, 9, 5)
     assert torch.equal(model(row, past_key_values=cache).logits, model(row, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rules_follow_capacity_and_calibration(architecture: str) -> None:
+    """What routers hold against every token is kept with the text; what may change meanwhile is not."""
+    model, ids = routed_model("llama", architecture), tokens(1, 40)
+    cache, other = RoutedCache(model.config), {"input_ids": tokens(8, 64, seed=3)}
+
+    def thresholds(at: int) -> list[float]:
+        with torch.no_grad():
+            out = model(ids[:, at : at + 1], cache=cache, output_routing=True)
+        return [record.threshold.item() for record in out.routing]
+
+    def expected(capacity: float | None = None) -> list[float]:
+        return [router.threshold("threshold", capacity).item() for router in model.model.routers.values()]
+
+    assert thresholds(0) == expected()
+    with model.routing_mode("threshold", 0.25):
+        assert thresholds(1) == expected(0.25) != expected()
+    before = thresholds(2)
+    model.calibrate([other], capacities=())
+    assert thresholds(3) == expected() != before
+    cache.reset()
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    with torch.no_grad():
+        again = model(ids, cache=cache, output_routing=True).routing
+        afresh = model(ids, cache=RoutedCache(model.config), output_routing=True).routing
+    for ours, theirs in zip(again, afresh, strict=True):
+        assert torch.equal(ours.scores, theirs.scores)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
