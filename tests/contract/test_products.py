@@ -34,11 +34,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @contextmanager
 def left_to_mkl() -> Iterator[None]:
-    torch.backends.mkldnn.enabled = False
+    torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = True
+        torch._C._set_mkldnn_enabled(True)
 
 
 @given(data=st.data())
