@@ -81,13 +81,13 @@ class RoutedLayerMixin(nn.Module):
     def select(self, ranked: Tensor, frame: RoutingFrame) -> tuple[Tensor, Tensor | None]:
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
         if frame.mode == "topk":
-            return select_topk(ranked, self._topk_share(frame), frame.real, frame.sinks), None
+            return select_topk(ranked, self._share(frame), frame.real, frame.sinks), None
         threshold = None if frame.rules is None else frame.rules[self.layer_idx].threshold
         if threshold is None:
             threshold = self.router.threshold(frame.mode, frame.capacity, frame.column)
         return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold
 
-    def _topk_share(self, frame: RoutingFrame) -> float:
+    def _share(self, frame: RoutingFrame) -> float:
         return self.router.capacity if frame.capacity is None else frame.capacity
 
     def groups(self, selected: Tensor, frame: RoutingFrame) -> tuple[list[tuple[list[int], Slots]], list[int]]:
@@ -98,7 +98,7 @@ class RoutedLayerMixin(nn.Module):
         every process of a distributed run has to enter every layer. Rows and counts are empty where nobody looked.
         """
         if frame.mode == "topk":
-            slots = assign_slots(selected, topk_capacity(self._topk_share(frame), frame.shape[1]))
+            slots = assign_slots(selected, topk_capacity(self._share(frame), frame.shape[1]))
             return [([], slots if frame.real is not None else slots._replace(routed=None))], []  # K of T, in every row
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
@@ -146,7 +146,9 @@ class RoutedLayerMixin(nn.Module):
             x_RKD, passing = enter_layer(hidden_states, slots)
             keys = all_keys.of_rows(rows, slots)
             cos, sin = (gather_tokens(part, slots) for part in position_embeddings)
-            with nullcontext() if slots.whole else products_of_few_rows(x_RKD):
+            # At γ = 1 the products are the stock layer's, bit for bit.
+            gathered = not slots.whole and self._share(frame) < 1.0
+            with products_of_few_rows(x_RKD) if gathered else nullcontext():
                 processed = super().forward(
                     x_RKD,
                     attention_mask=keys.mask(x_RKD, slots, frame, self.config),

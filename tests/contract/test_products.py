@@ -102,6 +102,19 @@ def test_gathered_tokens_alone(family: str, architecture: str, calls: list[int])
     assert calls == []
 
 
+@pytest.mark.parametrize("mode", ["threshold", "topk"])
+@torch.no_grad()
+def test_a_model_that_routes_everything_is_left_alone(mode: str, calls: list[int]) -> None:
+    model, ids = shared_routed_model("qwen2", "dtf"), tokens(3, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    calls.clear()
+    with model.routing_mode(mode, 1.0):
+        assert torch.equal(model(ids, use_cache=False).logits, dense_model("qwen2")(ids, use_cache=False).logits)
+        model(ids, attention_mask=mask)
+    assert calls == []
+
+
 def test_counted_by_torch(calls: list[int]) -> None:
     model, ids = shared_routed_model("llama", "mod"), tokens(1, 30)
     calls.clear()
