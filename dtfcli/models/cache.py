@@ -225,14 +225,14 @@ class RoutedCache(Cache):
     `batch_repeat_interleave`, `batch_select_indices` and `reset` as for any Transformers cache.
 
     Attributes:
-        rules: what the model that fills it holds against every token, by mode and γ: worked out once for a text.
+        rules: what the model that fills it holds against every token, by device: worked out once for a text.
     """
 
     def __init__(self, config: Any) -> None:
         routed = set(config.routed_layer_indices) if config.kv_tokens == "routed" else set()
         layers = [RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
         super().__init__(layers=layers)
-        self.rules: dict[tuple[str, float | None], Any] = {}
+        self.rules: dict[torch.device, Any] = {}
 
     def reset(self) -> None:
         """Forget everything."""

@@ -50,7 +50,6 @@ class RoutedLayerMixin(nn.Module):
         self.by_surprise = config.architecture == "dtf"  # not by the router's class: peft may have wrapped it
         self.router = (PredictiveRouter if self.by_surprise else LinearRouter)(config, layer_idx)
         self.predictor = Predictor(config) if config.has_predictor else None
-        self.kv_tokens, self.gate = config.kv_tokens, config.gate  # a configuration's own fields are slow to read
 
     def score(
         self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
@@ -141,7 +140,7 @@ class RoutedLayerMixin(nn.Module):
         ranked, scores, logits = self.rank(hidden_states, surprises, frame, store)
         selected, threshold = self.select(ranked, frame)
         groups, counts = self.groups(selected, frame)
-        all_keys = self._keys(hidden_states, position_embeddings, selected, counts, store)
+        all_keys = self._keys(hidden_states, position_embeddings, selected, counts, store, frame)
         for rows, slots in groups:
             x_RKD, passing = enter_layer(hidden_states, slots)
             keys = all_keys.of_rows(rows, slots)
@@ -157,7 +156,7 @@ class RoutedLayerMixin(nn.Module):
                     **kwargs,
                 )
             gate_RK = None if scores.gate is None else gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
-            updated = gated_update(x_RKD, processed, gate_RK, self.gate)
+            updated = gated_update(x_RKD, processed, gate_RK, frame.gate)
             if slots.routed is not None:
                 updated = torch.where(slots.routed.unsqueeze(-1), updated, x_RKD)
             hidden_states = leave_layer(passing, slots, updated)
@@ -170,9 +169,10 @@ class RoutedLayerMixin(nn.Module):
         selected: Tensor,
         counts: list[int],
         store: Any,
+        frame: RoutingFrame,
     ) -> OwnKeys:
         """Whose keys and values the routed tokens attend to; what the cache keeps is kept here."""
-        if self.kv_tokens == "all":
+        if frame.kv_tokens == "all":
             attention = self.self_attn
             normed = self.input_layernorm(hidden_states)
             shape = (*normed.shape[:-1], -1, attention.head_dim)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 FEW_ROWS = 256
 """Above so many, MKL is within a few percent of its best."""
@@ -23,7 +23,7 @@ class _OneDNN(TorchFunctionMode):
     """`linear` of float32 tensors by oneDNN; everything else as it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and _is_plain(args[0]) and _is_plain(args[1]):
+        if func is F.linear and not kwargs and _wanted() and all(map(_is_plain, args[:2])) and args[1].dim() == 2:
             bias = args[2] if len(args) > 2 else None
             return _ONE_DNN(args[0], args[1], bias, "none", [], "")
         return func(*args, **(kwargs or {}))
@@ -31,7 +31,17 @@ class _OneDNN(TorchFunctionMode):
 
 def _is_plain(x: Tensor) -> bool:
     """Whether this is float32 in memory, not a part of something distributed or quantized."""
-    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu"
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+    )
+
+
+def _wanted() -> bool:
+    """Whether this is eager inference in the tensors' own precision; hooks may change that inside a block."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
 
 
 def products_of_few_rows(x: Tensor) -> AbstractContextManager[Any]:
@@ -42,18 +52,16 @@ def products_of_few_rows(x: Tensor) -> AbstractContextManager[Any]:
     """
     if (
         _ONE_DNN is None
-        or torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+        or not _wanted()
         or x.shape[:-1].numel() > FEW_ROWS
         or not _is_plain(x)
-        or torch.is_autocast_enabled("cpu")
         or not torch.backends.mkldnn.enabled
     ):
         return nullcontext()
     return _OneDNN()
 
 
-if _ONE_DNN is not None:
+if _ONE_DNN is not None and _ONE_DNN not in flop_registry:  # a saved model brings a copy of this file
 
     @register_flop_formula(_ONE_DNN)
     def _flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .configuration_fields import CAUSAL_MODES
 from .routing import (
     Criteria,
     Recent,
@@ -42,7 +41,7 @@ class Rule(NamedTuple):
     criteria: Criteria | None = None
     """None: MoD, or to be worked out by the layer, for its gradient."""
     threshold: Tensor | None = None
-    """float32, 0-d; None outside the causal modes."""
+    """float32, 0-d; None: the layer's when it is asked."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class RoutingFrame:
         autocast: whether autocast is on, which scores have to leave.
         column: the threshold column to use instead of `capacity` (calibration).
         rules: of each routed layer, where they must not be what the layer says when it is asked.
+        kv_tokens, gate: as configured.
     """
 
     mode: str
@@ -77,6 +77,8 @@ class RoutingFrame:
     autocast: bool = False
     column: int | None = None
     rules: "Mapping[int, Rule] | None" = None
+    kv_tokens: str = "routed"
+    gate: str = "straight_through"
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -282,17 +284,12 @@ class LinearRouter(Router):
         return {}
 
 
-def rules_by_layer(routers: Mapping[int, Router], mode: str, capacity: float | None) -> dict[int, Rule]:
-    """The rules of several layers: their criteria by as many operations as those of one take."""
-    thresholds = {
-        layer: router.threshold(mode, capacity) if mode in CAUSAL_MODES else None for layer, router in routers.items()
-    }
-    if not all(isinstance(router, PredictiveRouter) for router in routers.values()):
-        return {layer: Rule(None, threshold) for layer, threshold in thresholds.items()}
+def rules_by_layer(routers: Mapping[int, Router]) -> dict[int, Rule]:
+    """The criteria of several layers of DTF by as many operations as those of one take."""
     log_o_ce, log_m_cu, beta_ce, beta_cu = (
         torch.cat([getattr(router, name) for router in routers.values()])
         for name in ("log_o_ce", "log_m_cu", "beta_ce", "beta_cu")
     )
     together = criteria(log_o_ce.exp(), log_m_cu.exp(), beta_ce, beta_cu)
     each = zip(*(values.unbind() for values in together), strict=True)
-    return {layer: Rule(Criteria(*of), thresholds[layer]) for layer, of in zip(routers, each, strict=True)}
+    return {layer: Rule(Criteria(*of)) for layer, of in zip(routers, each, strict=True)}

@@ -236,6 +236,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 gates=output_routing or self.config.gate == "soft" or torch.is_grad_enabled(),
                 autocast=torch.is_autocast_enabled(device.type),
                 rules=self._rules(mode, device, cache),
+                kv_tokens=self.config.kv_tokens,
+                gate=self.config.gate,
             ),
             layer_inputs={
                 # By place: Transformers 5.24 renamed the cache's argument.
@@ -248,8 +250,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
     def _rules(self, mode: str, device: torch.device, cache: RoutedCache | None) -> Mapping[int, Rule] | None:
         """Those of all routed layers, where they can be had before any layer is asked.
 
-        A text that is being generated keeps them in its cache. While training only the thresholds are looked up, as
-        tracking moves them between a forward pass and what is recomputed of it; with a gradient each layer's criteria
+        A text that is being generated keeps DTF's criteria in its cache. While training only the thresholds are looked
+        up, as tracking moves them between a forward pass and what is recomputed of it; with a gradient each layer's criteria
         belong to its own graph. None: where some router lies elsewhere than the tokens (on several devices, offloaded,
         or in parts).
         """
@@ -258,16 +260,17 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             return {i: Rule(None, r.threshold(mode).clone()) for i, r in self.routers.items()} if causal else None
         if torch.is_grad_enabled():
             return None
-        key = (mode, self.capacity_override)
-        if cache is not None and key in cache.rules:
-            return cache.rules[key]
+        if self.config.architecture != "dtf":
+            return None
+        if cache is not None and device in cache.rules:
+            return cache.rules[device]
         routers = self.routers
         own = [next(router.parameters(recurse=False), None) for router in routers.values()]
         if any(type(weight) is not torch.nn.Parameter or weight.device != device for weight in own):
             return None
-        rules = rules_by_layer(routers, mode, self.capacity_override)
+        rules = rules_by_layer(routers)
         if cache is not None:
-            cache.rules[key] = rules
+            cache.rules[device] = rules
         return rules
 
     def _step(self, index: int, layer: Any, stream: Stream, **kwargs: Any) -> None:
