@@ -251,9 +251,9 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         """Those of all routed layers, where they can be had before any layer is asked.
 
         A text that is being generated keeps DTF's criteria in its cache. While training only the thresholds are looked
-        up, as tracking moves them between a forward pass and what is recomputed of it; with a gradient each layer's criteria
-        belong to its own graph. None: where some router lies elsewhere than the tokens (on several devices, offloaded,
-        or in parts).
+        up, as tracking moves them between a forward pass and what is recomputed of it; with a gradient each layer's
+        criteria belong to its own graph. None: where some router lies elsewhere than the tokens (on several devices,
+        offloaded, or in parts).
         """
         causal = mode in CAUSAL_MODES
         if self.training:
