@@ -131,7 +131,8 @@ def test_counted_by_torch(calls: list[int]) -> None:
 def test_a_saved_copy_of_the_code_loads_beside_it() -> None:
     """Every model that is loaded with `trust_remote_code` brings its own."""
     spec = spec_from_file_location("a_copy_of_products", products.__file__)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     copy = module_from_spec(spec)
     spec.loader.exec_module(copy)
     assert copy.FEW_ROWS == FEW_ROWS
@@ -142,4 +143,5 @@ def test_gradients_switched_on_inside_a_block(calls: list[int]) -> None:
     x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.nn.Parameter(torch.randn(8, 8))
     with products_of_few_rows(x), torch.enable_grad():
         F.linear(x, weight).sum().backward()
-    assert x.grad is not None and calls == []
+    assert x.grad is not None
+    assert calls == []
