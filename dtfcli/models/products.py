@@ -5,6 +5,7 @@ What a routed layer gathers from a short prompt is few rows: they go to oneDNN a
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 FEW_ROWS = 256
-"""Above so many, MKL is within a few percent of its best."""
+"""Above so many, MKL is near its best."""
 
 _ONE_DNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -66,7 +67,4 @@ if _ONE_DNN is not None and _ONE_DNN not in flop_registry:  # a saved model brin
     @register_flop_formula(_ONE_DNN)
     def _flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         """So that torch's FLOP counter sees these products, too."""
-        rows = 1
-        for size in x_shape[:-1]:
-            rows *= size
-        return int(2 * rows * weight_shape[0] * weight_shape[1])
+        return 2 * prod(x_shape) * int(weight_shape[0])

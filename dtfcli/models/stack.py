@@ -255,12 +255,9 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         criteria belong to its own graph. None: where some router lies elsewhere than the tokens (on several devices,
         offloaded, or in parts).
         """
-        causal = mode in CAUSAL_MODES
-        if self.training:
-            return {i: Rule(None, r.threshold(mode).clone()) for i, r in self.routers.items()} if causal else None
-        if torch.is_grad_enabled():
-            return None
-        if self.config.architecture != "dtf":
+        if self.training and mode in CAUSAL_MODES:
+            return {i: Rule(None, r.threshold(mode).clone()) for i, r in self.routers.items()}
+        if self.training or torch.is_grad_enabled() or self.config.architecture != "dtf":
             return None
         if cache is not None and device in cache.rules:
             return cache.rules[device]
@@ -338,7 +335,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 self._step(index, self.layers[index], stream)
         for mode, column in columns:
             streams = [
-                replace(s, frame=replace(s.frame, mode=mode, column=column, rules=None), prior_errors=[], records=[])
+                replace(s, frame=replace(s.frame, mode=mode, column=column), prior_errors=[], records=[])
                 for s in entering
             ]
             for index in range(first, last + 1):
