@@ -84,7 +84,8 @@ class RoutedLayerMixin(nn.Module):
         threshold = None if frame.rules is None else frame.rules[self.layer_idx].threshold
         if threshold is None:
             threshold = self.router.threshold(frame.mode, frame.capacity, frame.column)
-        return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold
+        # A checkpointed layer's outputs become part of its graph; the threshold it will recompute with must not.
+        return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold.detach()
 
     def _share(self, frame: RoutingFrame) -> float:
         return self.router.capacity if frame.capacity is None else frame.capacity

@@ -78,6 +78,30 @@ def test_the_same_tokens_while_thresholds_move(architecture: str, kind: str) -> 
         torch.testing.assert_close(recomputed, plain)
 
 
+@pytest.mark.parametrize("routing", ["topk", "threshold"])
+@pytest.mark.parametrize("gate", ["soft", "straight_through"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reentrant_checkpointing_as_trainers_may_ask_for(architecture: str, gate: str, routing: str) -> None:
+    """It runs a layer without gradients first and takes what comes out for its own, object by object."""
+
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        model = convert(dense_model("llama"), architecture, gate=gate, prior_dropout=0.2)
+        model.calibrate([{"input_ids": tokens(8, 64, seed=5)}], capacities=())
+        model.set_training_routing(routing)
+        model.enable_input_require_grads()
+        if recompute:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": True})
+        torch.manual_seed(3)
+        model.train()(tokens(2, 64), labels=tokens(2, 64), use_cache=False).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed)
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(b, a)
+
+
 @pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
 def test_recomputed_and_compiled(architecture: str) -> None:
     """The compiler sees the checkpoint inside of a layer, and its graphs keep what is to be kept."""
