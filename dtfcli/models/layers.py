@@ -66,8 +66,9 @@ class RoutedLayerMixin(nn.Module):
         self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
     ) -> tuple[Tensor, Scores, Tensor | None]:
         """What is compared with thresholds, float32 [B, T]; the router's scores; the predictor's logits, if used."""
-        if frame.autocast:
-            with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 scores = self.score(hidden_states, surprises, frame, store)
         else:
             scores = self.score(hidden_states, surprises, frame, store)

@@ -1,7 +1,7 @@
 """Routed Qwen2 and Llama language models: the routed stack with its head, losses and routing controls."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import CAUSAL_MODES, ROUTING_MODES
 from .losses import causal_lm_loss, embedded_with_head
 from .outputs import RoutedCausalLMOutput, RoutedModelOutput, RoutingRecord
+from .products import products_of_few_rows
 from .routers import CAPACITY_GRID
 from .routing import masked_mean
 from .stack import DynamicLlamaModel, DynamicPreTrainedMixin, DynamicQwenModel
@@ -80,7 +81,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         hidden_states = outputs.last_hidden_state
         if output_logits is None:
             output_logits = labels is None or not self.training
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)) if output_logits else None
+        logits = self._logits(hidden_states, logits_to_keep) if output_logits else None
 
         loss = lm_loss = prior_loss = router_loss = None
         if labels is not None:
@@ -103,6 +104,19 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def _logits(self, hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        """[B, T, D] → logits of the positions to keep, [B, N, V]."""
+        kept = slice_logits_to_keep(hidden_states, logits_to_keep)
+        gathered = kept.shape[1] < hidden_states.shape[1] and not self._routes_everything
+        with products_of_few_rows(kept) if gathered else nullcontext():
+            return self.lm_head(kept)
+
+    @property
+    def _routes_everything(self) -> bool:
+        """Whether γ is 1 in every layer: the products are then the stock model's, bit for bit."""
+        capacity = self.capacity
+        return min(capacity if isinstance(capacity, list) else [capacity]) >= 1.0
 
     def _auxiliary_losses(
         self, outputs: RoutedModelOutput, labels: Tensor, num_items_in_batch: Tensor | float | None

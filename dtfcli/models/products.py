@@ -1,7 +1,8 @@
 """Float32 matrix products of the few rows that routing leaves, on a CPU.
 
 torch gives float32 products on a CPU to MKL, whose speed falls with the number of rows, and bfloat16 ones to oneDNN.
-What a routed layer gathers from a short prompt is few rows: they go to oneDNN as well.
+What a routed layer gathers from a short prompt is few rows, and so is the one position whose logits are read: they go
+to oneDNN as well.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -58,7 +58,6 @@ class RoutingFrame:
         average_window, average_skips_sinks: what the moving average of eq. 3.9 runs over (DTF).
         past: S.
         gates: whether anybody needs gates and criteria: a soft gate, a gradient, or who asked for routing records.
-        autocast: whether autocast is on, which scores have to leave.
         column: the threshold column to use instead of `capacity` (calibration).
         rules: of each routed layer, where they must not be what the layer says when it is asked.
         kv_tokens, gate: as configured.
@@ -74,7 +73,6 @@ class RoutingFrame:
     average_skips_sinks: bool = False
     past: int = 0
     gates: bool = True
-    autocast: bool = False
     column: int | None = None
     rules: "Mapping[int, Rule] | None" = None
     kv_tokens: str = "routed"

@@ -132,7 +132,7 @@ def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_origina
     if torch.is_grad_enabled():
         return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
     static, change = _static_and_change(original, posterior, guess)
-    # A tensor of its own: reentrant checkpointing runs this first and takes outputs for one if they are the same object.
+    # A tensor of its own: reentrant checkpointing runs this first, and one object twice would have one gradient.
     return Surprise(posterior, static, change, change.view_as(change))
 
 

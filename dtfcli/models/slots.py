@@ -77,8 +77,10 @@ def assign_group(selected: Tensor, rows: list[int], counts: list[int]) -> Slots:
     if least == tokens:
         positions_RT = torch.arange(tokens, device=device).expand(len(rows), tokens)
         return Slots(positions_RT, rows=index, whole=everyone)
-    slots = assign_slots(selected if index is None else selected.index_select(0, index), width)
-    return slots._replace(routed=None if least == width else slots.routed, rows=index)
+    chosen = selected if index is None else selected.index_select(0, index)
+    if least == width:  # no free slots, so nothing to sort
+        return Slots(chosen.nonzero()[:, 1].view(-1, width), rows=index)
+    return assign_slots(chosen, width)._replace(rows=index)
 
 
 def _flat_index(slots: Slots, tokens: int) -> Tensor:

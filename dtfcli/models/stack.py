@@ -234,7 +234,6 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
                 average_skips_sinks=self.config.skips_sinks_in_average,
                 past=past,
                 gates=output_routing or self.config.gate == "soft" or torch.is_grad_enabled(),
-                autocast=torch.is_autocast_enabled(device.type),
                 rules=self._rules(mode, device, cache),
                 kv_tokens=self.config.kv_tokens,
                 gate=self.config.gate,
@@ -253,7 +252,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
         A text that is being generated keeps DTF's criteria in its cache. While training only the thresholds are looked
         up, as tracking moves them between a forward pass and what is recomputed of it; with a gradient each layer's
         criteria belong to its own graph. None: where some router lies elsewhere than the tokens (on several devices,
-        offloaded, or in parts).
+        offloaded, or in parts, some of them empty).
         """
         if self.training and mode in CAUSAL_MODES:
             return {i: Rule(None, r.threshold(mode).clone()) for i, r in self.routers.items()}
@@ -263,7 +262,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin):
             return cache.rules[device]
         routers = self.routers
         own = [next(router.parameters(recurse=False), None) for router in routers.values()]
-        if any(type(weight) is not torch.nn.Parameter or weight.device != device for weight in own):
+        if any(type(w) is not torch.nn.Parameter or w.device != device or not w.numel() for w in own):
             return None
         rules = rules_by_layer(routers)
         if cache is not None:

@@ -103,6 +103,23 @@ def test_gathered_tokens_alone(family: str, architecture: str, calls: list[int])
     assert calls == []
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_the_position_whose_logits_are_read(architecture: str, calls: list[int]) -> None:
+    model, ids = shared_routed_model("qwen2", architecture), tokens(2, 40)
+    every = model(ids, use_cache=False)
+    in_layers = len(calls)
+    calls.clear()
+    last = model(ids, logits_to_keep=1)
+    assert len(calls) == in_layers + 1
+    assert calls[-1] == 2  # one position of each row, by the head
+    torch.testing.assert_close(last.logits, every.logits[:, -1:], atol=1e-4, rtol=1e-5)
+    calls.clear()
+    only_sinks = model(ids[:, :1], logits_to_keep=1)  # nothing is left out: that is decoding's shape
+    assert only_sinks.logits.shape[1] == 1
+    assert calls == []
+
+
 @pytest.mark.parametrize("mode", ["threshold", "topk"])
 @torch.no_grad()
 def test_a_model_that_routes_everything_is_left_alone(mode: str, calls: list[int]) -> None:
@@ -111,7 +128,9 @@ def test_a_model_that_routes_everything_is_left_alone(mode: str, calls: list[int
     mask[0, :7] = 0
     calls.clear()
     with model.routing_mode(mode, 1.0):
-        assert torch.equal(model(ids, use_cache=False).logits, dense_model("qwen2")(ids, use_cache=False).logits)
+        for kept in (0, 1):
+            ours, stock = (m(ids, use_cache=False, logits_to_keep=kept) for m in (model, dense_model("qwen2")))
+            assert torch.equal(ours.logits, stock.logits)
         model(ids, attention_mask=mask)
     assert calls == []
 

@@ -118,3 +118,25 @@ def test_weights_that_accelerate_keeps_elsewhere(architecture: str) -> None:
         expected = model(input_ids).logits
         found = cpu_offload(model, execution_device=torch.device("cpu"))(input_ids).logits
     assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_weights_that_are_there_only_while_their_module_runs() -> None:
+    """As DeepSpeed's third stage does: everywhere else a parameter is an empty tensor."""
+    model, input_ids = routed_model("llama", "dtf"), tokens(2, 12)
+    expected = model(input_ids).logits
+    for router in model.model.routers.values():
+        whole = {name: parameter.data for name, parameter in router.named_parameters()}
+
+        def gather(module: Any, _: Any, whole: dict[str, torch.Tensor] = whole) -> None:
+            for name, parameter in module.named_parameters():
+                parameter.data = whole[name]
+
+        def release(module: Any, *_: Any) -> None:
+            for parameter in module.parameters():
+                parameter.data = parameter.new_empty(0)
+
+        release(router)
+        router.register_forward_pre_hook(gather)
+        router.register_forward_hook(release)
+    torch.testing.assert_close(model(input_ids).logits, expected)
