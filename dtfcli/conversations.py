@@ -135,11 +135,11 @@ def _without_blank_tail(text: str, start: int, end: int, content: str) -> int:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn what a template raises (roles in the wrong order, a role that it does not know) into `Refused`."""
+    """Turn what a template raises (roles in a wrong order, unknown ones, no turn at all) into `Refused`."""
     from jinja2 import TemplateError
 
     try:
         yield
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError, IndexError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise Refused(f"refused by the chat template ({reason[:60]})") from error

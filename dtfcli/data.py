@@ -31,6 +31,7 @@ from dtfcli.errors import DataError
 from dtfcli.settings import DataSettings
 from dtfcli.sources import SourceReader, SourceReport
 from dtfcli.stream import document_mixture, read_head, stream_identity
+from dtfcli.targets import count_targets
 from dtfcli.tokenization import (
     data_tokenizer,
     document_encoder,
@@ -223,6 +224,7 @@ def _build(
     if folder is not None:
         (folder / "spool").unlink()
     validation = blocks["validation"]
+    _check_targets(validation)
     notes = {
         "validation_bytes_per_token": _ratio(text_bytes["validation"], np.count_nonzero(validation >= 0)),
         "validation_unigram": unigram_cross_entropy(blocks["train"], validation, len(tokenizer)),
@@ -263,6 +265,7 @@ def _build_head(
                 f"({heads[split].documents} documents): {remedy}add text, or set a smaller data.seq_len."
             )
     blocks = {split: head.rows for split, head in heads.items()}
+    _check_targets(blocks["validation"])
     if folder is not None:
         for split, rows in blocks.items():
             np.save(folder / f"{split}.npy", rows)
@@ -274,6 +277,14 @@ def _build_head(
         "report": [asdict(report) for report in reports],
     }
     return blocks, notes
+
+
+def _check_targets(validation: np.ndarray) -> None:
+    if len(validation) and not count_targets(validation):
+        raise DataError(
+            "data.sources: the held-out rows have no target, so nothing can be validated; raise data.seq_len, so that "
+            "answers fit in, or data.validation_fraction."
+        )
 
 
 def _ratio(part: float, whole: Any) -> float:

@@ -74,10 +74,8 @@ class HubReader(SourceReader):
     def identity(self) -> dict[str, Any]:
         if self.version:
             return {**super().identity(), "column": self.column, "state": self.version}
-        files = []
-        for entry in self.rows.cache_files:
-            stat = os.stat(entry["filename"])
-            files.append((os.path.basename(entry["filename"]), stat.st_size, stat.st_mtime_ns))
+        # Not when they were written: each machine of a run may have fetched them at another time.
+        files = [(os.path.basename(f["filename"]), os.path.getsize(f["filename"])) for f in self.rows.cache_files]
         state = getattr(self.rows, "_fingerprint", None)
         return {**super().identity(), "column": self.column, "state": state, "files": files}
 

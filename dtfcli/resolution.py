@@ -55,6 +55,8 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
         unread["model.scratch"] = f"the model starts from model.base = {base}"
     else:
         unread |= dict.fromkeys(["model.revision", "model.trust_remote_code"], "model.base is empty")
+        if tokenizer := lookup(values, "data.tokenizer"):
+            unread["model.scratch.vocab_size"] = f"data.tokenizer = {tokenizer} has its own"
     if not lookup(values, "hub.repo"):
         unread["hub.private"] = "hub.repo is empty"
     if steps is not None:

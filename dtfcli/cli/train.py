@@ -129,8 +129,9 @@ def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
     else:
         folder = newest_run(Path(os.environ.get(environment_name("run.output_dir"), "outputs")))
     settings = run_settings(folder)
-    with locked(folder):
-        pass  # said before any process is started
+    if "WORLD_SIZE" not in os.environ:  # else one of the others may be at work already
+        with locked(folder):
+            pass  # said before any process is started
     if not _launched(settings, processes or processes_of(folder)):
         _train(settings, folder, None, rename=False, json=json)
 
@@ -176,7 +177,7 @@ def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json
     from dtfcli.accounting import describe
     from dtfcli.cli import render, train_view
     from dtfcli.devices import compute_dtype, resolve_device
-    from dtfcli.factory import build_model
+    from dtfcli.factory import build_model, build_tokenizer
     from dtfcli.training.adapters import adapt
     from dtfcli.training.plan import for_processes, plan_run
 
@@ -184,7 +185,8 @@ def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json
         raise ConfigError(f"--accelerator {accelerator}: how many of them? Add --num-processes N.")
     scaling = None
     dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
-    model = adapt(build_model(settings, meta=True), settings)
+    tokenizer = None if settings.model.base or not settings.data.tokenizer else build_tokenizer(settings)
+    model = adapt(build_model(settings, meta=True, tokenizer=tokenizer), settings)
     if processes is not None:
         from dtfcli.scaling import estimate, find_accelerator
 

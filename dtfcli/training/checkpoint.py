@@ -10,9 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 from dtfcli.errors import DTFError
 
 STATE_FILE = "state.json"
+
+_NAME = re.compile(r"step-\d+")
 
 
 @dataclass
@@ -82,6 +85,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         with explained_write_errors(folder.parent):
             partial.mkdir(parents=True)
             yield partial
+            _flush(partial)
             if folder.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 os.replace(folder, previous)
@@ -89,6 +93,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(previous, ignore_errors=True)
             else:
                 os.replace(partial, folder)
+            _flush_names(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -102,6 +107,28 @@ def shared_folder(folder: Path, processes: Any) -> Iterator[Path]:
         with explained_write_errors(folder.parent):
             yield partial
     processes.wait()
+
+
+def _flush(folder: Path) -> None:
+    """Bring what was written to the disk, before a rename says that it is there: power may fail, too."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            _sync(path)
+    for path in [*folder.rglob("*/"), folder]:
+        _flush_names(path)
+
+
+def _flush_names(folder: Path) -> None:
+    with suppress(OSError):  # not every system and file system can do that
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _partial(folder: Path) -> Path:
@@ -125,11 +152,18 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """A run's checkpoints, newest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]), reverse=True)
+    found = {path: _NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")}
+    return sorted((path for path, name in found.items() if name), key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int, processes: Any) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`; every process takes part.
+    """Write a checkpoint and remove all but the newest `keep` up to it; every process takes part.
+
+    Later ones are of a course that was left because they are damaged: they count for nothing, and are written over.
 
     Args:
         states: saves model, optimizer and random generators into a folder (`sharding`).
@@ -150,7 +184,8 @@ def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int,
             hashes = {path.relative_to(partial).as_posix(): _hash(path) for path in files}
             (partial / STATE_FILE).write_text(json.dumps({"state": asdict(state), "sha256": hashes}, indent=2))
     if processes.is_main:
-        for old in list_checkpoints(run_dir)[max(1, keep) :]:
+        until_now = [path for path in list_checkpoints(run_dir) if _step_of(path) <= state.step]
+        for old in until_now[max(1, keep) :]:
             shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -181,7 +216,11 @@ def read_state(folder: Path) -> TrainingState:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")
-        if _hash(path) != expected:
+        try:
+            matches = _hash(path) == expected
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+        if not matches:
             raise ValueError(f"{name} does not match its hash")
     return state
 

@@ -14,13 +14,18 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile every decoder layer of a causal language model in place; parameter names stay as they are.
 
     A layer is compiled whole (`fullgraph`): a graph break would cost more than compiling gains. Only training by `topk`
-    has shapes that are known beforehand; everything else (evaluation, the causal modes) runs as before.
+    at the model's own γ has shapes that are known beforehand; everything else (evaluation, the causal modes, a γ that
+    is still annealed) runs as before.
 
     Args:
         model: routed or stock, with its layers at `model.model.layers`.
         backend: of torch.compile.
     """
-    for layer in model.model.layers:
+    layers = model.model.layers
+    # One for each kind of layer and number of routed tokens, all of the same code object; at most one a layer.
+    limit: Any = torch._dynamo.config
+    limit.recompile_limit = max(limit.recompile_limit, len(layers) + 1)
+    for layer in layers:
         _compile(layer, backend)
 
 
@@ -30,6 +35,8 @@ def _compile(layer: Any, backend: str) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         frame = kwargs.get("frame")
         fixed = layer.training and torch.is_grad_enabled() and (frame is None or frame.mode == "topk")
+        if fixed and frame is not None:
+            fixed = layer.router.capacity == layer.config.layer_capacity(layer.layer_idx)
         return compiled(*args, **kwargs) if fixed else layer._call_impl(*args, **kwargs)
 
     # What `nn.Module.compile` sets; it is neither saved nor copied with the module.

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop at a safe place, the second stops it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to stop at a safe place, a Ctrl-C after it stops it at once.
+
+A second SIGTERM does not: schedulers send it to all processes, and a launcher then passes its own on.
+"""
 
 import contextlib
 import signal
@@ -36,7 +39,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.requested = True
         # The signal may have come in the middle of a write to the same stream, which cannot be entered twice.
         with contextlib.suppress(RuntimeError):

@@ -40,6 +40,7 @@ from dtfcli.training.publishing import is_logged_in, push_final_model
 from dtfcli.training.runs import CURVES_FILE, MERGED_MODEL, locked
 from dtfcli.training.saving import checkpoint, save_merged, save_model
 from dtfcli.training.setup import Run, setup
+from dtfcli.training.sharding import Sharded
 from dtfcli.training.tracking import Event, Listener, read_metrics
 from dtfcli.training.validation import calibration_batches, to_batch, to_labels, validate
 
@@ -265,6 +266,7 @@ def _clip_gradients(run: Run) -> float:
     in small models), throttle the backbone's steps.
     """
     squares = 0.0
+    run.accelerator.unscale_gradients()  # once for all groups: float16's loss scaling refuses a second time
     for name in GROUPS:
         members = [p for group in run.optimizer.param_groups if group["name"] == name for p in group["params"]]
         if members:
@@ -284,21 +286,48 @@ def log_step(run: Run, losses: dict[str, Any]) -> None:
     if run.objective.routed:
         for layer, scalars in run.model.router_scalars().items():
             line |= {f"router/{layer}/{name}": value for name, value in scalars.items()}
-    line |= {"tokens_per_second": rate, "mfu": flops / run.peak_flops if run.peak_flops else None}
-    line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
+    peak = run.peak_flops * run.processes.count if run.peak_flops else None
+    line |= {"tokens_per_second": rate, "mfu": flops / peak if peak else None}
+    line = _without_nan(line)
     run.log.write(line)
     run.tell("step", metrics=line)
 
 
+def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no such number."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
+
+
 def evaluate(run: Run) -> dict[str, float]:
     """Measure the held-out losses, write their line, and keep the model if it is the best so far."""
+    with _evaluation_thresholds(run):
+        return _evaluate(run)
+
+
+@contextmanager
+def _evaluation_thresholds(run: Run) -> Iterator[None]:
+    """On the way, thresholds calibrated for an evaluation; afterwards again those that training tracks.
+
+    The averages that training tracks lag behind while the scores still move: they routed anything from nothing to
+    everything. At the end `finish` has calibrated already.
+    """
+    if not (run.objective.routed and len(run.validation) and run.state.step < run.plan.total_steps):
+        yield
+        return
+    tracked = {layer: router.thresholds[0].clone() for layer, router in run.model.model.routers.items()}
+    try:
+        calibrate(run, capacities=(), tokens=_QUICK_CALIBRATION_TOKENS)
+        yield
+    finally:
+        if run.state.step:  # before the first update nothing was tracked
+            for layer, router in run.model.model.routers.items():
+                router.thresholds[0] = tracked[layer]
+
+
+def _evaluate(run: Run) -> dict[str, float]:
     state = run.state
     metrics: dict[str, Any] = {}
     if len(run.validation):
-        if run.objective.routed and state.step < run.plan.total_steps:
-            # The averages that training tracks lag behind while the scores still move: they routed anything from
-            # nothing to everything. At the end `finish` has calibrated already.
-            calibrate(run, capacities=(), tokens=_QUICK_CALIBRATION_TOKENS)
         run.tell("phase", "Evaluating")
         metrics = validate(
             run.objective,
@@ -311,7 +340,7 @@ def evaluate(run: Run) -> dict[str, float]:
         )
         _check_finite(run, {"val/loss": metrics["val/loss"]})
         once = {"val/unigram": run.data.validation_unigram} if state.evaluated_step < 0 else {}
-        run.log.write({"step": state.step, "tokens": run.tokens, **metrics, **once})
+        run.log.write(_without_nan({"step": state.step, "tokens": run.tokens, **metrics, **once}))
         if state.step > 0 and (state.best_loss is None or metrics["val/loss"] < state.best_loss):
             state.best_step, state.best_loss = state.step, metrics["val/loss"]
             save_model(run, "best_model")
@@ -342,8 +371,7 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
 
 def finish(run: Run) -> TrainResult:
     """Calibrate, evaluate for the last time, see what the model writes, and save it: the end of a run."""
-    if run.settings.lora.merge:
-        checkpoint(run)  # merging may need the base again, and the memory for it
+    checkpoint(run)  # what follows takes a while, and disks fill up
     if run.objective.routed:
         calibrate(run)
     metrics = evaluate(run)
@@ -396,7 +424,12 @@ def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tup
     torch.manual_seed(run.settings.run.seed)
     with run.accelerator.autocast(), run.states.outside(), _causal_routing(run.model, run.objective.routed):
         written = run.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=True, temperature=0.5
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=0.5,
+            synced_gpus=isinstance(run.states, Sharded),  # where each needs the others, nobody stops before them
         )[0]
     split = prompt.shape[1]
     return run.tokenizer.decode(written[:split]), run.tokenizer.decode(written[split:], skip_special_tokens=True)

@@ -83,6 +83,11 @@ def plan_run(settings: Settings, train_rows: int | None) -> Plan | None:
         if train_rows is None:
             return None
         total = max(1, int(training.epochs * train_rows / rows_per_update))
+    if training.router_warmup_steps >= total:
+        raise ConfigError(
+            f"training.router_warmup_steps = {training.router_warmup_steps}: the backbone would never be trained; "
+            f"fewer than the {total} updates of the run."
+        )
     every = max(1, total // _EVALUATIONS, _affordable_interval(settings))
     return Plan(
         seq_len=seq_len,

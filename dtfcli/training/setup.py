@@ -205,7 +205,7 @@ def _restore(folder: Path, states: Replicated, start: TrainingState, emit: Liste
         emit(Event("warning", f"{folder} has no usable checkpoint: starting from the beginning."))
         return start
     checkpoint, state = found
-    if state.data != start.data:
+    if states.processes.from_main(lambda: state.data != start.data):
         raise DataError(
             f"{folder}: data.sources have changed since this run began, so it cannot be resumed. Start a new run."
         )

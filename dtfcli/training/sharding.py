@@ -83,7 +83,7 @@ class Replicated:
 
     def clip(self, parameters: list[Tensor], largest: float) -> float:
         """Clip the gradients of some parameters by their common norm, which is returned."""
-        norm = self.accelerator.clip_grad_norm_(parameters, largest)
+        norm = nn.utils.clip_grad_norm_(parameters, largest)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     @contextmanager

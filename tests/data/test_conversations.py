@@ -108,6 +108,7 @@ def test_no_second_end_of_text() -> None:
     [
         (UNMARKED, [("user", "say <|im_end|>"), ("assistant", "no")], "control tokens in a message"),
         (STRICT, [("assistant", "hello")], "refused by the chat template (the user begins)"),
+        (UNMARKED, [("assistant", "hello"), ("user", "a"), ("assistant", "b")], "refused by the chat template"),
         (REWRITING, [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "rewrites later"),
     ],
 )

@@ -51,7 +51,7 @@ def test_run_folder(finished: dict[str, tuple[TrainResult, list[Event]]], archit
         "best_model",
         "final_model",
     }
-    assert {path.name for path in (result.run_dir / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
+    assert {path.name for path in (result.run_dir / "checkpoints").iterdir()} == {"step-000004", "step-000006"}
     assert result.final_model_path == result.run_dir / "final_model"
     files = {path.name for path in result.final_model_path.iterdir()}
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= files
@@ -139,7 +139,7 @@ def test_events_tell_the_story(finished: dict[str, tuple[TrainResult, list[Event
     assert kinds[-1] == "end"
     assert [event.step for event in events if event.kind == "step"] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events if event.kind == "evaluation"] == [0, 3, 6]
-    assert [event.step for event in events if event.kind == "checkpoint"] == [2, 4]
+    assert [event.step for event in events if event.kind == "checkpoint"] == [2, 4, 6]
     assert all(event.total_steps == 6 for event in events if event.kind == "step")
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtfcli.models.conversion import convert
 from dtfcli.training.compiling import compile_layers
+from dtfcli.training.curriculum import annealed_capacity
 from dtfcli.training.objectives import Objective
 from dtfcli.training.recomputing import recompute_activations
 from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, tokens
@@ -131,3 +132,25 @@ def test_recomputed_and_compiled(architecture: str) -> None:
         for plain, recomputed in zip(steps["nothing"][0], steps[kind][0], strict=True):
             torch.testing.assert_close(recomputed, plain)
     assert 0 < steps["selective"][1] == steps["nothing"][1] < steps["all"][1]
+
+
+def test_compiled_with_many_capacities_and_while_one_is_annealed() -> None:
+    """A layer is compiled for the number of tokens that it routes: the compiler gives up after eight of them."""
+    torch._dynamo.reset()
+    own = [0.1 + 0.08 * layer for layer in range(10)]
+    model = convert(dense_model("llama", num_hidden_layers=20), "mod", own)
+    objective = Objective(model).train()
+    compile_layers(model, backend="eager")
+
+    def step() -> torch.Tensor:
+        model.zero_grad()
+        objective(tokens(2, 50), 2 * 49).loss.backward()
+        gradient = model.model.layers[1].mlp.up_proj.weight.grad
+        assert gradient is not None
+        return gradient.clone()
+
+    plain = step()
+    for left in torch.linspace(1.0, 0.1, 12).tolist():
+        with annealed_capacity(model, left, 1.0):
+            assert not torch.equal(step(), plain)
+    torch.testing.assert_close(step(), plain)

@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from dtfcli.errors import CheckpointError, ConfigError, DataError, DTFError
+from dtfcli.training import checkpoint
 from dtfcli.training.checkpoint import list_checkpoints, read_state
 from dtfcli.training.loop import TrainingInterrupted, TrainResult, train
 from dtfcli.training.runs import newest_run, run_settings
@@ -175,6 +176,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert_same(resumed, undisturbed)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Killed):
+        train(small_settings(tmp_path), on_event=kill_when(lambda event: event.step == 5))
+    newest, before = list_checkpoints(the_run(tmp_path))
+    (newest.parent / "step-000004.bak").mkdir()  # not ours, and none
+    hashed = checkpoint._hash
+
+    def bad_sector(path: Path) -> str:
+        if path.parent == newest:
+            raise OSError(5, "Input/output error")
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoint, "_hash", bad_sector)
+    warnings: list[str] = []
+    found = checkpoint.find_checkpoint(the_run(tmp_path), warnings.append)
+    assert found is not None
+    assert found[0] == before
+    assert len(warnings) == 1
+    assert "cannot be read: Input/output error" in warnings[0]
+
+
+def test_what_is_written_after_a_fall_back_is_kept(tmp_path: Path) -> None:
+    """Damaged checkpoints of later steps do not count among those that are kept."""
+    with pytest.raises(Killed):
+        train(small_settings(tmp_path), on_event=kill_when(lambda event: event.step == 5))
+    run = the_run(tmp_path)
+    for damaged in list_checkpoints(run):
+        (damaged / "state.json").write_text("{")
+    with pytest.raises(Killed):
+        train(run_settings(run), resume=run, on_event=kill_when(lambda event: event.kind == "step" and event.step == 3))
+    assert read_state(checkpoint.checkpoint_folder(run, 2)).step == 2
+
+
+def test_all_updates_are_saved_before_what_comes_after_them(tmp_path: Path, undisturbed: TrainResult) -> None:
+    with pytest.raises(Killed):
+        train(
+            small_settings(tmp_path, model=DROPOUT),
+            on_event=kill_when(lambda event: event.kind == "phase" and event.message == "Writing a sample"),
+        )
+    assert [read_state(path).step for path in list_checkpoints(the_run(tmp_path))] == [6, 4]
+    steps: list[int] = []
+    resumed = train(
+        run_settings(the_run(tmp_path)),
+        resume=the_run(tmp_path),
+        on_event=lambda event: steps.append(event.step) if event.kind == "step" else None,
+    )
+    assert steps == []
+    assert_same(resumed, undisturbed)
+
+
 def test_changed_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train(small_settings(tmp_path), on_event=kill_when(lambda event: event.step == 3))
@@ -246,11 +297,11 @@ def test_a_signal_saves_and_exits_with_130(tmp_path: Path, number: signal.Signal
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == TrainingInterrupted.exit_code == 130
-    (checkpoint,) = list_checkpoints(the_run(tmp_path))
-    step = read_state(checkpoint).step
+    (saved,) = list_checkpoints(the_run(tmp_path))
+    step = read_state(saved).step
     assert step >= 3
     assert errors.strip().splitlines()[-1] == (
-        f"Interrupted at step {step} of 400, saved as {checkpoint}. Go on with: dtf train --resume {the_run(tmp_path)}"
+        f"Interrupted at step {step} of 400, saved as {saved}. Go on with: dtf train --resume {the_run(tmp_path)}"
     )
     assert (the_run(tmp_path) / "curves.png").exists()
 

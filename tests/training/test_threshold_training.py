@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dtfcli.models.conversion import convert
 from dtfcli.settings import Settings
@@ -11,6 +12,8 @@ from dtfcli.training.loop import train
 from dtfcli.training.tracking import read_metrics
 from tests.tiny import ARCHITECTURES, dense_model, tokens
 from tests.training.small_runs import small_settings, write_text
+
+WEIGHTS = "model.safetensors"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -51,6 +54,18 @@ def test_an_unknown_mode_is_refused() -> None:
 def settings(tmp_path: Path) -> Settings:
     write_text(tmp_path)
     return small_settings(tmp_path, "mod", training={"threshold_fraction": 0.5, "log_every": 1})
+
+
+def test_evaluations_leave_the_weights_alone(tmp_path: Path) -> None:
+    """They calibrate thresholds for themselves; training goes on with those that it tracks."""
+    weights = []
+    for every in (1, 6):
+        folder = tmp_path / str(every)
+        folder.mkdir()
+        training = {"threshold_fraction": 0.5, "eval_every": every, "checkpoint_every": 6}
+        weights.append(load_file(train(small_settings(folder, training=training)).final_model_path / WEIGHTS))
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
 
 
 def test_the_last_part_of_a_run(settings: Settings) -> None:
