@@ -22,6 +22,7 @@ import torch
 from dtfcli.accounting import BYTES, LAYER, activation_bytes, forward_flops_per_token, training_step_flops
 from dtfcli.devices import compute_dtype, resolve_device
 from dtfcli.errors import ConfigError, did_you_mean
+from dtfcli.models.stack import is_added
 from dtfcli.settings import Settings
 
 
@@ -59,8 +60,8 @@ class Scaling:
     Attributes:
         processes, sharding: of the run.
         accelerator: the device that times were estimated for.
-        weights, gradients, optimizer, copies, activations: bytes on each device; copies are autocast's, or gathered
-            parameters.
+        weights, gradients, optimizer, copies, activations: bytes on each device; copies are autocast's and a
+            dense parent, or gathered parameters.
         compute_seconds, traffic_seconds: of an update, at the peaks of the device.
         exchange_seconds: between devices; None: the link is not known.
     """
@@ -123,6 +124,11 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
     flops = training_step_flops(model, length)
     if training.gradient_checkpointing is True:  # "selective" keeps what was multiplied
         flops += forward_flops_per_token(model, length)
+    parent = 0.0  # bytes of a dense parent to learn from
+    if settings.distill.enabled:
+        flops += forward_flops_per_token(model, length, dense=True)
+        if not settings.lora.enabled:  # with LoRA it shares the model's tensors
+            parent = float(width * sum(p.numel() for name, p in named if not is_added(name)))
     tokens = settings.tokens_per_update / processes
     micro_batches = settings.accumulation_steps(processes)
     gathered = width * sum(layers.values()) + 4 * outside
@@ -134,12 +140,12 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
         weights=4 * every / parts,
         gradients=4 * trained / parts,
         optimizer=8 * trained / parts,
-        copies=copies,
+        copies=copies + parent,
         activations=activation_bytes(
             model, length, training.micro_batch_size, width, checkpointing=training.gradient_checkpointing
         ),
         compute_seconds=flops * tokens / accelerator.flops,
-        traffic_seconds=(micro_batches * (2 * width * every + 8 * trained) + 28 * trained / parts)
+        traffic_seconds=(micro_batches * (2 * width * every + parent + 8 * trained) + 28 * trained / parts)
         / accelerator.bandwidth,
         exchange_seconds=None if accelerator.link is None else moved * (processes - 1) / processes / accelerator.link,
     )

@@ -147,6 +147,14 @@ def test_more_devices_share_states_and_time() -> None:
     assert whole.weights == 64 * many.weights
 
 
+def test_a_dense_parent_counts() -> None:
+    alone, taught = scaled("dtf-qwen2.5-0.5b", 2), scaled("dtf-qwen2.5-0.5b", 2, "distill.enabled=true")
+    backbone = 494_032_768  # Qwen2.5-0.5B
+    assert taught.copies - alone.copies == 2 * backbone
+    assert 4 / 3 < taught.compute_seconds / alone.compute_seconds < 1.5  # three routed passes, and a dense one
+    assert taught.traffic_seconds > alone.traffic_seconds
+
+
 @pytest.mark.parametrize(
     ("size", "billions"),
     [("0.5b", 0.49), ("1.5b", 1.54), ("3b", 3.09), ("7b", 7.61), ("14b", 14.8), ("32b", 32.8), ("72b", 72.7)],
