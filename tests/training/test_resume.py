@@ -199,11 +199,13 @@ def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path: Path, monkeypatch
 
 def test_what_is_written_after_a_fall_back_is_kept(tmp_path: Path) -> None:
     """Damaged checkpoints of later steps do not count among those that are kept."""
+    settings = small_settings(tmp_path, training={"keep_checkpoints": 1})
     with pytest.raises(Killed):
-        train(small_settings(tmp_path), on_event=kill_when(lambda event: event.step == 5))
+        train(settings, on_event=kill_when(lambda event: event.step == 5))
     run = the_run(tmp_path)
-    for damaged in list_checkpoints(run):
-        (damaged / "state.json").write_text("{")
+    (damaged,) = list_checkpoints(run)
+    assert read_state(damaged).step == 4
+    (damaged / "state.json").write_text("{")
     with pytest.raises(Killed):
         train(run_settings(run), resume=run, on_event=kill_when(lambda event: event.kind == "step" and event.step == 3))
     assert read_state(checkpoint.checkpoint_folder(run, 2)).step == 2
