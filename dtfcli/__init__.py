@@ -15,8 +15,8 @@ from dtfcli.registration import register_auto_classes
 
 if TYPE_CHECKING:
     from dtfcli.evaluation.runner import evaluate
-    from dtfcli.factory import load_model, load_tokenizer
     from dtfcli.generation import generate
+    from dtfcli.loading.load import load_model, load_tokenizer
     from dtfcli.models.configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
     from dtfcli.models.conversion import convert, to_dense
     from dtfcli.models.modeling_dynamic import DynamicLlamaForCausalLM, DynamicQwenForCausalLM
@@ -27,8 +27,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "evaluate": "dtfcli.evaluation.runner",
-    "load_model": "dtfcli.factory",
-    "load_tokenizer": "dtfcli.factory",
+    "load_model": "dtfcli.loading.load",
+    "load_tokenizer": "dtfcli.loading.load",
     "generate": "dtfcli.generation",
     "DynamicLlamaConfig": "dtfcli.models.configuration_dynamic",
     "DynamicQwenConfig": "dtfcli.models.configuration_dynamic",

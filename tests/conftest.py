@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: bef
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtfcli.overrides import NOT_SETTINGS
+    from dtfcli.settings.overrides import NOT_SETTINGS
 
     for name in [name for name in os.environ if name.startswith("DTF_") and name not in NOT_SETTINGS]:
         monkeypatch.delenv(name)

@@ -15,7 +15,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from dtfcli.factory import load_model, load_tokenizer
+from dtfcli.loading.load import load_model, load_tokenizer
 
 TEXT = """def mean(values):
     total = sum(values)

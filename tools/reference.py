@@ -17,10 +17,10 @@ from pydantic.fields import FieldInfo
 
 from dtfcli.cli.app import app
 from dtfcli.models.configuration_fields import RoutingFields
-from dtfcli.overrides import environment_name
-from dtfcli.presets import preset_names, preset_summary
-from dtfcli.schema import describe_type, walk
 from dtfcli.settings import Settings
+from dtfcli.settings.describe import describe_type, walk
+from dtfcli.settings.overrides import environment_name
+from dtfcli.settings.presets import preset_names, preset_summary
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = "python -m tools.reference"

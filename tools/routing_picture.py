@@ -8,9 +8,9 @@ import sys
 from rich.console import Console
 
 from dtfcli.cli import inspect_routing, inspect_view, render
-from dtfcli.factory import load_model, load_tokenizer
 from dtfcli.inspection.statistics import summarize
 from dtfcli.inspection.text import inspect_text
+from dtfcli.loading.load import load_model, load_tokenizer
 
 
 def main() -> None:

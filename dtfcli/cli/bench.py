@@ -65,9 +65,9 @@ def bench(
       dtf bench dtf-qwen2.5-0.5b model.dense_edges=0 --dtype float32 --phases decode
       dtf bench outputs/2026-01-31/quickstart --capacities 0.75,0.5,0.25 --json
     """
-    from dtfcli import presets
     from dtfcli.cli import render
     from dtfcli.errors import ConfigError, did_you_mean
+    from dtfcli.settings import presets
 
     chosen_phases = [name.strip() for name in phases.split(",") if name.strip()]
     for name in chosen_phases or [phases]:
@@ -83,7 +83,7 @@ def bench(
 
     import torch
 
-    from dtfcli.devices import compute_dtype, keep_freed_memory, resolve_device
+    from dtfcli.loading.devices import compute_dtype, keep_freed_memory, resolve_device
 
     place = resolve_device(device)
     precision = compute_dtype(dtype, place)
@@ -101,7 +101,7 @@ def bench(
         if settings is None:
             built = _trained(source, overrides, weights, revision, trust_remote_code)
         else:
-            from dtfcli.factory import build_comparison
+            from dtfcli.loading.build import build_comparison
 
             built = dict(build_comparison(settings, dtype=weights))
         return {name: model.to(place) for name, model in built.items()}
@@ -110,7 +110,7 @@ def bench(
     if "train" in chosen_phases:
         if place.type == "cpu":
             keep_freed_memory()  # as `dtf train` does
-        from dtfcli.training_benchmark import bench_training
+        from dtfcli.bench.steps import bench_training
 
         routed = models(torch.float32)
         training = bench_training(
@@ -127,7 +127,7 @@ def bench(
             micro_batches=micro_batches,
             on_progress=render.note,
         )
-    from dtfcli.benchmark import bench as measure
+    from dtfcli.bench.inference import bench as measure
 
     inference = [name for name in chosen_phases if name != "train"]
     routed = models(precision)
@@ -186,7 +186,7 @@ def _capacities(text: str) -> list[float]:
 
 def _trained(source: str, overrides: list[str], dtype: Any, revision: str | None, trust: bool) -> dict[str, Any]:
     from dtfcli.errors import ConfigError
-    from dtfcli.factory import load_model
+    from dtfcli.loading.load import load_model
     from dtfcli.models.conversion import to_dense
 
     if overrides:

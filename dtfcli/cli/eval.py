@@ -94,7 +94,7 @@ def evaluate(
     """
     from dtfcli.cli import render
     from dtfcli.errors import ConfigError
-    from dtfcli.model_paths import resolve_model_path
+    from dtfcli.loading.paths import resolve_model_path
 
     if output is not None and output.exists():
         raise ConfigError(f"--output {output}: exists already; name another file.")
@@ -109,7 +109,7 @@ def evaluate(
         from dtfcli.evaluation.plan import make_plan
         from dtfcli.evaluation.report import write_document
         from dtfcli.evaluation.runner import Candidate, evaluate_and_save
-        from dtfcli.factory import load_model, load_tokenizer
+        from dtfcli.loading.load import load_model, load_tokenizer
 
         planned = make_plan(
             tasks,

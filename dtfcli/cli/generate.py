@@ -79,9 +79,9 @@ def generate(
         raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
     text = None if many is not None or interactive else _prompt_or_stdin(prompt)
 
-    from dtfcli.factory import load_model, load_tokenizer
     from dtfcli.generation import generate as continue_text
     from dtfcli.generation import generate_many
+    from dtfcli.loading.load import load_model, load_tokenizer
 
     loaded = load_model(
         model,

@@ -87,13 +87,13 @@ def inspect_routing(
     if file is not None and not is_documents:
         content = _read(file)
 
-    from dtfcli.factory import load_model, load_tokenizer
     from dtfcli.inspection.comparison import compare as compare_reports
     from dtfcli.inspection.corpus import CorpusRouting, inspect_corpus
     from dtfcli.inspection.figure import draw_figure
     from dtfcli.inspection.page import render_page
     from dtfcli.inspection.statistics import summarize
     from dtfcli.inspection.text import TextRouting, inspect_text, require_routed
+    from dtfcli.loading.load import load_model, load_tokenizer
 
     common: dict[str, Any] = {
         "device": device,
@@ -169,8 +169,8 @@ def _check_input(text: str | None, file: Path | None, compare: str | None, limit
     Raises:
         ConfigError: options that contradict each other or that nothing would read.
     """
+    from dtfcli.data.sources import TABLE_SUFFIXES, similar_path
     from dtfcli.errors import ConfigError
-    from dtfcli.sources import TABLE_SUFFIXES, similar_path
 
     if text is not None and file is not None:
         raise ConfigError("TEXT and --file: give one of them.")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dtfcli import presets
+from dtfcli.settings import presets
 
 COMMON = "Options every command with a model takes"
 
@@ -87,8 +87,8 @@ def complete_preset(incomplete: str) -> list[tuple[str, str]]:
 
 def complete_preset_or_setting(incomplete: str) -> list[tuple[str, str]]:
     """Preset names and the keys of settings, for `dtf train`."""
-    from dtfcli.schema import walk
     from dtfcli.settings import Settings
+    from dtfcli.settings.describe import walk
 
     keys = [(f"{key}=", field.description or "") for key, field in walk(Settings) if "[]" not in key]
     return complete_preset(incomplete) + [item for item in keys if item[0].startswith(incomplete)]

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from dtfcli import presets
 from dtfcli.cli import options
+from dtfcli.settings import presets
 
 app = typer.Typer(no_args_is_help=True, help="List, show, copy and validate presets: settings for `dtf train`.")
 
@@ -97,7 +97,7 @@ def validate(
     """
     from dtfcli.cli import render
     from dtfcli.errors import ConfigError
-    from dtfcli.settings import file_problems
+    from dtfcli.settings.groups import file_problems
 
     if not file.exists() and str(file) in presets.preset_names():
         file = presets.preset_path(str(file))

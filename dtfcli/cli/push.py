@@ -8,7 +8,7 @@ import typer
 from dtfcli.cli import options
 
 if TYPE_CHECKING:
-    from dtfcli.upload import Upload
+    from dtfcli.hub.upload import Upload
 
 
 def push(
@@ -75,7 +75,7 @@ def push(
             return
         render.emit(str(dry_run))
         return
-    from dtfcli import hub
+    from dtfcli.hub import push as hub
 
     result = hub.push(
         model,
@@ -113,8 +113,8 @@ def _dry_run(
         raise ConfigError(f"--dry-run {folder}: exists and is not empty; name another folder.")
     import tempfile
 
-    from dtfcli.hub import check_options
-    from dtfcli.upload import prepare_upload
+    from dtfcli.hub.push import check_options
+    from dtfcli.hub.upload import prepare_upload
 
     full = check_options(repo, username, revision, commit_message)
     with tempfile.TemporaryDirectory() as scratch:

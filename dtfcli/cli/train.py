@@ -121,8 +121,8 @@ def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
         raise ConfigError(f"{overrides[0]}: a resumed run keeps the settings it began with; leave it out.")
     if len(arguments) > 1:
         raise ConfigError(f"--resume takes one run folder, not {len(arguments)}: {' '.join(arguments)}.")
-    from dtfcli.overrides import environment_name
-    from dtfcli.training.runs import locked, newest_run, processes_of, run_settings
+    from dtfcli.runs.folder import locked, newest_run, processes_of, run_settings
+    from dtfcli.settings.overrides import environment_name
 
     if arguments and arguments[0]:
         folder = Path(arguments[0])
@@ -138,8 +138,8 @@ def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
 
 def _is_named(overrides: list[str], config: Path | None) -> bool:
     """Whether the user chose the run's name: then it is never changed, even if it is taken."""
-    from dtfcli.overrides import environment_name, lookup
-    from dtfcli.presets import read_toml
+    from dtfcli.settings.overrides import environment_name, lookup
+    from dtfcli.settings.presets import read_toml
 
     given = any(item.partition("=")[0].strip() == "run.name" for item in overrides)
     in_file = config is not None and lookup(read_toml(config), "run.name") is not None
@@ -165,7 +165,7 @@ def _run_training(
     settings: "Settings", resume: Path | None, rename: bool, view: "Listener | None" = None
 ) -> "TrainResult":
     """Imports late, so that there is something to see while torch and Transformers load."""
-    from dtfcli.devices import keep_freed_memory, resolve_device
+    from dtfcli.loading.devices import keep_freed_memory, resolve_device
     from dtfcli.training.loop import train
 
     if resolve_device(settings.run.device).type == "cpu":
@@ -174,11 +174,11 @@ def _run_training(
 
 
 def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json: bool) -> None:
-    from dtfcli.accounting import describe
     from dtfcli.cli import render, train_view
-    from dtfcli.devices import compute_dtype, resolve_device
-    from dtfcli.factory import build_model, build_tokenizer
-    from dtfcli.training.adapters import adapt
+    from dtfcli.cost.accounting import describe
+    from dtfcli.loading.adapters import adapt
+    from dtfcli.loading.build import build_model, build_tokenizer
+    from dtfcli.loading.devices import compute_dtype, resolve_device
     from dtfcli.training.plan import for_processes, plan_run
 
     if accelerator and processes is None:
@@ -188,7 +188,7 @@ def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json
     tokenizer = None if settings.model.base or not settings.data.tokenizer else build_tokenizer(settings)
     model = adapt(build_model(settings, meta=True, tokenizer=tokenizer), settings)
     if processes is not None:
-        from dtfcli.scaling import estimate, find_accelerator
+        from dtfcli.cost.scaling import estimate, find_accelerator
 
         settings = for_processes(settings, processes)
         device = find_accelerator(accelerator, settings)

@@ -16,8 +16,8 @@ from rich.text import Text
 from dtfcli.cli.render import err, note, warn
 
 if TYPE_CHECKING:
-    from dtfcli.accounting import Account
-    from dtfcli.scaling import Scaling
+    from dtfcli.cost.accounting import Account
+    from dtfcli.cost.scaling import Scaling
     from dtfcli.settings import Settings
     from dtfcli.training.loop import TrainResult
     from dtfcli.training.plan import Plan

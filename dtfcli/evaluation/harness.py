@@ -28,7 +28,7 @@ from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.evaluation.local_data import Origin, evaluated_split, fewshot_split, task_data
 from dtfcli.evaluation.report import Items, Score, TaskScore, shares_of
 from dtfcli.evaluation.suites import Job, TaskIndex
-from dtfcli.factory import quiet_libraries
+from dtfcli.quiet import quiet_libraries
 
 SEED = 1234
 """lm-eval's own default for few-shot sampling, NumPy and torch."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dtfcli.errors import ConfigError, DTFError
-from dtfcli.model_paths import ModelPath, weights_hash
+from dtfcli.loading.paths import ModelPath, weights_hash
+from dtfcli.runs.folder import SETTINGS_FILE
 from dtfcli.shares import ShareMeter
-from dtfcli.training.runs import SETTINGS_FILE
 
 LATEST = "latest.json"
 

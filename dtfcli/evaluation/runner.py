@@ -16,8 +16,8 @@ from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.evaluation.plan import Plan, make_plan
 from dtfcli.evaluation.report import EvalReport, check_writable, model_hash, results_folder, save, shares_of
 from dtfcli.evaluation.session import EvalEvent, Listener, Session, versions
-from dtfcli.factory import load_model, load_tokenizer
-from dtfcli.model_paths import ModelPath, resolve_model_path
+from dtfcli.loading.load import load_model, load_tokenizer
+from dtfcli.loading.paths import ModelPath, resolve_model_path
 
 UNFINISHED = "unfinished"
 

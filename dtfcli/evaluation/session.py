@@ -22,7 +22,7 @@ from dtfcli.evaluation.local_data import evaluated_split, fewshot_split
 from dtfcli.evaluation.plan import Plan
 from dtfcli.evaluation.report import Items, TaskScore, run_folder_of, shares_of
 from dtfcli.evaluation.suites import VALIDATION_TEXT, Job
-from dtfcli.model_paths import ModelPath
+from dtfcli.loading.paths import ModelPath
 from dtfcli.shares import ShareMeter, measured_shares
 
 _PACKAGES = ("dtfcli", "lm_eval", "torch", "transformers", "datasets")

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from dtfcli.data import prepare_data
+from dtfcli.data.prepare import prepare_data
+from dtfcli.data.targets import count_targets
 from dtfcli.errors import DataError, DTFError
 from dtfcli.evaluation.report import Score
-from dtfcli.targets import count_targets
-from dtfcli.training.runs import run_settings
+from dtfcli.runs.folder import run_settings
 from dtfcli.training.validation import evaluation_rows, to_batch, to_labels
 
 

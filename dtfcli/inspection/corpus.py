@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dtfcli.documents import documents
+from dtfcli.data.documents import documents
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.inspection.statistics import RoutingStatistics, Summary
 from dtfcli.inspection.text import inspect_text
-from dtfcli.settings import Source
+from dtfcli.settings.groups import Source
 
 OnDocument = Callable[[int, float | None], None]
 

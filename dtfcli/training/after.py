@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtfcli.errors import ConfigError, DTFError
-from dtfcli.model_paths import resolve_model_path
+from dtfcli.loading.paths import resolve_model_path
 from dtfcli.settings import Settings
 from dtfcli.training.tracking import Event, Listener
 
@@ -50,7 +50,7 @@ def evaluate_final(settings: Settings, plan: "Plan", run: Path, emit: Listener) 
         command that repeats the evaluation is in the message.
     """
     from dtfcli.evaluation.runner import Candidate, evaluate_and_save
-    from dtfcli.factory import load_model, load_tokenizer
+    from dtfcli.loading.load import load_model, load_tokenizer
 
     name, total, done = "", 0, 0
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dtfcli.training.checkpoint import explained_write_errors
+from dtfcli.runs.files import explained_write_errors
 
 Line = dict[str, Any]
 

@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtfcli.accounting import training_step_flops
+from dtfcli.cost.accounting import training_step_flops
+from dtfcli.data.hub import SourceLost
+from dtfcli.data.targets import count_targets
 from dtfcli.errors import DTFError
-from dtfcli.hub_source import SourceLost
+from dtfcli.loading.adapters import adapter_state, is_adapted, load_adapter_state, read_adapter
+from dtfcli.runs.files import read_metrics
+from dtfcli.runs.folder import CURVES_FILE, MERGED_MODEL, list_checkpoints, locked
 from dtfcli.settings import Settings
-from dtfcli.targets import count_targets
-from dtfcli.training.adapters import adapter_state, is_adapted, load_adapter_state, read_adapter
 from dtfcli.training.after import evaluate_final, plan_evaluation
-from dtfcli.training.checkpoint import list_checkpoints
 from dtfcli.training.curriculum import annealed_capacity, annealing_left, freeze_backbone
 from dtfcli.training.curves import draw_curves
 from dtfcli.training.failures import explained_failures
@@ -37,11 +38,10 @@ from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import Plan
 from dtfcli.training.processes import is_main_process
 from dtfcli.training.publishing import is_logged_in, push_final_model
-from dtfcli.training.runs import CURVES_FILE, MERGED_MODEL, locked
 from dtfcli.training.saving import checkpoint, save_merged, save_model
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.sharding import Sharded
-from dtfcli.training.tracking import Event, Listener, read_metrics
+from dtfcli.training.tracking import Event, Listener
 from dtfcli.training.validation import calibration_batches, to_batch, to_labels, validate
 
 _CURVES_EVERY_SECONDS = 30.0

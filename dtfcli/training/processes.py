@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
-from dtfcli.devices import compute_dtype, resolve_device
 from dtfcli.errors import ConfigError, DTFError
+from dtfcli.loading.devices import compute_dtype, resolve_device
 from dtfcli.settings import Settings
 from dtfcli.training.plan import for_processes
 

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from dtfcli.errors import DTFError
-from dtfcli.settings import HubSettings
+from dtfcli.settings.groups import HubSettings
 from dtfcli.training.tracking import Event, Listener
 
 
@@ -28,7 +28,7 @@ def push_final_model(settings: HubSettings, model: Path, emit: Listener) -> str 
     """
     if not settings.repo:
         return None
-    from dtfcli.hub import push
+    from dtfcli.hub.push import push
 
     private = " --private" if settings.private else ""
     again = f"The model is saved. Push it with: dtf push {shlex.quote(str(model))} {settings.repo}{private}"

@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dtfcli.data import TokenizedData, update_indices
+from dtfcli.data.prepare import TokenizedData, update_indices
+from dtfcli.data.stream import RowStream
 from dtfcli.settings import Settings
-from dtfcli.stream import RowStream
 
 
 class UpdateRows(Protocol):

@@ -6,10 +6,12 @@ Every process takes part in gathering what is spread over them; the main one alo
 from pathlib import Path
 from typing import Any
 
-from dtfcli.factory import build_model, quiet_libraries
-from dtfcli.training.adapters import adapt, adapter_state, is_adapted, load_adapter_state, merge, save_adapter
-from dtfcli.training.checkpoint import save_checkpoint, shared_folder
-from dtfcli.training.runs import MERGED_MODEL
+from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, load_adapter_state, merge, save_adapter
+from dtfcli.loading.build import build_model
+from dtfcli.quiet import quiet_libraries
+from dtfcli.runs.files import shared_folder
+from dtfcli.runs.folder import MERGED_MODEL
+from dtfcli.training.checkpoint import save_checkpoint
 from dtfcli.training.setup import Run
 
 

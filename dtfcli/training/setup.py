@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from dtfcli.data import TokenizedData, prepare_data
-from dtfcli.devices import compute_dtype
+from dtfcli.cost.peak import matmul_peak
+from dtfcli.data.prepare import TokenizedData, prepare_data
 from dtfcli.errors import ConfigError, DataError, DTFError
-from dtfcli.factory import build_model, build_tokenizer
+from dtfcli.loading.adapters import adapt
+from dtfcli.loading.build import build_model, build_tokenizer
+from dtfcli.loading.devices import compute_dtype
+from dtfcli.runs.files import MetricsLog, tidy_folders
+from dtfcli.runs.folder import METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
-from dtfcli.training.adapters import adapt
-from dtfcli.training.checkpoint import TrainingState, find_checkpoint, tidy_folders
+from dtfcli.training.checkpoint import TrainingState, find_checkpoint
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.interrupt import StopSignal
@@ -28,10 +31,9 @@ from dtfcli.training.plan import Plan, for_processes, plan_run
 from dtfcli.training.processes import Processes, connect
 from dtfcli.training.recomputing import recompute_activations
 from dtfcli.training.rows import UpdateRows, update_rows
-from dtfcli.training.runs import METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.training.sharding import Replicated, Sharded
 from dtfcli.training.trackers import Trackers, check_trackers, start_trackers
-from dtfcli.training.tracking import Event, Listener, MetricsLog, Stopwatch, matmul_peak
+from dtfcli.training.tracking import Event, Listener, Stopwatch
 from dtfcli.training.validation import evaluation_rows
 
 

@@ -24,9 +24,9 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from dtfcli.errors import ConfigError, DTFError
-from dtfcli.provenance import public_settings
+from dtfcli.runs.files import explained_write_errors
+from dtfcli.runs.public import public_settings
 from dtfcli.settings import Settings
-from dtfcli.training.checkpoint import explained_write_errors
 
 TRACKERS_FILE = "trackers.json"
 NAMES = ("wandb", "tensorboard", "trackio")

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtfcli.data.targets import count_targets, target_labels, token_ids
 from dtfcli.shares import ShareMeter, measured_shares
-from dtfcli.targets import count_targets, target_labels, token_ids
 from dtfcli.training.processes import Processes
 
 Between = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dtfcli.factory import load_tokenizer
+from dtfcli.loading.load import load_tokenizer
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.conversion import convert, load_dense, to_dense
 from dtfcli.shares import POSITION_NAMES, measured_shares

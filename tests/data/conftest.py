@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli import tokenization
-from dtfcli.data import Document, train_tokenizer
-from dtfcli.settings import DataSettings, Source
+from dtfcli.data import tokenizer as tokenization
+from dtfcli.data.documents import Document
+from dtfcli.data.tokenizer import train_tokenizer
+from dtfcli.settings.groups import DataSettings, Source
 from tests.data.texts import VOCABULARY, sentence
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli.conversations import conversation_encoder
-from dtfcli.data import Document, prepare_data, train_tokenizer, unigram_cross_entropy
-from dtfcli.documents import Message, documents
+from dtfcli.data.conversations import conversation_encoder
+from dtfcli.data.documents import Document, Message, documents
+from dtfcli.data.prepare import prepare_data, unigram_cross_entropy
+from dtfcli.data.stream import RowStream
+from dtfcli.data.targets import count_targets, target_labels, token_ids, with_targets
+from dtfcli.data.tokenizer import train_tokenizer
 from dtfcli.errors import ConfigError, DataError
-from dtfcli.settings import Source
-from dtfcli.stream import RowStream
-from dtfcli.targets import count_targets, target_labels, token_ids, with_targets
+from dtfcli.settings.groups import Source
 from tests.data.texts import sentence
 
 MARKED = (

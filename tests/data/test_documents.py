@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from dtfcli import sources
-from dtfcli.data import documents, prepare_data
+from dtfcli.data import sources
+from dtfcli.data.documents import documents
+from dtfcli.data.prepare import prepare_data
+from dtfcli.data.sources import SourceReport
 from dtfcli.errors import ConfigError, DataError
-from dtfcli.sources import SourceReport
 from tests.data.texts import sentence, source, texts_of
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtfcli import hub_source
-from dtfcli.data import prepare_data
-from dtfcli.documents import Document, open_sources
+from dtfcli.data import hub as hub_source
+from dtfcli.data.documents import Document, open_sources
+from dtfcli.data.hub import SourceLost
+from dtfcli.data.mixture import Mixture, SourceStream, is_held_out
+from dtfcli.data.prepare import prepare_data
+from dtfcli.data.stream import Prefetcher, RowStream, document_mixture
 from dtfcli.errors import ConfigError, DataError
-from dtfcli.hub_source import SourceLost
-from dtfcli.mixture import Mixture, SourceStream, is_held_out
-from dtfcli.settings import DataSettings
-from dtfcli.stream import Prefetcher, RowStream, document_mixture
+from dtfcli.settings.groups import DataSettings
 from tests.data.texts import sentence
 
 SEED = 3
@@ -228,7 +228,7 @@ def test_a_broken_row_ends_the_stream_with_its_place(make: Any, tokenizer: Any, 
 
 
 def test_tokenizers_are_not_trained_on_streams(make: Any) -> None:
-    from dtfcli.data import data_tokenizer
+    from dtfcli.data.tokenizer import data_tokenizer
 
     with pytest.raises(ConfigError, match=r"data\.tokenizer is empty: .* stream"):
         data_tokenizer(streaming(make, "python-stdlib"), vocab_size=300, seed=0)
@@ -355,8 +355,8 @@ def test_every_process_sees_the_same_rows(make: Any, tokenizer: Any, tmp_path: P
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "data.json").write_text(data.model_dump_json())
     code = (
-        "import hashlib, json, sys\nfrom pathlib import Path\nfrom dtfcli.factory import load_tokenizer\n"
-        "from dtfcli.settings import DataSettings\nfrom dtfcli.stream import RowStream\n"
+        "import hashlib, json, sys\nfrom pathlib import Path\nfrom dtfcli.loading.load import load_tokenizer\n"
+        "from dtfcli.settings.groups import DataSettings\nfrom dtfcli.data.stream import RowStream\n"
         "folder = Path(sys.argv[1])\n"
         "data = DataSettings.model_validate_json((folder / 'data.json').read_text())\n"
         f"stream = RowStream(data, load_tokenizer(folder / 'tokenizer'), seed={SEED})\n"
@@ -380,7 +380,7 @@ def test_every_process_sees_the_same_rows(make: Any, tokenizer: Any, tmp_path: P
 
 def test_a_long_document_and_a_bounded_window(make: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """A window ends at so much text; a document of many batches is cut into rows all the same."""
-    from dtfcli import mixture, stream
+    from dtfcli.data import mixture, stream
 
     monkeypatch.setattr(mixture, "WINDOW_CHARACTERS", 2000)
     monkeypatch.setattr(stream, "_BATCH_CHARACTERS", 500)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtfcli.data import documents
-from dtfcli.settings import Source
+from dtfcli.data.documents import documents
+from dtfcli.settings.groups import Source
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "small", "dogs", "ran", "past", "an", "old"]
 VOCABULARY = 320

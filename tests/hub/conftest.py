@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from dtfcli import hub as hub_module
+from dtfcli.hub import push as hub_module
 from tests.hub.standin import Hub
 from tests.tiny import dense_model, routed_model, word_tokenizer
 

@@ -10,11 +10,11 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard
 
 from dtfcli.errors import ConfigError
-from dtfcli.eval_results import read_results
-from dtfcli.model_card import ModelFacts, model_card
-from dtfcli.model_paths import weights_hash
-from dtfcli.provenance import public_name
-from dtfcli.upload import prepare_upload
+from dtfcli.hub.card import ModelFacts, model_card
+from dtfcli.hub.results import read_results
+from dtfcli.hub.upload import prepare_upload
+from dtfcli.loading.paths import weights_hash
+from dtfcli.runs.public import public_name
 from tests.hub.standin import card_errors
 
 CONFIG = {

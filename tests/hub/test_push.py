@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dtfcli.errors import ConfigError, DTFError, HubError
-from dtfcli.hub import push
-from dtfcli.hub_errors import HubAccessError
+from dtfcli.hub.errors import HubAccessError
+from dtfcli.hub.push import push
 from tests.conftest import Outcome
 from tests.hub.standin import Fault, Hub
 

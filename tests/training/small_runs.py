@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from dtfcli.overrides import merge
 from dtfcli.settings import Settings
+from dtfcli.settings.overrides import merge
 
 WORDS = [
     "the",

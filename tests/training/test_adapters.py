@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import dtfcli
 from dtfcli.errors import CheckpointError, ConfigError
-from dtfcli.model_paths import weights_hash
+from dtfcli.hub.upload import prepare_upload
+from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, merge
+from dtfcli.loading.paths import weights_hash
 from dtfcli.models.stack import is_added
-from dtfcli.training.adapters import adapt, adapter_state, is_adapted, merge
+from dtfcli.runs.folder import run_settings
 from dtfcli.training.loop import TrainResult, train
-from dtfcli.training.runs import run_settings
 from dtfcli.training.tracking import Event
-from dtfcli.upload import prepare_upload
 from tests.conftest import Outcome
 from tests.tiny import tokens
 from tests.training.small_runs import small_settings
@@ -87,7 +87,7 @@ def test_the_base_is_left_bit_for_bit(tmp_path: Path, base: Path, monkeypatch: p
 
 @pytest.mark.parametrize("architecture", ["dtf", "mod", "dense"])
 def test_what_is_trained(base: Path, tmp_path: Path, architecture: str) -> None:
-    from dtfcli.factory import build_model
+    from dtfcli.loading.build import build_model
 
     settings = adapted_settings(tmp_path, base, architecture)
     model = adapt(build_model(settings), settings)
@@ -122,7 +122,7 @@ def test_a_run_is_loaded_with_everything_it_trained(
 
 
 def test_merged_is_adapted(base: Path, tmp_path: Path) -> None:
-    from dtfcli.factory import build_model
+    from dtfcli.loading.build import build_model
 
     settings = adapted_settings(tmp_path, base)
     model: Any = adapt(build_model(settings), settings)

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 
 from dtfcli.errors import ConfigError
 from dtfcli.models.stack import is_added
-from dtfcli.settings import TrainingSettings, load_settings
+from dtfcli.runs.files import read_metrics
+from dtfcli.settings import load_settings
+from dtfcli.settings.groups import TrainingSettings
 from dtfcli.shares import measured_shares
 from dtfcli.training import loop
 from dtfcli.training.curriculum import annealed_capacity, annealing_left
 from dtfcli.training.loop import train
-from dtfcli.training.tracking import read_metrics
 from dtfcli.training.validation import calibration_batches
 from tests.tiny import routed_model, tokens
 from tests.training.small_runs import small_settings

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtfcli.loading.adapters import adapt
 from dtfcli.models.conversion import convert
-from dtfcli.settings import DistillSettings
+from dtfcli.runs.files import read_metrics
+from dtfcli.settings.groups import DistillSettings
 from dtfcli.training import distillation
-from dtfcli.training.adapters import adapt
 from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.loop import train
 from dtfcli.training.objectives import Objective
-from dtfcli.training.tracking import read_metrics
 from tests.conftest import Outcome
 from tests.tiny import dense_model, routed_model, tokens
 from tests.training.small_runs import small_settings

@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import dtfcli
-from dtfcli.data import prepare_data
+from dtfcli.data.prepare import prepare_data
 from dtfcli.errors import ConfigError
+from dtfcli.runs.files import read_metrics
+from dtfcli.runs.folder import run_settings
 from dtfcli.training import loop
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.loop import TrainingDiverged, TrainResult, train
-from dtfcli.training.runs import run_settings
-from dtfcli.training.tracking import Event, read_metrics
+from dtfcli.training.tracking import Event
 from dtfcli.training.validation import evaluation_rows
 from tests.training.small_runs import small_settings
 

@@ -14,14 +14,17 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from dtfcli.cost.peak import matmul_peak
 from dtfcli.errors import ConfigError, DataError, DTFError
+from dtfcli.runs.files import MetricsLog, read_metrics, replaced_folder, tidy_folders
+from dtfcli.runs.folder import list_checkpoints
 from dtfcli.training import loop
-from dtfcli.training.checkpoint import list_checkpoints, read_state, replaced_folder, tidy_folders
+from dtfcli.training.checkpoint import read_state
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.optim import GROUPS
 from dtfcli.training.plan import plan_run
 from dtfcli.training.sharding import Replicated
-from dtfcli.training.tracking import MetricsLog, Stopwatch, matmul_peak, read_metrics
+from dtfcli.training.tracking import Stopwatch
 from dtfcli.training.validation import calibration_batches, calibration_rows, evaluation_rows
 from tests.training.small_runs import small_settings
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 import dtfcli
 from dtfcli.cli import launch
 from dtfcli.errors import ConfigError
-from dtfcli.training.checkpoint import list_checkpoints, read_state
+from dtfcli.runs.files import read_metrics
+from dtfcli.runs.folder import list_checkpoints, processes_of
+from dtfcli.training.checkpoint import read_state
 from dtfcli.training.loop import TrainResult, train
 from dtfcli.training.plan import for_processes, plan_run
 from dtfcli.training.processes import Processes, check_processes
-from dtfcli.training.runs import processes_of
-from dtfcli.training.tracking import read_metrics
 from dtfcli.training.validation import batches_for
 from tests.conftest import Outcome
 from tests.training.small_runs import small_settings

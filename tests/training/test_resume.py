@@ -14,11 +14,12 @@ import pytest
 from safetensors import safe_open
 
 from dtfcli.errors import CheckpointError, ConfigError, DataError, DTFError
+from dtfcli.runs.files import read_metrics
+from dtfcli.runs.folder import list_checkpoints, newest_run, run_settings
 from dtfcli.training import checkpoint
-from dtfcli.training.checkpoint import list_checkpoints, read_state
+from dtfcli.training.checkpoint import read_state
 from dtfcli.training.loop import TrainingInterrupted, TrainResult, train
-from dtfcli.training.runs import newest_run, run_settings
-from dtfcli.training.tracking import Event, read_metrics
+from dtfcli.training.tracking import Event
 from tests.training.small_runs import small_settings
 
 # A prior with dropout, so that the random generators matter.

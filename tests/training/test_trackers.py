@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from dtfcli.errors import ConfigError, DTFError
+from dtfcli.runs.files import read_metrics
+from dtfcli.runs.folder import run_settings
 from dtfcli.settings import Settings
 from dtfcli.training import trackers
 from dtfcli.training.loop import TrainResult, train
-from dtfcli.training.runs import run_settings
 from dtfcli.training.trackers import Trackers, check_trackers, tracker_config
-from dtfcli.training.tracking import Event, read_metrics
+from dtfcli.training.tracking import Event
 from tests.training.small_runs import small_settings
 from tests.training.test_resume import Killed, kill_when, the_run
 

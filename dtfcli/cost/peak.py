@@ -1,0 +1,33 @@
+"""How fast this machine multiplies matrices: what `mfu` is measured against."""
+
+import time
+
+import torch
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that a square matrix product reaches here, the best of a few: what `mfu` is measured against.
+
+    Returns:
+        FLOP/s; None where products of this type do not run on the device.
+    """
+    size, repeats = (1024, 5) if device.type == "cpu" else (8192, 10)
+    try:
+        left = torch.ones(size, size, device=device, dtype=dtype)
+        best = 0.0
+        for _ in range(repeats):
+            _synchronize(device)
+            began = time.perf_counter()
+            left @ left
+            _synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    except RuntimeError:
+        return None
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,132 @@
+"""Keeps secrets, this machine's paths and pickles out of what is published.
+
+Two nets: `without_local_traces` cleans the JSON files that libraries write, and `find_leaks` reads every file as it
+would be uploaded, whatever wrote it, and names what must not leave this machine.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_SECRETS = {
+    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
+    "a Weights & Biases key": r"\bwandb_v1_\w{20,}|(?i:wandb)[\w .-]{0,20}[\"'=: ]{1,4}[0-9a-f]{40}\b",
+    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
+    "an OpenAI-style key": r"\bsk-[A-Za-z0-9_-]{24,}",
+    "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+_SECRET_VARIABLE = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)$")
+
+_ROOTS = "home|Users|root|tmp|mnt|media|var|opt|srv|data|workspace|work|scratch|private|content|kaggle|nfs|Volumes"
+_ABSOLUTE = re.compile(rf"(?<![\w./:~-])/(?:{_ROOTS})/[\w.~@+-]+|\b[A-Za-z]:\\+(?:Users|\w+\\)|file://|(?<![\w.])~/\w")
+
+# What pickles, zip archives (torch.save), NumPy, HDF5 and gzip files begin with.
+_FOREIGN_STARTS = (
+    b"\x80\x02",
+    b"\x80\x03",
+    b"\x80\x04",
+    b"\x80\x05",
+    b"PK\x03\x04",
+    b"\x93NUMPY",
+    b"\x89HDF",
+    b"\x1f\x8b",
+)
+_BINARY_STARTS = {".png": b"\x89PNG\r\n\x1a\n"}
+_SENTENCEPIECE = ".model"
+_LARGEST_HEADER = 100 << 20
+
+
+def find_leaks(name: str, content: bytes | Path, places: tuple[Path, ...] = ()) -> list[str]:
+    """What in a file must not be published, for people to read; empty when it may go.
+
+    Args:
+        name: of the file in the repository; its suffix says what it has to be.
+        content: the bytes, or where they are.
+        places: paths of this machine that must not appear, besides home, working and temporary folder.
+    """
+    suffix = Path(name).suffix
+    if suffix == ".safetensors":
+        text, problem = _safetensors_header(content)
+        return [problem] if problem else list(_leaks_in(text, places))
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    if data.startswith(_FOREIGN_STARTS):
+        return ["a pickle or an archive"]
+    if suffix in _BINARY_STARTS or suffix == _SENTENCEPIECE:
+        if not data.startswith(_BINARY_STARTS.get(suffix, b"")):
+            return [f"no {suffix} file"]
+        return list(_leaks_in(data.decode("latin-1"), places))
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return ["bytes that are no text"]
+    return list(_leaks_in(text, places, _text_with_paths(name, text)))
+
+
+def _leaks_in(text: str, places: tuple[Path, ...], text_with_paths: str | None = None) -> Iterator[str]:
+    """Secrets in the text, and paths in the part of it where a path can be one."""
+    for kind, pattern in _SECRETS.items():
+        if re.search(pattern, text):
+            yield kind
+    for variable, secret in _known_secrets():
+        if secret in text:
+            yield f"the value of {variable}"
+    where = text if text_with_paths is None else text_with_paths
+    for place in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *places):
+        spelled = str(place)
+        if len(spelled) > 1 and re.search(rf"(?<![\w.:/]){re.escape(spelled)}(?![\w-])", where):
+            yield f"the path {spelled}"
+            return
+    if found := _ABSOLUTE.search(where):
+        yield f"the path {found.group()}"
+
+
+def _known_secrets() -> Iterator[tuple[str, str]]:
+    """Secrets this process knows: the Hub's token and what the environment calls a token, key or password."""
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        yield "your Hugging Face token", token
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name) and len(value) >= 16 and "/" not in value:
+            yield name, value
+
+
+def _text_with_paths(name: str, text: str) -> str:
+    """The text without a vocabulary, in which "/tmp/x" may be a word like any other."""
+    if Path(name).name not in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"):
+        return text
+    if name != "tokenizer.json":
+        return ""
+    try:
+        document = json.loads(text)
+        return json.dumps({key: item for key, item in document.items() if key not in ("model", "added_tokens")})
+    except (ValueError, AttributeError):
+        return text
+
+
+def _safetensors_header(content: bytes | Path) -> tuple[str, str]:
+    """The JSON header of a safetensors file, or what is wrong with it."""
+    if isinstance(content, bytes):
+        size, start = len(content), content[:8]
+    else:
+        size = content.stat().st_size
+        with content.open("rb") as file:
+            start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, _LARGEST_HEADER):
+        return "", "no safetensors file (a pickle?)"
+    if isinstance(content, bytes):
+        header = content[8 : 8 + length]
+    else:
+        with content.open("rb") as file:
+            file.seek(8)
+            header = file.read(length)
+    try:
+        json.loads(header)
+        return header.decode("utf-8"), ""
+    except ValueError:
+        return "", "no safetensors file (a pickle?)"

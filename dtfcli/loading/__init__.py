@@ -1,0 +1,5 @@
+"""The one place that builds and opens models.
+
+In: settings, or a path that names a model. Out: a model and its tokenizer.
+`paths` says what MODEL means, `build` makes a model from settings, `load` opens one, `adapters` is LoRA.
+"""

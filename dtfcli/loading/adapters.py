@@ -1,0 +1,191 @@
+"""LoRA: low-rank adapters of the backbone's projections, by peft; what routing adds is trained in full.
+
+The notable choices:
+
+- An adapter folder is one that peft knows (adapter_config.json, adapter_model.safetensors). The tensors of routers,
+  priors and predictors, thresholds included, lie in the same file under their own names, so that
+  `PeftModel.from_pretrained(routed_model, folder)` finds them too; config.json beside it says how the base is routed.
+- Adapters are injected into the model instead of wrapped around it: it keeps its class, and with it routing,
+  calibration and generation.
+- The base is frozen and never written to: it is stored nowhere, only named.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dtfcli.errors import CheckpointError
+from dtfcli.loading.paths import resolve_model_path
+from dtfcli.models.stack import is_added
+from dtfcli.settings import Settings
+
+_PREFIX = "base_model.model."
+_NAME = "default"
+
+
+def adapt(model: Any, settings: Settings) -> Any:
+    """Freeze the backbone and give it adapters, if the settings say so; what routing adds stays trainable.
+
+    Args:
+        model: routed or dense, on any device (meta included); changed in place.
+        settings: `lora.*`, and `model.base`, which the adapters will name.
+
+    Returns:
+        The same model.
+    """
+    if not settings.lora.enabled:
+        return model
+    base = resolve_model_path(settings.model.base, settings.model.revision or None)
+    lora = settings.lora
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.path if base.kind == "hub" else str(Path(base.path).resolve()),
+        revision=base.revision,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+    )
+    with torch.device(model.device), _quiet_peft():
+        inject_adapter_in_model(config, model, _NAME)
+    for name, parameter in model.named_parameters():
+        if is_added(name):
+            parameter.requires_grad_(True)
+    return model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model has adapters."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that an adapter folder stores: the adapters', and all that routing adds, by peft's names."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            state[_PREFIX + name.replace(f".{_NAME}", "")] = tensor
+        elif is_added(name):
+            state[_PREFIX + name] = tensor
+    return state
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put stored tensors, whole ones, back into a model with the same adapters, sharded or not.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    with torch.no_grad():
+        for name, tensor in adapter_state(model).items():
+            stored = state[name]
+            if isinstance(tensor, DTensor):
+                stored = distribute_tensor(stored.to(tensor.device), tensor.device_mesh, tensor.placements)
+            tensor.copy_(stored)
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The stored tensors of an adapter folder."""
+    return load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def save_adapter(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write an adapter folder: adapters, what routing adds, and both configurations; the base is only named.
+
+    Args:
+        model: the adapted model.
+        folder: to write into.
+        state: its `adapter_state`, whole.
+    """
+    config = copy.copy(model.peft_config[_NAME])
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(folder)
+    stored = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(stored, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    # Without the code that a routed model's folder has: an adapter is no model that would open by itself.
+    model.config.to_json_file(folder / "config.json")
+    model.generation_config.save_pretrained(folder)
+
+
+def merge(model: Any) -> Any:
+    """The plain model that computes what an adapted one does; takes the adapted one apart."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    return model.requires_grad_(True)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter folder.
+
+    Raises:
+        CheckpointError: it is damaged, names no base, or its weights are missing.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        base = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: a LoRA adapter whose configuration is damaged ({type(error).__name__}); save it again."
+        ) from error
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{path}: base_model_name_or_path = {base!r}: names no base model; write its folder or Hub id there."
+        )
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickled = f", only {WEIGHTS_NAME}, a pickle" if (folder / WEIGHTS_NAME).is_file() else ""
+        raise CheckpointError(f"{folder}: an adapter without {SAFETENSORS_WEIGHTS_NAME}{pickled}; copy it there.")
+    return config
+
+
+def apply_adapter(model: Any, folder: Path) -> Any:
+    """A base model with the adapters of a folder merged into it.
+
+    Args:
+        model: the base, routed already where the adapter is of a routed model; in float32, since merging rounds.
+        folder: the adapter folder, of this package or of peft.
+
+    Raises:
+        ValueError: tensors are missing from the folder, or do not belong to this model; nothing is drawn afresh.
+    """
+    added = {_PREFIX + name for name in model.state_dict() if is_added(name)}
+    with _quiet_peft():
+        wrapped = PeftModel.from_pretrained(model, str(folder))
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        found = set(file.keys())
+    if (folder / "config.json").is_file():
+        expected |= added
+    foreign = {name for name in found - expected - added if ".lora_" in name or is_added(name)}
+    for problem, names in (("missing", expected - found), ("not known to the base", foreign)):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
+            raise ValueError(f"Weights are {problem}: {some}. The adapter is damaged or of another base.")
+    plain = wrapped.merge_and_unload()
+    vars(plain).pop("peft_config", None)
+    return plain.requires_grad_(True)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Peft asks models by names that Transformers has renamed, and warns of missing keys, which are refused here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

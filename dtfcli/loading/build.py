@@ -1,0 +1,197 @@
+"""Settings → model and tokenizer: what a run starts from.
+
+Choices: a model from scratch starts as its dense backbone, drawn from the run's seed, whatever its architecture, so
+that dtf, mod and dense start from the same function; what routing adds is drawn from a seed of its own. Weights are
+loaded for training in float32; lower precision is the training loop's business.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
+
+from dtfcli.data.tokenizer import data_tokenizer
+from dtfcli.errors import ConfigError
+from dtfcli.loading.adapters import read_adapter_config
+from dtfcli.loading.base_configs import BASE_CONFIGS
+from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weights
+from dtfcli.loading.paths import resolve_model_path
+from dtfcli.models.configuration_fields import DTF_ONLY, MOD_ONLY
+from dtfcli.models.conversion import convert, routed_config
+from dtfcli.settings import Settings
+
+_SCRATCH_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+
+
+def build_model(
+    settings: Settings, *, tokenizer: PreTrainedTokenizerBase | None = None, meta: bool = False
+) -> PreTrainedModel:
+    """The model that a run starts from, in float32 on the CPU.
+
+    Args:
+        settings: `model` says what to build, `run.seed` seeds what is new.
+        tokenizer: gives a model from scratch its vocabulary size and special tokens; None: as the settings say.
+        meta: build on the meta device, without reading or drawing weights.
+
+    Raises:
+        ConfigError: the base cannot be routed, or is routed in another way.
+        CheckpointError, HubError: the base cannot be loaded.
+    """
+    if meta:
+        with torch.device("meta"):
+            return _route(_new_dense(_dense_config(settings, tokenizer), settings), settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.run.seed)
+        if settings.model.base:
+            start = _load_base(settings)
+        else:
+            start = _new_dense(_dense_config(settings, tokenizer), settings)
+        torch.manual_seed(_routing_seed(settings.run.seed))
+        model = _route(start, settings)
+    _check_vocabulary(model, tokenizer, settings)
+    if tokenizer is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def build_comparison(settings: Settings, *, dtype: torch.dtype = torch.float32) -> dict[str, PreTrainedModel]:
+    """A dense model of the settings' shape with random weights, and both routed models that share them: for timing.
+
+    Routing fields of the settings hold for the architecture they belong to.
+
+    Raises:
+        ConfigError: the shape cannot be routed so.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.run.seed)
+        dense: Any = _new_dense(_dense_config(settings, None), settings)
+        dense = dense.to(dtype).eval()
+        models: dict[str, PreTrainedModel] = {"dense": dense}
+        fields = settings.model.routing_fields()
+        for architecture, foreign in (("dtf", MOD_ONLY), ("mod", DTF_ONLY)):
+            chosen = {name: value for name, value in fields.items() if name not in foreign}
+            try:
+                models[architecture] = convert(dense, architecture, chosen.pop("capacity", 0.5), **chosen)
+            except ValueError as error:
+                raise ConfigError(f"model: {error}") from error
+    return models
+
+
+def build_tokenizer(
+    settings: Settings, *, on_progress: Callable[[str, float | None], None] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: the one that `data.tokenizer` names, else the base's, else one trained on the data."""
+    model = settings.model
+    if settings.data.tokenizer:
+        return load_tokenizer(settings.data.tokenizer, trust_remote_code=model.trust_remote_code)
+    if model.base:
+        return load_tokenizer(model.base, revision=model.revision or None, trust_remote_code=model.trust_remote_code)
+    return data_tokenizer(
+        settings.data, vocab_size=model.scratch.vocab_size, seed=settings.run.seed, on_progress=on_progress
+    )
+
+
+def _routing_seed(seed: int) -> int:
+    """A seed for routers and priors that no backbone is drawn from."""
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+
+
+def _dense_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """The configuration of the dense backbone, without loading weights."""
+    model = settings.model
+    if model.base:
+        return _base_config(model.base, model.revision or None, model.trust_remote_code)
+    values = model.scratch.model_dump()
+    family = values.pop("family")
+    # No pad_token_id: its embedding would get no gradient, and end-of-text pads here.
+    values |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if tokenizer is not None:
+        names = ("bos_token_id", "eos_token_id")
+        values |= {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
+    return _SCRATCH_CONFIGS[family](**values)
+
+
+def _base_config(base: str, revision: str | None, trust_remote_code: bool) -> Any:
+    source = resolve_model_path(base, revision)
+    if source.kind == "hub" and source.revision is None and source.path in BASE_CONFIGS:
+        return AutoConfig.for_model(**BASE_CONFIGS[source.path])
+    with explained_load_errors(source):
+        if source.is_adapter and not (Path(source.path) / "config.json").is_file():
+            config = read_adapter_config(Path(source.path))
+            return _base_config(config["base_model_name_or_path"], config.get("revision"), trust_remote_code)
+        if source.kind == "gguf":
+            file = Path(source.path)
+            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+        return AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust_remote_code)
+
+
+def _new_dense(config: Any, settings: Settings) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=settings.model.attn_implementation, dtype=torch.float32
+    )
+
+
+def _load_base(settings: Settings) -> PreTrainedModel:
+    model = settings.model
+    source = resolve_model_path(model.base, model.revision or None)
+    with explained_load_errors(source):
+        return load_weights(source, torch.float32, model.attn_implementation, model.trust_remote_code)
+
+
+def _route(start: Any, settings: Settings) -> PreTrainedModel:
+    """Make `start` what `model.architecture` asks for; a base that is routed already goes on as it is."""
+    architecture, fields = settings.model.architecture, settings.model.routing_fields()
+    if hasattr(start, "set_routing"):
+        return _go_on(start, settings)
+    try:
+        if architecture == "dense":
+            if start.config.model_type not in _SCRATCH_CONFIGS:
+                routed_config(start.config)  # refuses what could not be compared with a routed model
+            return start
+        capacity = fields.pop("capacity", 0.5)
+        return convert(start, architecture, capacity, **fields)
+    except ValueError as error:
+        base = settings.model.base or "model.scratch"
+        raise ConfigError(f"{base} cannot become {architecture}: {error}.") from error
+
+
+def _go_on(model: Any, settings: Settings) -> PreTrainedModel:
+    """Check that a routed base is routed as the settings say.
+
+    Raises:
+        ConfigError: it is of another architecture or differs in a field.
+    """
+    base, wanted, found = settings.model.base, settings.model.architecture, model.config.architecture
+    if wanted != found:
+        raise ConfigError(
+            f"model.base = {base!r} is a {found} model: train it with model={found}, or take a dense model as the base."
+        )
+    fields = settings.model.routing_fields()
+    routing = fields.pop("routing", None)
+    for name, value in fields.items():
+        if value != getattr(model.config, name):
+            raise ConfigError(
+                f"model.{name} = {value!r}: model.base = {base!r} has {getattr(model.config, name)!r}; leave it out."
+            )
+    if routing is not None:
+        model.set_routing(routing)
+    return model
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase | None, settings: Settings) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ConfigError(
+            f"data.tokenizer = {settings.data.tokenizer!r} has {len(tokenizer)} tokens, the model's vocabulary {rows}; "
+            "use the tokenizer that the model was trained with."
+        )

@@ -1,0 +1,154 @@
+"""What is written to a run folder appears whole or not at all, and a full disk is explained."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dtfcli.errors import DTFError
+
+
+@contextmanager
+def explained_write_errors(folder: Path) -> Iterator[None]:
+    """Turn what a full disk or a missing permission raises into one line that names the folder and the remedy.
+
+    safetensors and torch report a full disk with errors of their own, so those are looked through too.
+
+    Raises:
+        DTFError: the folder cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        text = str(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "PytorchStreamWriter" in text:
+            reason = "the disk is full; free some space"
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in text:
+            reason = "no permission to write there"
+        elif isinstance(error, OSError):
+            reason = error.strerror or text
+        else:
+            raise
+        raise DTFError(f"{folder}: cannot be written, {reason}, or choose another run.output_dir.") from error
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill beside `folder`, which takes its place when the block ends without an error."""
+    partial, previous = _partial(folder), folder.with_name(f".{folder.name}.previous")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with explained_write_errors(folder.parent):
+            partial.mkdir(parents=True)
+            yield partial
+            _flush(partial)
+            if folder.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                os.replace(folder, previous)
+                os.replace(partial, folder)
+                shutil.rmtree(previous, ignore_errors=True)
+            else:
+                os.replace(partial, folder)
+            _flush_names(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def shared_folder(folder: Path, processes: Any) -> Iterator[Path]:
+    """As `replaced_folder`, for several processes that fill it together; all go on when it has its place."""
+    with replaced_folder(folder) if processes.is_main else nullcontext(_partial(folder)) as partial:
+        processes.wait()
+        with explained_write_errors(folder.parent):
+            yield partial
+    processes.wait()
+
+
+def tidy_folders(parent: Path) -> None:
+    """Clear up after a kill inside `replaced_folder`: put back what was moved aside, remove what is incomplete."""
+    for previous in parent.glob(".*.previous"):
+        folder = parent / previous.name[1:].removesuffix(".previous")
+        if not folder.exists():
+            os.replace(previous, folder)
+    for leftover in [*parent.glob(".*.previous"), *parent.glob(".*.partial")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Bring what was written to the disk, before a rename says that it is there: power may fail, too."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            _sync(path)
+    for path in [*folder.rglob("*/"), folder]:
+        _flush_names(path)
+
+
+def _flush_names(folder: Path) -> None:
+    with suppress(OSError):  # not every system and file system can do that
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl, each whole and flushed."""
+
+    def __init__(
+        self,
+        path: Path,
+        keep_bytes: int = 0,
+        writes: bool = True,
+        on_line: Callable[[dict[str, Any]], None] = lambda line: None,
+    ) -> None:
+        """Open the log; what lies beyond `keep_bytes` was written after the checkpoint being resumed, and goes.
+
+        Without `writes`, in a process that is not the main one, nothing is opened or written. `on_line` gets every
+        line too.
+        """
+        self.path, self.writes, self._on_line = path, writes, on_line
+        if not writes:
+            return
+        with explained_write_errors(path.parent):
+            path.touch()
+            os.truncate(path, min(keep_bytes, path.stat().st_size))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one line."""
+        if not self.writes:
+            return
+        with explained_write_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._on_line(metrics)
+
+    @property
+    def bytes(self) -> int:
+        return self.path.stat().st_size if self.writes else 0
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

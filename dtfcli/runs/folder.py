@@ -1,0 +1,152 @@
+"""Run folders: OUTPUT_DIR/<date>/<name>/, never overwritten, found again by their settings.toml."""
+
+import datetime
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dtfcli.errors import CheckpointError, ConfigError, did_you_mean
+from dtfcli.runs.files import explained_write_errors
+from dtfcli.settings import Settings
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SETTINGS_FILE = "settings.toml"
+STATE_FILE = "state.json"
+"""Of a checkpoint: where the run stood, and the hashes of its files."""
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+MERGED_MODEL = "merged_model"
+"""Folder of the plain model that `lora.merge` writes beside the final one."""
+
+_CHECKPOINT_NAME = re.compile(r"step-\d+")
+
+
+def new_run_folder(settings: Settings, *, rename: bool) -> Path:
+    """The folder of a new run; not made yet.
+
+    Args:
+        settings: `run.output_dir` and `run.name`.
+        rename: append -2, -3 and so on to a name that is taken today, instead of refusing it.
+
+    Raises:
+        ConfigError: today has a run of this name.
+    """
+    day = Path(settings.run.output_dir).expanduser() / datetime.date.today().isoformat()
+    folder, count = day / settings.run.name, 1
+    while folder.exists():
+        if not rename:
+            raise ConfigError(
+                f"run.name = {settings.run.name!r}: {folder} exists and is not overwritten. Choose another name "
+                f"(run.name={settings.run.name}-2), or go on with it (--resume {folder})."
+            )
+        count += 1
+        folder = day / f"{settings.run.name}-{count}"
+    return folder
+
+
+def create_run_folder(folder: Path, settings: Settings) -> None:
+    """Make a run folder with its resolved settings.
+
+    Raises:
+        ConfigError: another run took the name meanwhile.
+        DTFError: the folder cannot be written.
+    """
+    with explained_write_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError as error:
+            raise ConfigError(f"{folder}: another run took this name just now; choose another run.name.") from error
+        partial = folder / f".{SETTINGS_FILE}.partial"
+        partial.write_text(settings.to_toml(), encoding="utf-8")
+        os.replace(partial, folder / SETTINGS_FILE)
+
+
+def run_settings(folder: Path) -> Settings:
+    """The settings of an existing run, exactly as it was started: the environment has no say.
+
+    Raises:
+        CheckpointError: this is no run folder, or its settings are damaged.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint = "" if folder.is_dir() else did_you_mean(folder.name, siblings)
+        raise CheckpointError(f"{folder}: no run to resume (it has no {SETTINGS_FILE}).{hint}")
+    try:
+        return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, the run cannot be resumed. Start a new one.") from error
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run while it is trained, so that nobody resumes it meanwhile; the system lets go when a process ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    with (run / SETTINGS_FILE).open("rb") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{run}: another process is training or saving this run; stop it first, or wait until it ends."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def processes_of(run: Path) -> int | None:
+    """How many processes trained a run up to its newest checkpoint that can be read; None: there is none."""
+    for folder in list_checkpoints(run):
+        try:
+            return int(json.loads((folder / STATE_FILE).read_text())["state"]["processes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def newest_run(output_dir: Path) -> Path:
+    """The run that was written to last, among those that have not finished.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    runs = [path.parent for path in output_dir.glob(f"*/*/{SETTINGS_FILE}")]
+    unfinished = [run for run in runs if not (run / "final_model").exists()]
+    if not unfinished:
+        found = f"all {len(runs)} have finished" if runs else "there are none"
+        raise CheckpointError(f"{output_dir}: no run to resume ({found}). Give a run folder: --resume RUN_DIR.")
+    return max(unfinished, key=_last_written)
+
+
+def _last_written(run: Path) -> float:
+    paths = (run / METRICS_FILE, run / SETTINGS_FILE)
+    return max(path.stat().st_mtime for path in paths if path.exists())
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """A run's checkpoints, newest first."""
+    found = {path: _CHECKPOINT_NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")}
+    return sorted((path for path, name in found.items() if name), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))

@@ -1,0 +1,113 @@
+"""Where a run's model comes from, in words that are fit for the public: kinds instead of paths."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from dtfcli.errors import CheckpointError
+from dtfcli.runs.folder import SETTINGS_FILE
+
+_TEXT_KINDS = {"", ".txt", ".md", ".py", ".jsonl", ".json", ".parquet"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def run_settings_table(run: Path) -> dict[str, Any]:
+    """The settings of a run as they were written, without checking them: a run of another version will do.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = run / SETTINGS_FILE
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); copy the model folder elsewhere and push that.") from error
+
+
+def own_evaluation(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The evaluation of the weights in a model folder of a run: the last one, or the best for `best_model`."""
+    measured = [line for line in lines if line.get("val/loss") is not None and line.get("step", 0) > 0]
+    if not measured:
+        return next((line for line in reversed(lines) if "step" in line), {})
+    return min(measured, key=lambda line: line["val/loss"]) if name == "best_model" else measured[-1]
+
+
+def public_name(text: str | None, run: Path | None) -> tuple[str, bool]:
+    """What to call a base, tokenizer or source in public, and whether that is a Hub id.
+
+    A local one is called by its kind alone. A name like "data/novels" could be either; it is local when there is
+    such a path here or beside a folder that the run lies in.
+    """
+    if not text:
+        return "", False
+    if text == "python-stdlib":
+        return "Python standard library", False
+    path = Path(text)
+    beside = [parent / path for parent in (run.resolve().parents if run is not None else ())]
+    local = looks_like_a_path(text) or any(place.exists() for place in (path, *beside))
+    if not local and _HUB_ID.fullmatch(text) and path.suffix not in _TEXT_KINDS - {""} and path.suffix != ".gguf":
+        return text, True
+    if path.suffix == ".gguf":
+        return f"{path.name} (a local file)", False
+    return (f"local text ({path.suffix})" if path.suffix in _TEXT_KINDS - {""} else "a local folder"), False
+
+
+def public_sources(settings: dict[str, Any], run: Path | None) -> list[tuple[str, str, float, bool]]:
+    """Of each source: Hub id or kind, configuration, share of the documents kept, and whether it is on the Hub."""
+    found = []
+    for source in settings.get("data", {}).get("sources", []):
+        name, on_hub = public_name(str(source.get("path", "")), run)
+        found.append((name, str(source.get("name", "")) if on_hub else "", float(source.get("ratio", 1.0)), on_hub))
+    return found
+
+
+def public_settings(settings: dict[str, Any], run: Path | None) -> dict[str, Any]:
+    """A run's settings with local places called by their kind, and without those of this machine."""
+    if not settings:
+        return {}
+    public = json.loads(json.dumps(settings))
+    public.pop("hub", None)
+    for values in public.values():
+        for key in [key for key in values if key.endswith("_dir")]:
+            del values[key]
+    for group, key in (("model", "base"), ("data", "tokenizer")):
+        if public.get(group, {}).get(key):
+            public[group][key] = public_name(public[group][key], run)[0]
+    for source in public.get("data", {}).get("sources", []):
+        if source.get("path") != "python-stdlib":
+            source["path"] = public_name(source.get("path"), run)[0]
+    cleaned = without_local_traces(public)
+    return {group: values for group, values in cleaned.items() if values != {}}
+
+
+_LOCAL_KEYS = frozenset(
+    {
+        *("_name_or_path", "name_or_path", "_commit_hash", "is_local", "local_files_only", "cache_dir"),
+        *("tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "added_tokens_file"),
+        *("token", "use_auth_token", "hub_token", "output_dir", "logging_dir"),
+    }
+)
+"""Keys that say where a model was, not what it is."""
+_VERBATIM = frozenset({"added_tokens_decoder", "chat_template"})
+"""Text that belongs to a tokenizer, whatever it looks like; `find_leaks` reads it all the same."""
+_PATH_VALUE = re.compile(r"(?:\.{1,2}/|/[^/\s]+/|~[\w-]*/|[A-Za-z]:[\\/]|\\\\|file:).*")
+
+
+def looks_like_a_path(value: str) -> bool:
+    """Whether a whole value is an absolute or home path, of any system."""
+    return "\n" not in value and bool(_PATH_VALUE.fullmatch(value))
+
+
+def without_local_traces(value: Any) -> Any:
+    """A JSON document without what says where it was made: paths, and keys that hold them."""
+    if isinstance(value, dict):
+        return {
+            key: item if key in _VERBATIM else without_local_traces(item)
+            for key, item in value.items()
+            if key not in _LOCAL_KEYS and not (isinstance(item, str) and looks_like_a_path(item))
+        }
+    if isinstance(value, list):
+        return [without_local_traces(item) for item in value if not (isinstance(item, str) and looks_like_a_path(item))]
+    return value

@@ -1,0 +1,159 @@
+"""From presets, files, environment and overrides to one table of settings, without losing where a value came from.
+
+Three rules make it pleasant to use: what the user typed is never ignored (a key that nothing would read is
+refused), a preset gives way to it (`dtf train quickstart model=mod` drops what only DTF reads), and all mistakes
+are reported together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dtfcli.models.configuration_fields import DTF_ONLY, MOD_ONLY, RoutingFields
+from dtfcli.settings import describe
+from dtfcli.settings.overrides import environment_name, lookup, merge, parse_environment, parse_overrides, remove
+from dtfcli.settings.presets import preset_names, read_preset, read_toml
+
+ROUTING_NAMES = tuple(f.name for f in fields(RoutingFields) if f.name != "architecture")
+"""The `model.*` keys that come from `RoutingFields`."""
+
+_SWITCHED = {
+    "lora": ("r", "alpha", "dropout", "targets", "merge"),
+    "distill": ("weight", "temperature", "hidden_weight"),
+}
+"""Groups with a switch, `enabled`, and what is read only while it is on."""
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
+    """Keys that nothing would read under these settings, each with the reason.
+
+    Settings typed by the user that end up here are refused, those of a preset give way (so that `dtf train
+    quickstart model=mod` works), and `Settings.to_toml` leaves them out.
+    """
+    architecture = lookup(values, "model.architecture") or "dtf"
+    base = lookup(values, "model.base")
+    steps = lookup(values, "training.max_steps")
+    unread: dict[str, str] = {}
+    if not lookup(values, "model.predictor_loss_weight"):
+        unread["training.learning_rates.predictor"] = "model.predictor_loss_weight is 0"
+
+    dtf_only = [f"model.{name}" for name in DTF_ONLY] + ["training.learning_rates.prior"]
+    mod_only = [f"model.{name}" for name in MOD_ONLY]
+    routed = [f"model.{name}" for name in ROUTING_NAMES]
+    routed += [f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "calibration_tokens")]
+    routed += [f"training.{name}" for name in ("threshold_fraction", "capacity_schedule", "router_warmup_steps")]
+    absent = {"dtf": mod_only, "mod": dtf_only, "dense": [*routed, *dtf_only]}.get(str(architecture), [])
+    unread |= dict.fromkeys(absent, f"model.architecture is {architecture}")
+
+    if base:
+        unread["model.scratch"] = f"the model starts from model.base = {base}"
+    else:
+        unread |= dict.fromkeys(["model.revision", "model.trust_remote_code"], "model.base is empty")
+        if tokenizer := lookup(values, "data.tokenizer"):
+            unread["model.scratch.vocab_size"] = f"data.tokenizer = {tokenizer} has its own"
+    if not lookup(values, "hub.repo"):
+        unread["hub.private"] = "hub.repo is empty"
+    if steps is not None:
+        unread["training.epochs"] = f"training.max_steps = {steps} is set"
+    sources = lookup(values, "data.sources")
+    streaming = [isinstance(source, Mapping) and bool(source.get("streaming")) for source in sources or ()]
+    if any(streaming):
+        unread["data.max_documents"] = "data.sources stream"
+        unread.setdefault("training.epochs", "data.sources stream, which has no end")
+    else:
+        unread["data.shuffle_buffer"] = "no entry of data.sources has streaming = true"
+    if not lookup(values, "logging.wandb.enabled"):
+        unread["logging.wandb.project"] = "logging.wandb.enabled is false"
+    if isinstance(lookup(values, "model.routed_layers"), list):
+        unread["model.dense_edges"] = "model.routed_layers lists the layers"
+    if not lookup(values, "eval.after"):
+        unread |= dict.fromkeys(["eval.tasks", "eval.limit", "eval.data_dir"], "eval.after is empty")
+    for group, names in _SWITCHED.items():
+        if not lookup(values, f"{group}.enabled"):
+            unread |= dict.fromkeys([f"{group}.{name}" for name in names], f"{group}.enabled is false")
+    if lookup(values, "training.capacity_schedule") in (None, "constant"):
+        keys = ["training.capacity_start", "training.capacity_fraction"]
+        unread |= dict.fromkeys(keys, "training.capacity_schedule is constant")
+    if lookup(values, "data.validation_fraction") == 0:
+        keys = ["data.validation_blocks", "training.eval_every"]
+        unread |= dict.fromkeys(keys, "data.validation_fraction is 0")
+    return unread
+
+
+class Layers:
+    """The sources of a run's settings, kept apart so that a mistake can be traced to where it was made."""
+
+    def __init__(
+        self, settings: type[BaseModel], preset: str | None, overrides: Sequence[str], config: Path | None
+    ) -> None:
+        """Read all sources; raises ConfigError where one cannot be read at all."""
+        text = partial(describe.wants_text, settings)
+        self.overrides = parse_overrides(overrides, text)
+        self.environment = parse_environment(text)
+        self.config_path = config
+        self.config = read_toml(config) if config else {}
+        self.user = merge(merge(self.config, self.environment), self.overrides)
+        self.preset_name = preset or self._default_preset()
+        self.preset = read_preset(self.preset_name) if self.preset_name else {}
+        self._let_preset_give_way()
+
+    def _default_preset(self) -> str | None:
+        """`<architecture>-qwen2.5-0.5b`; none under a file that names its model: such a file is complete."""
+        if any(lookup(self.config, key) is not None for key in ("model.base", "model.scratch")):
+            return None
+        name = f"{lookup(self.user, 'model.architecture') or 'dtf'}-qwen2.5-0.5b"
+        return name if name in preset_names() else "dtf-qwen2.5-0.5b"
+
+    def _let_preset_give_way(self) -> None:
+        """Drop from the preset what the user's choices made meaningless."""
+        if lookup(self.user, "training.epochs") is not None and lookup(self.user, "training.max_steps") is None:
+            remove(self.preset, "training.max_steps")
+        for key in unread_keys(self.merged()):
+            remove(self.preset, key)
+
+    def merged(self) -> dict[str, Any]:
+        """All layers in one table."""
+        return merge(self.preset, self.user)
+
+    def origin(self, key: str) -> str:
+        """Where the value of `key` came from, for error messages; empty for an override."""
+        key = key.partition("[")[0]
+        if lookup(self.overrides, key) is not None:
+            return ""
+        if lookup(self.environment, key) is not None:
+            return f" (from {environment_name(key)})"
+        if lookup(self.config, key) is not None:
+            return f" (in {self.config_path})"
+        return f" (in preset {self.preset_name})" if lookup(self.preset, key) is not None else ""
+
+
+def resolve(settings: type[S], layers: Layers) -> tuple[S | None, list[str]]:
+    """Build the settings; with mistakes, None and one line for each.
+
+    A key that is wrong is taken out and the rest checked again, so that one mistake does not hide the next.
+    Checks across keys count only while no known key had to be taken out.
+    """
+    values = layers.merged()
+    lines = []
+    for key, reason in unread_keys(values).items():
+        if lookup(layers.user, key) is not None:
+            value = describe.show_value(lookup(layers.user, key))
+            lines.append(f"{key} = {value}{layers.origin(key)}: nothing reads it, since {reason}. Leave it out.")
+            remove(values, key)
+    tainted = False
+    while True:
+        try:
+            built = settings.model_validate(values)
+            return (None if lines else built), lines
+        except ValidationError as error:
+            found = describe.problems(settings, error, layers.origin)
+        lines += [problem.text for problem in found if not (problem.crosses and tainted)]
+        tainted = tainted or any(problem.known for problem in found)
+        if not all(describe.take_out(values, problem.key) for problem in found):
+            return None, lines

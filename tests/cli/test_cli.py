@@ -1,0 +1,219 @@
+"""The command line's manners: quick, quiet, exit codes, one JSON document, suggestions, completion."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+import dtfcli
+from dtfcli.cli import app as app_module
+from dtfcli.errors import ConfigError, DTFError
+from tests.conftest import Outcome
+
+Dtf = Callable[..., Outcome]
+
+
+def _process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dtfcli", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_help_answers_at_once() -> None:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert _process("--help").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.4, f"best of {len(times)}: {min(times):.2f} s"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, dtfcli.cli.app as a; sys.argv = ['dtf', '--help']\ntry: a.main()\nfinally: "
+    code += "print(*{'torch', 'transformers', 'pydantic', 'datasets', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == ""
+
+
+def test_python_m_is_the_same() -> None:
+    result = _process("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"dtf {dtfcli.__version__}\n", "")
+
+
+def test_the_version_is_the_packages() -> None:
+    from importlib import metadata
+
+    assert metadata.version("dtfcli") == dtfcli.__version__
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["inspect-routing"], ["env"], ["presets", "list"]])
+def test_every_command_explains_itself_with_examples(dtf: Dtf, command: list[str]) -> None:
+    result = dtf(*command, "--help")
+    assert result.code == 0
+    assert "Examples:" in result.stdout
+    assert f"dtf {' '.join(command)}".strip() in result.stdout
+
+
+def test_without_a_command_it_shows_help(dtf: Dtf) -> None:
+    result = dtf()
+    assert result.code == 2
+    assert "Commands" in result.stdout + result.stderr
+    assert "Error" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["presets", "lst"], "Did you mean 'list'?"),
+        (["presets", "list", "--jsn"], "Did you mean '--json'?"),
+        (["presets", "show", "quickstrat"], "Did you mean 'quickstart'?"),
+        (["train", "--training.max_steps=3"], "Settings are written without dashes: training.max_steps=…"),
+        (["generate", "model", "--max_new_token", "3"], "Did you mean '--max-new-tokens'?"),
+    ],
+)
+def test_unknown_names_get_a_suggestion(dtf: Dtf, arguments: list[str], suggestion: str) -> None:
+    result = dtf(*arguments)
+    assert result.code == 2
+    assert suggestion in result.stderr
+    assert len(result.stderr.splitlines()) <= 2
+    assert result.stdout == ""
+
+
+def test_options_may_be_spelled_with_underscores(dtf: Dtf) -> None:
+    result = dtf("generate", "no/such/model/anywhere", "x", "--max_new_tokens", "3")
+    assert "No such option" not in result.stderr
+    assert app_module._clean(["a", "--b_c=d_e", "--", "--f_g"]) == (["a", "--b-c=d_e", "--", "--f_g"], False)
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "presets", "show", "x"], ["presets", "show", "x", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(dtf: Dtf, arguments: list[str]) -> None:
+    result = dtf(*arguments)
+    assert result.code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("Error: There is no preset 'x'. `dtf presets list` shows them all.\n")
+    assert app_module._clean(["generate", "--", "--debug"]) == (["generate", "--", "--debug"], False)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DTFError("disk full"), 1, "Error: disk full\n"),
+        (ConfigError("[red]x = 1[/]: wrong"), 2, "Error: [red]x = 1[/]: wrong\n"),
+        (KeyboardInterrupt(), 130, "Error: interrupted.\n"),
+        (RuntimeError("first\nsecond"), 1, "Error: unexpected RuntimeError: first\nRun the command again with --debug"),
+        (typer.BadParameter("no good"), 2, "Error: Invalid value: no good.\nTry 'dtf"),
+        (typer.Exit(3), 3, ""),
+    ],
+)
+def test_errors_become_exit_codes(
+    dtf: Dtf, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+) -> None:
+    def raise_it(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr("dtfcli.settings.presets.read_preset", raise_it)
+    result = dtf("presets", "show", "quickstart", "--json")
+    assert (result.code, result.stdout) == (code, "")
+    assert result.stderr.startswith(said)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["presets", "list"], ["presets", "show", "thesis-mod"], ["presets", "validate", "quickstart"], ["env"]],
+)
+def test_json_is_one_document_and_nothing_else(dtf: Dtf, arguments: list[str]) -> None:
+    result = dtf(*arguments, "--json")
+    assert result.code == 0
+    assert json.loads(result.stdout)
+    assert result.stderr == ""
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    from dtfcli.cli.render import emit_json
+
+    emit_json({"loss": float("nan"), "path": Path("a"), "steps": (1, 2.5, True, None)})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "path": "a", "steps": [1, 2.5, True, None]}
+
+
+def test_a_dry_run_is_an_account_and_trains_nothing(dtf: Dtf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dtf("train", "quickstart", "model=mod", "--dry-run", "--json")
+    assert result.code == 0
+    assert json.loads(result.stdout)["settings"]["model"]["architecture"] == "mod"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_terminal_settings_are_respected() -> None:
+    colorful = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    assert "\x1b[" in _process("presets", "show", "x", **colorful).stderr
+    assert "\x1b[3" not in _process("presets", "show", "x", NO_COLOR="1", **colorful).stderr
+    assert "\x1b[" not in _process("presets", "list").stdout
+    for width in (60, 100):
+        lines = _process("presets", "list", COLUMNS=str(width)).stdout.splitlines()
+        assert max(map(len, lines)) <= width
+
+
+def test_an_ascii_terminal_is_no_reason_to_fail() -> None:
+    result = _process("generate", "--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert result.returncode == 0
+    assert "--capacity" in result.stdout
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "-m", "dtfcli", "presets", "show", "quickstart"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert result.returncode == 1
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("pre", "presets"),
+        ("presets show thesis-d", "thesis-dtf"),
+        ("train quick", "quickstart"),
+        ("train quickstart training.max_s", "training.max_steps="),
+    ],
+)
+def test_completion_knows_presets_and_settings(typed: str, offered: str) -> None:
+    words = f"dtf {typed}"
+    position = str(len(words.split()) - 1)
+    result = _process(_DTF_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=position)
+    assert offered in result.stdout.splitlines()
+
+
+def test_validate_reports_everything_at_once(dtf: Dtf, tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text('[run]\nnmae = "x"\n[training]\nepochs = 0\nlog_every = -1\nmax_steps = "a"\nschedule = "b"\n')
+    result = dtf("presets", "validate", str(file))
+    assert result.code == 2
+    assert len(result.stderr.splitlines()) == 5
+    document = dtf("presets", "validate", str(file), "--json")
+    assert document.code == 2
+    assert len(json.loads(document.stdout)["problems"]) == 5
+
+
+def test_copying_to_a_file_of_ones_own(dtf: Dtf, tmp_path: Path) -> None:
+    file = tmp_path / "my.toml"
+    assert dtf("presets", "copy", "quickstart", str(file)).stdout == f"{file}\n"
+    assert dtf("presets", "validate", str(file)).stdout == f"{file}: valid\n"
+    assert dtf("presets", "copy", "quickstart", str(file)).code == 2

@@ -1,0 +1,103 @@
+"""Presets: they exist, validate, build, ship in the wheel, and are copied without overwriting anything."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dtfcli.errors import ConfigError
+from dtfcli.settings import load_settings
+from dtfcli.settings.groups import file_problems
+from dtfcli.settings.presets import copy_preset, preset_names, preset_path, preset_summary, presets_dir, read_preset
+
+NEEDED = {
+    "quickstart",
+    "dtf-qwen2.5-0.5b",
+    "mod-qwen2.5-0.5b",
+    "dense-qwen2.5-0.5b",
+    "dtf-qwen2.5-0.5b-lora",
+    "thesis-dtf",
+    "thesis-mod",
+    "dtf-smollm2-135m",
+    *(f"dtf-qwen2.5-{size}" for size in ("1.5b", "3b", "7b", "14b", "32b", "72b")),
+}
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_presets_exist() -> None:
+    assert set(preset_names()) >= NEEDED
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_right_in_itself(name: str) -> None:
+    assert file_problems(preset_path(name)) == []
+    assert preset_summary(name).endswith(".")
+    assert load_settings(name).run.name == name
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_builds_on_the_meta_device(name: str) -> None:
+    from dtfcli.loading.build import build_model
+
+    settings = load_settings(name)
+    model = build_model(settings, meta=True)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    if settings.model.architecture != "dense":
+        assert model.config.architecture == settings.model.architecture
+        assert model.routed_layers
+
+
+def test_thesis_presets_set_every_field() -> None:
+    from dtfcli.settings.layers import ROUTING_NAMES, unread_keys
+
+    for name in ("thesis-dtf", "thesis-mod"):
+        values = read_preset(name)
+        read = {key for key in ROUTING_NAMES if f"model.{key}" not in unread_keys(values)}
+        assert read <= set(values["model"]), name
+    assert (read_preset("thesis-dtf")["model"]["gate"], read_preset("thesis-mod")["model"]["mod_gate"]) == (
+        "soft",
+        "raw",
+    )
+    rates = read_preset("thesis-mod")["training"]["learning_rates"]
+    assert rates["router"] == rates["base"]
+
+
+def test_presets_of_the_comparison_differ_in_the_architecture_alone() -> None:
+    dtf, mod, dense = (read_preset(f"{name}-qwen2.5-0.5b") for name in ("dtf", "mod", "dense"))
+    assert dtf["data"] == mod["data"] == dense["data"]
+    rates = "learning_rates"
+    assert dtf["training"][rates]["router"] == mod["training"][rates]["router"]
+    assert dtf["training"][rates]["base"] == mod["training"][rates]["base"] == dense["training"][rates]["base"]
+    for key in ("capacity", "gate", "sink_tokens", "dense_edges"):
+        assert dtf["model"][key] == mod["model"][key]
+
+
+def test_copying_never_overwrites(tmp_path: Path) -> None:
+    target = copy_preset("quickstart", tmp_path)
+    assert target == tmp_path / "quickstart.toml"
+    assert target.read_bytes() == preset_path("quickstart").read_bytes()
+    target.write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not overwritten"):
+        copy_preset("quickstart", target)
+    assert target.read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_presets(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "from dtfcli.presets import *; from dtfcli.settings import load_settings; print(presets_dir())\n"
+    code += "print(*[load_settings(name).run.name for name in preset_names()])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "site", check=True, capture_output=True, text=True
+    )
+    folder, names = result.stdout.splitlines()
+    assert Path(folder) == (tmp_path / "site" / "dtfcli" / "presets").resolve()
+    assert names.split() == preset_names()
+    assert presets_dir() == ROOT / "presets"
