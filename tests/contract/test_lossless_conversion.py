@@ -62,6 +62,7 @@ def test_conversion_shares_tensors_and_leaves_the_dense_model_intact() -> None:
     assert all(parameter.requires_grad for parameter in dense.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_real_model_from_gguf(architecture: str, smollm2_gguf: str) -> None:
     dense = load_dense(smollm2_gguf).eval()

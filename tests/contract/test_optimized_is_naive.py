@@ -17,6 +17,7 @@ from dtfcli.models.slots import (
     row_groups,
     scatter_tokens,
 )
+from tests.budget import examples
 from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, pad, shared_routed_model, tokens
 
 
@@ -29,7 +30,7 @@ def rows_and_mask(data: st.DataObject, most: int = 14) -> tuple[torch.Tensor, li
 
 
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]), through_original=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 def test_surprise(data: st.DataObject, dtype: torch.dtype, through_original: bool) -> None:
     mask, _ = rows_and_mask(data, 5)
     states = [torch.randn(*mask.shape, 6).to(dtype).requires_grad_() for _ in range(3)]
@@ -85,7 +86,7 @@ def test_prior_projects_as_it_normalizes() -> None:
 
 
 @given(data=st.data(), window=st.integers(1, 8), skip=st.integers(0, 3), spike=st.sampled_from([1.0, 1e4]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_moving_average(data: st.DataObject, window: int, skip: int, spike: float) -> None:
     mask, places = rows_and_mask(data)
     values = torch.rand(mask.shape)
@@ -107,7 +108,7 @@ def test_moving_average(data: st.DataObject, window: int, skip: int, spike: floa
 
 
 @given(seed=st.integers(0, 2**20), scale=st.sampled_from([0.1, 1.0, 5.0]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_dtf_scores(seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     static, change, average = (scale * torch.rand(2, 5, generator=generator) for _ in range(3))
@@ -141,7 +142,7 @@ def test_the_score_ranks_like_the_gate_without_ties() -> None:
 
 
 @given(data=st.data(), share=st.floats(0.01, 1.0), sinks=st.integers(0, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_selection(data: st.DataObject, share: float, sinks: int) -> None:
     mask, places = rows_and_mask(data)
     scores = torch.rand(mask.shape)
@@ -157,7 +158,7 @@ def test_selection(data: st.DataObject, share: float, sinks: int) -> None:
 
 
 @given(data=st.data(), share=st.floats(0.0, 1.0), sinks=st.integers(0, 2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_share_threshold(data: st.DataObject, share: float, sinks: int) -> None:
     length = data.draw(st.integers(4, 40))
     scores = torch.rand(1, length)
@@ -168,7 +169,7 @@ def test_share_threshold(data: st.DataObject, share: float, sinks: int) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_slots_gather_and_scatter(data: st.DataObject) -> None:
     selected, places = rows_and_mask(data)
     slots = max(1, int(selected.sum(1).max()))
@@ -189,7 +190,7 @@ def test_slots_gather_and_scatter(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_entering_and_leaving_a_layer_is_gathering_and_scattering(data: st.DataObject) -> None:
     """Values, and gradients that reach a token through the layer, past it, and beside both."""
     selected, _ = rows_and_mask(data)
@@ -212,7 +213,7 @@ def test_entering_and_leaving_a_layer_is_gathering_and_scattering(data: st.DataO
 
 
 @given(data=st.data(), padding=st.sampled_from([0.0, 0.03, 0.5]), small=st.sampled_from([0, 6, 256]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 def test_rows_in_groups(data: st.DataObject, padding: float, small: int) -> None:
     """Groups of rows, gathered and written back one after another, are what all rows together are."""
     selected, places = rows_and_mask(data)
@@ -238,7 +239,7 @@ def test_rows_in_groups(data: st.DataObject, padding: float, small: int) -> None
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", FAMILIES)
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=3), seed=st.integers(0, 999))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=examples(4))
 def test_routed_layer(family: str, architecture: str, gate: str, mode: str, lengths: list[int], seed: int) -> None:
     """A whole routed layer, rows padded on either side, against one row at a time and token by token."""
     model = shared_routed_model(family, architecture, gate=gate)
@@ -299,7 +300,7 @@ def test_straight_through_writes_the_block_itself() -> None:
 
 
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 def test_chunked_cross_entropy(data: st.DataObject, dtype: torch.dtype) -> None:
     batch, length, size, vocabulary = (data.draw(st.integers(2, n)) for n in (3, 9, 6, 40))
     hidden = torch.randn(batch, length, size).to(dtype).requires_grad_()
@@ -329,7 +330,7 @@ def test_chunked_cross_entropy_in_several_chunks(monkeypatch: pytest.MonkeyPatch
 
 
 @given(padding_idx=st.sampled_from([None, 0, 3]), seed=st.integers(0, 999), frozen=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 def test_tied_embedding_and_head_have_one_gradient(padding_idx: int | None, seed: int, frozen: bool) -> None:
     torch.manual_seed(seed)
     embedding, head = torch.nn.Embedding(11, 6, padding_idx=padding_idx), torch.nn.Linear(6, 11, bias=False)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dtfcli.models import products
 from dtfcli.models.products import FEW_ROWS, products_of_few_rows
+from tests.budget import examples
 from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, shared_routed_model, tokens
 
 pytestmark = pytest.mark.skipif(products._ONE_DNN is None, reason="torch without oneDNN")
@@ -43,7 +44,7 @@ def left_to_mkl() -> Iterator[None]:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_products_agree(data: st.DataObject) -> None:
     rows, tokens_, inner, outer = (data.draw(st.integers(1, most)) for most in (3, 9, 70, 70))
     torch.manual_seed(data.draw(st.integers(0, 2**20)))
