@@ -84,7 +84,8 @@ def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, kind: str,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="attempts are forked")
-@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=[pytest.mark.long, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_sigkill_at_random_moments(tmp_path: Path, kills: int) -> None:
     """While it reads, trains, evaluates, writes a checkpoint or its final model: nothing of it shows in the end."""
     command = [sys.executable, "-m", "tests.training.killed_runs", str(tmp_path / "runs"), str(kills), "20260131"]
