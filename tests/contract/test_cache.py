@@ -135,8 +135,8 @@ def test_reset_starts_afresh(family: str, architecture: str, kv_tokens: str) -> 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rules_follow_capacity_and_calibration(architecture: str) -> None:
-    """What routers hold against every token is kept with the text; what may change meanwhile is not."""
+def test_thresholds_follow_capacity_and_calibration(architecture: str) -> None:
+    """A cache keeps nothing of the routers, which may change while a text is continued."""
     model, ids = routed_model("llama", architecture), tokens(1, 40)
     cache, other = RoutedCache(model.config), {"input_ids": tokens(8, 64, seed=3)}
 
