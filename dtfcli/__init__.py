@@ -15,13 +15,13 @@ from dtfcli.registration import register_auto_classes
 
 if TYPE_CHECKING:
     from dtfcli.evaluation.runner import evaluate
+    from dtfcli.experiment import train
     from dtfcli.generation import generate
     from dtfcli.loading.load import load_model, load_tokenizer
     from dtfcli.models.configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
     from dtfcli.models.conversion import convert, to_dense
     from dtfcli.models.modeling_dynamic import DynamicLlamaForCausalLM, DynamicQwenForCausalLM
     from dtfcli.settings import load_settings
-    from dtfcli.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _HOMES = {
     "DynamicLlamaForCausalLM": "dtfcli.models.modeling_dynamic",
     "DynamicQwenForCausalLM": "dtfcli.models.modeling_dynamic",
     "load_settings": "dtfcli.settings",
-    "train": "dtfcli.training.loop",
+    "train": "dtfcli.experiment",
 }
 
 __all__ = [

@@ -9,43 +9,48 @@ from dtfcli.cli import options
 PHASES = ("train", "prefill", "decode")
 
 
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PRESET|MODEL] [KEY=VALUE]...",
+        help="A preset, whose shape is built with random weights, or a trained routed model.",
+        autocompletion=options.complete_preset_or_setting,
+        show_default=False,
+    ),
+]
+Phases = Annotated[str, typer.Option("--phases", help="Any of train, prefill and decode, with commas.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a row, or of the prompt.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Rows.")]
+NewTokens = Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens decoded after the prompt.")]
+Capacities = Annotated[str, typer.Option("--capacities", help="Capacities γ to measure, with commas.")]
+Repeats = Annotated[
+    int, typer.Option("--repeats", min=1, help="Training steps and prefill passes of each model, in turns.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of a CPU; all cores unless given.")]
+MicroBatches = Annotated[
+    int, typer.Option("--micro-batches", min=1, help="Of an update in training: a step is the mean of one.")
+]
+Stock = Annotated[
+    bool,
+    typer.Option("--stock", help="Also train the dense model as Transformers does, with whole logits: much memory."),
+]
+CalibrationTokens = Annotated[
+    int, typer.Option("--calibration-tokens", min=64, help="Random tokens that thresholds are measured on.")
+]
+
+
 def bench(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[PRESET|MODEL] [KEY=VALUE]...",
-            help="A preset, whose shape is built with random weights, or a trained routed model.",
-            autocompletion=options.complete_preset_or_setting,
-            show_default=False,
-        ),
-    ] = None,
-    phases: Annotated[
-        str, typer.Option("--phases", help="Any of train, prefill and decode, with commas.")
-    ] = "train,prefill,decode",
-    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens of a row, or of the prompt.")] = 512,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows.")] = 1,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens decoded after the prompt.")] = 64,
-    capacities: Annotated[
-        str, typer.Option("--capacities", help="Capacities γ to measure, with commas.")
-    ] = "0.5,0.125",
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Training steps and prefill passes of each model, in turns.")
-    ] = 7,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of a CPU; all cores unless given.")
-    ] = None,
-    micro_batches: Annotated[
-        int, typer.Option("--micro-batches", min=1, help="Of an update in training: a step is the mean of one.")
-    ] = 1,
-    stock: Annotated[
-        bool,
-        typer.Option(
-            "--stock", help="Also train the dense model as Transformers does, with whole logits: much memory."
-        ),
-    ] = False,
-    calibration_tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=64, help="Random tokens that thresholds are measured on.")
-    ] = 4096,
+    arguments: Arguments = None,
+    phases: Phases = "train,prefill,decode",
+    seq_len: SeqLen = 512,
+    batch: Batch = 1,
+    new_tokens: NewTokens = 64,
+    capacities: Capacities = "0.5,0.125",
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    micro_batches: MicroBatches = 1,
+    stock: Stock = False,
+    calibration_tokens: CalibrationTokens = 4096,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     revision: options.Revision = None,

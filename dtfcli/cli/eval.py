@@ -16,62 +16,71 @@ if TYPE_CHECKING:
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "word_perplexity", "loss")
 
 
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="Model folders, run folders (their final models), .gguf files or Hub ids; several are compared.",
+        show_default=False,
+    ),
+]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        "--tasks",
+        "-t",
+        metavar="LIST",
+        help="Suites (general, math, code, quick_test, perplexity), lm-eval tasks and groups, with commas.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", help="Score only the first so many items of each task.", show_default=False),
+]
+NumFewshot = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot", help="Examples in each prompt; unset: the suite's or task's own.", show_default=False
+    ),
+]
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        "--batch-size",
+        metavar="N|auto",
+        help="Rows of a forward pass; auto: what fits into memory, but one where a CPU scores with a dense model.",
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir", help="A folder of datasets as OWNER/NAME/…, used instead of the Hub.", show_default=False
+    ),
+]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option("--include-path", help="A folder with your own lm-eval task files (.yaml).", show_default=False),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", help="Write the results to this file instead of beside the model.", show_default=False),
+]
+ConfirmRunUnsafeCode = Annotated[
+    bool,
+    typer.Option("--confirm-run-unsafe-code", help="Let the code suite run what the model writes, in a sandbox."),
+]
+
+
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            help="Model folders, run folders (their final models), .gguf files or Hub ids; several are compared.",
-            show_default=False,
-        ),
-    ],
-    tasks: Annotated[
-        str,
-        typer.Option(
-            "--tasks",
-            "-t",
-            metavar="LIST",
-            help="Suites (general, math, code, quick_test, perplexity), lm-eval tasks and groups, with commas.",
-        ),
-    ] = "quick_test",
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", help="Score only the first so many items of each task.", show_default=False),
-    ] = None,
-    num_fewshot: Annotated[
-        int | None,
-        typer.Option(
-            "--num-fewshot", help="Examples in each prompt; unset: the suite's or task's own.", show_default=False
-        ),
-    ] = None,
-    batch_size: Annotated[
-        str,
-        typer.Option(
-            "--batch-size",
-            metavar="N|auto",
-            help="Rows of a forward pass; auto: what fits into memory, but one where a CPU scores with a dense model.",
-        ),
-    ] = "auto",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--data-dir", help="A folder of datasets as OWNER/NAME/…, used instead of the Hub.", show_default=False
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option("--include-path", help="A folder with your own lm-eval task files (.yaml).", show_default=False),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", help="Write the results to this file instead of beside the model.", show_default=False
-        ),
-    ] = None,
-    confirm_run_unsafe_code: Annotated[
-        bool,
-        typer.Option("--confirm-run-unsafe-code", help="Let the code suite run what the model writes, in a sandbox."),
-    ] = False,
+    models: Models,
+    tasks: Tasks = "quick_test",
+    limit: Limit = None,
+    num_fewshot: NumFewshot = None,
+    batch_size: BatchSize = "auto",
+    data_dir: DataDir = None,
+    include_path: IncludePath = None,
+    output: Output = None,
+    confirm_run_unsafe_code: ConfirmRunUnsafeCode = False,
     routing: options.Routing = "auto",
     capacity: options.Capacity = None,
     device: options.Device = "auto",

@@ -2,43 +2,53 @@
 
 import json as json_module
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dtfcli.cli import options
+from dtfcli.errors import ConfigError
+
+Prompt = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[PROMPT]",
+        help="Text to continue; without it, standard input, or on a terminal an interactive prompt.",
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Write at most so many tokens.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 is greedy; 1 samples the model's own probabilities.")
+]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this share.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the so many likeliest tokens; 0: all.")]
+Seed = Annotated[int, typer.Option("--seed", help="Repeats a sample.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the tokenizer's chat template.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="A file with a prompt on each line, or .jsonl with a 'prompt' each."),
+]
+Output = Annotated[Path | None, typer.Option("--output", help="Where --prompts writes its .jsonl.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Recompute the prefix for every token; slow.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Say on stderr how fast it was and what the cache holds.")]
 
 
 def generate(
     model: options.Model,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[PROMPT]",
-            help="Text to continue; without it, standard input, or on a terminal an interactive prompt.",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Write at most so many tokens.")] = 128,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0 is greedy; 1 samples the model's own probabilities.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this share.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Sample from the so many likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Repeats a sample.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the tokenizer's chat template.")] = False,
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="A file with a prompt on each line, or .jsonl with a 'prompt' each."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="Where --prompts writes its .jsonl.")] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the prefix for every token; slow.")] = False,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Say on stderr how fast it was and what the cache holds.")
-    ] = False,
+    prompt: Prompt = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    chat: Chat = False,
+    prompts: Prompts = None,
+    output: Output = None,
+    no_cache: NoCache = False,
+    stats: Stats = False,
     routing: options.Routing = "auto",
     capacity: options.Capacity = None,
     device: options.Device = "auto",
@@ -58,11 +68,40 @@ def generate(
       echo "A sentence to go on with:" | dtf generate MODEL
       dtf generate MODEL --prompts prompts.txt --output answers.jsonl
     """
-    from dtfcli.cli import render
-    from dtfcli.errors import ConfigError
+    from dtfcli.cli import generate_view, render
     from dtfcli.generation import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    many = _check_prompts(prompt, prompts, output, json)
+    interactive = many is None and prompt is None and sys.stdin is not None and sys.stdin.isatty()
+    if interactive and json:
+        raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
+    text = None if many is not None or interactive else _prompt_or_stdin(prompt)
+    loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
+    loaded, tokenizer = loading.open(model)
+    how: dict[str, Any] = {"chat": chat, "use_cache": not no_cache}
+
+    from dtfcli.generation import generate as continue_text
+    from dtfcli.generation import generate_many
+
+    if many is not None:
+        found = generate_many(loaded, tokenizer, many, sampling, **how)
+        _keep_continuations(render.track(found, len(many), "generating"), output, json)
+    elif text is None:
+        from dtfcli.cli.interactive import Chat, run
+
+        run(Chat(loaded, tokenizer, sampling, **how, show_stats=stats))
+    elif json:
+        render.emit_json(continue_text(loaded, tokenizer, text, sampling, **how))
+    else:
+        result = continue_text(loaded, tokenizer, text, sampling, **how, on_text=render.write)
+        render.write("\n")
+        if stats:
+            generate_view.show_stats(result)
+
+
+def _check_prompts(prompt: str | None, prompts: Path | None, output: Path | None, json: bool) -> list[str] | None:
+    """The prompts of the file, None without one; refuses options that contradict each other."""
     if prompts is not None and prompt is not None:
         raise ConfigError("PROMPT and --prompts: give one of them.")
     if output is not None and prompts is None:
@@ -74,73 +113,22 @@ def generate(
     many = _read_prompts(prompts) if prompts is not None else None
     if output is not None and output.exists():
         raise ConfigError(f"--output {output}: exists already; name another file.")
-    interactive = many is None and prompt is None and sys.stdin is not None and sys.stdin.isatty()
-    if interactive and json:
-        raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
-    text = None if many is not None or interactive else _prompt_or_stdin(prompt)
-
-    from dtfcli.generation import generate as continue_text
-    from dtfcli.generation import generate_many
-    from dtfcli.loading.load import load_model, load_tokenizer
-
-    loaded = load_model(
-        model,
-        routing=routing,
-        capacity=capacity,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
-    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-    if many is not None:
-        results = []
-        for result in render.track(
-            generate_many(loaded, tokenizer, many, sampling, chat=chat, use_cache=not no_cache), len(many), "generating"
-        ):
-            results.append({"prompt": result.prompt, "text": result.text, "new_tokens": result.new_tokens})
-        if output is not None:
-            output.write_text("".join(json_module.dumps(r, ensure_ascii=False) + "\n" for r in results), "utf-8")
-            render.note(f"{len(results)} continuations in {output}")
-        if json:
-            render.emit_json(results)
-        return
-
-    if interactive:
-        from dtfcli.cli.interactive import Session, run
-
-        run(Session(loaded, tokenizer, sampling, chat=chat, use_cache=not no_cache, show_stats=stats))
-        return
-    assert text is not None
-    if json:
-        render.emit_json(continue_text(loaded, tokenizer, text, sampling, chat=chat, use_cache=not no_cache))
-        return
-    result = continue_text(loaded, tokenizer, text, sampling, chat=chat, use_cache=not no_cache, on_text=render.write)
-    render.write("\n")
-    if stats:
-        show_stats(result)
+    return many
 
 
-def show_stats(result: Any) -> None:
-    """One line on stderr: speed, cache and routed share of a continuation."""
+def _keep_continuations(found: Iterable[Any], output: Path | None, json: bool) -> None:
+    """Write the continuations to --output, and print them with --json."""
     from dtfcli.cli import render
 
-    stats = result.stats
-    parts = [f"prefill {stats.prefill_tokens_per_second:,.0f} tokens/s"]
-    if stats.decode_tokens_per_second is not None:
-        parts.append(f"decode {stats.decode_tokens_per_second:,.1f} tokens/s")
-    if stats.cache_bytes is not None:
-        share = stats.cache_bytes / stats.dense_cache_bytes
-        parts.append(f"cache {stats.cache_bytes / 2**20:.2f} MiB, {share:.2f} of a dense model's")
-    if stats.routed_share is not None:
-        parts.append(f"routed share {stats.routed_share:.2f}")
-    render.note(" · ".join(parts))
+    results = [{"prompt": r.prompt, "text": r.text, "new_tokens": r.new_tokens} for r in found]
+    if output is not None:
+        output.write_text("".join(json_module.dumps(r, ensure_ascii=False) + "\n" for r in results), "utf-8")
+        render.note(f"{len(results)} continuations in {output}")
+    if json:
+        render.emit_json(results)
 
 
 def _prompt_or_stdin(prompt: str | None) -> str:
-    from dtfcli.errors import ConfigError
-
     if prompt is not None:
         return prompt
     if sys.stdin is None:
@@ -152,8 +140,6 @@ def _prompt_or_stdin(prompt: str | None) -> str:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    from dtfcli.errors import ConfigError
-
     try:
         lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     except FileNotFoundError:

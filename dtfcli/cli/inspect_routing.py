@@ -15,45 +15,51 @@ SAMPLE = '''def factorial(n):
 '''
 
 
+Text = Annotated[
+    str | None,
+    typer.Argument(metavar="[TEXT]", help="Text to route; a short program by default.", show_default=False),
+]
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "--file",
+        help="Read the text from this file; of a .jsonl or .parquet file or a folder, every document, added up.",
+        show_default=False,
+    ),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", help="Write a page that needs no network to this .html file.", show_default=False),
+]
+Png = Annotated[Path | None, typer.Option("--png", help="Draw a figure into this .png file.", show_default=False)]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Write everything as JSON to this file.", show_default=False)
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        metavar="MODEL",
+        help="Set a second model with the same tokenizer beside it, routed or dense.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", help="Documents of a corpus to read.", metavar="N", show_default=False)
+]
+TextField = Annotated[str, typer.Option("--text-field", help="Column or key of a corpus that holds the text.")]
+
+
 def inspect_routing(
     model: options.Model,
-    text: Annotated[
-        str | None,
-        typer.Argument(metavar="[TEXT]", help="Text to route; a short program by default.", show_default=False),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--file",
-            help="Read the text from this file; of a .jsonl or .parquet file or a folder, every document, added up.",
-            show_default=False,
-        ),
-    ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", help="Write a page that needs no network to this .html file.", show_default=False),
-    ] = None,
-    png: Annotated[
-        Path | None, typer.Option("--png", help="Draw a figure into this .png file.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Write everything as JSON to this file.", show_default=False)
-    ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            metavar="MODEL",
-            help="Set a second model with the same tokenizer beside it, routed or dense.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="Documents of a corpus to read.", metavar="N", show_default=False)
-    ] = None,
-    text_field: Annotated[str, typer.Option("--text-field", help="Column or key of a corpus that holds the text.")] = (
-        "text"
-    ),
+    text: Text = None,
+    file: File = None,
+    html: Html = None,
+    png: Png = None,
+    output: Output = None,
+    compare: Compare = None,
+    limit: Limit = None,
+    text_field: TextField = ("text"),
     routing: options.Routing = "auto",
     capacity: options.Capacity = None,
     device: options.Device = "auto",

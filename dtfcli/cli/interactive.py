@@ -21,7 +21,7 @@ COMMANDS = ("/help", "/set", "/stats", "/routing", "/reset", "/quit")
 
 
 @dataclass
-class Session:
+class Chat:
     """What an interactive prompt remembers."""
 
     model: Any
@@ -36,7 +36,7 @@ class Session:
     def answer(self, text: str) -> None:
         """Continue the context with this text, printing as it appears; Ctrl-C keeps what is there."""
         from dtfcli.cli import render
-        from dtfcli.cli.generate import show_stats
+        from dtfcli.cli.generate_view import show_stats
         from dtfcli.generation import generate
 
         prompt = self.context + (self._turn(text) if self.chat else text)
@@ -67,7 +67,7 @@ class Session:
     def _color(self, prompt: str, answer: str) -> None:
         from dtfcli.cli import render
         from dtfcli.cli.inspect_view import colored
-        from dtfcli.inspection import inspect_text
+        from dtfcli.inspection.text import inspect_text
 
         report = inspect_text(self.model, self.tokenizer, prompt + answer, agreement=False)
         first = len(self.tokenizer(prompt)["input_ids"])
@@ -124,7 +124,7 @@ class Session:
         render.note(f"{name} {value}")
 
 
-def run(session: Session) -> None:
+def run(chat: Chat) -> None:
     """Read and answer until /quit or Ctrl-D."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -133,7 +133,7 @@ def run(session: Session) -> None:
     from dtfcli.cli import render
 
     render.note("Type a text to continue, /help for commands, Ctrl-D to leave.")
-    names = [f"/set {field.name}" for field in dataclasses.fields(session.sampling)]
+    names = [f"/set {field.name}" for field in dataclasses.fields(chat.sampling)]
     prompt: Any = PromptSession(
         history=InMemoryHistory(),
         completer=WordCompleter([*COMMANDS, *names], sentence=True),
@@ -150,9 +150,9 @@ def run(session: Session) -> None:
             continue
         try:
             if line.startswith("/"):
-                if not session.command(line):
+                if not chat.command(line):
                     return
             else:
-                session.answer(line)
+                chat.answer(line)
         except DTFError as error:
             render.fail(str(error))

@@ -1,11 +1,13 @@
 """`--num-processes N`: N copies of a command on this machine, one for each device, that train one model together.
 
-torch starts them; ours is how they end. Ctrl-C and SIGTERM go to all of them once, so that they can save; when one
-fails, the others get a little time and are stopped; what a process other than the first had to say is shown where it
-was the first to fail. `accelerate launch -m dtfcli train …` does the same across machines.
+torch starts them, and each runs `python -m dtfcli`. This file decides how they end. Ctrl-C and SIGTERM reach each
+process once, so that it can save; torchrun would send a second signal, which means "stop at once". When one process
+fails, the others get a little time and are stopped. The output of a process other than the first is shown if it was
+the first to fail. `accelerate launch -m dtfcli train …` does the same across machines.
 """
 
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -55,12 +57,15 @@ def _work(rank: int, arguments: list[str], processes: int, port: int, folder: st
         output = os.open(_output_of(Path(folder), rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
-    from dtfcli.cli.app import run
-
-    code = run(arguments)
+    sys.argv = ["dtf", *arguments]
+    code: Any = 0
+    try:
+        runpy.run_module("dtfcli", run_name="__main__")
+    except SystemExit as end:
+        code = end.code
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of a broken connection would keep the interpreter from ending
+    os._exit(int(code or 0))  # threads of a broken connection would keep the interpreter from ending
 
 
 def _free_port() -> int:

@@ -14,50 +14,58 @@ from dtfcli.errors import ConfigError
 if TYPE_CHECKING:
     from dtfcli.settings import Settings
     from dtfcli.training.loop import TrainResult
-    from dtfcli.training.tracking import Listener
+    from dtfcli.training.tracking import TrainListener
+
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PRESET] [KEY=VALUE]...",
+        help="A preset (`dtf presets list`), then settings that override it. With --resume: the run folder.",
+        autocompletion=options.complete_preset_or_setting,
+        show_default=False,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="A TOML file of settings, laid over the preset."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with a run that was interrupted: the one named, else the newest."),
+]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option(
+        "--num-processes",
+        metavar="N",
+        min=1,
+        help="Train with N processes on this machine, one for each device; unset: 1, or as many as the run had.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, show settings, size and cost of the model, and stop."),
+]
+Accelerator = Annotated[
+    str,
+    typer.Option(
+        "--accelerator",
+        metavar="NAME",
+        help="For --dry-run: a100, h100, h200, or here (measured). Unset: here, or h100 without a GPU.",
+        show_default=False,
+    ),
+]
 
 
 def train(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[PRESET] [KEY=VALUE]...",
-            help="A preset (`dtf presets list`), then settings that override it. With --resume: the run folder.",
-            autocompletion=options.complete_preset_or_setting,
-            show_default=False,
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="A TOML file of settings, laid over the preset."),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on with a run that was interrupted: the one named, else the newest."),
-    ] = False,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(
-            "--num-processes",
-            metavar="N",
-            min=1,
-            help="Train with N processes on this machine, one for each device; unset: 1, or as many as the run had.",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Check everything, show settings, size and cost of the model, and stop."),
-    ] = False,
-    accelerator: Annotated[
-        str,
-        typer.Option(
-            "--accelerator",
-            metavar="NAME",
-            help="For --dry-run: a100, h100, h200, or here (measured). Unset: here, or h100 without a GPU.",
-            show_default=False,
-        ),
-    ] = "",
+    arguments: Arguments = None,
+    config: Config = None,
+    resume: Resume = False,
+    num_processes: NumProcesses = None,
+    dry_run: DryRun = False,
+    accelerator: Accelerator = "",
     json: options.Json = False,
 ) -> None:
     """Train a model: DTF, MoD or dense, from scratch or from a pretrained one.
@@ -162,11 +170,11 @@ def _train(settings: "Settings", resume: Path | None, preset: str | None, *, ren
 
 
 def _run_training(
-    settings: "Settings", resume: Path | None, rename: bool, view: "Listener | None" = None
+    settings: "Settings", resume: Path | None, rename: bool, view: "TrainListener | None" = None
 ) -> "TrainResult":
     """Imports late, so that there is something to see while torch and Transformers load."""
+    from dtfcli.experiment import train
     from dtfcli.loading.devices import keep_freed_memory, resolve_device
-    from dtfcli.training.loop import train
 
     if resolve_device(settings.run.device).type == "cpu":
         keep_freed_memory()
@@ -175,49 +183,23 @@ def _run_training(
 
 def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json: bool) -> None:
     from dtfcli.cli import render, train_view
-    from dtfcli.cost.accounting import describe
-    from dtfcli.loading.adapters import adapt
-    from dtfcli.loading.build import build_model, build_tokenizer
-    from dtfcli.loading.devices import compute_dtype, resolve_device
-    from dtfcli.training.plan import for_processes, plan_run
+    from dtfcli.experiment import preview
 
-    if accelerator and processes is None:
-        raise ConfigError(f"--accelerator {accelerator}: how many of them? Add --num-processes N.")
-    scaling = None
-    dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
-    tokenizer = None if settings.model.base or not settings.data.tokenizer else build_tokenizer(settings)
-    model = adapt(build_model(settings, meta=True, tokenizer=tokenizer), settings)
-    if processes is not None:
-        from dtfcli.cost.scaling import estimate, find_accelerator
-
-        settings = for_processes(settings, processes)
-        device = find_accelerator(accelerator, settings)
-        # What a data sheet promises is for bfloat16, which "auto" means there.
-        foreign = settings.run.dtype == "auto" and not device.name.endswith("measured")
-        scaling = estimate(model, settings, processes, device, "bfloat16" if foreign else dtype)
-    account = describe(
-        model,
-        seq_len=settings.data.seq_len,
-        micro_batch_size=settings.training.micro_batch_size,
-        dtype=dtype,
-        checkpointing=settings.training.gradient_checkpointing,
-        parent=settings.distill.enabled and not settings.lora.enabled,  # with LoRA it shares the model's tensors
-    )
-    plan = plan_run(settings, None)
+    found = preview(settings, processes, accelerator)
     if json:
         document: dict[str, Any] = {
-            "settings": settings.model_dump(exclude_none=True),
-            "account": account,
-            "tokens_per_update": settings.tokens_per_update,
-            "updates": plan.total_steps if plan else None,
+            "settings": found.settings.model_dump(exclude_none=True),
+            "account": found.account,
+            "tokens_per_update": found.settings.tokens_per_update,
+            "updates": found.plan.total_steps if found.plan else None,
         }
-        if scaling is not None:
+        if (scaling := found.scaling) is not None:
             totals = {"bytes_per_device": scaling.bytes_per_device, "seconds_per_update": scaling.seconds_per_update}
             document["scaling"] = {**asdict(scaling), **totals}
         render.emit_json(document)
         return
-    render.emit(settings.to_toml())
-    rows = train_view.account_rows(account, plan, settings, processes or 1)
+    render.emit(found.settings.to_toml())
+    rows = train_view.account_rows(found.account, found.plan, found.settings, processes or 1)
     render.out.print(render.table(["What it costs", "", ""], rows))
-    if scaling is not None:
-        render.out.print(render.table(["On each device", "", ""], train_view.scaling_rows(scaling)))
+    if found.scaling is not None:
+        render.out.print(render.table(["On each device", "", ""], train_view.scaling_rows(found.scaling)))

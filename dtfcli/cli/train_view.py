@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dtfcli.cost.scaling import Scaling
     from dtfcli.settings import Settings
     from dtfcli.training.loop import TrainResult
-    from dtfcli.training.plan import Plan
+    from dtfcli.training.plan import TrainPlan
     from dtfcli.training.tracking import Event
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -225,7 +225,7 @@ def next_commands(model: Path, settings: "Settings", preset: str | None) -> list
 
 
 def account_rows(
-    account: "Account", plan: "Plan | None", settings: "Settings", processes: int = 1
+    account: "Account", plan: "TrainPlan | None", settings: "Settings", processes: int = 1
 ) -> list[tuple[str, str, str]]:
     """The rows of a dry run's account: name, figure, remark."""
     seq_len = settings.data.seq_len

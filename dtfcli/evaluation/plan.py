@@ -14,7 +14,7 @@ class NotConfirmed(ConfigError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """What to run and how, checked.
 
     Attributes:
@@ -48,7 +48,7 @@ def make_plan(
     include_path: str | Path | None = None,
     confirm_run_unsafe_code: bool = False,
     verbose: bool = False,
-) -> Plan:
+) -> EvalPlan:
     """Check what was asked for, without a model or data.
 
     Raises:
@@ -72,7 +72,7 @@ def make_plan(
             f"--tasks {', '.join(unsafe)}: runs code that the model writes, in a sandbox; add "
             "--confirm-run-unsafe-code to allow it."
         )
-    return Plan(
+    return EvalPlan(
         names=tuple(names),
         jobs=tuple(jobs),
         index=index,

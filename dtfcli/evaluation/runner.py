@@ -13,7 +13,7 @@ from dtfcli.errors import CheckpointError, ConfigError, DTFError
 from dtfcli.evaluation.answers import AnswerStore
 from dtfcli.evaluation.harness import SEED, Routing, quiet
 from dtfcli.evaluation.lm import RoutedLM
-from dtfcli.evaluation.plan import Plan, make_plan
+from dtfcli.evaluation.plan import EvalPlan, make_plan
 from dtfcli.evaluation.report import EvalReport, check_writable, model_hash, results_folder, save, shares_of
 from dtfcli.evaluation.session import EvalEvent, Listener, Session, versions
 from dtfcli.loading.load import load_model, load_tokenizer
@@ -102,7 +102,7 @@ class Candidate:
 
 
 def evaluate_and_save(
-    plan: Plan, candidates: Sequence[Candidate], *, output: Path | None = None, on_event: Listener | None = None
+    plan: EvalPlan, candidates: Sequence[Candidate], *, output: Path | None = None, on_event: Listener | None = None
 ) -> list[tuple[EvalReport, Path | None]]:
     """Run a plan on models, one after the other, and write the results beside each.
 
@@ -142,7 +142,7 @@ def evaluate_and_save(
 
 
 def run_plan(
-    plan: Plan,
+    plan: EvalPlan,
     model: Any,
     tokenizer: Any,
     *,
@@ -211,7 +211,7 @@ def run_plan(
     return report, stores
 
 
-def _check_can_write(plan: Plan, routing: Routing) -> None:
+def _check_can_write(plan: EvalPlan, routing: Routing) -> None:
     """Refuse tasks in which the model writes when its routing needs the whole sequence."""
     if routing.causal:
         return

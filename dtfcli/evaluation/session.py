@@ -19,7 +19,7 @@ from dtfcli.evaluation.answers import AnswerStore, fingerprint
 from dtfcli.evaluation.harness import SEED, LoadedJob, Routing, load_job, score
 from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.evaluation.local_data import evaluated_split, fewshot_split
-from dtfcli.evaluation.plan import Plan
+from dtfcli.evaluation.plan import EvalPlan
 from dtfcli.evaluation.report import Items, TaskScore, run_folder_of, shares_of
 from dtfcli.evaluation.suites import VALIDATION_TEXT, Job
 from dtfcli.loading.paths import ModelPath
@@ -54,7 +54,7 @@ class Session:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: EvalPlan,
         lm: RoutedLM,
         routing: Routing,
         state: Path | None,

@@ -90,7 +90,12 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.counts: list[int] = []
-        self.entered: Tensor | None = None
+        self._parts: list[Tensor] = []
+
+    @property
+    def entered(self) -> Tensor | None:
+        """Joined on demand: decoding a token does not need it."""
+        return torch.cat(self._parts, dim=1) if self._parts else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with no slots, in the shape, dtype and device of these states [R, H, K, E]."""
@@ -102,7 +107,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     def advance(self, selected: Tensor) -> None:
         """Count new positions, bool [B, T], True where the token is being stored."""
-        self.entered = selected if self.entered is None else torch.cat([self.entered, selected], dim=1)
+        self._parts.append(selected)
         if not self.counts:
             self.counts = [0] * selected.shape[0]
 
@@ -153,7 +158,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Positions seen."""
-        return 0 if self.entered is None else self.entered.shape[1]
+        return sum(part.shape[1] for part in self._parts)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -164,36 +169,38 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tokens' keys and values, the record of who entered, and surprise."""
-        if self.entered is None:
+        entered = self.entered
+        if entered is None:
             return 0
         stored = 0
         if self.keys is not None and self.values is not None:
             stored = sum(self.counts) * self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3])
             stored *= self.keys.element_size()
-        return stored + self.entered.nbytes + self.surprise_nbytes
+        return stored + entered.nbytes + self.surprise_nbytes
+
+    def _set_entered(self, entered: Tensor) -> None:
+        self._parts, self.counts = [entered], entered.sum(1).tolist()
 
     def _map(self, change: Any) -> None:
         """Apply a change of rows to everything."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = change(self.keys), change(self.values)
-        if self.entered is not None:
-            self.entered = change(self.entered)
-            self.counts = self.entered.sum(1).tolist()
+        if (entered := self.entered) is not None:
+            self._set_entered(change(entered))
         self._map_surprise(change)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.surprise = self.entered = None
-        self.counts, self.is_initialized = [], False
+        self.keys = self.values = self.surprise = None
+        self._parts, self.counts, self.is_initialized = [], [], False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last so many positions (a negative number, as in Transformers)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number of positions to remove")
-        if tokens_to_remove == 0 or self.entered is None:
+        if tokens_to_remove == 0 or (entered := self.entered) is None:
             return
-        self.entered = self.entered[:, :tokens_to_remove]
-        self.counts = self.entered.sum(1).tolist()
+        self._set_entered(entered[:, :tokens_to_remove])
         if self.keys is not None and self.values is not None:
             kept = max(self.counts, default=0) + _SPARE_SLOTS
             self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]

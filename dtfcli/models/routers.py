@@ -76,11 +76,13 @@ class RoutingFrame:
         return None if self.seen_sinks is None else self.seen_sinks[:, self.past :]
 
     @cached_property
-    def recent(self) -> Recent:
+    def recent(self) -> Recent | slice:
         """The tokens that the moving average of each new token covers: no padding, and no sinks where it skips them."""
-        (rows, tokens), window = self.shape, self.config.ma_window
-        counted = self.seen
+        (rows, tokens), window, counted = self.shape, self.config.ma_window, self.seen
         if counted is None:
+            skipped = self.config.sink_tokens if self.config.skips_sinks_in_average else 0
+            if tokens == 1 and self.past >= skipped:  # decoding: a run of positions
+                return slice(max(skipped, self.past + 1 - window), self.past + 1)
             counted = torch.ones(rows, self.past + tokens, dtype=torch.bool, device=self.device)
         if self.config.skips_sinks_in_average and self.seen_sinks is not None:
             counted = counted & ~self.seen_sinks

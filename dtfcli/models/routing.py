@@ -162,7 +162,7 @@ def recent_tokens(counted: Tensor, window: int, past: int = 0) -> Recent:
     return Recent(position_BTW, exists_BTW / exists_BTW.sum(-1, keepdim=True).clamp(min=1))
 
 
-def moving_average(values: Tensor, recent: Recent) -> Tensor:
+def moving_average(values: Tensor, recent: Recent | slice) -> Tensor:
     """MA in (3.9): the mean of the last counted values at or before each new token, without gradient.
 
     Each window is summed afresh. A difference of running sums would lose the small values that follow the massive
@@ -170,11 +170,13 @@ def moving_average(values: Tensor, recent: Recent) -> Tensor:
 
     Args:
         values: float32 [B, S + T], of the cached positions and the new ones.
-        recent: from `recent_tokens`.
+        recent: from `recent_tokens`; for a single new token without padding, the run of positions.
 
     Returns:
         float32 [B, T]; 0 where nothing has been counted yet.
     """
+    if isinstance(recent, slice):
+        return values.detach()[:, recent].mean(1, keepdim=True)
     windows_BTW = values.detach().gather(1, recent.position.flatten(1)).view_as(recent.position)
     return torch.linalg.vecdot(windows_BTW, recent.weight)
 

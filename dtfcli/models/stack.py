@@ -97,6 +97,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
     """The stack of layers.
 
     Attributes:
+        routed: indices of the routed layers.
         training_mode: how training routes, "topk" or "threshold".
         training_capacities: γ of each routed layer while training, where it is not the model's own.
         capacity_override: γ of all routed layers in eval; None: the model's own.
@@ -111,6 +112,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             self.layers[index] = self.routed_layer_class(config, index)
             if config.architecture == "dtf":
                 self.layers[index - 1] = self.decision_layer_class(config, index - 1)
+        self.routed = tuple(config.routed_layer_indices)
         self.training_mode = "topk"
         self.training_capacities: Mapping[int, float] | None = None
         self.capacity_override: float | None = None
@@ -120,7 +122,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
     @property
     def routers(self) -> dict[int, Router]:
         """Router of each routed layer, by layer index."""
-        return {i: layer.router for i, layer in enumerate(self.layers) if isinstance(layer, RoutedLayerMixin)}
+        return {i: self.layers[i].router for i in self.routed}
 
     @merge_with_config_defaults
     @capture_outputs
@@ -207,7 +209,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         if self.training and self.training_capacities is not None:
             return self.training_capacities
         override = None if self.training else self.capacity_override
-        return {i: self.config.layer_capacity(i) if override is None else override for i in self.routers}
+        return {i: self.config.layer_capacity(i) if override is None else override for i in self.routed}
 
     def enter(
         self,

@@ -18,7 +18,7 @@ time that training takes; and a checkpoint with each."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainPlan:
     """Sizes of a run, in rows, tokens and updates."""
 
     seq_len: int
@@ -62,7 +62,7 @@ def for_processes(settings: Settings, processes: int) -> Settings:
     return settings.model_copy(update={"training": training.model_copy(update={"tokens_per_update": tokens})})
 
 
-def plan_run(settings: Settings, train_rows: int | None) -> Plan | None:
+def plan_run(settings: Settings, train_rows: int | None) -> TrainPlan | None:
     """Work out a run's sizes.
 
     Args:
@@ -89,7 +89,7 @@ def plan_run(settings: Settings, train_rows: int | None) -> Plan | None:
             f"fewer than the {total} updates of the run."
         )
     every = max(1, total // _EVALUATIONS, _affordable_interval(settings))
-    return Plan(
+    return TrainPlan(
         seq_len=seq_len,
         rows_per_update=rows_per_update,
         micro_batch_size=min(training.micro_batch_size, rows_per_update),

@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 
 from dtfcli.cost.peak import matmul_peak
+from dtfcli.data.documents import OnProgress
 from dtfcli.data.prepare import TokenizedData, prepare_data
 from dtfcli.errors import ConfigError, DataError, DTFError
 from dtfcli.loading.adapters import adapt
 from dtfcli.loading.build import build_model, build_tokenizer
 from dtfcli.loading.devices import compute_dtype
 from dtfcli.runs.files import MetricsLog, tidy_folders
-from dtfcli.runs.folder import METRICS_FILE, create_run_folder, new_run_folder
+from dtfcli.runs.folder import CHECKPOINTS, FINAL_MODEL, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint
 from dtfcli.training.compiling import compile_layers
@@ -27,13 +28,13 @@ from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.kernels import check_kernels, use_liger
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
-from dtfcli.training.plan import Plan, for_processes, plan_run
+from dtfcli.training.plan import TrainPlan, for_processes, plan_run
 from dtfcli.training.processes import Processes, connect
 from dtfcli.training.recomputing import recompute_activations
 from dtfcli.training.rows import UpdateRows, update_rows
 from dtfcli.training.sharding import Replicated, Sharded
-from dtfcli.training.trackers import Trackers, check_trackers, start_trackers
-from dtfcli.training.tracking import Event, Listener, Stopwatch
+from dtfcli.training.trackers import Trackers, check_trackers
+from dtfcli.training.tracking import Event, Stopwatch, TrainListener
 from dtfcli.training.validation import evaluation_rows
 
 
@@ -42,7 +43,7 @@ class Run:
     """Everything that a running run needs."""
 
     settings: Settings
-    plan: Plan
+    plan: TrainPlan
     folder: Path
     accelerator: Accelerator
     processes: Processes
@@ -56,7 +57,7 @@ class Run:
     trackers: Trackers
     log: MetricsLog
     state: TrainingState
-    emit: Listener
+    emit: TrainListener
     stop: StopSignal
     peak_flops: float | None
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -77,10 +78,10 @@ class Run:
         self.emit(Event(kind, message, self.state.step, self.plan.total_steps, metrics=metrics or {}))
 
 
-def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener, stop: StopSignal) -> Run:
+def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainListener, stop: StopSignal) -> Run:
     """Build everything, check what can be checked, and make or reopen the run folder."""
-    if resume is not None and (resume / "final_model").exists():
-        raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / 'final_model'}.")
+    if resume is not None and (resume / FINAL_MODEL).exists():
+        raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / FINAL_MODEL}.")
     check_trackers(settings)
     accelerator, processes = connect(settings)
     check_kernels(settings.training.kernels, processes.device)
@@ -97,12 +98,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
     states = (Sharded if settings.training.sharding == "fsdp2" else Replicated)(accelerator, processes)
     # The first process of a machine fills the caches, the others read them.
     with accelerator.local_main_process_first():
-        progress("Preparing the tokenizer", None)
-        tokenizer = build_tokenizer(settings, on_progress=progress)
-        progress("Building the model", None)
-        model = build_model(settings, tokenizer=tokenizer, meta=not states.needs_weights)
-        _check_length(settings, model)
-        data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
+        tokenizer, model, data = _materials(settings, meta=not states.needs_weights, progress=progress)
     plan = plan_run(settings, len(data.train))
     assert plan is not None, "known once the rows are"
 
@@ -118,18 +114,8 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
         processes.from_main(lambda: create_run_folder(folder, settings))
     else:
         state = _restore(folder, states, state, emit)
-    trackers = Trackers([], warn)
-
-    def begin_tracking() -> None:
-        nonlocal trackers
-        try:
-            trackers = start_trackers(settings, folder, step=state.step, resumed=resume is not None, warn=warn)
-        except DTFError:
-            if resume is None:  # a run that never began
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    processes.from_main(begin_tracking)
+    trackers = Trackers(warn)
+    processes.from_main(lambda: _start_trackers(trackers, settings, folder, state, is_new=resume is None))
     return Run(
         settings=settings,
         plan=plan,
@@ -144,17 +130,35 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: Listener,
         data=data,
         rows=update_rows(settings, data, tokenizer, plan.rows_per_update, state.stream, warn),
         trackers=trackers,
-        log=MetricsLog(
-            folder / METRICS_FILE,
-            keep_bytes=state.metrics_bytes,
-            writes=processes.is_main,
-            on_line=trackers.log,
-        ),
+        log=MetricsLog(folder / METRICS_FILE, state.metrics_bytes, writes=processes.is_main, on_line=trackers.log),
         state=state,
         emit=emit,
         stop=stop,
         peak_flops=matmul_peak(accelerator.device, compute_dtype(settings.run.dtype, accelerator.device)),
     )
+
+
+def _materials(settings: Settings, *, meta: bool, progress: OnProgress) -> tuple[Any, Any, TokenizedData]:
+    """Tokenizer, model and tokenized text."""
+    progress("Preparing the tokenizer", None)
+    tokenizer = build_tokenizer(settings, on_progress=progress)
+    progress("Building the model", None)
+    model = build_model(settings, tokenizer=tokenizer, meta=meta)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and settings.data.seq_len > longest:
+        raise ConfigError(
+            f"data.seq_len = {settings.data.seq_len}: {settings.model.base} was made for at most {longest} tokens."
+        )
+    return tokenizer, model, prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
+
+
+def _start_trackers(trackers: Trackers, settings: Settings, folder: Path, state: TrainingState, is_new: bool) -> None:
+    try:
+        trackers.start(settings, folder, step=state.step, resumed=not is_new)
+    except DTFError:
+        if is_new:  # a run that never began
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _distillation(settings: Settings, model: Any, device: torch.device) -> Distillation | None:
@@ -186,20 +190,12 @@ def _optimizer(settings: Settings, model: Any) -> torch.optim.AdamW:
     return build_optimizer(groups, (training.betas[0], training.betas[1]))
 
 
-def _check_length(settings: Settings, model: Any) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and settings.data.seq_len > longest:
-        raise ConfigError(
-            f"data.seq_len = {settings.data.seq_len}: {settings.model.base} was made for at most {longest} tokens."
-        )
-
-
-def _restore(folder: Path, states: Replicated, start: TrainingState, emit: Listener) -> TrainingState:
+def _restore(folder: Path, states: Replicated, start: TrainingState, emit: TrainListener) -> TrainingState:
     """Load the newest undamaged checkpoint; without any, the run begins again."""
 
     def find() -> tuple[Path, TrainingState] | None:
         tidy_folders(folder)
-        tidy_folders(folder / "checkpoints")
+        tidy_folders(folder / CHECKPOINTS)
         return find_checkpoint(folder, lambda message: emit(Event("warning", message)))
 
     found = states.processes.from_main(find)

@@ -72,11 +72,39 @@ def _can_start_wandb() -> bool:
 
 
 class Trackers:
-    """The trackers of a run that have been started; none where none is enabled."""
+    """The trackers of a run; none until they are started, and none in processes that only train."""
 
-    def __init__(self, trackers: list[GeneralTracker], warn: Callable[[str], None]) -> None:
-        """Take started trackers; `warn` hears about those that fail."""
-        self.trackers, self._warn = trackers, warn
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        """`warn` hears about trackers that fail later."""
+        self.trackers: list[GeneralTracker] = []
+        self._warn = warn
+
+    def start(self, settings: Settings, folder: Path, *, step: int, resumed: bool) -> None:
+        """Start what `logging.*` asks for, or go on in the trackers' runs of a resumed run.
+
+        Args:
+            settings: of the run.
+            folder: the run folder.
+            step: updates done; what trackers know beyond it is sent again.
+            resumed: whether this run was begun before.
+
+        Raises:
+            DTFError: a tracker does not start.
+        """
+        for name in enabled_trackers(settings):
+            tracker = _build(name, settings, folder, step)
+            try:
+                with _quiet():
+                    tracker.start()
+                    if not resumed:
+                        tracker.store_init_configuration(tracker_config(settings, folder))
+            except Exception as error:  # the services raise what they like
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                self.finish()
+                raise DTFError(
+                    f"logging.{name}.enabled = true: it does not start ({reason}). Mend that, or leave it out."
+                ) from error
+            self.trackers.append(tracker)
 
     def log(self, line: dict[str, Any]) -> None:
         """Pass a line of metrics.jsonl on."""
@@ -106,39 +134,6 @@ class Trackers:
                 self.trackers.remove(tracker)
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             self._warn(f"logging.{tracker.name}: it failed and is left out from here on ({reason}).")
-
-
-def start_trackers(
-    settings: Settings, folder: Path, *, step: int, resumed: bool, warn: Callable[[str], None]
-) -> Trackers:
-    """Start what `logging.*` asks for, or go on in the trackers' runs of a resumed run.
-
-    Args:
-        settings: of the run.
-        folder: the run folder.
-        step: updates done; what trackers know beyond it is told anew.
-        resumed: whether this run was begun before.
-        warn: hears about trackers that fail later.
-
-    Raises:
-        DTFError: a tracker does not start.
-    """
-    started: list[GeneralTracker] = []
-    for name in enabled_trackers(settings):
-        tracker = _build(name, settings, folder, step)
-        try:
-            with _quiet():
-                tracker.start()
-                if not resumed:
-                    tracker.store_init_configuration(tracker_config(settings, folder))
-        except Exception as error:  # the services raise what they like
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            Trackers(started, warn).finish()
-            raise DTFError(
-                f"logging.{name}.enabled = true: it does not start ({reason}). Mend that, or leave it out."
-            ) from error
-        started.append(tracker)
-    return Trackers(started, warn)
 
 
 class _Trackio(TrackioTracker):

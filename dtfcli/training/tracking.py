@@ -29,7 +29,7 @@ class Event:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-Listener = Callable[[Event], None]
+TrainListener = Callable[[Event], None]
 
 
 class Stopwatch:

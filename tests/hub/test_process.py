@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dtfcli.training.loop import train
+from dtfcli.experiment import train
 from dtfcli.training.tracking import Event
 from tests.conftest import Outcome
 from tests.hub.conftest import TOKEN

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from dtfcli.errors import CheckpointError
+from dtfcli.experiment import train
 from dtfcli.hub.leaks import find_leaks
 from dtfcli.hub.upload import prepare_upload
 from dtfcli.runs.public import without_local_traces
-from dtfcli.training.loop import train
 from tests.conftest import Outcome
 from tests.training.small_runs import small_settings
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from dtfcli.experiment import train
 from dtfcli.runs.folder import run_settings
-from dtfcli.training.loop import train
 from tests.training.small_runs import small_settings
 
 UPDATES = 40

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dtfcli.errors import ConfigError
+from dtfcli.experiment import train
 from dtfcli.models.stack import is_added
 from dtfcli.runs.files import read_metrics
 from dtfcli.settings import load_settings
@@ -15,7 +16,6 @@ from dtfcli.settings.groups import TrainingSettings
 from dtfcli.shares import measured_shares
 from dtfcli.training import loop
 from dtfcli.training.curriculum import annealed_capacity, annealing_left
-from dtfcli.training.loop import train
 from dtfcli.training.validation import calibration_batches
 from tests.tiny import routed_model, tokens
 from tests.training.small_runs import small_settings
@@ -75,7 +75,7 @@ def test_an_annealed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     at_evaluation: list[list[float]] = []
     shares: list[float] = []
 
-    def evaluate(run: Any, evaluate: Any = loop._evaluate) -> Any:
+    def evaluate(run: Any, evaluate: Any = loop._validate_run) -> Any:
         at_evaluation.append(list(run.model.model.capacities().values()))
         metrics = evaluate(run)
         text = calibration_batches(run.data.train, 256, 2, run.settings.run.seed)
@@ -86,7 +86,7 @@ def test_an_annealed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         shares.append(meter.read().overall)
         return metrics
 
-    monkeypatch.setattr(loop, "_evaluate", evaluate)  # as long as its own thresholds hold
+    monkeypatch.setattr(loop, "_validate_run", evaluate)  # as long as its own thresholds hold
     training = {"capacity_schedule": "linear", "capacity_fraction": 0.5, "log_every": 1, "gradient_checkpointing": True}
     result = train(small_settings(tmp_path, training=training))
     lines = read_metrics(result.run_dir / "metrics.jsonl")

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtfcli.experiment import train
 from dtfcli.loading.adapters import adapt
 from dtfcli.models.conversion import convert
 from dtfcli.runs.files import read_metrics
 from dtfcli.settings.groups import DistillSettings
 from dtfcli.training import distillation
 from dtfcli.training.distillation import Distillation, dense_parent
-from dtfcli.training.loop import train
 from dtfcli.training.objectives import Objective
 from tests.conftest import Outcome
 from tests.tiny import dense_model, routed_model, tokens

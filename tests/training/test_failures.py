@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from dtfcli.experiment import train
 from dtfcli.runs.folder import list_checkpoints
 from dtfcli.training import loop
 from dtfcli.training.failures import OutOfMemory, explained_failures
-from dtfcli.training.loop import train
 from tests.training.small_runs import small_settings
 
 

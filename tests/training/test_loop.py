@@ -13,12 +13,14 @@ from transformers import AutoTokenizer
 import dtfcli
 from dtfcli.data.prepare import prepare_data
 from dtfcli.errors import ConfigError
+from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import run_settings
 from dtfcli.training import loop
 from dtfcli.training.interrupt import StopSignal
-from dtfcli.training.loop import TrainingDiverged, TrainResult, train
+from dtfcli.training.loop import TrainResult
 from dtfcli.training.tracking import Event
+from dtfcli.training.update import TrainingDiverged
 from dtfcli.training.validation import evaluation_rows
 from tests.training.small_runs import small_settings
 

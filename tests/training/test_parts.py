@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from dtfcli import experiment
 from dtfcli.cost.peak import matmul_peak
 from dtfcli.errors import ConfigError, DataError, DTFError
 from dtfcli.runs.files import MetricsLog, read_metrics, replaced_folder, tidy_folders
 from dtfcli.runs.folder import list_checkpoints
-from dtfcli.training import loop
+from dtfcli.training import update
 from dtfcli.training.checkpoint import read_state
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.optim import GROUPS
@@ -81,7 +82,7 @@ def test_gradients_are_unscaled_once_for_all_groups(tmp_path: Path) -> None:
         settings=small_settings(tmp_path, training={"gradient_clip": 1.0}),
     )
     run.states = Replicated(run.accelerator, run)
-    assert loop._clip_gradients(run) == pytest.approx(math.sqrt(2 * 3 * 2.0**2))
+    assert update._clip_gradients(run) == pytest.approx(math.sqrt(2 * 3 * 2.0**2))
     assert run.accelerator.calls == 1
     for weight in weights.values():
         assert weight.grad is not None
@@ -214,7 +215,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Accelerator, "save_state", fill_up)
     with pytest.raises(DTFError, match="the disk is full"):
-        loop.train(small_settings(tmp_path))
+        experiment.train(small_settings(tmp_path))
     (run,) = (tmp_path / "outputs").glob("*/small")
     (checkpoint,) = list_checkpoints(run)
     assert read_state(checkpoint).step == 2
@@ -223,7 +224,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch:
 
 def test_a_checkpoint_holds_no_surprises(tmp_path: Path) -> None:
     """Weights as safetensors; everything else loads with weights_only; keep_checkpoints is respected."""
-    result = loop.train(small_settings(tmp_path, training={"keep_checkpoints": 1}))
+    result = experiment.train(small_settings(tmp_path, training={"keep_checkpoints": 1}))
     (checkpoint,) = list_checkpoints(result.run_dir)
     assert {path.name for path in checkpoint.iterdir()} == {
         "model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json",

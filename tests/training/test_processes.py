@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 import dtfcli
 from dtfcli.cli import launch
 from dtfcli.errors import ConfigError
+from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import list_checkpoints, processes_of
 from dtfcli.training.checkpoint import read_state
-from dtfcli.training.loop import TrainResult, train
+from dtfcli.training.loop import TrainResult
 from dtfcli.training.plan import for_processes, plan_run
 from dtfcli.training.processes import Processes, check_processes
 from dtfcli.training.validation import batches_for

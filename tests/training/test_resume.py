@@ -14,11 +14,12 @@ import pytest
 from safetensors import safe_open
 
 from dtfcli.errors import CheckpointError, ConfigError, DataError, DTFError
+from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import list_checkpoints, newest_run, run_settings
 from dtfcli.training import checkpoint
 from dtfcli.training.checkpoint import read_state
-from dtfcli.training.loop import TrainingInterrupted, TrainResult, train
+from dtfcli.training.loop import TrainingInterrupted, TrainResult
 from dtfcli.training.tracking import Event
 from tests.training.small_runs import small_settings
 
@@ -260,7 +261,7 @@ SCRIPT = """
 import sys, time, torch
 from pathlib import Path
 from dtfcli.errors import DTFError
-from dtfcli.training.loop import train
+from dtfcli.experiment import train
 from tests.training.small_runs import small_settings
 torch.set_num_threads(1)
 

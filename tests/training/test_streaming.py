@@ -15,12 +15,13 @@ from dtfcli.data.hub import SourceLost
 from dtfcli.data.tokenizer import train_tokenizer
 from dtfcli.errors import DataError
 from dtfcli.evaluation.runner import evaluate
+from dtfcli.experiment import train
 from dtfcli.loading.load import load_tokenizer
 from dtfcli.runs.folder import list_checkpoints, run_settings
 from dtfcli.settings import Settings
 from dtfcli.training import loop
 from dtfcli.training.checkpoint import read_state
-from dtfcli.training.loop import TrainResult, train
+from dtfcli.training.loop import TrainResult
 from dtfcli.training.rows import StreamedRows
 from tests.training.small_runs import small_settings, write_text
 from tests.training.test_resume import Killed, assert_same, kill_when, the_run

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dtfcli.experiment import train
 from dtfcli.models.conversion import convert
 from dtfcli.runs.files import read_metrics
 from dtfcli.settings import Settings
-from dtfcli.training.loop import train
 from tests.tiny import ARCHITECTURES, dense_model, tokens
 from tests.training.small_runs import small_settings, write_text
 

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from dtfcli.errors import ConfigError, DTFError
+from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import run_settings
 from dtfcli.settings import Settings
 from dtfcli.training import trackers
-from dtfcli.training.loop import TrainResult, train
+from dtfcli.training.loop import TrainResult
 from dtfcli.training.trackers import Trackers, check_trackers, tracker_config
 from dtfcli.training.tracking import Event
 from tests.training.small_runs import small_settings
@@ -147,7 +148,8 @@ def test_one_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
     said: list[str] = []
     good = Tracker()
     both: Any = [Tracker(RuntimeError()), good]
-    together = Trackers(both, said.append)
+    together = Trackers(said.append)
+    together.trackers += both
     together.log({"step": 1, "loss": 1.0})
     together.log({"step": 2, "loss": None})
     together.finish()

@@ -55,6 +55,7 @@ def _train(
     import torch
     from torch.distributed.tensor import DTensor
 
+    from dtfcli import experiment
     from dtfcli.training import loop
 
     torch.set_num_threads(1)
@@ -71,4 +72,4 @@ def _train(
         Path(folder, f"thresholds-{rank}.json").write_text(json.dumps(thresholds))
 
     loop.fit = noting
-    loop.train(settings_of(Path(folder), architecture, sharding, **groups))
+    experiment.train(settings_of(Path(folder), architecture, sharding, **groups))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dtfcli.errors import ConfigError
+from dtfcli.experiment import train
 from dtfcli.settings import load_settings
-from dtfcli.training.loop import train
 from dtfcli.training.tracking import Event
 from tests.evaluation.conftest import write_dataset
 from tests.training.small_runs import small_settings

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import dtfcli
 from dtfcli.errors import CheckpointError, ConfigError
+from dtfcli.experiment import train
 from dtfcli.hub.upload import prepare_upload
 from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, merge
 from dtfcli.loading.paths import weights_hash
 from dtfcli.models.stack import is_added
 from dtfcli.runs.folder import run_settings
-from dtfcli.training.loop import TrainResult, train
+from dtfcli.training.loop import TrainResult
 from dtfcli.training.tracking import Event
 from tests.conftest import Outcome
 from tests.tiny import tokens

@@ -1,0 +1,19 @@
+"""The line that `--stats` shows."""
+
+from typing import Any
+
+from dtfcli.cli.render import note
+
+
+def show_stats(result: Any) -> None:
+    """One line on stderr: speed, cache and routed share of a continuation."""
+    stats = result.stats
+    parts = [f"prefill {stats.prefill_tokens_per_second:,.0f} tokens/s"]
+    if stats.decode_tokens_per_second is not None:
+        parts.append(f"decode {stats.decode_tokens_per_second:,.1f} tokens/s")
+    if stats.cache_bytes is not None:
+        share = stats.cache_bytes / stats.dense_cache_bytes
+        parts.append(f"cache {stats.cache_bytes / 2**20:.2f} MiB, {share:.2f} of a dense model's")
+    if stats.routed_share is not None:
+        parts.append(f"routed share {stats.routed_share:.2f}")
+    note(" · ".join(parts))

@@ -1,0 +1,163 @@
+"""One optimizer step: micro-batches → gradients → clipped update → metrics.
+
+Accumulation is done by hand: the loss is a mean over the whole update, not over each micro-batch, as one large batch
+would have it.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtfcli.data.targets import count_targets
+from dtfcli.errors import DTFError
+from dtfcli.runs.folder import list_checkpoints
+from dtfcli.training.calibrate import QUICK_CALIBRATION_TOKENS, calibrate
+from dtfcli.training.curriculum import annealed_capacity, annealing_left, freeze_backbone
+from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
+from dtfcli.training.plan import TrainPlan
+from dtfcli.training.setup import Run
+from dtfcli.training.validation import to_batch, to_labels
+
+
+class TrainingDiverged(DTFError):
+    """The loss became infinite or NaN."""
+
+
+def update(run: Run) -> dict[str, Any]:
+    """One optimizer step over `rows_per_update` rows, in micro-batches.
+
+    Returns:
+        Metrics of the update: losses averaged over all of it, gradient norm, learning rates and, when the step is
+        logged, routing statistics.
+
+    Raises:
+        TrainingDiverged: a loss or the gradient is not finite; the weights are still those before the step.
+    """
+    plan, step = run.plan, run.state.step
+    factor = schedule_factor(step, plan.total_steps, plan.warmup_steps, run.settings.training.schedule)
+    rates = set_learning_rates(run.optimizer.param_groups, factor)
+    # Several processes decide together whether to stop, not each while it waits for text.
+    rows = run.rows.take(step, run.stop.check if run.processes.count == 1 else _never_stop)
+    # Gradients and losses are averaged over processes afterwards: each sums up a mean over its part of the targets.
+    targets = max(1, count_targets(rows)) / run.processes.count
+
+    if run.objective.routed:
+        _choose_training_routing(run)
+    run.objective.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    with _training_capacity(run) as extra:
+        sums = _gradients(run, rows, targets)
+    run.states.reduce_gradients()
+    sums = run.processes.mean(sums)
+    if run.objective.routed:
+        _average_thresholds(run)
+    if step < run.settings.training.router_warmup_steps:
+        freeze_backbone(run.optimizer.param_groups)
+        rates["base"] = 0.0
+    metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
+    check_finite(run, metrics)
+    run.optimizer.step()
+    return metrics | sums | extra | {f"lr/{name}": rate for name, rate in rates.items()}
+
+
+def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
+    """Accumulate the gradients of the rows [R, T] in micro-batches; returns the sums of losses and statistics.
+
+    Args:
+        run: its parameters receive the gradients.
+        rows: of the whole update; each process takes its part.
+        targets: what sums over tokens are divided by.
+    """
+    sums: dict[str, Any] = {}
+    processes, states = run.processes, run.states
+    shown = is_logged(run.plan, run.state.step + 1)
+    parts = run.plan.micro_batches(rows, processes.rank, processes.count)
+    with states.converting_once():
+        for place, part in enumerate(parts, 1):
+            input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
+            with states.accumulating(is_last=place == len(parts)):
+                losses = states.trained(input_ids, targets, output_routing=shown, labels=labels)
+                states.backward(losses.loss)
+            values = {
+                "train/loss": losses.lm_loss,
+                "train/prior_loss": losses.prior_loss,
+                "train/router_loss": losses.router_loss,
+                "train/distill_loss": losses.distill_loss,
+                "train/hidden_loss": losses.hidden_loss,
+                **(losses.routing or {}),
+            }
+            for name, value in values.items():
+                if value is not None:
+                    sums[name] = sums.get(name, 0.0) + value.detach()
+    return sums
+
+
+@contextmanager
+def _training_capacity(run: Run) -> Iterator[dict[str, float]]:
+    """Route by the γ of this update; gives the metric that tells it, where γ changes in the course of the run."""
+    training = run.settings.training
+    if not run.objective.routed or training.capacity_schedule == "constant":
+        yield {}
+        return
+    left = annealing_left(run.state.step, run.plan.total_steps, training)
+    with annealed_capacity(run.model, left, training.capacity_start) as capacity:
+        yield {"train/capacity": capacity}
+
+
+def _choose_training_routing(run: Run) -> None:
+    """Top-K, and for the last `training.threshold_fraction` of the updates the rule of inference."""
+    first = run.plan.total_steps - round(run.settings.training.threshold_fraction * run.plan.total_steps)
+    if run.state.step == first:
+        calibrate(run, capacities=(), tokens=QUICK_CALIBRATION_TOKENS)
+    run.model.set_training_routing("topk" if run.state.step < first else "threshold")
+
+
+def _average_thresholds(run: Run) -> None:
+    """Give all processes the mean of the thresholds that each has tracked on its own rows."""
+    if run.processes.count > 1:
+        tracked = [router.thresholds for router in run.model.model.routers.values()]
+        together = torch.stack([thresholds[0] for thresholds in tracked])
+        run.processes.average(together)
+        for thresholds, mean in zip(tracked, together, strict=True):
+            thresholds[0] = mean
+
+
+def _clip_gradients(run: Run) -> float:
+    """Clip each learning-rate group by its own norm; returns the norm of all gradients together.
+
+    A common norm would let the prior loss, whose scale is that of the surprise (a hundred times the language model's
+    in small models), throttle the backbone's steps.
+    """
+    squares = 0.0
+    run.accelerator.unscale_gradients()  # once for all groups: float16's loss scaling refuses a second time
+    for name in GROUPS:
+        members = [p for group in run.optimizer.param_groups if group["name"] == name for p in group["params"]]
+        if members:
+            squares += run.states.clip(members, run.settings.training.gradient_clip) ** 2
+    return math.sqrt(squares)
+
+
+def check_finite(run: Run, values: dict[str, float]) -> None:
+    # Loss scaling in float16 meets infinite gradients now and then, and skips those steps itself.
+    scaled = run.accelerator.scaler is not None
+    for name, value in values.items():
+        if math.isfinite(value) or (scaled and name == "train/grad_norm"):
+            continue
+        kept = list_checkpoints(run.folder)
+        last = f"The last good checkpoint is kept: {kept[0]}." if kept else "There was no checkpoint yet."
+        raise TrainingDiverged(
+            f"{name} became {value} at step {run.state.step + 1}. {last} Start again with lower "
+            "training.learning_rates, a longer training.warmup_ratio, or run.dtype=float32."
+        )
+
+
+def is_logged(plan: TrainPlan, step: int) -> bool:
+    return step % plan.log_every == 0 or step in (1, plan.total_steps)
+
+
+def _never_stop() -> None:
+    """Wait on."""
