@@ -5,7 +5,8 @@ Every command that takes a MODEL takes `Device`, `Dtype`, `AttnImplementation`, 
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -100,3 +101,23 @@ def split_preset(arguments: Iterable[str] | None) -> tuple[str | None, list[str]
     if items and "=" not in items[0]:
         return items[0], items[1:]
     return None, items
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a command opens its models: the options that all of them share."""
+
+    routing: str | None = None
+    capacity: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def open(self, model: str) -> tuple[Any, Any]:
+        """Model and tokenizer; imports torch and Transformers."""
+        from dtfcli.loading.load import load_model, load_tokenizer
+
+        loaded = load_model(model, **asdict(self))
+        return loaded, load_tokenizer(model, revision=self.revision, trust_remote_code=self.trust_remote_code)

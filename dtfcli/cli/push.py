@@ -11,46 +11,55 @@ if TYPE_CHECKING:
     from dtfcli.hub.upload import Upload
 
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A model or adapter folder, or a run folder (its final model).", show_default=False
+    ),
+]
+Repo = Annotated[
+    str,
+    typer.Argument(
+        metavar="REPO", help="Repository on the Hub: owner/name, or a name; then it is yours.", show_default=False
+    ),
+]
+HfUsername = Annotated[
+    str | None,
+    typer.Option("--hf-username", metavar="USER", help="Owner of a bare name: you, or an organization of yours."),
+]
+EvalResults = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval-results",
+        metavar="FILE",
+        help="JSON of `dtf eval` or lm-eval for the card; unset: the newest beside the model.",
+    ),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="BRANCH", help="Push to this branch; it is made when there is none."),
+]
+CommitMessage = Annotated[
+    str | None, typer.Option("--commit-message", "-m", metavar="M", help="What the commit is called.")
+]
+Merge = Annotated[bool, typer.Option("--merge", help="Publish an adapter as a plain model, merged into its base.")]
+DryRun = Annotated[
+    Path | None,
+    typer.Option("--dry-run", metavar="DIR", help="Write what would be uploaded to this folder, and ask nobody."),
+]
+
+
 def push(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A model or adapter folder, or a run folder (its final model).", show_default=False
-        ),
-    ],
-    repo: Annotated[
-        str,
-        typer.Argument(
-            metavar="REPO", help="Repository on the Hub: owner/name, or a name; then it is yours.", show_default=False
-        ),
-    ],
-    hf_username: Annotated[
-        str | None,
-        typer.Option("--hf-username", metavar="USER", help="Owner of a bare name: you, or an organization of yours."),
-    ] = None,
-    eval_results: Annotated[
-        Path | None,
-        typer.Option(
-            "--eval-results",
-            metavar="FILE",
-            help="JSON of `dtf eval` or lm-eval for the card; unset: the newest beside the model.",
-        ),
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[
-        str | None,
-        typer.Option("--revision", metavar="BRANCH", help="Push to this branch; it is made when there is none."),
-    ] = None,
-    commit_message: Annotated[
-        str | None, typer.Option("--commit-message", "-m", metavar="M", help="What the commit is called.")
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Publish an adapter as a plain model, merged into its base.")
-    ] = False,
-    dry_run: Annotated[
-        Path | None,
-        typer.Option("--dry-run", metavar="DIR", help="Write what would be uploaded to this folder, and ask nobody."),
-    ] = None,
+    model: Model,
+    repo: Repo,
+    hf_username: HfUsername = None,
+    eval_results: EvalResults = None,
+    private: Private = False,
+    revision: Revision = None,
+    commit_message: CommitMessage = None,
+    merge: Merge = False,
+    dry_run: DryRun = None,
     json: options.Json = False,
 ) -> None:
     """Publish a model: weights, tokenizer, the code it needs where dtf is not installed, and a model card.

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -187,11 +188,9 @@ class _Hub:
     def __init__(self, tell: Listener) -> None:
         from os import environ
 
-        from dtfcli import __version__
-
         # Asked now: the library itself looks at the variable only when it is imported.
         endpoint = environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
-        self.api = HfApi(endpoint=endpoint, library_name="dtfcli", library_version=__version__)
+        self.api = HfApi(endpoint=endpoint, library_name="dtfcli", library_version=metadata.version("dtfcli"))
         self.tell = tell
         self._uncertain = False  # whether a commit may have happened or not
 
@@ -430,9 +429,7 @@ def _is_same(item: bytes | Path, remote: Any) -> bool:
 
 
 def _default_message(upload: Upload) -> str:
-    from dtfcli import __version__
-
-    return f"Upload {upload.architecture} model with dtf {__version__}"
+    return f"Upload {upload.architecture} model with dtf {metadata.version('dtfcli')}"
 
 
 @contextmanager

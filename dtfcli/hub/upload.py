@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -327,8 +328,6 @@ def _facts(
     results: EvalResults | None,
     has_curves: bool,
 ) -> ModelFacts:
-    from dtfcli import __version__
-
     parameters, added = _count_parameters(weights)
     settings = run_settings_table(run) if run is not None else {}
     base, on_hub = public_name(settings.get("model", {}).get("base"), run) if settings else (None, False)
@@ -352,7 +351,7 @@ def _facts(
         unigram=next((line["val/unigram"] for line in lines if "val/unigram" in line), None),
         has_curves=has_curves,
         results=results,
-        version=__version__,
+        version=metadata.version("dtfcli"),
     )
 
 

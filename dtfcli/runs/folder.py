@@ -19,12 +19,17 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SETTINGS_FILE = "settings.toml"
-STATE_FILE = "state.json"
-"""Of a checkpoint: where the run stood, and the hashes of its files."""
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
+FINAL_MODEL = "final_model"
+BEST_MODEL = "best_model"
 MERGED_MODEL = "merged_model"
-"""Folder of the plain model that `lora.merge` writes beside the final one."""
+"""The plain model that `lora.merge` writes beside the final adapters."""
+CHECKPOINTS = "checkpoints"
+STATE_FILE = "state.json"
+"""Of a checkpoint: where the run stood, and the hashes of its files."""
+EVALUATIONS = "eval"
+"""Results of `dtf eval`, in a run folder or a model folder."""
 
 _CHECKPOINT_NAME = re.compile(r"step-\d+")
 
@@ -124,7 +129,7 @@ def newest_run(output_dir: Path) -> Path:
         CheckpointError: there is none.
     """
     runs = [path.parent for path in output_dir.glob(f"*/*/{SETTINGS_FILE}")]
-    unfinished = [run for run in runs if not (run / "final_model").exists()]
+    unfinished = [run for run in runs if not (run / FINAL_MODEL).exists()]
     if not unfinished:
         found = f"all {len(runs)} have finished" if runs else "there are none"
         raise CheckpointError(f"{output_dir}: no run to resume ({found}). Give a run folder: --resume RUN_DIR.")
@@ -138,12 +143,12 @@ def _last_written(run: Path) -> float:
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return run_dir / "checkpoints" / f"step-{step:06d}"
+    return run_dir / CHECKPOINTS / f"step-{step:06d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """A run's checkpoints, newest first."""
-    found = {path: _CHECKPOINT_NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")}
+    found = {path: _CHECKPOINT_NAME.fullmatch(path.name) for path in (run_dir / CHECKPOINTS).glob("step-*")}
     return sorted((path for path, name in found.items() if name), key=step_of, reverse=True)
 
 

@@ -13,11 +13,11 @@ from dtfcli.settings import Settings
 from dtfcli.training.tracking import Event, Listener
 
 if TYPE_CHECKING:
-    from dtfcli.evaluation.plan import Plan
-    from dtfcli.evaluation.session import EvalEvent
+    from dtfcli.evaluation.job_runner import EvalEvent
+    from dtfcli.evaluation.plan import EvalPlan
 
 
-def plan_evaluation(settings: Settings) -> "Plan | None":
+def plan_evaluation(settings: Settings) -> "EvalPlan | None":
     """What to run after training; None for nothing.
 
     Raises:
@@ -25,13 +25,12 @@ def plan_evaluation(settings: Settings) -> "Plan | None":
     """
     if not settings.eval.after:
         return None
-    from dtfcli.evaluation.plan import NotConfirmed, make_plan
+    from dtfcli.evaluation.plan import EvalOptions, NotConfirmed, make_plan
 
     try:
         return make_plan(
             [settings.eval.after, *settings.eval.tasks],
-            limit=settings.eval.limit,
-            data_dir=settings.eval.data_dir or None,
+            EvalOptions(limit=settings.eval.limit, data_dir=settings.eval.data_dir or None),
         )
     except NotConfirmed as error:
         raise ConfigError(
@@ -42,7 +41,7 @@ def plan_evaluation(settings: Settings) -> "Plan | None":
         raise ConfigError(f"eval.after = {settings.eval.after!r}: {error}") from error
 
 
-def evaluate_final(settings: Settings, plan: "Plan", run: Path, emit: Listener) -> Path | None:
+def evaluate_final(settings: Settings, plan: "EvalPlan", run: Path, emit: Listener) -> Path | None:
     """Score the final model of a finished run.
 
     Returns:
