@@ -28,7 +28,7 @@ def push_final_model(settings: HubSettings, model: Path, emit: Listener) -> str 
     """
     if not settings.repo:
         return None
-    from dtfcli.hub.push import push
+    from dtfcli.hub.push import PushOptions, push
 
     private = " --private" if settings.private else ""
     again = f"The model is saved. Push it with: dtf push {shlex.quote(str(model))} {settings.repo}{private}"
@@ -36,7 +36,7 @@ def push_final_model(settings: HubSettings, model: Path, emit: Listener) -> str 
         result = push(
             model,
             settings.repo,
-            private=settings.private,
+            PushOptions(private=settings.private),
             on_progress=lambda message: emit(Event("phase", message[0].upper() + message[1:])),
         )
     except KeyboardInterrupt:
