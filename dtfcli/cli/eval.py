@@ -3,11 +3,14 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dtfcli.cli import options
+
+if TYPE_CHECKING:
+    from dtfcli.evaluation.report import EvalReport
 
 Models = Annotated[
     list[str],
@@ -99,23 +102,15 @@ def evaluate(
       dtf eval MODEL --tasks arc_easy,mmlu_anatomy --capacity 0.25
       dtf eval outputs/2026-01-31/quickstart outputs/2026-01-31/mod outputs/2026-01-31/dense
     """
-    from dtfcli.cli import eval_view, render
-    from dtfcli.errors import ConfigError
+    from dtfcli.cli import eval_view
     from dtfcli.loading.paths import resolve_model_path
 
-    if output is not None and output.exists():
-        raise ConfigError(f"--output {output}: exists already; name another file.")
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: {output.parent} does not exist. Make it first.")
+    _check(models, output)
     sources = [resolve_model_path(model, revision) for model in models]
-    if len(set(models)) < len(models):
-        raise ConfigError(f"MODEL: {next(m for m in models if models.count(m) > 1)} is named twice; name it once.")
     loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
 
     with eval_view.EvalProgress(several=len(models) > 1) as show:
-        from dtfcli.evaluation.compare import paired_differences
         from dtfcli.evaluation.plan import EvalOptions, make_plan
-        from dtfcli.evaluation.report import plain, write_document
         from dtfcli.evaluation.runner import Candidate, evaluate_and_save
 
         asked = EvalOptions(
@@ -129,7 +124,28 @@ def evaluate(
         )
         candidates = [Candidate(m, source, partial(loading.open, m)) for m, source in zip(models, sources, strict=True)]
         found = evaluate_and_save(make_plan(tasks, asked), candidates, output=output, on_event=show)
-    reports = [report for report, _ in found]
+    files = [file for _, file in found if file is not None]
+    _finish([report for report, _ in found], files, output, json)
+
+
+def _check(models: list[str], output: Path | None) -> None:
+    """Refuse what is wrong whatever the models are."""
+    from dtfcli.errors import ConfigError
+
+    if output is not None and output.exists():
+        raise ConfigError(f"--output {output}: exists already; name another file.")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: {output.parent} does not exist. Make it first.")
+    if len(set(models)) < len(models):
+        raise ConfigError(f"MODEL: {next(m for m in models if models.count(m) > 1)} is named twice; name it once.")
+
+
+def _finish(reports: list["EvalReport"], files: list[Path], output: Path | None, json: bool) -> None:
+    """Write `output` and show the reports."""
+    from dtfcli.cli import eval_view, render
+    from dtfcli.evaluation.compare import paired_differences
+    from dtfcli.evaluation.report import plain, write_document
+
     differences = paired_differences(reports)
     document: Any = {"models": reports, "comparison": differences} if len(reports) > 1 else reports[0]
     if output is not None:
@@ -140,5 +156,5 @@ def evaluate(
         eval_view.show_side_by_side(reports, differences)
     else:
         eval_view.show_report(reports[0])
-    for file in [output] if output is not None else [file for _, file in found]:
+    for file in [output] if output is not None else files:
         render.note(f"Results: {file}")
