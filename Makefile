@@ -1,20 +1,21 @@
 # make quickstart   train a small model here, in minutes, and look at what it does
-# make test         run the tests
-# make check        lint, format and types
+# make test         the quick tests, while you work: under five minutes on two cores
+# make test-all     all tests, what CI runs: under fifteen minutes on two cores
+# make check        lint, format, types, and who imports whom
 # make docs         check that the generated pages of docs/ are current
 # Each makes .venv first when it is missing or pyproject.toml has changed.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check docs
+.PHONY: help quickstart test test-all check docs
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -27,13 +28,19 @@ quickstart: $(INSTALLED)
 	$(BIN)/dtf generate "$$model" "def main(" --max-new-tokens 60 --temperature 0.7 --seed 1; \
 	$(BIN)/dtf inspect-routing "$$model"
 
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=dev $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
+
+test-all: $(INSTALLED)
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest $(PARALLEL) -m "not long"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.house --check
 
 docs: $(INSTALLED)
 	$(BIN)/python -m tools.reference --check

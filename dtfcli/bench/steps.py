@@ -185,8 +185,6 @@ def _choose_capacity(model: Any, capacity: float) -> None:
     """The γ that training routes at; nothing for dense models."""
     if hasattr(model, "set_routing"):
         model.config.capacity = capacity
-        for router in model.model.routers.values():
-            router.capacity = capacity
 
 
 def _timed_step(

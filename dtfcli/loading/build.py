@@ -14,10 +14,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Config,
 )
 
 from dtfcli.data.tokenizer import data_tokenizer
@@ -28,9 +26,8 @@ from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weig
 from dtfcli.loading.paths import resolve_model_path
 from dtfcli.models.configuration_fields import DTF_ONLY, MOD_ONLY
 from dtfcli.models.conversion import convert, routed_config
+from dtfcli.models.families import FAMILIES
 from dtfcli.settings import Settings
-
-_SCRATCH_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
 def build_model(
@@ -118,7 +115,7 @@ def _dense_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None)
     if tokenizer is not None:
         names = ("bos_token_id", "eos_token_id")
         values |= {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
-    return _SCRATCH_CONFIGS[family](**values)
+    return FAMILIES[family].dense_config(**values)
 
 
 def _base_config(base: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -155,7 +152,7 @@ def _route(start: Any, settings: Settings) -> PreTrainedModel:
         return _go_on(start, settings)
     try:
         if architecture == "dense":
-            if start.config.model_type not in _SCRATCH_CONFIGS:
+            if start.config.model_type not in FAMILIES:
                 routed_config(start.config)  # refuses what could not be compared with a routed model
             return start
         capacity = fields.pop("capacity", 0.5)

@@ -50,8 +50,8 @@ class FullLayerCache(SurpriseHistory, DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and surprise."""
-        stored = 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
-        return stored + self.surprise_nbytes
+        stored = [x.nbytes for x in (self.keys, self.values) if x is not None]
+        return sum(stored) + self.surprise_nbytes
 
     def reset(self) -> None:
         super().reset()
@@ -62,7 +62,7 @@ class FullLayerCache(SurpriseHistory, DynamicLayer):
         if tokens_to_remove:
             self._map_surprise(lambda x: x[:, :tokens_to_remove])
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._map_surprise(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -90,12 +90,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.counts: list[int] = []
-        self._entered: list[Tensor] = []
-
-    @property
-    def entered(self) -> Tensor | None:
-        """Put together when somebody asks: a decoded token does not."""
-        return torch.cat(self._entered, dim=1) if self._entered else None
+        self.entered: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with no slots, in the shape, dtype and device of these states [R, H, K, E]."""
@@ -107,9 +102,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     def advance(self, selected: Tensor) -> None:
         """Count new positions, bool [B, T], True where the token is being stored."""
-        self._entered.append(selected)
-        if len(self._entered) > _SPARE_SLOTS:
-            self._entered = [torch.cat(self._entered, dim=1)]
+        self.entered = selected if self.entered is None else torch.cat([self.entered, selected], dim=1)
         if not self.counts:
             self.counts = [0] * selected.shape[0]
 
@@ -130,30 +123,29 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         longest = max(self.counts[row] for row in rows)
         if everyone and not any(before):
             # What lies in free slots is overwritten before any mask shows it.
-            self.keys, self.values = keys, values
+            kept_keys, kept_values = self.keys, self.values = keys, values
         else:
-            self._grow(longest)
-            if keys.shape[2] == 1 < len(rows):
-                self.keys[rows, :, before] = keys[:, :, 0]
-                self.values[rows, :, before] = values[:, :, 0]
-            else:
-                for r, (row, start, count) in enumerate(zip(rows, before, counts, strict=True)):
-                    self.keys[row, :, start : start + count] = keys[r, :, :count]
-                    self.values[row, :, start : start + count] = values[r, :, :count]
-        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
+            kept_keys, kept_values = self._room_for(longest)
+            for r, (row, start, count) in enumerate(zip(rows, before, counts, strict=True)):
+                kept_keys[row, :, start : start + count] = keys[r, :, :count]
+                kept_values[row, :, start : start + count] = values[r, :, :count]
+        kept_keys, kept_values = kept_keys[:, :, :longest], kept_values[:, :, :longest]
         if everyone:
-            return keys, values
+            return kept_keys, kept_values
         index = torch.tensor(rows, device=keys.device)
-        return keys.index_select(0, index), values.index_select(0, index)
+        return kept_keys.index_select(0, index), kept_values.index_select(0, index)
 
-    def _grow(self, slots: int) -> None:
-        """Room for so many slots and some to come, in tensors that may be written to."""
+    def _room_for(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values with at least this many slots and some to come, in tensors that may be written to."""
+        assert self.keys is not None
+        assert self.values is not None
         missing = slots - self.keys.shape[2]
         locked = torch.is_grad_enabled() or (self.keys.is_inference() and not torch.is_inference_mode_enabled())
         if missing > 0 or locked:
             more = missing + _SPARE_SLOTS if missing > 0 else 0
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        return self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not how a routed layer stores its tokens; see `append`."""
@@ -161,7 +153,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Positions seen."""
-        return sum(part.shape[1] for part in self._entered)
+        return 0 if self.entered is None else self.entered.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -172,37 +164,36 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tokens' keys and values, the record of who entered, and surprise."""
-        entered = self.entered
-        if entered is None:
+        if self.entered is None:
             return 0
         stored = 0
         if self.keys is not None and self.values is not None:
             stored = sum(self.counts) * self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3])
             stored *= self.keys.element_size()
-        return stored + entered.nbytes + self.surprise_nbytes
+        return stored + self.entered.nbytes + self.surprise_nbytes
 
     def _map(self, change: Any) -> None:
         """Apply a change of rows to everything."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = change(self.keys), change(self.values)
-        if (entered := self.entered) is not None:
-            self._entered = [change(entered)]
-            self.counts = self._entered[0].sum(1).tolist()
+        if self.entered is not None:
+            self.entered = change(self.entered)
+            self.counts = self.entered.sum(1).tolist()
         self._map_surprise(change)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.surprise = None
-        self.counts, self._entered, self.is_initialized = [], [], False
+        self.keys = self.values = self.surprise = self.entered = None
+        self.counts, self.is_initialized = [], False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last so many positions (a negative number, as in Transformers)."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number of positions to remove")
-        if tokens_to_remove == 0 or (entered := self.entered) is None:
+        if tokens_to_remove == 0 or self.entered is None:
             return
-        self._entered = [entered[:, :tokens_to_remove]]
-        self.counts = self._entered[0].sum(1).tolist()
+        self.entered = self.entered[:, :tokens_to_remove]
+        self.counts = self.entered.sum(1).tolist()
         if self.keys is not None and self.values is not None:
             kept = max(self.counts, default=0) + _SPARE_SLOTS
             self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
@@ -223,26 +214,18 @@ class RoutedCache(Cache):
 
     Works in `generate` with sampling, beams, left padding and assisted decoding; `crop`, `reorder_cache`,
     `batch_repeat_interleave`, `batch_select_indices` and `reset` as for any Transformers cache.
-
-    Attributes:
-        rules: what the model that fills it holds against every token, by device: worked out once for a text.
     """
 
     def __init__(self, config: Any) -> None:
         routed = set(config.routed_layer_indices) if config.kv_tokens == "routed" else set()
-        layers = [RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
-        super().__init__(layers=layers)
-        self.rules: dict[torch.device, Any] = {}
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.rules.clear()
+        super().__init__(
+            layers=[RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes held: keys and values of the tokens each layer keeps, and what routing remembers of them."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, (RoutedLayerCache, FullLayerCache)))
 
     @property
     def routed_shares(self) -> dict[int, float]:

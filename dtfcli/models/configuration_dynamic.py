@@ -6,9 +6,10 @@ from transformers import LlamaConfig, Qwen2Config
 from transformers.configuration_utils import strict
 
 from .configuration_fields import RoutingFields, check_routing_fields, resolve_routed_layers
+from .stock import StockConfig
 
 
-class RoutingConfigMixin(RoutingFields):
+class RoutingConfigMixin(RoutingFields, StockConfig):
     """Validation and derived values; mixed in front of a stock config class."""
 
     def validate_routing(self) -> None:

@@ -7,25 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import RoutingFields
-from .modeling_dynamic import DynamicLlamaForCausalLM, DynamicQwenForCausalLM
+from .families import FAMILIES
 from .stack import is_added
-
-FAMILIES: dict[str, tuple[type, type, type, type]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig, DynamicLlamaForCausalLM, DynamicLlamaConfig),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, DynamicQwenForCausalLM, DynamicQwenConfig),
-}
-"""Model type → dense class and config, routed class and config."""
 
 ROUTING_FIELD_NAMES = tuple(field.name for field in dataclass_fields(RoutingFields))
 
@@ -57,8 +43,7 @@ def convert(
         ValueError: another kind of model, sliding windows, an unknown field or a wrong value, by name.
     """
     config = routed_config(dense.config, architecture=architecture, capacity=capacity, **config_fields)
-    routed_class = FAMILIES[dense.config.model_type][2]
-    return _transplant(dense, routed_class, config, copy)
+    return _transplant(dense, FAMILIES[dense.config.model_type].routed_model, config, copy)
 
 
 def to_dense(model: PreTrainedModel, *, copy: bool = False) -> PreTrainedModel:
@@ -74,9 +59,8 @@ def to_dense(model: PreTrainedModel, *, copy: bool = False) -> PreTrainedModel:
     family = model.config.model_type.removeprefix("dynamic_")
     if family == model.config.model_type or family not in FAMILIES:
         raise ValueError(f"model is a {type(model).__name__}: to_dense takes a routed model")
-    dense_class, dense_config_class, _, _ = FAMILIES[family]
-    values = _config_values(model.config)
-    return _transplant(model, dense_class, dense_config_class(**values), copy)
+    config = FAMILIES[family].dense_config(**_config_values(model.config))
+    return _transplant(model, FAMILIES[family].dense_model, config, copy)
 
 
 def routed_config(dense_config: Any, **config_fields: Any) -> Any:
@@ -103,7 +87,7 @@ def routed_config(dense_config: Any, **config_fields: Any) -> Any:
             raise ValueError(f"{name} is no field of a routed model.{hint}")
     set_fields = {name: value for name, value in config_fields.items() if value is not None}
     try:
-        return FAMILIES[model_type][3](**_config_values(dense_config), **set_fields)
+        return FAMILIES[model_type].routed_config(**_config_values(dense_config), **set_fields)
     except Exception as error:
         # Strict dataclasses wrap what a validator raised; the validator's own words are the useful ones.
         raise ValueError(str(error.__cause__ or error)) from error

@@ -9,23 +9,41 @@ Layers return flat tuples of tensors, hidden states first: gradient checkpointin
 be recorded on the side.
 """
 
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cache import CACHE_NAME
 from .keys import EveryKey, OwnKeys, StoredKeys
-from .products import products_of_few_rows
 from .routers import LinearRouter, PredictiveRouter, Predictor, PriorFFN, RoutingFrame
-from .routing import Scores, gated_update, select_threshold, select_topk, surprise, topk_capacity
-from .slots import Slots, assign_group, assign_slots, enter_layer, gather_tokens, leave_layer, row_groups
+from .routing import Scores, Surprise, gated_update, select_threshold, select_topk, surprise, topk_capacity
+from .slots import Slots, assign_group, assign_slots, gather_tokens, row_groups, scatter_tokens
+from .stock import StockLayer
 
 
-class DecisionLayerMixin(nn.Module):
+class RoutedOutput(NamedTuple):
+    """What a routed layer returns. Checkpointing and hooks may hand it on as a plain tuple."""
+
+    hidden_states: Tensor
+    """[B, T, D]."""
+    ranked: Tensor
+    """float32 [B, T], what is compared with thresholds: scores, or in `predictor` mode the predictor's logits."""
+    selected: Tensor
+    """bool [B, T], True where the token entered."""
+    threshold: Tensor | None
+    """float32, 0-d; None: top-K."""
+    gate: Tensor
+    """float32 [B, T], G (DTF), σ(r) or r (MoD)."""
+    s_ce: Tensor | None
+    s_cu: Tensor | None
+    """float32 [B, T], the criteria (DTF)."""
+    predictor_logits: Tensor | None
+    """float32 [B, T], while a predictor trains or routes."""
+
+
+class DecisionLayerMixin(StockLayer):
     """A dense decoder layer that also says how surprising each token was to it."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -33,14 +51,14 @@ class DecisionLayerMixin(nn.Module):
         self.prior = PriorFFN(config)
         self.prior_input_gradient = config.prior_input_gradient
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Surprise:
         """[B, T, D] → posterior [B, T, D]; D_st, D_ch, prior error: float32 [B, T]."""
         posterior = super().forward(hidden_states, **kwargs)
         guess = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
         return surprise(hidden_states, posterior, guess, self.prior_input_gradient)
 
 
-class RoutedLayerMixin(nn.Module):
+class RoutedLayerMixin(StockLayer):
     """A decoder layer that only some tokens enter."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -56,11 +74,10 @@ class RoutedLayerMixin(nn.Module):
     ) -> Scores:
         """The router's scores in float32; `surprises` is (D_st, D_ch) for DTF, () for MoD."""
         if not self.by_surprise:
-            return self.router(hidden_states, frame)
+            return self.router(hidden_states)
         static, change = surprises
         history = static if store is None else store.extend_surprise(static)
-        of = None if frame.rules is None else frame.rules[self.layer_idx].criteria
-        return self.router(static, change, history, frame, of)
+        return self.router(static, change, history, frame)
 
     def rank(
         self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
@@ -72,24 +89,24 @@ class RoutedLayerMixin(nn.Module):
                 scores = self.score(hidden_states, surprises, frame, store)
         else:
             scores = self.score(hidden_states, surprises, frame, store)
-        if self.predictor is None:
-            return scores.score, scores, None
-        wanted = self.training or frame.mode == "predictor"
-        logits = self.predictor(hidden_states) if wanted else None
-        return (logits if frame.mode == "predictor" else scores.score), scores, logits
+        logits = None
+        if self.predictor is not None and (self.training or frame.mode == "predictor"):
+            logits = self.predictor(hidden_states)
+        if frame.mode == "predictor":
+            assert logits is not None, "`set_routing` refuses this mode without a predictor"
+            return logits, scores, logits
+        return scores.score, scores, logits
 
     def select(self, ranked: Tensor, frame: RoutingFrame) -> tuple[Tensor, Tensor | None]:
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
         if frame.mode == "topk":
-            return select_topk(ranked, self._share(frame), frame.real, frame.sinks), None
-        threshold = None if frame.rules is None else frame.rules[self.layer_idx].threshold
-        if threshold is None:
-            threshold = self.router.threshold(frame.mode, frame.capacity, frame.column)
+            return select_topk(ranked, frame.capacities[self.layer_idx], frame.real, frame.sinks), None
+        if frame.thresholds is not None:
+            threshold = frame.thresholds[self.layer_idx]
+        else:
+            threshold = self.router.threshold(frame.mode, frame.capacities[self.layer_idx], frame.column)
         # A checkpointed layer's outputs become part of its graph; the threshold it will recompute with must not.
         return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold.detach()
-
-    def _share(self, frame: RoutingFrame) -> float:
-        return self.router.capacity if frame.capacity is None else frame.capacity
 
     def groups(self, selected: Tensor, frame: RoutingFrame) -> tuple[list[tuple[list[int], Slots]], list[int]]:
         """Rows that go through the block together, with their slots; and how many tokens of each row enter.
@@ -99,16 +116,12 @@ class RoutedLayerMixin(nn.Module):
         every process of a distributed run has to enter every layer. Rows and counts are empty where nobody looked.
         """
         if frame.mode == "topk":
-            slots = assign_slots(selected, topk_capacity(self._share(frame), frame.shape[1]))
+            width = topk_capacity(frame.capacities[self.layer_idx], frame.shape[1])
+            slots = assign_slots(selected, width)
             return [([], slots if frame.real is not None else slots._replace(routed=None))], []  # K of T, in every row
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
-        # A single token is its row's count: one operation less for each layer of each token.
-        counts: list[int] = (
-            [int(one) for (one,) in selected.tolist()] if frame.shape[1] == 1 else selected.sum(1).tolist()
-        )
-        if min(counts) == frame.shape[1]:
-            return [(list(range(len(counts))), frame.every_token)], counts
+        counts: list[int] = selected.sum(1).tolist()
         rows_together = row_groups(counts)
         return [(rows, assign_group(selected, rows, [counts[row] for row in rows])) for rows in rows_together], counts
 
@@ -121,48 +134,40 @@ class RoutedLayerMixin(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> RoutedOutput:
         """Route, process, write back.
 
         Args:
             hidden_states: [B, T, D].
             surprises: D_st, D_ch of the decision layer below, float32 [B, T] (DTF); none (MoD).
-            frame: mode, padding and sinks.
+            frame: mode, capacities, padding and sinks of this pass.
             position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
             attention_mask, position_ids: those of the dense layers, not used: the slots have their own.
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
-
-        Returns:
-            hidden states [B, T, D], ranked [B, T], selected bool [B, T], threshold 0-d (None: top-K), gate [B, T],
-            s_ce, s_cu (None for MoD, or as the gate where nobody needs them), logits of the predictor [B, T] (None
-            where it was not asked).
         """
         cache = kwargs.pop(CACHE_NAME, None)
         store = None if cache is None else cache.layers[self.layer_idx]
         ranked, scores, logits = self.rank(hidden_states, surprises, frame, store)
         selected, threshold = self.select(ranked, frame)
         groups, counts = self.groups(selected, frame)
-        all_keys = self._keys(hidden_states, position_embeddings, selected, counts, store, frame)
+        all_keys = self._keys(hidden_states, position_embeddings, selected, counts, store)
         for rows, slots in groups:
-            x_RKD, passing = enter_layer(hidden_states, slots)
+            x_RKD = gather_tokens(hidden_states, slots)
             keys = all_keys.of_rows(rows, slots)
             cos, sin = (gather_tokens(part, slots) for part in position_embeddings)
-            # At γ = 1 the products are the stock layer's, bit for bit.
-            gathered = not slots.whole and self._share(frame) < 1.0
-            with products_of_few_rows(x_RKD) if gathered else nullcontext():
-                processed = super().forward(
-                    x_RKD,
-                    attention_mask=keys.mask(x_RKD, slots, frame, self.config),
-                    position_embeddings=(cos, sin),
-                    **{CACHE_NAME: keys.as_cache},
-                    **kwargs,
-                )
-            gate_RK = None if scores.gate is None else gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
-            updated = gated_update(x_RKD, processed, gate_RK, frame.gate)
+            processed = super().forward(
+                x_RKD,
+                attention_mask=keys.mask(x_RKD, slots, frame, self.config),
+                position_embeddings=(cos, sin),
+                **{CACHE_NAME: keys.as_cache},
+                **kwargs,
+            )
+            gate_RK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
+            updated = gated_update(x_RKD, processed, gate_RK, self.config.gate)
             if slots.routed is not None:
                 updated = torch.where(slots.routed.unsqueeze(-1), updated, x_RKD)
-            hidden_states = leave_layer(passing, slots, updated)
-        return hidden_states, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits
+            hidden_states = scatter_tokens(hidden_states, slots, updated)
+        return RoutedOutput(hidden_states, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits)
 
     def _keys(
         self,
@@ -171,10 +176,9 @@ class RoutedLayerMixin(nn.Module):
         selected: Tensor,
         counts: list[int],
         store: Any,
-        frame: RoutingFrame,
     ) -> OwnKeys:
         """Whose keys and values the routed tokens attend to; what the cache keeps is kept here."""
-        if frame.kv_tokens == "all":
+        if self.config.kv_tokens == "all":
             attention = self.self_attn
             normed = self.input_layernorm(hidden_states)
             shape = (*normed.shape[:-1], -1, attention.head_dim)
@@ -186,19 +190,3 @@ class RoutedLayerMixin(nn.Module):
             return OwnKeys()
         store.advance(selected)
         return StoredKeys(store, counts)
-
-
-class DecisionLlamaLayer(DecisionLayerMixin, LlamaDecoderLayer):
-    """Decision layer of a Llama-type backbone."""
-
-
-class RoutedLlamaLayer(RoutedLayerMixin, LlamaDecoderLayer):
-    """Routed layer of a Llama-type backbone."""
-
-
-class DecisionQwenLayer(DecisionLayerMixin, Qwen2DecoderLayer):
-    """Decision layer of a Qwen2 backbone."""
-
-
-class RoutedQwenLayer(RoutedLayerMixin, Qwen2DecoderLayer):
-    """Routed layer of a Qwen2 backbone."""

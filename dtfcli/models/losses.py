@@ -14,9 +14,6 @@ IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 2**27
 """Logits held at once: 256 MiB in bfloat16. Each chunk adds into the head's whole gradient, so chunks must be few."""
 
-_BLOCK_ROWS = 512
-"""Rows of a chunk that are multiplied at once on a CPU: with a vocabulary's width, more rows take longer each."""
-
 _SLICE_ELEMENTS = 2**19
 """Logits that are normalized at once on a CPU: 2 MiB in float32, so that all passes over them stay in its cache."""
 
@@ -41,17 +38,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
         grad_weight = None
         rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
-        block = _BLOCK_ROWS if device_type == "cpu" else rows
         with torch.autocast(device_type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):
-                hidden = hidden_ND[start : start + rows].to(dtype)
-                logits = hidden.new_empty(len(hidden), len(weight))
-                for first in range(0, len(hidden), block):
-                    part, whole = slice(first, first + block), slice(start + first, start + min(first + block, rows))
-                    torch.mm(hidden[part], weight.t(), out=logits[part])
-                    loss += _cross_entropy_into_gradient(logits[part], labels_N[whole], needs_hidden or needs_weight)
-                    if grad_hidden is not None:
-                        grad_hidden[whole] = logits[part] @ weight
+                chunk = slice(start, start + rows)
+                hidden = hidden_ND[chunk].to(dtype)
+                logits = hidden @ weight.t()
+                loss += _cross_entropy_into_gradient(logits, labels_N[chunk], needs_hidden or needs_weight)
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = logits @ weight
                 if needs_weight:
                     # One chunk's product keeps its type; several are summed in float32.
                     product = logits.t() @ hidden

@@ -1,27 +1,31 @@
-"""Routed Qwen2 and Llama language models: the routed stack with its head, losses and routing controls."""
+"""Routed language models: the stack with its head, losses and routing controls; then one section per backbone."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, LlamaModel, Qwen2ForCausalLM, Qwen2Model
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from .cache import CACHE_NAME, RoutedCache
+from .calibration import calibrate_columns
 from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import CAUSAL_MODES, ROUTING_MODES
+from .layers import DecisionLayerMixin, RoutedLayerMixin
 from .losses import causal_lm_loss, embedded_with_head
 from .outputs import RoutedCausalLMOutput, RoutedModelOutput, RoutingRecord
-from .products import products_of_few_rows
 from .routers import CAPACITY_GRID
 from .routing import masked_mean
-from .stack import DynamicLlamaModel, DynamicPreTrainedMixin, DynamicQwenModel
+from .stack import DynamicModelMixin, DynamicPreTrainedMixin
+from .stock import StockLM
 
 
-class DynamicCausalLMMixin(DynamicPreTrainedMixin):
+class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
     """The stack with its language-model head, losses and routing controls."""
 
     stack_class: type
@@ -75,13 +79,12 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
             cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_routing=output_routing,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         if output_logits is None:
             output_logits = labels is None or not self.training
-        logits = self._logits(hidden_states, logits_to_keep) if output_logits else None
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)) if output_logits else None
 
         loss = lm_loss = prior_loss = router_loss = None
         if labels is not None:
@@ -105,19 +108,6 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
         )
         return result if return_dict is not False else result.to_tuple()
 
-    def _logits(self, hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        """[B, T, D] → logits of the positions to keep, [B, N, V]."""
-        kept = slice_logits_to_keep(hidden_states, logits_to_keep)
-        gathered = kept.shape[1] < hidden_states.shape[1] and not self._routes_everything
-        with products_of_few_rows(kept) if gathered else nullcontext():
-            return self.lm_head(kept)
-
-    @property
-    def _routes_everything(self) -> bool:
-        """Whether γ is 1 in every layer: the products are then the stock model's, bit for bit."""
-        capacity = self.capacity
-        return min(capacity if isinstance(capacity, list) else [capacity]) >= 1.0
-
     def _auxiliary_losses(
         self, outputs: RoutedModelOutput, labels: Tensor, num_items_in_batch: Tensor | float | None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -132,9 +122,10 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
                 counted = ~outputs.sinks if counted is None else counted & ~outputs.sinks
             errors = [masked_mean(error, counted) for error in outputs.prior_errors]
             prior_loss = torch.stack(errors).mean() * share
-        terms = [term for record in outputs.routing for term in self._router_terms(record, outputs.real)]
+        records = outputs.routing or ()
+        terms = [term for record in records for term in self._router_terms(record, outputs.real)]
         if terms:
-            router_loss = torch.stack(terms).sum() / len(outputs.routing) * share
+            router_loss = torch.stack(terms).sum() / len(records) * share
         return prior_loss, router_loss
 
     def _router_terms(self, record: RoutingRecord, real: Tensor | None) -> list[Tensor]:
@@ -199,7 +190,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
             raise ValueError(f"capacity = {capacity!r}: the share of routed tokens lies above 0 and at most at 1")
         self.config.routing = mode
         self.model.capacity_override = None if capacity is None else float(capacity)
-        self.model._thresholds_seen_at = None
+        self.model.forget_checks()
 
     def set_training_routing(self, mode: str) -> None:
         """Choose how tokens are routed while training: "topk" (the default) or, for the end of a run, "threshold".
@@ -252,7 +243,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
             columns += [("predictor", column) for column in grid]
         was_training = self.training
         self.eval()
-        self.model.calibrate(moved, columns)
+        calibrate_columns(self.model, moved, columns)
         self.train(was_training)
 
     def router_scalars(self) -> dict[int, dict[str, float]]:
@@ -277,11 +268,46 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin):
             model_kwargs[CACHE_NAME] = RoutedCache(self.config)
 
 
+class DecisionLlamaLayer(DecisionLayerMixin, LlamaDecoderLayer):
+    """Decision layer of a Llama-type backbone."""
+
+
+class RoutedLlamaLayer(RoutedLayerMixin, LlamaDecoderLayer):
+    """Routed layer of a Llama-type backbone."""
+
+
+class DynamicLlamaModel(DynamicModelMixin, LlamaModel):
+    """Routed stack of a Llama-type model."""
+
+    config_class = DynamicLlamaConfig
+    decision_layer_class = DecisionLlamaLayer
+    routed_layer_class = RoutedLlamaLayer
+    _no_split_modules = ["LlamaDecoderLayer", "DecisionLlamaLayer", "RoutedLlamaLayer"]  # noqa: RUF012
+
+
 class DynamicLlamaForCausalLM(DynamicCausalLMMixin, LlamaForCausalLM):
     """Routed Llama-type language model: DTF or MoD, as its config says."""
 
     config_class = DynamicLlamaConfig
     stack_class = DynamicLlamaModel
+    _no_split_modules = DynamicLlamaModel._no_split_modules
+
+
+class DecisionQwenLayer(DecisionLayerMixin, Qwen2DecoderLayer):
+    """Decision layer of a Qwen2 backbone."""
+
+
+class RoutedQwenLayer(RoutedLayerMixin, Qwen2DecoderLayer):
+    """Routed layer of a Qwen2 backbone."""
+
+
+class DynamicQwenModel(DynamicModelMixin, Qwen2Model):
+    """Routed stack of a Qwen2 model."""
+
+    config_class = DynamicQwenConfig
+    decision_layer_class = DecisionQwenLayer
+    routed_layer_class = RoutedQwenLayer
+    _no_split_modules = ["Qwen2DecoderLayer", "DecisionQwenLayer", "RoutedQwenLayer"]  # noqa: RUF012
 
 
 class DynamicQwenForCausalLM(DynamicCausalLMMixin, Qwen2ForCausalLM):
@@ -289,14 +315,12 @@ class DynamicQwenForCausalLM(DynamicCausalLMMixin, Qwen2ForCausalLM):
 
     config_class = DynamicQwenConfig
     stack_class = DynamicQwenModel
+    _no_split_modules = DynamicQwenModel._no_split_modules
 
 
 # Saving copies these files beside the weights and names the classes in `auto_map`.
-for _config_class, _model_class in (
-    (DynamicLlamaConfig, DynamicLlamaForCausalLM),
-    (DynamicQwenConfig, DynamicQwenForCausalLM),
-):
-    _config_class.register_for_auto_class()
+for _model_class in (DynamicLlamaForCausalLM, DynamicQwenForCausalLM):
+    _model_class.config_class.register_for_auto_class()
     _model_class.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = ["DynamicLlamaForCausalLM", "DynamicLlamaModel", "DynamicQwenForCausalLM", "DynamicQwenModel"]

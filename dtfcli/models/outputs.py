@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import FloatTensor, Tensor
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 from .cache import CACHE_NAME
@@ -48,14 +48,14 @@ class RoutedModelOutput(ModelOutput):
         positions: int64 [B or 1, T], rotary positions: real tokens counted from 0.
     """
 
-    last_hidden_state: FloatTensor | None = None
+    last_hidden_state: Tensor | None = None
     if CACHE_NAME == "cache":
         cache: Any = None  # `past_key_values` is a property of every ModelOutput then
     else:
         past_key_values: Any = None
-    hidden_states: tuple[FloatTensor, ...] | None = None
-    attentions: tuple[FloatTensor, ...] | None = None
-    prior_errors: tuple[FloatTensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    prior_errors: tuple[Tensor, ...] | None = None
     routing: tuple[RoutingRecord, ...] | None = None
     real: Tensor | None = None
     sinks: Tensor | None = None
@@ -75,15 +75,15 @@ class RoutedCausalLMOutput(ModelOutput):
         routing: a `RoutingRecord` for each routed layer, when `output_routing` asks for it.
     """
 
-    loss: FloatTensor | None = None
-    logits: FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     if CACHE_NAME == "cache":
         cache: Any = None  # `past_key_values` is a property of every ModelOutput then
     else:
         past_key_values: Any = None
-    hidden_states: tuple[FloatTensor, ...] | None = None
-    attentions: tuple[FloatTensor, ...] | None = None
-    lm_loss: FloatTensor | None = None
-    prior_loss: FloatTensor | None = None
-    router_loss: FloatTensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    prior_loss: Tensor | None = None
+    router_loss: Tensor | None = None
     routing: tuple[RoutingRecord, ...] | None = None

@@ -8,25 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, exp, log
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .routing import (
-    Criteria,
     Recent,
+    Scalars,
     Scores,
-    criteria,
     dtf_scores,
     mean_square,
     mod_scores,
     moving_average,
-    recent_of_all,
     recent_tokens,
     sink_mask,
 )
-from .slots import Slots
 
 CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
 """γ for which calibration measures thresholds; others are interpolated."""
@@ -35,48 +32,31 @@ THRESHOLD_COLUMNS = 1 + len(CAPACITY_GRID)
 """Column 0 is the threshold at the model's own capacity (also tracked while training), then the grid."""
 
 
-class Rule(NamedTuple):
-    """What a routed layer holds against every token alike, whoever it is."""
-
-    criteria: Criteria | None = None
-    """None: MoD, or to be worked out by the layer, for its gradient."""
-    threshold: Tensor | None = None
-    """float32, 0-d; None: the layer's when it is asked."""
-
-
 @dataclass(frozen=True)
 class RoutingFrame:
     """What all routed layers of one forward pass share.
 
     Attributes:
+        config: of the model; whatever does not change from pass to pass.
         mode: "topk", "threshold" or "predictor".
         shape: B and T.
         device: of the tokens.
-        capacity: γ asked for at inference; None: each layer's own.
+        capacities: γ of each routed layer in this pass, by layer index.
         seen: bool [B, S + T], False for padding, over the S cached positions and the T new ones; None: no padding.
-        sink_tokens: how many leading real tokens of each row are sinks.
-        average_window, average_skips_sinks: what the moving average of eq. 3.9 runs over (DTF).
         past: S.
-        gates: whether anybody needs gates and criteria: a soft gate, a gradient, or who asked for routing records.
-        column: the threshold column to use instead of `capacity` (calibration).
-        rules: of each routed layer, where they must not be what the layer says when it is asked.
-        kv_tokens, gate: as configured.
+        column: the threshold column to use instead of the capacity's (calibration).
+        thresholds: of each routed layer, where they must not be the router's own; None: they are.
     """
 
+    config: Any
     mode: str
     shape: tuple[int, int]
     device: torch.device
-    capacity: float | None = None
+    capacities: Mapping[int, float]
     seen: Tensor | None = None
-    sink_tokens: int = 0
-    average_window: int = 1
-    average_skips_sinks: bool = False
     past: int = 0
-    gates: bool = True
     column: int | None = None
-    rules: "Mapping[int, Rule] | None" = None
-    kv_tokens: str = "routed"
-    gate: str = "straight_through"
+    thresholds: Mapping[int, Tensor] | None = None
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -86,36 +66,30 @@ class RoutingFrame:
     @cached_property
     def seen_sinks(self) -> Tensor | None:
         """Which of all tokens are sinks, bool [B, S + T]; None: there are none."""
-        return sink_mask(self.seen, self.sink_tokens, (self.shape[0], self.past + self.shape[1]), self.device)
+        return sink_mask(self.seen, self.config.sink_tokens, (self.shape[0], self.past + self.shape[1]), self.device)
 
     @cached_property
     def sinks(self) -> Tensor | None:
         """Which of the new tokens are sinks, bool [B, T]; None: there are none."""
-        if self.seen is None and self.past >= self.sink_tokens:
+        if self.seen is None and self.past >= self.config.sink_tokens:
             return None
         return None if self.seen_sinks is None else self.seen_sinks[:, self.past :]
 
     @cached_property
-    def recent(self) -> Recent | slice:
-        """What the moving average of each new token runs over: no padding, and no sinks where they are left out."""
-        if self.seen is None:
-            left_out = self.sink_tokens if self.average_skips_sinks else 0
-            return recent_of_all(self.shape, self.average_window, self.past, left_out, self.device)
+    def recent(self) -> Recent:
+        """The tokens that the moving average of each new token covers: no padding, and no sinks where it skips them."""
+        (rows, tokens), window = self.shape, self.config.ma_window
         counted = self.seen
-        if self.average_skips_sinks and self.seen_sinks is not None:
+        if counted is None:
+            counted = torch.ones(rows, self.past + tokens, dtype=torch.bool, device=self.device)
+        if self.config.skips_sinks_in_average and self.seen_sinks is not None:
             counted = counted & ~self.seen_sinks
-        return recent_tokens(counted, self.average_window, self.past)
+        return recent_tokens(counted, window, self.past)
 
-    @cached_property
-    def every_token(self) -> Slots:
-        """The slots of a pass in which every token of every row is routed."""
-        batch, tokens = self.shape
-        return Slots(torch.arange(tokens, device=self.device).expand(batch, tokens), whole=True)
-
-    def prepare(self, architecture: str) -> None:
-        """Work out now what layers will ask for: compiled ones cannot enter `cached_property`'s lock (Python 3.11)."""
+    def prepare(self) -> None:
+        """Compute now what layers will ask for: compiled ones cannot enter `cached_property`'s lock (Python 3.11)."""
         _ = self.real, self.sinks
-        if architecture == "dtf":
+        if self.config.architecture == "dtf":
             _ = self.recent
 
 
@@ -139,7 +113,7 @@ class PriorFFN(nn.Module):
     def forward(self, original: Tensor) -> Tensor:
         """[B, T, D] → prior − original, [B, T, D]."""
         # 1 / RMS(x), a number for each token, goes behind the matrix: the normalized states are never formed.
-        square = mean_square(original, keepdim=True, few_operations=not torch.is_grad_enabled())
+        square = mean_square(original, keepdim=True)
         scale = torch.rsqrt(square + self.eps)
         projected = self.w_in(original)
         gate, up = (projected * scale.to(projected.dtype)).chunk(2, dim=-1)
@@ -180,16 +154,22 @@ class Router(nn.Module):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
-        self.capacity = config.layer_capacity(layer_idx)
+        self.config, self.layer_idx = config, layer_idx
         self.tables = ["thresholds", "predictor_thresholds"][: 1 + config.has_predictor]
         for name in self.tables:
             self.register_buffer(name, torch.empty(THRESHOLD_COLUMNS, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
+        """Forget all thresholds; the predictor's own starts at σ(p) = 0.5."""
         for name in self.tables:
             getattr(self, name).fill_(torch.nan)
         if "predictor_thresholds" in self.tables:
             self.predictor_thresholds[0] = 0.0
+
+    @property
+    def capacity(self) -> float:
+        """γ of the model itself; the γ of a pass is in its frame."""
+        return self.config.layer_capacity(self.layer_idx)
 
     def table(self, mode: str) -> Tensor:
         """The thresholds of a causal mode, float32 [THRESHOLD_COLUMNS]."""
@@ -226,6 +206,11 @@ class PredictiveRouter(Router):
     o_ce and m_cu are stored as logarithms: they must stay positive (ln of a negative o_ce is a NaN).
     """
 
+    log_o_ce: nn.Parameter
+    log_m_cu: nn.Parameter
+    beta_ce: nn.Parameter
+    beta_cu: nn.Parameter
+
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.initial = {
@@ -242,14 +227,10 @@ class PredictiveRouter(Router):
         for name, value in self.initial.items():
             getattr(self, name).fill_(value)
 
-    def forward(
-        self, static: Tensor, change: Tensor, history: Tensor, frame: RoutingFrame, of: Criteria | None = None
-    ) -> Scores:
+    def forward(self, static: Tensor, change: Tensor, history: Tensor, frame: RoutingFrame) -> Scores:
         """D_st, D_ch of the new tokens: float32 [B, T]; D_st of the row up to them: float32 [B, S + T]."""
-        average = moving_average(history, frame.recent)
-        if of is None:
-            of = criteria(self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
-        return dtf_scores(static, change, average, of, gates=frame.gates)
+        of = Scalars(self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
+        return dtf_scores(static, change, moving_average(history, frame.recent), of)
 
     def scalars(self) -> dict[str, float]:
         """The four scalars of the paper, for reports."""
@@ -274,20 +255,10 @@ class LinearRouter(Router):
         super().reset_parameters()
         self.weight.normal_(0.0, self.std)
 
-    def forward(self, hidden_states: Tensor, frame: RoutingFrame) -> Scores:
+    def forward(self, hidden_states: Tensor) -> Scores:
         """[B, T, D] → scores [B, T]."""
-        return mod_scores(hidden_states, self.weight, self.gate, gates=frame.gates)
+        return mod_scores(hidden_states, self.weight, self.gate)
 
     def scalars(self) -> dict[str, float]:
+        """A linear router has none."""
         return {}
-
-
-def rules_by_layer(routers: Mapping[int, Router]) -> dict[int, Rule]:
-    """The criteria of several layers of DTF by as many operations as those of one take."""
-    log_o_ce, log_m_cu, beta_ce, beta_cu = (
-        torch.cat([getattr(router, name) for router in routers.values()])
-        for name in ("log_o_ce", "log_m_cu", "beta_ce", "beta_cu")
-    )
-    together = criteria(log_o_ce.exp(), log_m_cu.exp(), beta_ce, beta_cu)
-    each = zip(*(values.unbind() for values in together), strict=True)
-    return {layer: Rule(Criteria(*of)) for layer, of in zip(routers, each, strict=True)}

@@ -23,10 +23,11 @@ class Scores(NamedTuple):
 
     score: Tensor
     """What is ranked and compared with thresholds; strictly increasing in the gate."""
-    gate: Tensor | None
-    """G (DTF) or σ(r), or r itself (MoD): scales the residual update; None where nobody asked for it."""
+    gate: Tensor
+    """G (DTF) or σ(r), or r itself (MoD): scales the residual update."""
     s_ce: Tensor | None = None
     s_cu: Tensor | None = None
+    """The two criteria after their sigmoids (DTF)."""
 
 
 class Surprise(NamedTuple):
@@ -85,14 +86,11 @@ class _Surprise(torch.autograd.Function):
 
 def _static_and_change(original: Tensor, posterior: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
     """D_st (3.6) and D_ch (3.7), float32 [B, T] each, a slice of the tokens at a time."""
-    if original.numel() <= _SLICE_ELEMENTS:  # a decoded token
-        step = _difference(posterior, original)
-        return mean_square(step), mean_square(step.sub_(guess))
     static, change = (original.new_empty(original.shape[:-1], dtype=torch.float32) for _ in range(2))
     for at in _slices(original):
         step = _difference(_tokens(posterior)[at], _tokens(original)[at])
-        static.view(-1)[at] = mean_square(step, few_operations=False)
-        change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]), few_operations=False)
+        static.view(-1)[at] = mean_square(step)
+        change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]))
     return static, change
 
 
@@ -115,11 +113,9 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
     return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
 
 
-def mean_square(x: Tensor, keepdim: bool = False, few_operations: bool = True) -> Tensor:
-    """Mean of x² over the last dimension in float32; by few operations, or without a tensor of squares."""
-    if few_operations:
-        return x.float().square().mean(-1, keepdim=keepdim)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim, dtype=torch.float32).square() / x.shape[-1]
+def mean_square(x: Tensor, keepdim: bool = False) -> Tensor:
+    """Mean of x² over the last dimension, in float32."""
+    return x.float().square().mean(-1, keepdim=keepdim)
 
 
 def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool = True) -> Surprise:
@@ -166,77 +162,40 @@ def recent_tokens(counted: Tensor, window: int, past: int = 0) -> Recent:
     return Recent(position_BTW, exists_BTW / exists_BTW.sum(-1, keepdim=True).clamp(min=1))
 
 
-def recent_of_all(
-    shape: tuple[int, int], window: int, past: int, left_out: int, device: torch.device
-) -> Recent | slice:
-    """`recent_tokens` where every token counts but the first `left_out`, without looking for them.
-
-    Args:
-        shape: B and T.
-        window, past: as there.
-        left_out: how many tokens at the start do not count.
-        device: of the result.
-
-    Returns:
-        For a single token the run of positions.
-    """
-    rows, tokens = shape
-    if tokens == 1 and past >= left_out:
-        return slice(max(left_out, past + 1 - window), past + 1)
-    window = min(window, past + tokens)
-    rank_TW = torch.arange(past - left_out, past - left_out + tokens, device=device).unsqueeze(1)
-    rank_TW = rank_TW - torch.arange(window, device=device)
-    exists_TW = rank_TW >= 0
-    position_TW = (rank_TW.clamp(min=0) + left_out).clamp(max=past + tokens - 1)
-    weight_TW = exists_TW / exists_TW.sum(-1, keepdim=True).clamp(min=1)
-    return Recent(position_TW.expand(rows, -1, -1), weight_TW.expand(rows, -1, -1))
-
-
-def moving_average(values: Tensor, recent: Recent | slice) -> Tensor:
+def moving_average(values: Tensor, recent: Recent) -> Tensor:
     """MA in (3.9): the mean of the last counted values at or before each new token, without gradient.
 
-    Each window is summed afresh: a difference of running sums would lose the small values that follow the massive
+    Each window is summed afresh. A difference of running sums would lose the small values that follow the massive
     first one (position 0 of a pretrained model).
 
     Args:
         values: float32 [B, S + T], of the cached positions and the new ones.
-        recent: from `recent_tokens` or `recent_of_all`.
+        recent: from `recent_tokens`.
 
     Returns:
         float32 [B, T]; 0 where nothing has been counted yet.
     """
-    if isinstance(recent, slice):
-        return values.detach()[:, recent].mean(1, keepdim=True)
     windows_BTW = values.detach().gather(1, recent.position.flatten(1)).view_as(recent.position)
     return torch.linalg.vecdot(windows_BTW, recent.weight)
 
 
-class Criteria(NamedTuple):
-    """What the two criteria make of a layer's four learnable scalars; float32, broadcastable."""
+class Scalars(NamedTuple):
+    """The four learnable scalars of a layer's router; float32 [1], o_ce and m_cu positive."""
 
-    offset_ce: Tensor
-    """ln(o_ce + 1e-10)."""
-    multiple_cu: Tensor
-    """m_cu."""
-    slope_ce: Tensor
-    """softplus(β_ce)."""
-    slope_cu: Tensor
-    """softplus(β_cu)."""
-
-
-def criteria(o_ce: Tensor, m_cu: Tensor, beta_ce: Tensor, beta_cu: Tensor) -> Criteria:
-    """The part of 3.8–3.11 that no token has a say in; of one layer, or of many at once.
-
-    Args:
-        o_ce, m_cu, beta_ce, beta_cu: learnable scalars, any shape; o_ce and m_cu positive.
-    """
-    return Criteria(torch.log(o_ce + 1e-10), m_cu, F.softplus(beta_ce), F.softplus(beta_cu))
+    o_ce: Tensor
+    """Offset of the expected change (3.8)."""
+    m_cu: Tensor
+    """Multiplier of the moving average (3.9)."""
+    beta_ce: Tensor
+    """Sharpness of S_CE, before softplus (3.10)."""
+    beta_cu: Tensor
+    """Sharpness of S_CU, before softplus (3.11)."""
 
 
-def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Criteria, gates: bool = True) -> Scores:
+def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Scalars) -> Scores:
     """Surprise → gate, token by token.
 
-    CE = D_st − (D_ch − ln(o_ce + 1e-10)) (3.8): the change the prior saw coming.
+    CE = D_st − (D_ch − ln(o_ce + 1e-10)) (3.8): the change that the prior saw coming.
     CU = D_st − m_cu · MA(D_st) (3.9): change out of proportion to the recent past.
     S = σ(softplus(β) · C) for each (3.10, 3.11); G = S_CE + S_CU − S_CE · S_CU (3.12), their probabilistic "or".
     G saturates in float32, so the ranked score is −ln(1 − G) = softplus(a) + softplus(b), where a and b are the
@@ -244,31 +203,24 @@ def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Criteria, ga
 
     Args:
         static, change, average: D_st, D_ch, MA(D_st); float32 [B, T].
-        of: the layer's `criteria`.
-        gates: False leaves out what the ranked score does not need.
+        of: the layer's scalars.
     """
-    expected = static - (change - of.offset_ce)
-    unexpected = static - of.multiple_cu * average
-    a, b = of.slope_ce * expected, of.slope_cu * unexpected
-    score = F.softplus(a) + F.softplus(b)
-    if not gates:
-        return Scores(score, None)
+    expected = static - (change - torch.log(of.o_ce + 1e-10))
+    unexpected = static - of.m_cu * average
+    a, b = F.softplus(of.beta_ce) * expected, F.softplus(of.beta_cu) * unexpected
     s_ce, s_cu = torch.sigmoid(a), torch.sigmoid(b)
-    return Scores(score, s_ce + s_cu - s_ce * s_cu, s_ce, s_cu)
+    return Scores(F.softplus(a) + F.softplus(b), s_ce + s_cu - s_ce * s_cu, s_ce, s_cu)
 
 
-def mod_scores(hidden_states: Tensor, weight: Tensor, gate: str = "sigmoid", gates: bool = True) -> Scores:
+def mod_scores(hidden_states: Tensor, weight: Tensor, gate: str = "sigmoid") -> Scores:
     """Mixture-of-Depths: r = x · w, a linear score of the token alone; gate σ(r), or r itself ("raw").
 
     Args:
         hidden_states: [B, T, D].
         weight: float32 [D].
         gate: "sigmoid" or "raw".
-        gates: False leaves out what the ranked score does not need.
     """
     score = hidden_states.float() @ weight
-    if not gates:
-        return Scores(score, None)
     return Scores(score, score if gate == "raw" else torch.sigmoid(score))
 
 
@@ -381,7 +333,7 @@ class _StraightThrough(torch.autograd.Function):
         return None, grad, (processed - hidden_states).mul_(grad).sum(-1, dtype=torch.float32)
 
 
-def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor | None, kind: str) -> Tensor:
+def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor, kind: str) -> Tensor:
     """hidden_states + gate · (processed − hidden_states).
 
     "straight_through" has the value of gate 1 and the gradient of the soft gate. It starts from `processed`
@@ -389,14 +341,11 @@ def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor | None, 
 
     Args:
         hidden_states, processed: x and block(x), [B, K, D].
-        gate: float32 [B, K]; straight-through without a gradient needs none.
+        gate: float32 [B, K].
         kind: "soft" or "straight_through".
     """
     if kind == "straight_through":
-        if gate is None or not gate.requires_grad:
-            return processed
-        return _StraightThrough.apply(hidden_states, processed, gate)
-    assert gate is not None, "a soft gate is always worked out"
+        return _StraightThrough.apply(hidden_states, processed, gate) if gate.requires_grad else processed
     return hidden_states + gate.unsqueeze(-1).to(processed.dtype) * (processed - hidden_states)
 
 

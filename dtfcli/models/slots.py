@@ -4,7 +4,7 @@ Routed tokens of a row fill their slots in position order, so plain causal atten
 suffixes as in `routing`: B rows, R of them in a group, T tokens of a row, K slots, D hidden size.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,9 +78,8 @@ def assign_group(selected: Tensor, rows: list[int], counts: list[int]) -> Slots:
         positions_RT = torch.arange(tokens, device=device).expand(len(rows), tokens)
         return Slots(positions_RT, rows=index, whole=everyone)
     chosen = selected if index is None else selected.index_select(0, index)
-    if least == width:  # no free slots, so nothing to sort
-        return Slots(chosen.nonzero()[:, 1].view(-1, width), rows=index)
-    return assign_slots(chosen, width)._replace(rows=index)
+    slots = assign_slots(chosen, width)
+    return Slots(slots.position, slots.routed if least < width else None, index)
 
 
 def _flat_index(slots: Slots, tokens: int) -> Tensor:
@@ -104,57 +103,3 @@ def scatter_tokens(tokens: Tensor, slots: Slots, values: Tensor) -> Tensor:
         return values
     flat = _flat_index(slots, tokens.shape[1])
     return tokens.flatten(0, 1).index_copy(0, flat, values.flatten(0, 1)).view_as(tokens)
-
-
-def enter_layer(tokens: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-    """`gather_tokens`, and the tokens [B, T, D] that pass by, for `leave_layer` and nothing else.
-
-    Gathering and scattering have a gradient for all tokens each, and these are added. But a token that enters has its
-    gradient through the layer alone, and one that passes by keeps the one it came with: together they are one copy.
-    """
-    if not _apart(tokens, slots):
-        return gather_tokens(tokens, slots), tokens
-    entering, passing = _Enter.apply(tokens.flatten(0, 1), _flat_index(slots, tokens.shape[1]))
-    return entering.unflatten(0, slots.position.shape), passing.view_as(tokens)
-
-
-def leave_layer(passing: Tensor, slots: Slots, values: Tensor) -> Tensor:
-    """`scatter_tokens`, into what `enter_layer` said passes by."""
-    if not _apart(passing, slots):
-        return scatter_tokens(passing, slots, values)
-    flat = _flat_index(slots, passing.shape[1])
-    values = values.to(passing.dtype).flatten(0, 1)
-    return _Leave.apply(passing.flatten(0, 1), flat, values).view_as(passing)
-
-
-def _apart(tokens: Tensor, slots: Slots) -> bool:
-    """Whether tokens that enter and tokens that pass by have gradients of their own."""
-    return torch.is_grad_enabled() and tokens.requires_grad and not slots.whole
-
-
-class _Enter(torch.autograd.Function):
-    """(the tokens at `flat`, all tokens); the latter are for `_Leave` and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(flat)
-        return tokens.index_select(0, flat), tokens.view_as(tokens)
-
-    @staticmethod
-    def backward(ctx: Any, grad_entering: Tensor, grad_passing: Tensor) -> tuple[Tensor, None]:
-        (flat,) = ctx.saved_tensors
-        return grad_passing.index_copy(0, flat, grad_entering), None
-
-
-class _Leave(torch.autograd.Function):
-    """All tokens, those at `flat` replaced. Their own gradient, 0, is left for `_Enter` to write over."""
-
-    @staticmethod
-    def forward(ctx: Any, passing: Tensor, flat: Tensor, updated: Tensor) -> Tensor:
-        ctx.save_for_backward(flat)
-        return passing.index_copy(0, flat, updated)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        (flat,) = ctx.saved_tensors
-        return grad, None, grad.index_select(0, flat)

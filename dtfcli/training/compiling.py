@@ -36,7 +36,7 @@ def _compile(layer: Any, backend: str) -> None:
         frame = kwargs.get("frame")
         fixed = layer.training and torch.is_grad_enabled() and (frame is None or frame.mode == "topk")
         if fixed and frame is not None:
-            fixed = layer.router.capacity == layer.config.layer_capacity(layer.layer_idx)
+            fixed = frame.capacities[layer.layer_idx] == layer.router.capacity
         return compiled(*args, **kwargs) if fixed else layer._call_impl(*args, **kwargs)
 
     # What `nn.Module.compile` sets; it is neither saved nor copied with the module.

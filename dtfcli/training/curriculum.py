@@ -39,15 +39,13 @@ def annealed_capacity(model: Any, left: float, start: float) -> Iterator[float]:
     Yields:
         The mean γ over the routed layers.
     """
-    routers = list(model.model.routers.values())
-    own = [router.capacity for router in routers]
+    stack = model.model
+    capacities = {i: left * start + (1.0 - left) * router.capacity for i, router in stack.routers.items()}
+    stack.training_capacities = capacities
     try:
-        for router, capacity in zip(routers, own, strict=True):
-            router.capacity = left * start + (1.0 - left) * capacity
-        yield sum(router.capacity for router in routers) / len(routers)
+        yield sum(capacities.values()) / len(capacities)
     finally:
-        for router, capacity in zip(routers, own, strict=True):
-            router.capacity = capacity
+        stack.training_capacities = None
 
 
 def freeze_backbone(param_groups: Iterable[dict[str, Any]]) -> None:

@@ -114,6 +114,7 @@ def test_wrong_options(dtf: Dtf, extra: list[str], message: str) -> None:
     assert message in " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["soft", "straight_through"])
 @pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,7 +157,7 @@ def test_compiled_layers_are_the_eager_ones(family: str, architecture: str, gate
 def test_freed_memory_is_kept_unless_the_user_has_decided(environment: dict[str, str], kept: str) -> None:
     """Tensors as large as those that were freed find their pages there, most of the time."""
     code = (
-        "import resource, torch, dtfcli.devices as d; print(d.keep_freed_memory())\n"
+        "import resource, torch, dtfcli.loading.devices as d; print(d.keep_freed_memory())\n"
         "pages = 2**24 * 4 // resource.getpagesize()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(32): torch.ones(2**24)\n"

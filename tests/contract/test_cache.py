@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from dtfcli.models.slots import row_groups
+from tests.budget import examples
 from tests.contract.naive_decoder import decode
 from tests.near import near_tie
 from tests.tiny import ARCHITECTURES, FAMILIES, pad, routed_model, shared_routed_model, tokens
@@ -52,7 +53,7 @@ def in_chunks(model: Any, input_ids: torch.Tensor, mask: torch.Tensor | None, ch
     cuts=st.one_of(st.just(list(range(40))), st.lists(st.integers(0, 40), max_size=6)),
     capacity=st.sampled_from(CAPACITIES),
 )
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 @torch.no_grad()
 def test_any_chunks_any_padding(
     family: str, architecture: str, kv_tokens: str, rows: list[tuple[int, int, int]], cuts: list[int], capacity: float
@@ -90,7 +91,7 @@ def test_a_loop_over_tokens_and_layers_agrees(family: str, architecture: str, kv
 
 @for_every_model
 @given(data=st.data())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6))
 @torch.no_grad()
 def test_rows_can_be_reordered_repeated_selected_and_cropped(
     family: str, architecture: str, kv_tokens: str, data: st.DataObject
@@ -134,8 +135,8 @@ def test_reset_starts_afresh(family: str, architecture: str, kv_tokens: str) -> 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rules_follow_capacity_and_calibration(architecture: str) -> None:
-    """What routers hold against every token is kept with the text; what may change meanwhile is not."""
+def test_thresholds_follow_capacity_and_calibration(architecture: str) -> None:
+    """A cache keeps nothing of the routers, which may change while a text is continued."""
     model, ids = routed_model("llama", architecture), tokens(1, 40)
     cache, other = RoutedCache(model.config), {"input_ids": tokens(8, 64, seed=3)}
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtfcli.models.routing import select_topk, sink_mask
+from tests.budget import examples
 from tests.tiny import ARCHITECTURES, routed_model, tokens
 
 
@@ -16,7 +17,7 @@ from tests.tiny import ARCHITECTURES, routed_model, tokens
     seed=st.integers(0, 2**20),
     data=st.data(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 def test_topk_routes_exactly_k(length: int, capacity: float, sinks: int, seed: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, length, generator=generator).round(decimals=1)  # with ties

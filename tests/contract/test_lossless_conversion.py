@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dtfcli.models.conversion import convert, load_dense, to_dense
-from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, pad, tokens
+from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, pad, shared_routed_model, tokens
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -62,6 +62,7 @@ def test_conversion_shares_tensors_and_leaves_the_dense_model_intact() -> None:
     assert all(parameter.requires_grad for parameter in dense.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_real_model_from_gguf(architecture: str, smollm2_gguf: str) -> None:
     dense = load_dense(smollm2_gguf).eval()
@@ -71,3 +72,14 @@ def test_real_model_from_gguf(architecture: str, smollm2_gguf: str) -> None:
         theirs = dense(input_ids).logits
         assert (routed(input_ids).logits - theirs).abs().max() <= 1e-5
         assert torch.equal(to_dense(routed)(input_ids).logits, theirs)
+
+
+@pytest.mark.parametrize("mode", ["threshold", "topk"])
+@torch.no_grad()
+def test_a_model_that_routes_everything_is_the_stock_one(mode: str) -> None:
+    """Bit for bit: the routed layers multiply by the same library, row for row."""
+    model, ids = shared_routed_model("qwen2", "dtf"), tokens(3, 20)
+    with model.routing_mode(mode, 1.0):
+        for kept in (0, 1):
+            ours, stock = (m(ids, use_cache=False, logits_to_keep=kept) for m in (model, dense_model("qwen2")))
+            assert torch.equal(ours.logits, stock.logits)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dtfcli.models.configuration_dynamic import DynamicLlamaConfig
-from dtfcli.models.conversion import FAMILIES, load_dense
+from dtfcli.models.conversion import load_dense
+from dtfcli.models.families import FAMILIES
 from dtfcli.models.stack import is_added
 from tests.tiny import ARCHITECTURES, dense_model, routed_model, tokens
 
@@ -21,7 +22,7 @@ from tests.tiny import ARCHITECTURES, dense_model, routed_model, tokens
 def test_dense_checkpoint_loads_into_the_routed_class(family: str, architecture: str, tmp_path: Path) -> None:
     dense = dense_model(family)
     dense.save_pretrained(tmp_path)
-    _, _, routed_class, config_class = FAMILIES[family]
+    _, _, config_class, routed_class = FAMILIES[family]
     config = config_class.from_pretrained(tmp_path, architecture=architecture)
     routed, info = routed_class.from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert info["missing_keys"]
@@ -69,7 +70,7 @@ def test_a_backbone_key_that_a_dense_checkpoint_lacks_is_an_error(tmp_path: Path
     del weights["model.layers.3.self_attn.q_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="q_proj"):
-        FAMILIES["llama"][2].from_pretrained(tmp_path, config=DynamicLlamaConfig.from_pretrained(tmp_path))
+        FAMILIES["llama"].routed_model.from_pretrained(tmp_path, config=DynamicLlamaConfig.from_pretrained(tmp_path))
 
 
 def test_a_dense_base_that_lacks_a_weight_is_an_error(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.budget import examples
 from tests.near import near_tie
 from tests.tiny import ARCHITECTURES, FAMILIES, VOCABULARY, pad, shared_routed_model, tokens
 
@@ -17,7 +18,7 @@ rows_with_padding = st.lists(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", FAMILIES)
 @given(rows=rows_with_padding, sinks=st.sampled_from([0, 1, 3]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12))
 @torch.no_grad()
 def test_a_row_alone_gives_the_same_logits(
     family: str, architecture: str, mode: str, rows: list[tuple[int, int, int]], sinks: int
@@ -43,7 +44,7 @@ def test_a_row_alone_gives_the_same_logits(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=13, deadline=None)
+@settings(max_examples=examples(13))
 @torch.no_grad()
 def test_threshold_routing_does_not_see_the_future(
     family: str, architecture: str, kv_tokens: str, data: st.DataObject

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dtfcli.models.cache import RoutedCache
 from dtfcli.models.conversion import convert
+from tests.budget import examples
 from tests.near import near_tie
 from tests.tiny import ARCHITECTURES, FAMILIES, VOCABULARY, dense_model, pad, shared_routed_model, tokens
 
@@ -24,7 +25,7 @@ def for_every_model(function: Any) -> Any:
 
 @for_every_model
 @given(data=st.data())
-@settings(max_examples=13, deadline=None)
+@settings(max_examples=examples(13))
 @torch.no_grad()
 def test_does_not_see_the_future(family: str, architecture: str, data: st.DataObject) -> None:
     model = shared_routed_model(family, architecture, predictor_loss_weight=0.01)
@@ -44,7 +45,7 @@ def test_does_not_see_the_future(family: str, architecture: str, data: st.DataOb
     cut=st.integers(1, 20),
     capacity=st.sampled_from([None, 0.25, 0.5, 1.0]),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12))
 @torch.no_grad()
 def test_cached_padded_and_batched_agree(
     family: str, architecture: str, rows: list[tuple[int, int, int]], cut: int, capacity: float | None
@@ -98,6 +99,7 @@ def test_learns_the_mask_and_leaves_the_model_alone(architecture: str) -> None:
     torch.testing.assert_close(out.loss, out.lm_loss + out.router_loss + 0.05 * (out.prior_loss or 0.0))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_its_own_rule_and_calibrated_shares() -> None:
     model = shared_routed_model("llama", "mod", predictor_loss_weight=0.01)

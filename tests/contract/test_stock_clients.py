@@ -82,6 +82,7 @@ def test_stock_lm_eval_agrees_with_itself_at_any_batch_size(
     assert one[5][1] == pytest.approx(float(expected), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_adapts_and_merges(family: str, architecture: str) -> None:
@@ -109,6 +110,7 @@ def test_peft_adapts_and_merges(family: str, architecture: str) -> None:
         assert (merged(input_ids).logits - before).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_that_accelerate_keeps_elsewhere(architecture: str) -> None:
     """`cpu_offload` holds parameters on the meta device and brings each module's when it is called."""

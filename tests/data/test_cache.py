@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtfcli.data import prepare as data_module
 from dtfcli.data import cache as token_cache
+from dtfcli.data import prepare as data_module
 from dtfcli.data import sources
 from dtfcli.data.documents import Document
 from dtfcli.data.prepare import TokenizedData, prepare_data

@@ -19,6 +19,7 @@ from dtfcli.data.prepare import epoch_order, prepare_data, split_documents, unig
 from dtfcli.data.tokenizer import data_tokenizer
 from dtfcli.errors import DataError
 from dtfcli.settings.groups import DataSettings
+from tests.budget import examples
 from tests.data.texts import sentence, shared_text, source
 
 
@@ -68,7 +69,7 @@ def test_single_document_cannot_be_split(tmp_path: Path, make: Any, tokenizer: A
     assert prepare_data(make(tmp_path, validation_fraction=0.0), tokenizer, seed=0).documents == (copies, 0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=2, max_size=25),
     seq_len=st.integers(8, 40),

@@ -82,6 +82,7 @@ def streaming(make: Any, *paths: str | Path, **values: Any) -> DataSettings:
     return make(sources=sources, **{"shuffle_buffer": 8, "validation_blocks": 4, **values})
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_where_it_was(make: Any, tokenizer: Any, path: str) -> None:
     """At any row, also passes later, through a state that JSON has carried."""
     data = streaming(make, path, seq_len=64)
@@ -173,6 +174,7 @@ def test_a_ratio_keeps_the_same_documents_on_every_pass(make: Any, tmp_path: Pat
     assert sorted(texts[:half]) == sorted(texts[half:])
 
 
+@pytest.mark.slow
 def test_prepared_head_is_the_beginning_of_the_stream(make: Any, tokenizer: Any, path: str, encodings: Any) -> None:
     data = streaming(make, path, seq_len=64, validation_fraction=0.2)
     result = prepare_data(data, tokenizer, seed=SEED)
@@ -349,6 +351,7 @@ def test_a_mixture_leaves_out_what_has_ended(make: Any, tmp_path: Path) -> None:
     assert list(Mixture([], [], 0)) == []
 
 
+@pytest.mark.slow
 def test_every_process_sees_the_same_rows(make: Any, tokenizer: Any, tmp_path: Path) -> None:
     """Processes that share a run each read the stream and divide up its rows, so they have to agree on them."""
     data = streaming(make, write_tables(tmp_path / "tables", "parquet"), write_tables(tmp_path / "more", "jsonl"))

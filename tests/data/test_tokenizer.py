@@ -18,10 +18,11 @@ from dtfcli.data.documents import Document
 from dtfcli.data.prepare import prepare_data
 from dtfcli.data.tokenizer import data_tokenizer, train_tokenizer
 from dtfcli.errors import ConfigError, DataError
+from tests.budget import examples
 from tests.data.texts import VOCABULARY, sentence
 
 
-@settings(deadline=None)
+@settings(max_examples=examples(100))
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
 def test_any_text_survives_the_round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = np.concatenate([*tokenization.text_encoder(tokenizer)([text])])
@@ -115,7 +116,7 @@ def test_tokenizer_without_a_fast_backend() -> None:
     assert len(tokenization.tokenizer_identity(Slow())) == 32
 
 
-@settings(deadline=None)
+@settings(max_examples=examples(100))
 @given(text=st.text(st.sampled_from("ab  \n\té.1'"), max_size=120), limit=st.integers(2, 30))
 def test_pieces_encode_like_the_whole(tokenizer: PreTrainedTokenizerFast, text: str, limit: int) -> None:
     pieces = list(tokenization.split_text(text, limit))

@@ -25,6 +25,7 @@ def science(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_scores_lie_in_the_run_folder(tmp_path: Path, science: Path) -> None:
     settings = small_settings(tmp_path, eval={"after": "sciq", "limit": 2, "data_dir": str(science)})
     result = train(settings)
@@ -45,6 +46,7 @@ def test_the_runs_own_text_scores_as_in_training(tmp_path: Path) -> None:
     assert found["bits_per_byte"]["value"] == pytest.approx(result.metrics["val/bits_per_byte"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_failing_evaluation_does_not_lose_the_run(tmp_path: Path) -> None:
     events: list[Event] = []
     empty = tmp_path / "empty"
@@ -58,6 +60,7 @@ def test_a_failing_evaluation_does_not_lose_the_run(tmp_path: Path) -> None:
     assert f"dtf eval {result.run_dir} --tasks sciq --data-dir {empty}" in warning
 
 
+@pytest.mark.slow
 def test_a_typing_mistake_is_told_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval.after = 'generl'.*Did you mean 'general'"):
         train(small_settings(tmp_path, eval={"after": "generl"}))

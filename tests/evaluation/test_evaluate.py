@@ -200,6 +200,7 @@ def test_all_examples_that_there_are_can_be_used(evaluate: Evaluate) -> None:
             evaluate(dense_model(), task, num_fewshot=shots, limit=1)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_named(evaluate: Evaluate, tmp_path: Path, data_dir: Path) -> None:
     with pytest.raises(DataError, match=r"toy/quiz.*--data-dir"):
         evaluate(dense_model(), "toy_choice", data_dir=tmp_path)

@@ -103,6 +103,7 @@ def test_killed_twice_and_started_again(
     assert not (model / "eval" / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_another_capacity_or_limit_reuses_nothing(
     model: Path, command: Callable[..., list[str]], dtf: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def test_every_suite_is_known_to_lm_eval() -> None:
     assert len(index.manager.task_index) < 1000, "suites must not need all of lm-eval's task files"
 
 
+@pytest.mark.slow
 def test_shots_and_limits() -> None:
     jobs = make_plan("general").jobs
     assert [(job.name, job.shots) for job in jobs] == [

@@ -31,6 +31,7 @@ def _dtf(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_a_push_of_a_process(server: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
     server.faults = [Fault("commit", 429, times=1, retry_after=1)]
     result = _dtf(_environment(server, tmp_path), "push", str(saved["dtf"]), "new", "--json")
@@ -48,6 +49,7 @@ def test_a_process_without_a_token(server: Hub, saved: dict[str, Path], tmp_path
     assert server.requests == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_push_with_130_and_no_model(server: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
     server.faults = [Fault("commit", 429, times=1, retry_after=50)]
     command = [sys.executable, "-m", "dtfcli", "push", str(saved["dense"]), "me/new"]
@@ -69,6 +71,7 @@ def test_ctrl_c_ends_a_push_with_130_and_no_model(server: Hub, saved: dict[str, 
     assert server.files("me/new") == {}
 
 
+@pytest.mark.slow
 def test_a_run_pushes_its_final_model(hub: Hub, tmp_path: Path) -> None:
     result = train(small_settings(tmp_path, hub={"repo": "from-a-run", "private": True}))
     assert result.hub_url == f"{hub.url}/me/from-a-run"
@@ -79,6 +82,7 @@ def test_a_run_pushes_its_final_model(hub: Hub, tmp_path: Path) -> None:
     assert b"from-a-run" not in files["README.md"].split(b"<details>")[1].split(b"</details>")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault("commit", 403), Fault("whoami", cut="before")], ids=["refused", "no network"])
 def test_a_push_that_fails_does_not_lose_the_run(hub: Hub, tmp_path: Path, fault: Fault) -> None:
     hub.faults = [fault]
@@ -91,6 +95,7 @@ def test_a_push_that_fails_does_not_lose_the_run(hub: Hub, tmp_path: Path, fault
     assert "me/new" not in hub.repositories or hub.files("me/new") == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_could_not_push_says_so_at_its_start(hub: Hub, logged_out: None, tmp_path: Path) -> None:
     events: list[Event] = []
     train(small_settings(tmp_path, hub={"repo": "me/new"}), on_event=events.append)

@@ -42,6 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(small_settings(tmp_path_factory.mktemp("run"))).run_dir
 
 
+@pytest.mark.slow
 def test_a_run_opens_where_dtfcli_is_not_installed(run: Path, tmp_path: Path, dtf: Callable[..., Outcome]) -> None:
     folder = tmp_path / "preview"
     assert dtf("push", str(run), "me/new", "--dry-run", str(folder)).code == 0
@@ -54,6 +55,7 @@ def test_a_run_opens_where_dtfcli_is_not_installed(run: Path, tmp_path: Path, dt
     assert json.loads(reader.stdout.splitlines()[-1]) == ours.stdout.removesuffix("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dtf", "mod", "dense"])
 def test_the_cards_own_code_runs(saved: dict[str, Path], name: str, tmp_path: Path) -> None:
     upload = prepare_upload(saved[name], "me/new")

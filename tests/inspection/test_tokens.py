@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dtfcli.inspection.token_classes import CLASSES, PYTHON_CLASSES, classify, classify_python
 from dtfcli.inspection.tokens import TokenizedText, short, tokenize, visible
+from tests.budget import examples
 
 TRICKY = [
     "naïve café",
@@ -32,7 +33,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     return request.getfixturevalue(request.param)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(text=st.one_of(st.sampled_from(TRICKY), st.text(min_size=1, max_size=60)).filter(lambda t: t.strip()))
 def test_pieces_and_gaps_are_the_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     tokens = tokenize(tokenizer, text)

@@ -156,6 +156,7 @@ def test_lower_precision_keeps_the_routers(runs: dict[str, TrainResult]) -> None
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "step"), [("step", 1), ("step", 3), ("step", 5)])
 def test_killed_and_resumed(tmp_path: Path, base: Path, kind: str, step: int) -> None:
     """Dropout in the adapters, distillation, annealing and warm-up: all of it goes on where it was."""

@@ -50,7 +50,7 @@ def test_top_k_takes_the_capacity_of_the_step(architecture: str) -> None:
         assert mean == pytest.approx(sum(expected) / 3)
         for record, capacity in zip(records, expected, strict=True):
             assert record.selected.sum(1).tolist() == [max(1, int(capacity * 40))] * 3
-    assert [router.capacity for router in model.model.routers.values()] == own
+    assert list(model.model.capacities().values()) == own
 
 
 def test_at_capacity_one_the_annealed_model_is_dense() -> None:
@@ -67,7 +67,7 @@ def test_it_is_put_back_after_an_error() -> None:
     model: Any = routed_model()
     with pytest.raises(RuntimeError, match="x"), annealed_capacity(model, 1.0, 1.0):
         raise RuntimeError("x")
-    assert [router.capacity for router in model.model.routers.values()] == [0.5] * 3
+    assert list(model.model.capacities().values()) == [0.5] * 3
 
 
 def test_an_annealed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_an_annealed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     shares: list[float] = []
 
     def evaluate(run: Any, evaluate: Any = loop._evaluate) -> Any:
-        at_evaluation.append([router.capacity for router in run.model.model.routers.values()])
+        at_evaluation.append(list(run.model.model.capacities().values()))
         metrics = evaluate(run)
         text = calibration_batches(run.data.train, 256, 2, run.settings.run.seed)
         run.model.eval()

@@ -103,6 +103,7 @@ def test_reentrant_checkpointing_as_trainers_may_ask_for(architecture: str, gate
         torch.testing.assert_close(b, a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
 def test_recomputed_and_compiled(architecture: str) -> None:
     """The compiler sees the checkpoint inside of a layer, and its graphs keep what is to be kept."""
@@ -134,6 +135,7 @@ def test_recomputed_and_compiled(architecture: str) -> None:
     assert 0 < steps["selective"][1] == steps["nothing"][1] < steps["all"][1]
 
 
+@pytest.mark.slow
 def test_compiled_with_many_capacities_and_while_one_is_annealed() -> None:
     """A layer is compiled for the number of tokens that it routes: the compiler gives up after eight of them."""
     torch._dynamo.reset()

@@ -84,7 +84,8 @@ def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, kind: str,
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="attempts are forked")
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=[pytest.mark.long, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_sigkill_at_random_moments(tmp_path: Path, kills: int) -> None:
     """While it reads, trains, evaluates, writes a checkpoint or its final model: nothing of it shows in the end."""
     command = [sys.executable, "-m", "tests.training.killed_runs", str(tmp_path / "runs"), str(kills), "20260131"]
@@ -293,6 +294,7 @@ def start(folder: Path, pause: float) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_with_130(tmp_path: Path, number: signal.Signals) -> None:
     small_settings(tmp_path)
@@ -309,6 +311,7 @@ def test_a_signal_saves_and_exits_with_130(tmp_path: Path, number: signal.Signal
     assert (the_run(tmp_path) / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_is_not_resumed(tmp_path: Path) -> None:
     """Two would write the same files."""
     small_settings(tmp_path)
@@ -323,6 +326,7 @@ def test_a_run_in_progress_is_not_resumed(tmp_path: Path) -> None:
     train(run_settings(run).model_copy(update={"training": small_settings(tmp_path).training}), resume=run)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     small_settings(tmp_path)
     process = start(tmp_path, 20.0)

@@ -63,6 +63,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(streaming_settings(tmp_path_factory.mktemp("undisturbed")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, taken: Rows, step: int) -> None:
     settings = streaming_settings(tmp_path)
@@ -96,6 +97,7 @@ def test_a_lost_source_leaves_a_checkpoint(tmp_path: Path, undisturbed: TrainRes
     assert_same(train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path)), undisturbed)
 
 
+@pytest.mark.slow
 def test_interrupted_while_waiting_for_text(tmp_path: Path, undisturbed: TrainResult, monkeypatch: Any) -> None:
     take = StreamedRows.take
 
@@ -136,6 +138,7 @@ def test_other_architectures_and_no_validation(tmp_path: Path, architecture: str
     assert result.steps == 6
 
 
+@pytest.mark.slow
 def test_on_conversations(tmp_path: Path) -> None:
     """The answers are learned, the questions are not; packed before and streamed alike."""
     template = (

@@ -125,6 +125,7 @@ def test_dry_run(dtf: Dtf, config: str) -> None:
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["small.toml", "text.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a Unix thing")
 def test_the_live_view_in_a_terminal(config: str) -> None:
     import pty
