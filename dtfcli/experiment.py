@@ -28,8 +28,8 @@ from dtfcli.training.processes import is_main_process
 from dtfcli.training.tracking import Event, TrainListener
 
 if TYPE_CHECKING:
+    from dtfcli.evaluation.job_runner import EvalEvent
     from dtfcli.evaluation.plan import EvalPlan
-    from dtfcli.evaluation.session import EvalEvent
 
 
 def train(
@@ -88,13 +88,12 @@ def plan_evaluation(settings: Settings) -> "EvalPlan | None":
     """
     if not settings.eval.after:
         return None
-    from dtfcli.evaluation.plan import NotConfirmed, make_plan
+    from dtfcli.evaluation.plan import EvalOptions, NotConfirmed, make_plan
 
     try:
         return make_plan(
             [settings.eval.after, *settings.eval.tasks],
-            limit=settings.eval.limit,
-            data_dir=settings.eval.data_dir or None,
+            EvalOptions(limit=settings.eval.limit, data_dir=settings.eval.data_dir or None),
         )
     except NotConfirmed as error:
         raise ConfigError(
@@ -148,7 +147,7 @@ def _push_final(hub: HubSettings, model: Path, emit: TrainListener) -> str | Non
     """Push a saved model where `hub.repo` says; returns the URL, None without `hub.repo` or where that failed."""
     if not hub.repo:
         return None
-    from dtfcli.hub.push import push
+    from dtfcli.hub.push import PushOptions, push
 
     private = " --private" if hub.private else ""
     again = f"The model is saved. Push it with: dtf push {shlex.quote(str(model))} {hub.repo}{private}"
@@ -156,7 +155,7 @@ def _push_final(hub: HubSettings, model: Path, emit: TrainListener) -> str | Non
         result = push(
             model,
             hub.repo,
-            private=hub.private,
+            PushOptions(private=hub.private),
             on_progress=lambda message: emit(Event("phase", message[0].upper() + message[1:])),
         )
         for warning in result.warnings:

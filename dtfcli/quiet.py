@@ -1,31 +1,59 @@
-"""Keeps libraries from writing their own bars and remarks to stderr while ours are shown."""
+"""Keeps libraries from writing their own bars, remarks and prints while ours are shown.
 
+A library that is not loaded has nothing to say, so none is imported for it.
+"""
+
+import io
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
+from importlib import import_module
 
-from transformers import modeling_gguf_pytorch_utils
-from transformers.utils import logging as transformers_logging
+_LOGGERS = ("accelerate", "datasets", "fsspec", "huggingface_hub", "lm-eval", "lm_eval", "transformers")
+_SWITCHES = (
+    ("datasets", "is_progress_bar_enabled", "disable_progress_bars", "enable_progress_bars"),
+    ("transformers.utils.logging", "is_progress_bar_enabled", "disable_progress_bar", "enable_progress_bar"),
+)
+"""Module, and its functions that ask for, hide and show its bars; Transformers' switch those of huggingface_hub too."""
+_WITHOUT_SWITCH = (
+    "transformers.modeling_gguf_pytorch_utils",
+    "lm_eval.api.model",
+    "lm_eval.api.task",
+    "lm_eval.models.huggingface",
+)
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep Transformers and accelerate from writing their own bars and remarks to stderr."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    accelerate_logger = logging.getLogger("accelerate")
-    level = accelerate_logger.level
-    gguf_bar = modeling_gguf_pytorch_utils.tqdm
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    accelerate_logger.setLevel(logging.ERROR)
-    # The bar of dequantization has no switch.
-    modeling_gguf_pytorch_utils.tqdm = partial(gguf_bar, disable=True)
-    try:
+def quiet_libraries(*, bars: bool = False, verbose: bool = False) -> Iterator[None]:
+    """Silence the libraries that are loaded; nothing that they print reaches stdout, which holds results alone.
+
+    Args:
+        bars: let them draw their progress bars.
+        verbose: let them write everything, what they print to stderr.
+    """
+    if verbose:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    with ExitStack() as undo, redirect_stdout(io.StringIO()):
+        for logger in map(logging.getLogger, _LOGGERS):
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        if not bars:
+            _hide_bars(undo)
         yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = gguf_bar
-        transformers_logging.set_verbosity(verbosity)
-        accelerate_logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+
+
+def _hide_bars(undo: ExitStack) -> None:
+    for name, shown, hide, show in _SWITCHES:
+        module = sys.modules.get(name)
+        if module is not None and getattr(module, shown)():
+            undo.callback(getattr(module, show))
+            getattr(module, hide)()
+    for name in _WITHOUT_SWITCH:
+        if name.partition(".")[0] in sys.modules:
+            drawer = import_module(name)
+            undo.callback(setattr, drawer, "tqdm", drawer.tqdm)
+            drawer.tqdm = partial(drawer.tqdm, disable=True)  # type: ignore[attr-defined]

@@ -1,15 +1,11 @@
 """`dtf push`: a model, its code and its card to the Hugging Face Hub, in one commit."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dtfcli.cli import options
-
-if TYPE_CHECKING:
-    from dtfcli.hub.upload import Upload
-
 
 Model = Annotated[
     str,
@@ -19,9 +15,7 @@ Model = Annotated[
 ]
 Repo = Annotated[
     str,
-    typer.Argument(
-        metavar="REPO", help="Repository on the Hub: owner/name, or a name; then it is yours.", show_default=False
-    ),
+    typer.Argument(metavar="REPO", help="Repository on the Hub: owner/name, or a name of yours.", show_default=False),
 ]
 HfUsername = Annotated[
     str | None,
@@ -32,21 +26,21 @@ EvalResults = Annotated[
     typer.Option(
         "--eval-results",
         metavar="FILE",
-        help="JSON of `dtf eval` or lm-eval for the card; unset: the newest beside the model.",
+        help="JSON of `dtf eval` or lm-eval for the card. Default: the newest beside the model.",
     ),
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 Revision = Annotated[
     str | None,
-    typer.Option("--revision", metavar="BRANCH", help="Push to this branch; it is made when there is none."),
+    typer.Option("--revision", metavar="BRANCH", help="Push to this branch, which is created if it is missing."),
 ]
 CommitMessage = Annotated[
-    str | None, typer.Option("--commit-message", "-m", metavar="M", help="What the commit is called.")
+    str | None, typer.Option("--commit-message", "-m", metavar="M", help="First line of the commit.")
 ]
 Merge = Annotated[bool, typer.Option("--merge", help="Publish an adapter as a plain model, merged into its base.")]
 DryRun = Annotated[
     Path | None,
-    typer.Option("--dry-run", metavar="DIR", help="Write what would be uploaded to this folder, and ask nobody."),
+    typer.Option("--dry-run", metavar="DIR", help="Write the files to this folder instead, without a network."),
 ]
 
 
@@ -62,10 +56,10 @@ def push(
     dry_run: DryRun = None,
     json: options.Json = False,
 ) -> None:
-    """Publish a model: weights, tokenizer, the code it needs where dtf is not installed, and a model card.
+    """Publish a model: weights, tokenizer, model card, and the code to open it without dtf.
 
-    Nothing is uploaded before the rights are known, and everything becomes visible in one commit. Log in with
-    `hf auth login` first.
+    Your rights are checked before anything is uploaded. One commit makes all files visible. Log in first, with
+    `hf auth login`.
 
     \b
     Examples:
@@ -75,28 +69,26 @@ def push(
       dtf push MODEL my-group/dtf-0.5b --eval-results eval/latest.json --revision v2
     """
     from dtfcli.cli import render
+    from dtfcli.hub.push import PushOptions, preview
+    from dtfcli.hub.push import push as push_model
 
-    if dry_run is not None:
-        upload = _dry_run(model, repo, hf_username, eval_results, revision, commit_message, merge, dry_run)
-        _remark(upload.left_out, upload.warnings)
-        if json:
-            render.emit_json({"repo": upload.repo, "folder": dry_run, "files": list(upload.files)})
-            return
-        render.emit(str(dry_run))
-        return
-    from dtfcli.hub import push as hub
-
-    result = hub.push(
-        model,
-        repo,
+    asked = PushOptions(
         username=hf_username,
         eval_results=eval_results,
         private=private,
         revision=revision,
         commit_message=commit_message,
         merge=merge,
-        on_progress=render.note,
     )
+    if dry_run is not None:
+        upload = preview(model, repo, dry_run, asked, render.note)
+        _remark(upload.left_out, upload.warnings)
+        if json:
+            render.emit_json({"repo": upload.repo, "folder": dry_run, "files": list(upload.files)})
+        else:
+            render.emit(str(dry_run))
+        return
+    result = push_model(model, repo, asked, render.note)
     _remark(result.left_out, result.warnings)
     if json:
         render.emit_json({"repo": result.repo, "url": result.url, "commit": result.commit, "files": result.files})
@@ -105,43 +97,8 @@ def push(
     render.emit(result.url)
 
 
-def _dry_run(
-    model: str,
-    repo: str,
-    username: str | None,
-    eval_results: Path | None,
-    revision: str | None,
-    commit_message: str | None,
-    merge: bool,
-    folder: Path,
-) -> "Upload":
-    from dtfcli.cli import render
-    from dtfcli.errors import ConfigError
-
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--dry-run {folder}: exists and is not empty; name another folder.")
-    import tempfile
-
-    from dtfcli.hub.push import check_options
-    from dtfcli.hub.upload import prepare_upload
-
-    full = check_options(repo, username, revision, commit_message)
-    with tempfile.TemporaryDirectory() as scratch:
-        upload = prepare_upload(
-            model,
-            full,
-            revision=revision,
-            eval_results=eval_results,
-            merge_into=Path(scratch) if merge else None,
-            on_progress=render.note,
-        )
-        upload.write(folder)
-        render.note(f"{len(upload.files)} files, {upload.size() / 2**20:.1f} MiB; nothing was uploaded")
-    return upload
-
-
 def _remark(left_out: list[str], warnings: list[str]) -> None:
-    """What stayed here, and what the user should know."""
+    """Name the files that were not uploaded, and warn."""
     from dtfcli.cli import render
 
     if left_out:

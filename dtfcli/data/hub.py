@@ -5,17 +5,16 @@ A shard that stops for the network's sake is opened again where it was, a few ti
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dtfcli.data.sources import Shard, SourceReader, SourceReport, first_line, similar_path
 from dtfcli.errors import ConfigError, DataError
+from dtfcli.quiet import quiet_libraries
 from dtfcli.settings.groups import Source
 
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -48,7 +47,7 @@ class HubReader(SourceReader):
             )
         self.version = ""
         try:
-            with _quiet_hub():
+            with quiet_libraries():
                 if source.streaming:
                     builder = datasets.load_dataset_builder(source.path, source.name or None)
                     self.version = str(builder.hash)
@@ -183,20 +182,3 @@ def _explain_hub_error(error: Exception, label: str, where: str, source: Source)
         shown = f"'{source.name}'" if source.name else "(none)"
         return ConfigError(f"{where}.name = {shown} of '{source.path}': {detail}.")
     return DataError(f"{label}: the Hub data set cannot be opened: {first_line(error)}.")
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep bars and retry notices of the Hub libraries off stderr; callers show progress themselves."""
-    import datasets
-
-    log = logging.getLogger("huggingface_hub")
-    level, had_bars = log.level, datasets.is_progress_bar_enabled()
-    log.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        if had_bars:
-            datasets.enable_progress_bars()

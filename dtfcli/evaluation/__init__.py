@@ -1,1 +1,4 @@
-"""Benchmarks: lm-evaluation-harness as the engine, on data of this machine or the Hub, resumed where it was stopped."""
+"""Benchmarks with lm-evaluation-harness, on data of this machine or the Hub; a stopped evaluation continues.
+
+In: a model and task names. Out: an `EvalReport`, also as JSON beside the model.
+"""

@@ -1,9 +1,8 @@
-"""What a model answered so far, batch by batch, on disk: a killed evaluation goes on where it was.
+"""Keeps a model's answers on disk, batch by batch, so that a killed evaluation continues.
 
-A file holds one job under one set of circumstances (weights, routing, capacity, task configuration, limit, shots, batch
-size, versions: all of them are hashed into its name). Batches are formed the same way every time, so what is found is
-exactly what would be computed again, to the last bit. Each line is complete or ignored: a kill in the middle of
-writing loses a batch.
+A file holds one job under one set of circumstances: weights, routing, capacity, task configuration, limit, shots, batch
+size and versions are hashed into its name. Batches are formed the same way every time, so a stored answer equals a
+computed one, to the last bit. An incomplete line is ignored: a kill in the middle of writing loses one batch.
 """
 
 import contextlib
@@ -21,9 +20,9 @@ class Batch:
 
     Attributes:
         answers: in the order of its requests.
-        counts: what the routed layers took (`ShareMeter.counts`).
-        truncated: requests that did not fit the model's positions and lost their beginning.
-        seconds: it took.
+        counts: routed tokens (`ShareMeter.counts`).
+        truncated: requests that exceeded the model's positions and lost their beginning.
+        seconds: time spent on it.
     """
 
     answers: list[Any]
@@ -37,8 +36,8 @@ class AnswerStore:
     """The batches of one job.
 
     Attributes:
-        path: of the file; None: kept in memory alone.
-        reused, computed: requests that were found, and that were answered anew.
+        path: of the file; None: keep them in memory only.
+        reused, computed: requests with a stored answer, and with a new one.
     """
 
     path: Path | None = None
@@ -49,7 +48,7 @@ class AnswerStore:
     _file: IO[str] | None = None
 
     def __post_init__(self) -> None:
-        """Read what is there."""
+        """Read the file, if it exists."""
         if self.path is None or not self.path.exists():
             return
         for line in self.path.read_text("utf-8", errors="replace").splitlines():
@@ -61,20 +60,20 @@ class AnswerStore:
                 continue
 
     def key(self, content: Any) -> str:
-        """A name for a batch; the same content asked for again within a run (repeats) gets another."""
+        """A name for a batch; a repeat of the same content within a run gets another name."""
         digest = fingerprint(content)
         self._asked[digest] += 1
         return f"{digest}-{self._asked[digest]}"
 
     def find(self, key: str) -> Batch | None:
-        """A batch that was answered before."""
+        """A batch with stored answers."""
         batch = self._known.get(key)
         if batch is not None:
             self.reused += len(batch.answers)
         return batch
 
     def add(self, key: str, batch: Batch) -> None:
-        """Write a batch down; it survives the process, though not the machine's power."""
+        """Store a batch; it survives the end of the process, but not a power failure."""
         self.computed += len(batch.answers)
         if self.path is None:
             return
@@ -93,7 +92,7 @@ class AnswerStore:
             self._file = None
 
     def discard(self) -> None:
-        """Remove the file, and its folder with the last one: the scores are safe elsewhere."""
+        """Remove the file, and its folder if that is empty: the scores are safe elsewhere."""
         self.close()
         if self.path is None:
             return
@@ -103,6 +102,6 @@ class AnswerStore:
 
 
 def fingerprint(content: Any) -> str:
-    """16 hex digits that name a JSON-like content; what JSON does not know counts as its text."""
+    """16 hex digits that name JSON-like content; other values count as their text."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Models side by side: differences, with standard errors that know that the items were the same."""
+"""Differences between models, with standard errors over the same items."""
 
 import math
 import statistics
@@ -16,11 +16,11 @@ class Difference:
     """A metric of one model minus that of the first model.
 
     Attributes:
-        task, metric: of what.
-        model: whose.
-        value: of the difference.
-        stderr: of the difference; None where it cannot be told.
-        paired: whether it was taken item by item.
+        task, metric: names of the score.
+        model: the other model.
+        value: the difference.
+        stderr: of the difference; None where it is not known.
+        paired: whether the standard error was taken item by item.
         n: items.
     """
 
@@ -33,8 +33,8 @@ class Difference:
     n: int
 
 
-def compare(reports: Sequence[EvalReport]) -> list[Difference]:
-    """Every score that the first model shares with another, as a difference."""
+def paired_differences(reports: Sequence[EvalReport]) -> list[Difference]:
+    """Differences to the first model, for each score that another one shares with it."""
     first, differences = reports[0], []
     for other in reports[1:]:
         for task, score in first.results.items():
@@ -54,8 +54,8 @@ def compare(reports: Sequence[EvalReport]) -> list[Difference]:
 def paired_stderr(first: Items | None, other: Items | None, metric: str) -> float | None:
     """Standard error of the difference of two scores over the same items; None where items or metric differ.
 
-    For a mean it is that of the items' differences; for any other aggregate the jackknife's, leaving out an item at a
-    time from both.
+    A mean takes the standard error of the items' differences. Any other aggregate takes the jackknife, which leaves
+    out one item at a time from both.
     """
     if first is None or other is None or first.hashes != other.hashes or metric not in first.values:
         return None
@@ -70,11 +70,11 @@ def paired_stderr(first: Items | None, other: Items | None, metric: str) -> floa
 
 
 def jackknife_stderr(statistic: Any, n: int) -> float | None:
-    """Standard error of a statistic of n items, from leaving out one at a time; None for too few or too many items.
+    """Jackknife standard error: leaves out one item at a time; None for fewer than 2 items or more than 2,000.
 
     Args:
-        statistic: of a list of indices of items.
-        n: how many there are.
+        statistic: takes a list of indices of items.
+        n: number of items.
     """
     if not 2 <= n <= _MOST_FOR_JACKKNIFE:
         return None

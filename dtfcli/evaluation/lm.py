@@ -1,12 +1,12 @@
-"""lm-eval's HFLM for models that route: the true padding mask, realized shares, answers that survive a kill.
+"""lm-eval's HFLM for models that route: the true padding mask, measured shares, answers that survive a kill.
 
-Prompts, tokenization, scoring and stop sequences are HFLM's. What differs:
+Prompts, tokenization, scoring and stop sequences are HFLM's. Differences:
 
 - HFLM pads on the right and passes no mask when it scores: padding would compete for capacity under `topk` and be
   counted as routed in any mode. A routed model gets the mask here, and forms logits for the continuations alone, not
-  for a prompt of 25 examples times the vocabulary. A dense one is called as HFLM calls it: other matrix shapes would
-  move its scores in the last digits.
-- Batches are formed as HFLM forms them, but here, one at a time: a batch whose answers are known is not run again.
+  for a prompt of 25 examples times the vocabulary. A dense model is called as HFLM calls it: other matrix shapes would
+  change the last digits of its scores.
+- Batches are the same as HFLM's but are formed here, one at a time: a batch with known answers is not run again.
 """
 
 import time
@@ -26,19 +26,20 @@ _CPU_BYTES = 2**30
 _LARGEST_BATCH = 64
 
 Scored = tuple[Any, list[int], list[int]]
-"""(context and continuation as text or None, context ids, continuation ids): what HFLM scores."""
+"""What HFLM scores: (context and continuation as text, or None; context ids; continuation ids)."""
 
 
 class RoutedLM(HFLM):
-    """A model as lm-eval wants it; works for dense ones too.
+    """A routed or dense model behind lm-eval's interface.
 
     Attributes:
-        store: where answers are kept; to be replaced for every job.
-        meter: shares of tokens that were routed for `store`'s answers; None for a dense model.
-        truncated: requests of `store` that lost their beginning.
-        on_answers: called with the number of requests that have just been answered.
-        shortened: the generation lengths that tasks asked for and the model's positions do not allow, with what they
-            became.
+        routing: the model's routing mode; "dense" for a dense model.
+        store: holds the answers; each job has its own.
+        meter: routed shares over the answers in `store`; None for a dense model.
+        truncated: requests in `store` that lost their beginning.
+        seconds: spent on the answers in `store`.
+        shortened: generation lengths that exceeded the model's positions, with the lengths used instead.
+        on_answers: called with the number of new answers.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
@@ -46,13 +47,14 @@ class RoutedLM(HFLM):
 
         Args:
             model: a causal language model on its device.
-            tokenizer: of the model; with an end-of-text token.
-            batch_size: rows at a time; None: what fits into memory, but a dense model on a CPU scores row by row: with
-                whole logits that is fastest there, and it is lm-eval's own default.
+            tokenizer: the model's, with an end-of-text token.
+            batch_size: rows at a time; None: what fits into memory. A dense model on a CPU then scores row by row,
+                which is fastest with whole logits, and lm-eval's own default.
         """
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
         self._rows = batch_size
         self._routed = hasattr(model, "set_routing")
+        self.routing: str = model.routing if self._routed else "dense"
         self._lengths: list[tuple[int, int]] | None = None
         self.on_answers: Callable[[int], None] = lambda count: None
         self.begin(AnswerStore())
@@ -66,7 +68,7 @@ class RoutedLM(HFLM):
         self.shortened: dict[int, int] = {}
 
     def _answered(self, content: Any, truncated: int, compute: Callable[[str], list[Any]]) -> list[Any]:
-        """The answers to a batch: from the store, else computed, and counted either way."""
+        """The answers to a batch, from the store or computed; counted in both cases."""
         key = self.store.key(content)
         batch = self.store.find(key)
         if batch is None:
@@ -87,7 +89,7 @@ class RoutedLM(HFLM):
         return batch.answers
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations, and whether greedy decoding would write them."""
+        """Log-likelihoods of continuations, and whether greedy decoding would produce them."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -106,7 +108,7 @@ class RoutedLM(HFLM):
             truncated = sum(
                 len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in batch
             )
-            # Row by row: tokens that go in, and how many of the last ones have logits that count.
+            # Of each row: input tokens, and the number of last tokens whose logits are read.
             lengths = [(min(len(_inputs(row)), self.max_length), len(row[2])) for row in rows]
 
             def score(key: str, batch: Any = batch, lengths: Any = lengths) -> list[Any]:
@@ -124,9 +126,9 @@ class RoutedLM(HFLM):
         return answers
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits of right-padded rows [B, T]: [B, T, V], or of a routed model [B, K, V], the last K positions.
+        """Logits of right-padded rows [B, T]: [B, T, V], or for a routed model [B, K, V], the last K positions.
 
-        HFLM finds a continuation by counting from the end of the logits, so K positions will do where no continuation
+        HFLM finds a continuation by counting from the end of the logits. So K positions are enough if no continuation
         begins before them.
         """
         if not self._routed:
@@ -144,7 +146,7 @@ class RoutedLM(HFLM):
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole documents, in windows of the model's positions."""
         self.batch_size_per_gpu = self._rows_scored(self.max_length)
-        on_answers, self.on_answers = self.on_answers, lambda count: None  # windows, of which nobody knows the number
+        on_answers, self.on_answers = self.on_answers, lambda count: None  # windows, whose number is unknown
         try:
             scores = super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
@@ -153,7 +155,7 @@ class RoutedLM(HFLM):
         return scores
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop sequence, left-padded with a mask, batch by batch."""
+        """Continuations up to a stop sequence, batch by batch, left-padded and with a mask."""
         collator = Collator(
             [(*request.args, request) for request in requests],
             sort_fn=lambda item: (-len(self.tok_encode(item[0])), item[0]),
@@ -164,7 +166,7 @@ class RoutedLM(HFLM):
         for rows in collator.get_batched(n=self._rows_for(self.max_length)):
             batch = [row[2] for row in rows]
             asked = normalize_gen_kwargs(rows[0][1], self.max_gen_toks)["max_gen_toks"]
-            # Where nothing would be left for the prompt HFLM gives up.
+            # HFLM gives up if no position is left for the prompt.
             allowed = asked if asked < self.max_length else self.max_length // 2
             if allowed < asked:
                 self.shortened[asked] = allowed
@@ -175,20 +177,20 @@ class RoutedLM(HFLM):
 
             def write(key: str, batch: Any = batch) -> list[str]:
                 self.batch_size_per_gpu = len(batch)
-                torch.manual_seed(int(key[:8], 16))  # for tasks that sample: the same after a kill
+                torch.manual_seed(int(key[:8], 16))  # tasks that sample draw the same after a kill
                 return super(RoutedLM, self).generate_until(batch, disable_tqdm=True)
 
             answers += self._answered([row[:2] for row in rows], truncated, write)
         return collator.get_original(answers)
 
     def _rows_scored(self, tokens: int) -> int:
-        """`_rows_for`, and one row where whole logits of several would outgrow a CPU's cache many times over."""
+        """`_rows_for`, but one row where the whole logits of several would exceed a CPU's cache many times over."""
         if self._rows is None and not self._routed and self.device.type == "cpu":
             return 1
         return self._rows_for(tokens)
 
     def _rows_for(self, tokens: int) -> int:
-        """Rows of a batch: what was asked for, else a power of two whose activations fit into memory."""
+        """Rows of a batch: as asked for, else the largest power of two whose activations fit into memory."""
         if self._rows is not None:
             return self._rows
         config = self.model.config
@@ -203,7 +205,7 @@ class RoutedLM(HFLM):
 
 
 def _inputs(request: Scored) -> list[int]:
-    """The tokens that go in: the last one is only predicted."""
+    """The input tokens: all but the last, which is only predicted."""
     return request[1] + request[2][:-1]
 
 

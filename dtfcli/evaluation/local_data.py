@@ -1,9 +1,9 @@
-"""Benchmarks from a folder instead of the Hub: `<data-dir>/<owner>/<name>/…`, the layout of their Hub repositories.
+"""Loads benchmarks from a folder instead of the Hub: `<data-dir>/<owner>/<name>/…`, the layout of their repositories.
 
-Every lm-eval task that is configured by a file loads its dataset in `ConfigurableTask.download`, after its
-configuration is read and before a split is touched. Taking that one method over serves groups, tags and inline tasks
-alike, and is the place to turn what a dataset library raises into one line. Splits that a local copy lacks are
-struck from the task's configuration: lm-eval would load them even at 0 shots.
+An lm-eval task with a task file loads its dataset in `ConfigurableTask.download`, after its configuration is read and
+before a split is used. Replacing this one method serves groups, tags and inline tasks alike, and turns the errors of
+the dataset libraries into one line. Splits that a local copy lacks are removed from the task's configuration, because
+lm-eval would load them even at 0 shots.
 """
 
 from collections.abc import Iterator
@@ -22,14 +22,14 @@ _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the data of a task came from.
+    """The source of a task's data.
 
     Attributes:
         dataset: its Hub id.
         config: configuration of the dataset.
         source: "data-dir", "hub" (or its cache), or "task" for data that the task makes itself.
         missing_splits: splits that the task names and the local copy lacks.
-        scored_instead: whether the split that the task is scored on is one of them, so that another one is.
+        scored_instead: whether the scored split is missing, so that another one is scored.
     """
 
     dataset: str
@@ -41,10 +41,10 @@ class Origin:
 
 @contextmanager
 def task_data(data_dir: Path | None) -> Iterator[dict[str, Origin]]:
-    """Load the datasets of tasks from `data_dir` where it has them; yields where each came from, by task name.
+    """Load the datasets that `data_dir` has from there; yields the origin of each, by task name.
 
     Raises (from inside lm-eval):
-        DataError: a dataset cannot be had, or no split is left to evaluate on.
+        DataError: a dataset is not available, or no split is left to score.
     """
     origins: dict[str, Origin] = {}
     original = ConfigurableTask.download
@@ -64,7 +64,7 @@ def task_data(data_dir: Path | None) -> Iterator[dict[str, Origin]]:
                 return
             kept = {k: v for k, v in (dataset_kwargs or {}).items() if k not in ("trust_remote_code", "revision")}
             task.dataset = datasets.load_dataset(str(folder), task.DATASET_NAME, **kept)
-        except Exception as error:  # every library on the way has its own
+        except Exception as error:  # each library raises its own
             raise DataError(_unavailable(name, path, folder, data_dir, error)) from error
         wanted = evaluated_split(task)
         missing = _drop_missing_splits(task, folder)
@@ -83,13 +83,13 @@ def _unavailable(task: str, dataset: str, folder: Path | None, data_dir: Path | 
         return f"{task}: the dataset in {folder} cannot be read. {reason}"
     places = [str(data_dir)] if data_dir is not None else []
     return (
-        f"{task}: the dataset {dataset} cannot be had from {', '.join([*places, 'the local cache'])} or the Hub. "
+        f"{task}: the dataset {dataset} is not available from {', '.join([*places, 'the local cache'])} or the Hub. "
         f"Give a folder that holds {dataset}/ with --data-dir, or check the network."
     )
 
 
 def _drop_missing_splits(task: Any, folder: Path) -> tuple[str, ...]:
-    """Strike from a task's configuration the splits that its dataset lacks."""
+    """Remove the splits that a dataset lacks from its task's configuration."""
     config, fewshot = task.config, task.config.fewshot_config
     named = {getattr(config, field) for field in _SPLITS} | {fewshot.split}
     missing = {split for split in named if split is not None} - set(task.dataset)
@@ -107,18 +107,18 @@ def _drop_missing_splits(task: Any, folder: Path) -> tuple[str, ...]:
             f"has {', '.join(sorted(task.dataset))}. Add the split there, or leave the task out."
         )
     if fewshot_split(task) == evaluated:
-        # lm-eval leaves the item itself out of its examples only where these two are spelled alike.
+        # lm-eval leaves the item itself out of its examples only if both splits have the same name.
         config.test_split = fewshot.split = evaluated
     return tuple(sorted(missing))
 
 
 def evaluated_split(task: Any) -> str | None:
-    """The split that a task is scored on."""
+    """The scored split of a task."""
     return task.config.test_split or task.config.validation_split
 
 
 def fewshot_split(task: Any) -> str | None:
-    """The split that few-shot examples come from, by lm-eval's rules; None: from the task itself."""
+    """The split of few-shot examples, by lm-eval's rules; None: they come from the task file."""
     config, fewshot = task.config, task.config.fewshot_config
     if fewshot.split is not None:
         return fewshot.split

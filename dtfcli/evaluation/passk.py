@@ -1,7 +1,7 @@
-"""pass@k of code benchmarks, and what their task files (`tasks/*.yaml`) call.
+"""pass@k of code benchmarks, and the functions that their task files (`tasks/*.yaml`) call.
 
-lm-eval's own humaneval and mbpp load a metric from the Hub when their files are read. These ask with the same prompts
-and stop sequences and run the candidates here, in `sandbox`.
+lm-eval's own humaneval and mbpp load a metric from the Hub when their files are read. Ours use the same prompts and
+stop sequences, and run the candidates in `sandbox`.
 """
 
 import math
@@ -14,7 +14,7 @@ _MBPP_EXAMPLES = (2, 3, 4)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of k candidates, drawn from n of which c are right, is right: 1 − C(n−c, k) / C(n, k).
+    """Probability that one of k candidates is right, drawn from n with c right ones: 1 − C(n−c, k) / C(n, k).
 
     Raises:
         ValueError: k is not between 1 and n, or c not between 0 and n.
@@ -25,7 +25,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def humaneval_programs(responses: list[list[str]], docs: Any) -> list[list[str]]:
-    """A filter: each answer goes on where its prompt ends."""
+    """A filter that puts the prompt before each answer."""
     return [[doc["prompt"] + text for text in texts] for texts, doc in zip(responses, docs, strict=True)]
 
 
@@ -45,7 +45,7 @@ def mbpp_results(doc: dict[str, Any], results: list[list[str]]) -> dict[str, flo
 
 
 def mbpp_examples(docs: Any) -> Any:
-    """The problems that MBPP's authors use as examples, of its split `prompt`."""
+    """The examples of MBPP's authors, from its split `prompt`."""
     chosen = [doc for doc in docs if doc["task_id"] in _MBPP_EXAMPLES]
     return [{**doc, "is_fewshot": True} for doc in chosen]
 

@@ -1,30 +1,54 @@
-"""What to evaluate, checked before a model is loaded: names, numbers, folders, and whether code may be run."""
+"""Checks an evaluation before a model is loaded: task names, numbers, folders, and permission to run code."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dtfcli.errors import ConfigError
-from dtfcli.evaluation.harness import quiet
 from dtfcli.evaluation.suites import Job, TaskIndex, plan_jobs, split_names
+from dtfcli.quiet import quiet_libraries
 
 
 class NotConfirmed(ConfigError):
-    """A task runs code that the model writes, and nobody has allowed it."""
+    """A task runs code that the model writes, without permission."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How to evaluate, as the user asks for it.
+
+    Attributes:
+        limit: items of each task; None: each task's own number.
+        num_fewshot: examples in each prompt; None: each task's own number.
+        batch_size: rows of a forward pass, or "auto" for what fits into memory.
+        data_dir: a folder of datasets (`<owner>/<name>/…`), used instead of the Hub.
+        include_path: a folder of lm-eval task files.
+        confirm_run_unsafe_code: allow tasks that run code which the model writes.
+        verbose: show what lm-eval prints.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int | str = "auto"
+    data_dir: str | Path | None = None
+    include_path: str | Path | None = None
+    confirm_run_unsafe_code: bool = False
+    verbose: bool = False
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """What to run and how, checked.
+    """A checked evaluation: what to run, and how.
 
     Attributes:
-        names: as they were asked for.
+        names: as the user typed them.
         jobs: in order.
-        index: of the tasks there are.
-        limit, num_fewshot, batch_size: as asked for; None: each task's own, or what fits.
+        index: all known tasks.
+        limit, num_fewshot: None: each task's own number.
+        batch_size: rows; None: what fits into memory.
         data_dir: datasets on this machine.
-        unsafe_code: whether code that the model writes may be run.
-        verbose: let lm-eval talk.
+        unsafe_code: whether code that the model writes may run.
+        verbose: show what lm-eval prints.
     """
 
     names: tuple[str, ...]
@@ -38,36 +62,28 @@ class EvalPlan:
     verbose: bool
 
 
-def make_plan(
-    tasks: str | Sequence[str] = "quick_test",
-    *,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int | str = "auto",
-    data_dir: str | Path | None = None,
-    include_path: str | Path | None = None,
-    confirm_run_unsafe_code: bool = False,
-    verbose: bool = False,
-) -> EvalPlan:
-    """Check what was asked for, without a model or data.
+def make_plan(tasks: str | Sequence[str] = "quick_test", options: EvalOptions | None = None) -> EvalPlan:
+    """Check tasks and options, without a model or data.
 
     Raises:
         ConfigError: a name, folder or number is wrong.
-        NotConfirmed: a task would run code unasked.
+        NotConfirmed: a task would run code without permission.
     """
+    options = options or EvalOptions()
     names = split_names(tasks)
-    for option, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
+    for option, value, least in (("--limit", options.limit, 1), ("--num-fewshot", options.num_fewshot, 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ConfigError(f"{option} {value}: a whole number of at least {least}.")
-    rows = _rows(batch_size)
-    folder = Path(data_dir).expanduser() if data_dir is not None else None
+            raise ConfigError(f"{option} {value}: give a whole number of at least {least}.")
+    rows = _rows(options.batch_size)
+    folder = Path(options.data_dir).expanduser() if options.data_dir is not None else None
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"--data-dir {data_dir}: no such folder; it holds datasets as OWNER/NAME/….")
-    with quiet(verbose):
-        index = TaskIndex(names, Path(include_path).expanduser() if include_path is not None else None)
-    jobs = plan_jobs(names, index, num_fewshot, limit)
+        raise ConfigError(f"--data-dir {options.data_dir}: no such folder; it holds datasets as OWNER/NAME/….")
+    include = Path(options.include_path).expanduser() if options.include_path is not None else None
+    with quiet_libraries(verbose=options.verbose):
+        index = TaskIndex(names, include)
+    jobs = plan_jobs(names, index, options.num_fewshot, options.limit)
     unsafe = [leaf for job in jobs for leaf, config in index.configs(job.name) if config.get("unsafe_code")]
-    if unsafe and not confirm_run_unsafe_code:
+    if unsafe and not options.confirm_run_unsafe_code:
         raise NotConfirmed(
             f"--tasks {', '.join(unsafe)}: runs code that the model writes, in a sandbox; add "
             "--confirm-run-unsafe-code to allow it."
@@ -76,12 +92,12 @@ def make_plan(
         names=tuple(names),
         jobs=tuple(jobs),
         index=index,
-        limit=limit,
-        num_fewshot=num_fewshot,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
         batch_size=rows,
         data_dir=folder,
-        unsafe_code=confirm_run_unsafe_code,
-        verbose=verbose,
+        unsafe_code=options.confirm_run_unsafe_code,
+        verbose=options.verbose,
     )
 
 
@@ -94,5 +110,5 @@ def _rows(batch_size: int | str) -> int | None:
     except ValueError:
         rows = 0
     if rows < 1 or isinstance(batch_size, bool):
-        raise ConfigError(f"--batch-size {batch_size}: a whole number of at least 1, or auto.")
+        raise ConfigError(f"--batch-size {batch_size}: give a whole number of at least 1, or auto.")
     return rows

@@ -1,82 +1,95 @@
-"""What an evaluation found, as a document: figures next to everything they depend on."""
+"""What an evaluation found, as a document: figures next to everything they depend on.
+
+`EvalReport.read` reads such a document back, and lm-eval's own result files as far as they go.
+"""
 
 import datetime
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from dtfcli.errors import ConfigError, DTFError
 from dtfcli.loading.paths import ModelPath, weights_hash
-from dtfcli.runs.folder import SETTINGS_FILE
+from dtfcli.models.configuration_fields import CAUSAL_MODES, ROUTING_MODES
+from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, SETTINGS_FILE
 from dtfcli.shares import ShareMeter
 
 LATEST = "latest.json"
 
 
+def is_causal(routing: str) -> bool:
+    """Whether no token's path depends on later tokens; a dense model's never does."""
+    return routing in CAUSAL_MODES or routing not in ROUTING_MODES
+
+
 @dataclass(frozen=True)
-class Score:
-    """One metric: its value, standard error (None where there is none) and direction."""
+class Metric:
+    """A figure, its standard error and its direction; None where lm-eval has none."""
 
     value: float
-    stderr: float | None
-    higher_is_better: bool | None
+    stderr: float | None = None
+    higher_is_better: bool | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """The scores of a task or group.
 
     Attributes:
-        metrics: by name; a filter other than lm-eval's "none" is appended, as in `exact_match,strict-match`.
-        n: items scored; n_total: items there are.
+        metrics: by name. A filter other than lm-eval's "none" is appended, as in `exact_match,strict-match`.
+        n: items scored; n_total: items in the split.
         shots: few-shot examples in a prompt.
-        fewshot_from: the split they came from, "the task" for examples in the task's file; None at 0 shots or where
-            tasks of a group differ. "(item excluded)" is appended where it is the split that is scored.
-        split: that was scored.
-        dataset, data_source: what was scored, and whether it came from the data dir, the Hub or the task itself.
+        fewshot_from: the split of these examples, or "the task" for examples in the task's file; None at 0 shots, or
+            where tasks of a group differ. "(item excluded)" follows a split that is also the scored one.
+        split: the scored one.
+        dataset: Hub id and configuration, as `owner/name (configuration)`.
+        data_source: "data-dir", "hub", "task" or "run".
         missing_splits: splits that the task names and its dataset lacks.
         routing, causal: how tokens were routed; dense models are causal.
-        routed_share: of each layer, by position and over all; None for a dense model, and for the members of a group,
+        routed_share: of each layer, by position and overall; None for a dense model, and for members of a group,
             which are scored together.
-        truncated: requests that were longer than the model's positions and lost their beginning; None for members.
-        seconds: of computing the answers, those of earlier attempts included; None for members.
+        truncated: requests that exceeded the model's positions and lost their beginning; None for members.
+        seconds: spent on the answers, earlier attempts included; None for members.
         version: of the task.
         subtasks: members of a group.
-        notes: what else one should know.
+        notes: further remarks.
     """
 
-    metrics: dict[str, Score]
-    n: int
-    n_total: int | None
-    shots: int | None
-    fewshot_from: str | None
-    split: str | None
-    dataset: str | None
-    data_source: str | None
-    missing_splits: tuple[str, ...]
-    routing: str
-    causal: bool
-    routed_share: dict[str, Any] | None
-    truncated: int | None
-    seconds: float | None
-    version: Any
+    metrics: dict[str, Metric]
+    n: int = 0
+    n_total: int | None = None
+    shots: int | None = None
+    fewshot_from: str | None = None
+    split: str | None = None
+    dataset: str | None = None
+    data_source: str | None = None
+    missing_splits: tuple[str, ...] = ()
+    routing: str = ""
+    causal: bool = True
+    routed_share: dict[str, Any] | None = None
+    truncated: int | None = None
+    seconds: float | None = None
+    version: Any = None
     subtasks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Items:
-    """What is needed to compare two models item by item; not part of the document.
+    """What a comparison of two models item by item needs; not part of the document.
 
     Attributes:
-        hashes: of the items, in order.
+        hashes: one for each item, in order.
         values: of each metric, in the same order.
-        aggregate: of each metric, from items to score.
+        aggregate: for each metric, the function from items to score.
     """
 
     hashes: tuple[str, ...]
@@ -84,52 +97,156 @@ class Items:
     aggregate: dict[str, Callable[[list[Any]], float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """All scores of one model.
+    """All scores of one model; lm-eval's own files leave much of it out.
 
     Attributes:
         model: as the user named it.
         model_hash: sha256 over its weights.
-        architecture: dtf, mod or dense; routing: mode, "dense" for a dense model.
+        architecture: dtf, mod or dense.
+        routing: mode; "dense" for a dense model.
         causal: whether no token's path depended on later ones.
-        capacity: γ that was asked for, or the model's own; None for a dense model.
-        routed_share: realized, over all tasks.
-        tasks: the names that were asked for, in order.
+        capacity: γ of the evaluation; None for a dense model.
+        routed_share: measured over all tasks.
+        tasks: names as asked for, in order.
         results: by task and group.
-        skipped: what could not be run, with the reason.
+        skipped: tasks that could not be run, with the reason.
         limit, num_fewshot: as asked for; None: each task's own.
-        seed: of few-shot sampling and everything else that is drawn.
+        seed: of few-shot sampling and of everything else that is drawn.
         batch_size: rows; "auto" where they were fitted to memory.
-        started: UTC; seconds: of this run of the command.
+        started: UTC.
+        seconds: of this run of the command.
         reused: requests answered by an earlier run that was stopped.
     """
 
-    model: str
-    model_hash: str
-    architecture: str
-    routing: str
-    causal: bool
-    capacity: float | list[float] | None
-    routed_share: dict[str, Any] | None
-    tasks: tuple[str, ...]
+    model: str = ""
+    model_hash: str | None = None
+    architecture: str = ""
+    routing: str = ""
+    causal: bool = True
+    capacity: float | list[float] | None = None
+    routed_share: dict[str, Any] | None = None
+    tasks: tuple[str, ...] = ()
     results: dict[str, TaskScore]
-    skipped: dict[str, str]
-    limit: int | None
-    num_fewshot: int | None
-    seed: int
-    batch_size: int | str
-    device: str
-    dtype: str
-    versions: dict[str, str]
-    started: str
-    seconds: float
-    reused: int
+    skipped: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    num_fewshot: int | None = None
+    seed: int | None = None
+    batch_size: int | str = "auto"
+    device: str = ""
+    dtype: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    seconds: float = 0.0
+    reused: int = 0
     items: dict[str, Items] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The document: plain values, None for what is not finite."""
         return plain({name: value for name, value in self.__dict__.items() if name != "items"})
+
+    @classmethod
+    def read(cls, path: Path, label: str) -> "EvalReport":
+        """Read a document that `dtf eval` or lm-eval wrote; figures that are not finite are left out.
+
+        Args:
+            path: of the JSON file.
+            label: names the file in messages, such as "--eval-results FILE".
+
+        Raises:
+            ConfigError: the file is missing, not JSON, or without results.
+        """
+        document = _read_json(path, label)
+        results = document["results"]
+        if not any(isinstance(entry, dict) and "metrics" in entry for entry in results.values()):
+            document = _from_lm_eval(document)
+        known = {Path(name).name: _finite(entry) for name, entry in document["results"].items()}
+        document["results"] = {name: entry for name, entry in known.items() if entry}
+        if not document["results"]:
+            raise ConfigError(f'{label}: its "results" hold no figure; run `dtf eval` again.')
+        document.pop("items", None)
+        try:
+            report = TypeAdapter(cls).validate_python(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"{label}: {place}: {first['msg']}; run `dtf eval` again.") from error
+        return replace(report, causal=report.causal and is_causal(report.routing))
+
+
+def _read_json(path: Path, label: str) -> dict[str, Any]:
+    remedy = "give the JSON that `dtf eval` wrote"
+    try:
+        document = json.loads(path.read_text("utf-8"), parse_constant=lambda name: None)
+    except FileNotFoundError:
+        raise ConfigError(f"{label}: there is no such file; `dtf eval MODEL` writes one (eval/latest.json).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{label}: cannot be read ({error}); {remedy}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{label}: not valid JSON ({error}); {remedy}.") from error
+    if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
+        raise ConfigError(f'{label}: has no "results"; {remedy}.')
+    return document
+
+
+def _finite(entry: Any) -> dict[str, Any] | None:
+    """A task's entry with the metrics that have a value; None where none has, as for a group that only holds others."""
+    metrics = entry.get("metrics") if isinstance(entry, dict) else None
+    metrics = metrics if isinstance(metrics, dict) else {}
+    found = {name: m for name, m in metrics.items() if isinstance(m, dict) and _number(m.get("value")) is not None}
+    return {**entry, "metrics": found} if found else None
+
+
+def _from_lm_eval(document: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval's own document in the form of ours, as far as it goes."""
+
+    def table(key: str, name: str) -> dict[str, Any]:
+        found = document.get(key)
+        found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    results: dict[str, Any] = {}
+    shots = document.get("n-shot")
+    for name, entry in document["results"].items():
+        figures = {key: value for key, value in entry.items() if "," in key} if isinstance(entry, dict) else {}
+        metrics = {
+            key.removesuffix(",none"): {"value": value, "stderr": _number(figures.get(key.replace(",", "_stderr,", 1)))}
+            for key, value in figures.items()
+            if "_stderr," not in key and _number(value) is not None
+        }
+        counts, config = table("n-samples", name), table("configs", name)
+        path, part = config.get("dataset_path"), config.get("dataset_name")
+        results[name] = {
+            "metrics": metrics,
+            "n": counts.get("effective", 0),
+            "n_total": counts.get("original"),
+            "shots": shots.get(name) if isinstance(shots, dict) else None,
+            "dataset": f"{path} ({part})" if path and part else path,
+        }
+    versions = {"lm_eval": document.get("lm_eval_version"), "transformers": document.get("transformers_version")}
+    routing = _model_argument(document, "routing")
+    return {
+        "results": results,
+        "routing": routing or "",
+        "causal": is_causal(routing or ""),
+        "versions": {name: version for name, version in versions.items() if version},
+    }
+
+
+def _model_argument(document: dict[str, Any], name: str) -> str | None:
+    """A value from lm-eval's record of `--model_args`."""
+    config = document.get("config")
+    arguments = config.get("model_args") if isinstance(config, dict) else None
+    if isinstance(arguments, dict):
+        return arguments.get(name)
+    found = re.search(rf"(?:^|,){name}=([^,]+)", arguments) if isinstance(arguments, str) else None
+    return found.group(1) if found else None
+
+
+def _number(value: Any) -> float | None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if number else None
 
 
 def plain(value: Any) -> Any:
@@ -148,7 +265,7 @@ def plain(value: Any) -> Any:
 
 
 def shares_of(meter: ShareMeter | None) -> dict[str, Any] | None:
-    """What a meter has read, with names; None where nothing was routed."""
+    """What a meter has read, as plain values; None where nothing was routed."""
     if meter is None or not meter.counts():
         return None
     shares = meter.read()
@@ -194,13 +311,13 @@ def results_folder(model: str, source: ModelPath) -> Path:
     """
     path = Path(source.path)
     if source.kind == "hub":
-        return Path("eval") / source.path.replace("/", "--")
+        return Path(EVALUATIONS) / source.path.replace("/", "--")
     if source.kind == "gguf":
-        return path.parent / "eval"
+        return path.parent / EVALUATIONS
     run = run_folder_of(path)
-    if run is not None and (path == run or path.name == "final_model" or Path(model).expanduser() == run):
-        return run / "eval"
-    return path / "eval"
+    if run is not None and (path == run or path.name == FINAL_MODEL or Path(model).expanduser() == run):
+        return run / EVALUATIONS
+    return path / EVALUATIONS
 
 
 def check_writable(folder: Path) -> None:

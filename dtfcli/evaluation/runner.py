@@ -1,4 +1,4 @@
-"""`dtf eval`, without its terminal: a model and a list of tasks → a report."""
+"""`dtf eval` without its terminal: a model and a list of tasks in, a report out."""
 
 import datetime
 import time
@@ -11,15 +11,31 @@ import torch
 
 from dtfcli.errors import CheckpointError, ConfigError, DTFError
 from dtfcli.evaluation.answers import AnswerStore
-from dtfcli.evaluation.harness import SEED, Routing, quiet
+from dtfcli.evaluation.harness import SEED
+from dtfcli.evaluation.job_runner import EvalEvent, EvalListener, JobRunner, versions
 from dtfcli.evaluation.lm import RoutedLM
-from dtfcli.evaluation.plan import EvalPlan, make_plan
-from dtfcli.evaluation.report import EvalReport, check_writable, model_hash, results_folder, save, shares_of
-from dtfcli.evaluation.session import EvalEvent, Listener, Session, versions
+from dtfcli.evaluation.plan import EvalOptions, EvalPlan, make_plan
+from dtfcli.evaluation.report import EvalReport, check_writable, is_causal, results_folder, save, shares_of
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.loading.paths import ModelPath, resolve_model_path
+from dtfcli.quiet import quiet_libraries
 
 UNFINISHED = "unfinished"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to score.
+
+    Attributes:
+        name: as the user named it.
+        source: its files; None for a model made in memory.
+        load: returns the model and its tokenizer.
+    """
+
+    name: str
+    source: ModelPath | None
+    load: Callable[[], tuple[Any, Any]]
 
 
 def evaluate(
@@ -29,173 +45,130 @@ def evaluate(
     tokenizer: Any = None,
     routing: str | None = None,
     capacity: float | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int | str = "auto",
-    data_dir: str | Path | None = None,
-    include_path: str | Path | None = None,
-    confirm_run_unsafe_code: bool = False,
-    on_event: Listener | None = None,
+    on_event: EvalListener | None = None,
+    **options: Any,
 ) -> EvalReport:
     """Score a model on benchmarks.
 
     Args:
-        model: a loaded model, or what `load_model` takes.
+        model: a loaded model, or anything that `load_model` takes.
         tasks: suites (general, math, code, quick_test, perplexity), lm-eval tasks and groups.
-        tokenizer: of a loaded model; None: the one in the folder that it was loaded from.
+        tokenizer: for a loaded model; None: the one in the folder that it was loaded from.
         routing, capacity: for the evaluation; None: the model's own. A loaded model keeps them afterwards.
-        limit: items of each task; num_fewshot: examples in each prompt; None: each task's own.
-        batch_size: rows, or "auto".
-        data_dir: a folder of datasets (`<owner>/<name>/…`) that goes before the Hub.
-        include_path: a folder of lm-eval task files.
-        confirm_run_unsafe_code: allow tasks that run code which the model writes.
         on_event: called with every `EvalEvent`.
+        options: fields of `EvalOptions`: limit, num_fewshot, batch_size, data_dir, include_path,
+            confirm_run_unsafe_code.
 
     Returns:
         The report; nothing is written.
 
     Raises:
-        ConfigError, DataError, CheckpointError, HubError: the input is wrong, or cannot be had.
+        ConfigError, DataError, CheckpointError, HubError: the input is wrong or not available.
     """
-    planned = make_plan(
-        tasks,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        data_dir=data_dir,
-        include_path=include_path,
-        confirm_run_unsafe_code=confirm_run_unsafe_code,
-    )
+    plan = make_plan(tasks, EvalOptions(**options))
     if isinstance(model, (str, Path)):
-        name = str(model)
         loaded: Any = load_model(model, routing=routing, capacity=capacity)
         tokenizer = tokenizer or load_tokenizer(model)
-        source: ModelPath | None = resolve_model_path(model)
+        candidate = Candidate(str(model), resolve_model_path(model), lambda: (loaded, tokenizer))
     else:
-        name, loaded, source = model.name_or_path or type(model).__name__, model, None
-        if routing is not None or capacity is not None:
-            if not hasattr(model, "set_routing"):
-                raise ConfigError("routing, capacity: this is a dense model, which routes nothing; leave them out.")
-            model.set_routing(routing or model.routing, capacity)
-        if tokenizer is None:
-            if not model.name_or_path:
-                raise ConfigError(
-                    "tokenizer: this model was not loaded from a folder that has one; give its tokenizer."
-                )
-            tokenizer = load_tokenizer(model.name_or_path)
-    return run_plan(planned, loaded, tokenizer, name=name, source=source, on_event=on_event)[0]
+        _set_routing(model, routing, capacity)
+        tokenizer = tokenizer or _own_tokenizer(model)
+        candidate = Candidate(model.name_or_path or type(model).__name__, None, lambda: (model, tokenizer))
+    return run_plan(plan, candidate, on_event=on_event)[0]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A model that is to be scored.
+def _set_routing(model: Any, routing: str | None, capacity: float | None) -> None:
+    if routing is None and capacity is None:
+        return
+    if not hasattr(model, "set_routing"):
+        raise ConfigError("routing, capacity: this is a dense model, which routes nothing; leave them out.")
+    model.set_routing(routing or model.routing, capacity)
 
-    Attributes:
-        name: as the user named it.
-        source: what that is.
-        load: gives the model and its tokenizer.
-    """
 
-    name: str
-    source: ModelPath
-    load: Callable[[], tuple[Any, Any]]
+def _own_tokenizer(model: Any) -> Any:
+    if not model.name_or_path:
+        raise ConfigError("tokenizer: this model was not loaded from a folder with a tokenizer; give one.")
+    return load_tokenizer(model.name_or_path)
 
 
 def evaluate_and_save(
-    plan: EvalPlan, candidates: Sequence[Candidate], *, output: Path | None = None, on_event: Listener | None = None
+    plan: EvalPlan, candidates: Sequence[Candidate], *, output: Path | None = None, on_event: EvalListener | None = None
 ) -> list[tuple[EvalReport, Path | None]]:
     """Run a plan on models, one after the other, and write the results beside each.
 
     Args:
         plan: what to run.
-        candidates: the models.
-        output: a file that the caller writes instead; what is unfinished is kept beside it.
+        candidates: the models, each with a source.
+        output: a file that the caller writes instead; unfinished answers are kept beside it.
         on_event: called with every `EvalEvent`.
 
     Returns:
-        For each model its report and the file.
+        The report and the file of each model.
     """
-    folders = [results_folder(c.name, c.source) if output is None else output.parent for c in candidates]
+    emit = on_event or (lambda event: None)
+    folders = [_folder_of(candidate) if output is None else output.parent for candidate in candidates]
     for folder in folders:
         check_writable(folder)
     results, stores = [], []
     for candidate, folder in zip(candidates, folders, strict=True):
-        if on_event is not None:
-            on_event(EvalEvent("model", candidate.name))
-        model, tokenizer = candidate.load()
-        report, kept = run_plan(
-            plan,
-            model,
-            tokenizer,
-            name=candidate.name,
-            source=candidate.source,
-            state=folder / UNFINISHED,
-            on_event=on_event,
-        )
-        del model
+        emit(EvalEvent("model", candidate.name))
+        report, kept = run_plan(plan, candidate, state=folder / UNFINISHED, on_event=emit)
         stores += kept
         results.append((report, save(report.to_dict(), folder) if output is None else None))
-    # Only now, so that a command with several models can be killed in the last one too.
+    # Not earlier: a command with several models may be killed in the last one, too.
     for store in stores:
         store.discard()
     return results
 
 
+def _folder_of(candidate: Candidate) -> Path:
+    assert candidate.source is not None, "a model made in memory has no folder"
+    return results_folder(candidate.name, candidate.source)
+
+
 def run_plan(
-    plan: EvalPlan,
-    model: Any,
-    tokenizer: Any,
-    *,
-    name: str,
-    source: ModelPath | None,
-    state: Path | None = None,
-    on_event: Listener | None = None,
+    plan: EvalPlan, candidate: Candidate, *, state: Path | None = None, on_event: EvalListener | None = None
 ) -> tuple[EvalReport, list[AnswerStore]]:
-    """Run every job of a plan.
+    """Run every job of a plan on one model, which is left in eval mode.
 
     Args:
         plan: what to run.
-        model, tokenizer: loaded; the model is left in eval mode.
-        name: the model as the user named it; source: what that is, None for one that was made in memory.
-        state: folder that keeps answers; None: nothing is kept.
+        candidate: the model.
+        state: folder that keeps the answers; None: keep none.
         on_event: called with every `EvalEvent`.
 
     Returns:
-        The report, and the answers that can be discarded once it is safe.
+        The report, and the answers, to be discarded once the report is safe.
 
     Raises:
-        ConfigError: the model cannot do what a task asks for.
-        DataError: a dataset cannot be had.
+        ConfigError: the model cannot run a task.
+        DataError: a dataset is not available.
     """
     emit = on_event or (lambda event: None)
+    model, tokenizer = candidate.load()
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
-        raise CheckpointError(f"{name}: its tokenizer has no end-of-text token, which scoring starts a text with.")
-    routed = hasattr(model, "set_routing")
-    mode = model.routing if routed else "dense"
-    routing = Routing(mode, mode != "topk")
+        raise CheckpointError(f"{candidate.name}: its tokenizer has no end-of-text token, which scoring needs.")
     model.eval()
-    _check_can_write(plan, routing)
-    with quiet(plan.verbose):
+    with quiet_libraries(verbose=plan.verbose):
         try:
             lm = RoutedLM(model, tokenizer, plan.batch_size)
             lm.on_answers = lambda count: emit(EvalEvent("answers", count=count))
-            session = Session(plan, lm, routing, state, emit, model_hash(model, source), source)
-            jobs = session.load()
-            stores = session.run(jobs)
+            runner = JobRunner(plan, lm, candidate.source, state, emit)
+            stores = runner.run(runner.load())
         except torch.OutOfMemoryError as error:
             raise DTFError("out of memory: lower --batch-size.") from error
     report = EvalReport(
-        model=name,
-        model_hash=session.hash,
-        architecture=model.config.architecture if routed else "dense",
-        routing=mode,
-        causal=routing.causal,
-        capacity=model.capacity if routed else None,
-        routed_share=shares_of(session.meter),
+        model=candidate.name,
+        model_hash=runner.hash,
+        architecture="dense" if lm.routing == "dense" else model.config.architecture,
+        routing=lm.routing,
+        causal=is_causal(lm.routing),
+        capacity=getattr(model, "capacity", None),
+        routed_share=shares_of(runner.meter),
         tasks=plan.names,
-        results=session.results,
-        skipped=session.skipped,
+        results=runner.results,
+        skipped=runner.skipped,
         limit=plan.limit,
         num_fewshot=plan.num_fewshot,
         seed=SEED,
@@ -205,24 +178,7 @@ def run_plan(
         versions=versions(),
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - clock, 3),
-        reused=session.reused,
-        items=session.items,
+        reused=runner.reused,
+        items=runner.items,
     )
     return report, stores
-
-
-def _check_can_write(plan: EvalPlan, routing: Routing) -> None:
-    """Refuse tasks in which the model writes when its routing needs the whole sequence."""
-    if routing.causal:
-        return
-    writes = [
-        leaf
-        for job in plan.jobs
-        for leaf, config in plan.index.configs(job.name)
-        if config.get("output_type", "") == "generate_until"
-    ]
-    if writes:
-        raise ConfigError(
-            f"--routing topk: sees the whole sequence and cannot write what {', '.join(writes[:3])} asks for; leave "
-            f"{'it' if len(writes) == 1 else 'them'} out or use --routing threshold."
-        )

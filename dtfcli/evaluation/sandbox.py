@@ -1,8 +1,8 @@
-"""Run Python that a model wrote: in a process of its own, with little time, memory and disk, and no network.
+"""Runs Python that a model wrote, in a process of its own with limited time, memory and disk, and without a network.
 
-This keeps careless code from doing harm; it is no prison for code that was written to escape. What the machine offers
-decides how the network is cut off: Linux namespaces where the user may make them (a new network without interfaces),
-else the socket module is disabled, which only Python code respects. `isolation()` says which it is here.
+This keeps careless code from doing harm. It is not a security boundary. Where the user may create Linux namespaces, the
+program gets a new network without interfaces. Otherwise the socket module is disabled, which only Python code respects.
+`isolation()` names the method of this machine.
 """
 
 import secrets
@@ -20,8 +20,8 @@ PROCESSES = 64
 
 Isolation = Literal["namespace", "sockets disabled"]
 
-# Runs in the child before anything else, and reads the program and a secret word from stdin. Only a program that runs
-# to its end gets the word out: leaving early, by exit or by os._exit, is no success.
+# Runs first in the child, and reads a secret word and the program from stdin. It writes the word only after the program
+# has run to its end: leaving early, by exit or by os._exit, is not a success.
 _GUARD = """
 import os, sys
 seconds, memory, file_bytes, processes = map(int, sys.argv[1:5])
@@ -77,8 +77,8 @@ class Outcome:
 
     Attributes:
         passed: it ran to its end without an error.
-        timed_out: it was stopped.
-        isolation: how the network was cut off; None unless it ran to its end.
+        timed_out: it exceeded its time.
+        isolation: how the network was cut off; None if it did not run to its end.
     """
 
     passed: bool
@@ -91,7 +91,7 @@ def run(program: str, seconds: float = SECONDS, memory: int = MEMORY_BYTES) -> O
 
     Args:
         program: Python source.
-        seconds: wall-clock time; the processor's time is limited to the next whole second.
+        seconds: wall-clock time; processor time is limited to the next whole second.
         memory: bytes of address space.
     """
     word = secrets.token_hex(16)
@@ -113,14 +113,14 @@ def run(program: str, seconds: float = SECONDS, memory: int = MEMORY_BYTES) -> O
                 return Outcome(False, True, None)
             finally:
                 _end(child)
-    said = printed.decode("utf-8", "replace")
-    passed = child.returncode == 0 and said.startswith(word)
-    how = said.removeprefix(word).strip() if passed else None
-    return Outcome(passed, False, how)  # type: ignore[arg-type]  # one of the two that the guard writes
+    report = printed.decode("utf-8", "replace")
+    passed = child.returncode == 0 and report.startswith(word)
+    how = report.removeprefix(word).strip() if passed else None
+    return Outcome(passed, False, how)  # type: ignore[arg-type]  # the guard writes one of the two
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
-    """End a program and whatever it has started."""
+    """End a program and all that it started."""
     if sys.platform != "win32":
         import os
         import signal
@@ -136,5 +136,5 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 
 @cache
 def isolation() -> Isolation | None:
-    """How programs are kept off the network on this machine; None where not even an empty program runs."""
+    """How this machine keeps programs off the network; None if not even an empty program runs."""
     return run("pass", seconds=30.0).isolation

@@ -1,7 +1,7 @@
-"""What `--tasks` means: suites, lm-eval tasks and groups → jobs, one after the other.
+"""Turns `--tasks` (suites, lm-eval tasks and groups) into jobs.
 
-A job is what lm-eval runs in one go and what is aggregated: a task, or a whole group such as mmlu. Names are looked up
-in lm-eval's index of task files, to which our own (`tasks/`, the code benchmarks) and the user's are added.
+lm-eval runs and aggregates a job in one go: a task, or a whole group such as mmlu. Names are looked up in lm-eval's
+index of task files, extended by our own (`tasks/`, the code benchmarks) and the user's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,20 +15,20 @@ from lm_eval.tasks import TaskManager
 from dtfcli.errors import ConfigError, did_you_mean
 
 VALIDATION_TEXT = "validation_text"
-"""A task that is not lm-eval's: the text that a run held out."""
+"""A task of our own: the text that a run held out."""
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to run.
+    """A task, group or tag to run in one go.
 
     Attributes:
-        name: a task, group or tag.
-        shots: few-shot examples; None: as many as the task itself says.
+        name: of the task, group or tag.
+        shots: few-shot examples; None: the task's own number.
         limit: items of each task; None: all.
-        optional: leave it out, and say so, when its data cannot be had.
+        optional: leave it out, with a warning, if its data is not available.
     """
 
     name: str
@@ -52,14 +52,14 @@ SUITES: dict[str, tuple[Job, ...]] = {
 }
 
 _SUITE_FOLDERS = ("arc", "gsm8k", "hellaswag", "mathqa", "mmlu/default", "truthfulqa", "wikitext", "winogrande")
-"""Where lm-eval keeps the suites' tasks: to read its 14,000 other task files takes several seconds."""
+"""lm-eval's folders with the suites' tasks; reading its other 14,000 task files takes several seconds."""
 
 
 def split_names(tasks: str | Sequence[str]) -> list[str]:
     """The names in LIST: one string with commas, or a sequence of them.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the list is empty.
     """
     parts = [tasks] if isinstance(tasks, str) else list(tasks)
     names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
@@ -71,16 +71,16 @@ def split_names(tasks: str | Sequence[str]) -> list[str]:
 def plan_jobs(
     names: Sequence[str], index: "TaskIndex", shots: int | None = None, limit: int | None = None
 ) -> list[Job]:
-    """The jobs that names stand for.
+    """The jobs behind names.
 
     Args:
         names: suites, tasks, groups, tags.
-        index: of the tasks there are.
+        index: all known tasks.
         shots: `--num-fewshot`, for every job.
         limit: `--limit`, for every job.
 
     Raises:
-        ConfigError: a name is unknown, or two of them lead to the same task.
+        ConfigError: a name is unknown, or two names contain the same task.
     """
     jobs: list[Job] = []
     seen: dict[str, str] = {}
@@ -93,8 +93,8 @@ def plan_jobs(
             for leaf in index.leaves(job.name):
                 if leaf in seen:
                     raise ConfigError(
-                        f"--tasks: {leaf} is in both {seen[leaf]} and {name}, with other shots or limits. Run them one "
-                        "after the other."
+                        f"--tasks: {leaf} is in both {seen[leaf]} and {name}, with different shots or limits. Run them "
+                        "one after the other."
                     )
                 seen[leaf] = name
             jobs.append(job)
@@ -102,13 +102,13 @@ def plan_jobs(
 
 
 class TaskIndex:
-    """The tasks there are, with what their files say."""
+    """All known tasks, with the content of their files."""
 
     def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
-        """Read task files: those of the suites, and all of them only where `names` asks for others.
+        """Read the task files of the suites; read all of lm-eval's only if `names` has other tasks.
 
         Raises:
-            ConfigError: `include_path` is no folder of task files.
+            ConfigError: `include_path` is not a folder of task files.
         """
         if include_path is not None and not include_path.is_dir():
             raise ConfigError(f"--include-path {include_path}: no such folder; give one with .yaml task files.")
@@ -132,19 +132,19 @@ class TaskIndex:
             return
         hint = did_you_mean(name, [*SUITES, *self.manager.task_index])
         remedy = hint or f" Suites are {', '.join(SUITES)}; `lm-eval ls tasks` lists the tasks."
-        raise ConfigError(f"--tasks {name}: no suite, task or group of this name.{remedy}")
+        raise ConfigError(f"--tasks {name}: not a suite, task or group.{remedy}")
 
     def leaves(self, name: str) -> list[str]:
-        """The tasks that a task, group or tag consists of."""
+        """The leaf tasks of a task, group or tag."""
         return [leaf for leaf, _ in self._walk(name)]
 
     def configs(self, name: str) -> list[tuple[str, dict[str, Any]]]:
-        """Each leaf task with what its file says."""
+        """Each leaf task with the content of its file."""
         return list(self._walk(name))
 
     def _walk(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         entry = self.manager.task_index.get(name)
-        if entry is None:  # validation text, or a task that is written out inside its group
+        if entry is None:  # validation text, or a task written out inside its group
             yield name, {}
             return
         members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None

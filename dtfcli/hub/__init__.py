@@ -1,4 +1,4 @@
-"""Publishing a model: chosen, described, searched for secrets, uploaded in one commit.
+"""Publishing a model: choose its files, describe it, search them for secrets, upload them in one commit.
 
-In: a model folder. Out: a commit on the Hub, or a folder of what would be uploaded.
+In: a model folder. Out: a commit on the Hub, or a folder with the files of a push.
 """

@@ -1,38 +1,25 @@
-"""The model card (README.md) of a pushed model: a pure function of what is known about it.
+"""Writes the model card (README.md) of a pushed model from the facts about it.
 
-The card says what was measured and how, and leaves out what is not known: no license is invented for a model that
-does not inherit one, and no data set is named that is not on the Hub.
+The card reports measurements with their conditions, and leaves out what is not known. It states a license only if the
+base has one, and names a data set only if it is on the Hub.
 """
 
 import math
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
 import tomlkit
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import ModelCard
 
-from dtfcli.hub.results import EvalResults, Score, TaskResult
+from dtfcli.evaluation.report import EvalReport
+from dtfcli.hub.facts import ModelFacts
+from dtfcli.hub.metadata import card_metadata, check_metadata, shown_metric
 from dtfcli.loading.base_configs import base_license
+from dtfcli.runs.folder import CURVES_FILE
 
-CURVES_FILE = "curves.png"
 _FEW_TOKENS = 1_000_000_000
 
 _LONG_NAMES = {"dtf": "Dynamic Transformer (DTF)", "mod": "Mixture-of-Depths (MoD)"}
-_TAGS = {"dtf": ["dtf", "dynamic-transformer"], "mod": ["mod"]}
-_DATASETS: dict[str, tuple[str, str | None]] = {
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
-    "gsm8k": ("openai/gsm8k", "main"),
-    "hellaswag": ("Rowan/hellaswag", None),
-    "humaneval": ("openai/openai_humaneval", None),
-    "mmlu": ("cais/mmlu", "all"),
-    "truthfulqa_mc2": ("truthfulqa/truthful_qa", "multiple_choice"),
-    "winogrande": ("allenai/winogrande", "winogrande_xl"),
-}
-"""What `dtf eval`'s suites score, for result files that do not say; any other task stands for its data set."""
-
 _CITATIONS = {
     "dtf": """@mastersthesis{wieser2025dynamic,
   title  = {Dynamic Transformers},
@@ -51,63 +38,11 @@ _CITATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a card is made of; nothing in it is a path or a secret.
-
-    Attributes:
-        repo: owner/name.
-        config: the model's config.json.
-        parameters, added_parameters: of all, and of routers, priors and predictors.
-        weights_sha256: of each weight file.
-        revision: branch, where it is not the default.
-        routed_layers: indices; empty for a dense model.
-        base: Hub id, or name of the file, that training started from; empty: from scratch; None: not known.
-        base_on_hub: whether `base` is a Hub id.
-        is_adapter: whether these are adapters (LoRA) of `base` alone, and what routing adds to it.
-        datasets: (Hub id or kind of local text, configuration, share kept, on the Hub) of each source.
-        settings: of the run, without local paths; empty where the model comes without its run.
-        evaluation: the line of metrics.jsonl that these weights were measured in.
-        unigram: loss that counts of tokens alone reach on the same text.
-        has_curves: whether curves.png lies beside the card.
-        results: of benchmarks.
-        version: of dtf.
-    """
-
-    repo: str
-    config: dict[str, Any]
-    parameters: int
-    added_parameters: int
-    weights_sha256: dict[str, str]
-    revision: str | None = None
-    routed_layers: list[int] = field(default_factory=list)
-    base: str | None = None
-    base_on_hub: bool = False
-    is_adapter: bool = False
-    datasets: list[tuple[str, str, float, bool]] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    unigram: float | None = None
-    has_curves: bool = False
-    results: EvalResults | None = None
-    version: str = ""
-
-    @property
-    def architecture(self) -> str:
-        """dtf, mod or dense."""
-        return self.config["architecture"] if self.routed_layers else "dense"
-
-    @property
-    def name(self) -> str:
-        """Of the repository, without its owner."""
-        return self.repo.rpartition("/")[2]
-
-
 def model_card(facts: ModelFacts) -> ModelCard:
-    """The card, with metadata in front.
+    """The card, metadata first.
 
     Raises:
-        ValueError: its metadata would not be valid.
+        ValueError: the metadata would not be valid.
     """
     body = [
         f"# {facts.name}",
@@ -119,109 +54,36 @@ def model_card(facts: ModelFacts) -> ModelCard:
         _limits(facts),
         _citation(facts),
     ]
-    data = _metadata(facts)
+    data = card_metadata(facts)
     text = "\n\n".join(part.strip() for part in body if part)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
-    _check(card, data)
+    check_metadata(card, data)
     return card
 
 
-def _metadata(facts: ModelFacts) -> ModelCardData:
-    on_hub = facts.base if facts.base_on_hub else None
-    tags = [*_TAGS.get(facts.architecture, [])]
-    if facts.routed_layers:
-        tags += ["mixture-of-depths", "conditional-computation"]
-    if facts.is_adapter:
-        tags.append("lora")
-    if "auto_map" in facts.config:
-        tags.append("custom_code")
-    return ModelCardData(
-        base_model=on_hub,
-        base_model_relation=("adapter" if facts.is_adapter else "finetune") if on_hub else None,
-        datasets=list(dict.fromkeys(name for name, _, _, hub in facts.datasets if hub)) or None,
-        eval_results=_model_index(facts) or None,
-        library_name="peft" if facts.is_adapter else "transformers",
-        license=base_license(on_hub) if on_hub else None,
-        model_name=facts.name if facts.results is not None else None,
-        pipeline_tag="text-generation",
-        tags=tags or None,
-    )
-
-
-def _check(card: ModelCard, data: ModelCardData) -> None:
-    """What can be checked without the Hub: the header is read back as it was meant, and ids are ids.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
-    if card.data.to_dict() != data.to_dict():
-        raise ValueError("the metadata of the model card does not survive being written")
-    try:
-        for name in [*(card.data.get("datasets") or []), *filter(None, [card.data.get("base_model")])]:
-            validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(f"the model card names no valid Hub id: {error}") from error
-
-
-def _model_index(facts: ModelFacts) -> list[EvalResult]:
-    """Every figure of the evaluation; those that were not measured causally say so in their name."""
-    results = facts.results
-    if results is None:
-        return []
-    entries = []
-    for result in results.tasks:
-        dataset, configuration = result.dataset or _DATASETS.get(result.task, (result.task, None))
-        for score in result.scores:
-            entries.append(
-                EvalResult(
-                    task_type="text-generation",
-                    task_name="Text Generation",
-                    dataset_type=dataset,
-                    dataset_name=result.task,
-                    dataset_config=configuration,
-                    dataset_split=result.split,
-                    dataset_args={"num_few_shot": result.shots} if result.shots is not None else None,
-                    metric_type=score.metric.partition(" ")[0],
-                    metric_value=score.value,
-                    metric_name=_metric_name(score, result, facts),
-                    metric_config=None if results.causal else "not causal (top-k routing)",
-                )
-            )
-    return entries
-
-
-def _metric_name(score: Score, result: TaskResult, facts: ModelFacts) -> str:
-    results = facts.results
-    assert results is not None
-    notes = [f"{result.shots}-shot"] if result.shots is not None else []
-    if result.n is not None and result.n_total is not None and result.n < result.n_total:
-        notes.append(f"{result.n} of {result.n_total} items")
-    if isinstance(results.capacity, (int, float)) and results.capacity != facts.config.get("capacity"):
-        notes.append(f"γ = {results.capacity:g}")
-    if not results.causal:
-        notes.append("not causal: top-k routing")
-    return f"{score.metric}, {', '.join(notes)}" if notes else score.metric
+def _overall(share: dict[str, Any] | None) -> float | None:
+    """The routed share over all layers, if it was measured."""
+    value = share.get("overall") if share is not None else None
+    return value if isinstance(value, float) else None
 
 
 def _summary(facts: ModelFacts) -> str:
     size = f"{_count(facts.parameters)} parameters"
     if facts.is_adapter:
         kind = f"make it a **{_LONG_NAMES[facts.architecture]}**" if facts.routed_layers else "adapt it"
-        routed = f", in which {len(facts.routed_layers)} of {facts.config['num_hidden_layers']} layers process only "
-        routed += f"some of the tokens, {_capacity(facts)}"
-        return (
-            f"LoRA adapters of {size} for {_base(facts)} that {kind}{routed if facts.routed_layers else ''}. They were "
-            f"trained with dtf {facts.version}."
-        )
+        routed = f" {_routed(facts)}" if facts.routed_layers else ""
+        return f"LoRA adapters of {size} for {_base(facts)} that {kind}.{routed} Trained with dtf {facts.version}."
     if not facts.routed_layers:
         made = f"trained from {_base(facts)}" if facts.base is not None else "saved"
         return f"A dense language model of {size}, {made} with dtf {facts.version}: a baseline for routed models."
     long_name = _LONG_NAMES[facts.architecture]
     made = f"trained from {_base(facts)}" if facts.base is not None else "saved"
-    return (
-        f"A **{long_name}** of {size}: {len(facts.routed_layers)} of its {facts.config['num_hidden_layers']} layers "
-        f"process only some of the tokens, {_capacity(facts)}. It was {made} with dtf {facts.version}."
-    )
+    return f"A **{long_name}** of {size}. {_routed(facts)} The model was {made} with dtf {facts.version}."
+
+
+def _routed(facts: ModelFacts) -> str:
+    layers = f"{len(facts.routed_layers)} of {facts.config['num_hidden_layers']} layers"
+    return f"{layers} process only some of the tokens, {_capacity(facts)}."
 
 
 def _base(facts: ModelFacts) -> str:
@@ -269,15 +131,15 @@ def _usage(facts: ModelFacts) -> str:
     if trust:
         library = facts.config.get("transformers_version", "")
         remark = (
-            "The model's code travels with its weights, so that `dtf` need not be installed"
+            "This repository holds the model's code, so `dtf` is not needed"
             f"{f' (saved with Transformers {library})' if library else ''}. "
         )
     elif routed_adapter:
         remark = (
-            f"`dtf` loads {_base(facts)} and makes of it what these files say. Transformers and peft alone would load "
+            f"`dtf` loads {_base(facts)} and adds the routing and the adapters. Transformers and peft alone would load "
             "the base without its routing. "
         )
-    return f"## Use\n\n```python\n{code}\n```\n\n{remark}Where `dtf` is installed:\n\n```\n{command}\n```"
+    return f"## Use\n\n```python\n{code}\n```\n\n{remark}With `dtf`:\n\n```\n{command}\n```"
 
 
 def _how_it_routes(facts: ModelFacts) -> str:
@@ -294,20 +156,20 @@ def _how_it_routes(facts: ModelFacts) -> str:
         ("keys and values of", f"{config.get('kv_tokens')} tokens"),
         (
             "parameters" + (" here" if facts.is_adapter else ""),
-            f"{facts.parameters:,}, of which {facts.added_parameters:,} decide where to compute",
+            f"{facts.parameters:,}, of which {facts.added_parameters:,} belong to the routing",
         ),
         *((f"sha256 of {name}", f"`{digest}`") for name, digest in facts.weights_sha256.items()),
     ]
     if facts.architecture == "dtf":
         how = (
-            "A routed layer takes a token when the decision layer below it was surprised by it: its output differs "
-            "from its input more than a small prior network expected, or more than it did for the tokens before."
+            "A routed layer processes a token if the token surprised the decision layer below it: that layer's output "
+            "differs from its input more than a small prior network expected, or more than for the tokens before."
         )
     else:
-        how = "A routed layer takes a token when its linear router scores it high enough."
-    stored = "leave no keys and values there" if config.get("kv_tokens") == "routed" else "only offer keys and values"
+        how = "A routed layer processes a token if its linear router gives the token a high score."
+    stored = "store no keys and values there" if config.get("kv_tokens") == "routed" else "store only keys and values"
     predictor = (
-        "\n- `predictor` (causal): a small network foretells from the layer's input whether the training rule would."
+        "\n- `predictor` (causal): a small network predicts the training rule's choice from the layer's input."
         if config.get("predictor_loss_weight")
         else ""
     )
@@ -317,10 +179,9 @@ def _how_it_routes(facts: ModelFacts) -> str:
 
 {_table(["", ""], rows)}
 
-- `threshold` (causal): a token is routed when its score exceeds the layer's calibrated threshold. Any γ can be asked
-  for.{predictor}
-- `topk` (**not causal**): the training rule, the best-scored share of the whole text. For training and comparisons
-  only; figures measured with it are marked."""
+- `threshold` (causal): a token is routed if its score exceeds the layer's calibrated threshold, for any γ.{predictor}
+- `topk` (**not causal**): the training rule routes the tokens with the highest scores in the whole text. It is for
+  training and comparisons only, and its figures are marked."""
 
 
 def _training(facts: ModelFacts) -> str:
@@ -367,7 +228,7 @@ def _evaluation(facts: ModelFacts) -> str:
         if metrics.get(key) is not None:
             rows.append([name, f"{metrics[key]:.4f}", remark])
     if rows and facts.unigram is not None:
-        rows.append(["loss of token counts alone", f"{facts.unigram:.4f}", "what a model has to beat"])
+        rows.append(["loss of token counts alone", f"{facts.unigram:.4f}", "a model must be below it"])
     shares = [value for key, value in metrics.items() if re.fullmatch(r"router/\d+/routed_share", key) and value]
     if shares:
         spread = f"{min(shares):.3f} to {max(shares):.3f} by layer"
@@ -379,35 +240,36 @@ def _evaluation(facts: ModelFacts) -> str:
     return "\n\n".join(["## Evaluation", *parts]) if parts else ""
 
 
-def _how_measured(results: EvalResults) -> str:
+def _how_measured(report: EvalReport) -> str:
     how = []
-    if results.routing:
-        causal = "causal" if results.causal else "**not causal: a token's path depends on the tokens after it**"
-        how.append(f"routing `{results.routing}` ({causal})")
-    if isinstance(results.capacity, (int, float)):
-        how.append(f"γ = {results.capacity:g}")
-    if results.routed_share is not None:
-        how.append(f"{results.routed_share:.3f} of the tokens really routed")
-    if results.seed is not None:
-        how.append(f"seed {results.seed}")
-    how += [f"{name} {version}" for name, version in results.versions.items() if name in ("lm_eval", "lm-eval")]
+    if report.routing not in ("", "dense"):
+        causal = "causal" if report.causal else "**not causal: a token's path depends on the tokens after it**"
+        how.append(f"routing `{report.routing}` ({causal})")
+    if isinstance(report.capacity, float):
+        how.append(f"γ = {report.capacity:g}")
+    if (share := _overall(report.routed_share)) is not None:
+        how.append(f"{share:.3f} of the tokens routed")
+    if report.seed is not None:
+        how.append(f"seed {report.seed}")
+    how += [f"{name} {version}" for name, version in report.versions.items() if name == "lm_eval"]
     return f"Benchmarks: {'; '.join(how)}." if how else "Benchmarks:"
 
 
-def _scores(results: EvalResults) -> str:
-    mark = "" if results.causal else " (not causal)"
+def _scores(report: EvalReport) -> str:
+    mark = "" if report.causal else " (not causal)"
     rows = []
-    for result in results.tasks:
-        shots = "–" if result.shots is None else str(result.shots)
-        if result.fewshot_source and result.shots:
-            shots += f" ({result.fewshot_source})"
-        for score in result.scores:
-            error = f" ± {score.stderr:.4f}" if score.stderr is not None else ""
-            share = f"{result.routed_share:.3f}" if result.routed_share is not None else "–"
-            n = "–" if result.n is None else f"{result.n:,}"
-            if result.n_total is not None and result.n_total != result.n:
-                n += f" of {result.n_total:,}"
-            rows.append([result.task, score.metric + mark, f"{score.value:.4f}{error}", n, shots, share])
+    for task, score in report.results.items():
+        shots = "–" if score.shots is None else str(score.shots)
+        if score.fewshot_from and score.shots:
+            shots += f" ({score.fewshot_from})"
+        share = _overall(score.routed_share)
+        n = f"{score.n:,}" if score.n else "–"
+        if score.n_total is not None and score.n_total != score.n:
+            n += f" of {score.n_total:,}"
+        for name, metric in score.metrics.items():
+            error = f" ± {metric.stderr:.4f}" if metric.stderr is not None else ""
+            value = f"{metric.value:.4f}{error}"
+            rows.append([task, shown_metric(name) + mark, value, n, shots, "–" if share is None else f"{share:.3f}"])
     return _table(["task", "metric", "value", "n", "shots", "routed share"], rows)
 
 
@@ -415,26 +277,26 @@ def _limits(facts: ModelFacts) -> str:
     lines = []
     if facts.routed_layers:
         lines += [
-            "γ is a wish: the share of tokens that is really routed follows from calibrated thresholds and depends on "
-            "the kind of text and on the position. Measure it on yours.",
-            "`topk` looks at the whole text. Losses and scores measured with it cannot be reached while generating.",
+            "γ is a target: the share of routed tokens follows from calibrated thresholds, and depends on the kind of "
+            "text and on the position. Measure it on your text.",
+            "`topk` sees the whole text. Generation cannot reach the losses and scores measured with it.",
         ]
         if "auto_map" in facts.config:
             lines.append(
-                "Loading it runs the Python files of this repository (`trust_remote_code=True`): read them, or use dtf."
+                "Loading it runs the Python files of this repository (`trust_remote_code=True`). Read them, or use dtf."
             )
         tokens = facts.settings.get("training", {}).get("calibration_tokens")
         if tokens:
             length = facts.settings.get("data", {}).get("seq_len")
-            lines.append(f"Thresholds were calibrated on {tokens:,} tokens of training text, {length} at a time.")
+            lines.append(f"Thresholds were calibrated on {tokens:,} tokens of training text, in sequences of {length}.")
     seen = facts.evaluation.get("tokens")
     if facts.base == "" and seen and seen < _FEW_TOKENS:
-        lines.append(f"It has seen {seen:,} tokens in its life: enough to study routing, not to know things.")
+        lines.append(f"The model was trained on {seen:,} tokens: enough to study routing, too few for knowledge.")
     if facts.results is None:
         lines.append("No benchmark was run on these weights.")
-    lines.append("Neither safety nor following instructions was measured; it repeats the biases of its data.")
+    lines.append("Safety and instruction following were not measured. The model repeats the biases of its data.")
     if not facts.base_on_hub or base_license(facts.base) is None:
-        lines.append("No license is stated here: ask the owner of the repository before using it.")
+        lines.append("No license is stated here. Ask the owner of the repository before you use the model.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""What the Hub's client raises: which troubles pass, how long to wait for that, and what to tell the user."""
+"""The errors of the Hub's client: which to retry, how long to wait, and their remedies."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,15 +7,13 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from dtfcli.errors import DTFError, HubError
 
-# httpx before huggingface_hub 2, httpx2 since: the base of what a request can raise, refusals and broken connections.
+# The base of all errors of a request: httpx before huggingface_hub 2, httpx2 since.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 WAITS = (1.0, 2.0, 4.0, 8.0)
 _LONGEST_WAIT = 60.0
 _LONGEST_SILENCE = 2.0
-"""A network that is down is told soon."""
+"""Retries without any answer end early, so that the user soon knows that the network is down."""
 PASSING = frozenset({429, 500, 502, 503, 504})
-NOT_DONE = frozenset({429, 503})
-"""Answers after which the request certainly had no effect."""
 
 
 class HubAccessError(HubError):
@@ -25,7 +23,7 @@ class HubAccessError(HubError):
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it; uploads wrap their troubles."""
+    """The error and its causes; uploads wrap their errors."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -37,13 +35,13 @@ def _response(error: BaseException) -> Any:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The Hub's answer; None when there was none."""
+    """The status of the Hub's answer; None without an answer."""
     response = _response(error)
     return None if response is None else response.status_code
 
 
 def delay_before_next(error: BaseException, wait: float | None) -> float | None:
-    """Seconds until the next try: what the Hub asks for, at most a minute; None: give up."""
+    """Seconds until the next try, as the Hub asks, at most a minute; None: give up."""
     asked = _retry_after(error)
     if status_of(error) is None and wait is not None and wait > _LONGEST_SILENCE:
         return None
@@ -59,13 +57,13 @@ def _retry_after(error: BaseException) -> float | None:
 
 
 def reason(error: BaseException) -> str:
-    """The Hub's answer in a word."""
+    """The Hub's answer in one word."""
     status = status_of(error)
     return str(status) if status is not None else f"nothing ({type(error).__name__})"
 
 
 def explain(error: BaseException, failed: str, repo: str) -> DTFError:
-    """What went wrong and the remedy."""
+    """An error with a remedy."""
     status = status_of(error)
     said = getattr(error, "server_message", None)
     detail = f" ({' '.join(str(said).split())[:200]})" if said else ""
@@ -82,14 +80,17 @@ def explain(error: BaseException, failed: str, repo: str) -> DTFError:
     if status == 403:
         where = f" to {repo}" if repo else ""
         return HubAccessError(
-            f"{failed}: no right to write{where} (403){detail}; take a token with write access (`hf auth login`)."
+            f"{failed}: not allowed to write{where} (403){detail}; use a token with write access (`hf auth login`)."
         )
     if status in (409, 412):
-        return HubError(f"{failed}: {repo} was changed or created by somebody else meanwhile ({status}); push again.")
+        return HubError(
+            f"{failed}: {repo} was changed or created meanwhile ({status}), by somebody else or by a "
+            "request whose answer got lost; push again."
+        )
     if status == 429:
         after = _retry_after(error)
         when = f"in {after:.0f} s" if after else "in a few minutes"
         return HubError(f"{failed}: too many requests (429); push again {when}.")
     if status >= 500:
-        return HubError(f"{failed}: the Hub has trouble ({status}); push again later.")
+        return HubError(f"{failed}: the Hub failed ({status}); push again later.")
     return HubError(f"{failed}: the Hub answered {status}{detail}.")

@@ -1,7 +1,7 @@
-"""Keeps secrets, this machine's paths and pickles out of what is published.
+"""Finds secrets, local paths and pickles in files before they are published.
 
-Two nets: `without_local_traces` cleans the JSON files that libraries write, and `find_leaks` reads every file as it
-would be uploaded, whatever wrote it, and names what must not leave this machine.
+This is the second net. The first, `runs.public.without_local_traces`, cleans the JSON files that libraries write. Here
+`find_leaks` reads every file as it would be uploaded.
 """
 
 import json
@@ -41,12 +41,12 @@ _LARGEST_HEADER = 100 << 20
 
 
 def find_leaks(name: str, content: bytes | Path, places: tuple[Path, ...] = ()) -> list[str]:
-    """What in a file must not be published, for people to read; empty when it may go.
+    """Names what must not be published in a file; empty if the file may be published.
 
     Args:
-        name: of the file in the repository; its suffix says what it has to be.
-        content: the bytes, or where they are.
-        places: paths of this machine that must not appear, besides home, working and temporary folder.
+        name: of the file in the repository; the suffix determines the expected format.
+        content: the bytes, or the path of the file.
+        places: paths that must not appear, besides the home, working and temporary folder.
     """
     suffix = Path(name).suffix
     if suffix == ".safetensors":
@@ -57,17 +57,17 @@ def find_leaks(name: str, content: bytes | Path, places: tuple[Path, ...] = ()) 
         return ["a pickle or an archive"]
     if suffix in _BINARY_STARTS or suffix == _SENTENCEPIECE:
         if not data.startswith(_BINARY_STARTS.get(suffix, b"")):
-            return [f"no {suffix} file"]
+            return [f"content that is not a {suffix} file"]
         return list(_leaks_in(data.decode("latin-1"), places))
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return ["bytes that are no text"]
+        return ["bytes that are not text"]
     return list(_leaks_in(text, places, _text_with_paths(name, text)))
 
 
 def _leaks_in(text: str, places: tuple[Path, ...], text_with_paths: str | None = None) -> Iterator[str]:
-    """Secrets in the text, and paths in the part of it where a path can be one."""
+    """Secrets in the text, and paths in the part of the text that can hold paths."""
     for kind, pattern in _SECRETS.items():
         if re.search(pattern, text):
             yield kind
@@ -85,7 +85,7 @@ def _leaks_in(text: str, places: tuple[Path, ...], text_with_paths: str | None =
 
 
 def _known_secrets() -> Iterator[tuple[str, str]]:
-    """Secrets this process knows: the Hub's token and what the environment calls a token, key or password."""
+    """Secrets of this process: the Hub's token, and environment variables named as a token, key or password."""
     from huggingface_hub import get_token
 
     if token := get_token():
@@ -96,7 +96,7 @@ def _known_secrets() -> Iterator[tuple[str, str]]:
 
 
 def _text_with_paths(name: str, text: str) -> str:
-    """The text without a vocabulary, in which "/tmp/x" may be a word like any other."""
+    """The text without the vocabulary, where "/tmp/x" can be an ordinary entry."""
     if Path(name).name not in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"):
         return text
     if name != "tokenizer.json":
@@ -109,7 +109,7 @@ def _text_with_paths(name: str, text: str) -> str:
 
 
 def _safetensors_header(content: bytes | Path) -> tuple[str, str]:
-    """The JSON header of a safetensors file, or what is wrong with it."""
+    """The JSON header of a safetensors file, and the problem if it has none."""
     if isinstance(content, bytes):
         size, start = len(content), content[:8]
     else:
@@ -118,7 +118,7 @@ def _safetensors_header(content: bytes | Path) -> tuple[str, str]:
             start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(size - 8, _LARGEST_HEADER):
-        return "", "no safetensors file (a pickle?)"
+        return "", "content that is not a safetensors file (a pickle?)"
     if isinstance(content, bytes):
         header = content[8 : 8 + length]
     else:
@@ -129,4 +129,4 @@ def _safetensors_header(content: bytes | Path) -> tuple[str, str]:
         json.loads(header)
         return header.decode("utf-8"), ""
     except ValueError:
-        return "", "no safetensors file (a pickle?)"
+        return "", "content that is not a safetensors file (a pickle?)"

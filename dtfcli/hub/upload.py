@@ -1,42 +1,33 @@
-"""What a push uploads: chosen by name, cleaned, described by a card, and read once more for what must not leave.
+"""Prepares a push: chooses files by name, cleans them, adds a card, and checks all for secrets and local paths.
 
-Choices: the weights go as the bytes that are on disk, so that hashes of evaluations stay true; everything that is not
-known to belong to a model (checkpoints, pickles, notes) stays here and is named.
+The weights are uploaded as the bytes on disk, so that hashes in evaluations stay true. Files that do not belong to a
+model (checkpoints, pickles, notes) stay on this machine and are named.
 """
 
-import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from dtfcli.errors import CheckpointError, ConfigError
-from dtfcli.hub.card import CURVES_FILE, ModelFacts, model_card
+from dtfcli.evaluation.report import EvalReport
+from dtfcli.hub.card import model_card
+from dtfcli.hub.facts import Source, choose_results, gather_facts
 from dtfcli.hub.leaks import find_leaks
-from dtfcli.hub.results import EvalResults, read_results
 from dtfcli.loading.adapters import read_adapter_config
 from dtfcli.loading.load import load_model, load_tokenizer
-from dtfcli.loading.paths import resolve_model_path, weights_hash
-from dtfcli.models.configuration_fields import resolve_routed_layers
+from dtfcli.loading.paths import resolve_model_path
 from dtfcli.quiet import quiet_libraries
-from dtfcli.runs.files import read_metrics, replaced_folder
-from dtfcli.runs.folder import MERGED_MODEL, METRICS_FILE, SETTINGS_FILE
-from dtfcli.runs.public import (
-    own_evaluation,
-    public_name,
-    public_settings,
-    public_sources,
-    run_settings_table,
-    without_local_traces,
-)
+from dtfcli.runs.files import replaced_folder
+from dtfcli.runs.folder import BEST_MODEL, CURVES_FILE, FINAL_MODEL, MERGED_MODEL, SETTINGS_FILE
+from dtfcli.runs.public import public_name, without_local_traces
+
+OnProgress = Callable[[str], None]
 
 CARD_FILE = "README.md"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,14 +43,14 @@ _UNKNOWN_OWNER = "YOUR-NAME"
 
 @dataclass(frozen=True)
 class Upload:
-    """Everything of one push.
+    """The files of one push.
 
     Attributes:
-        repo: owner/name, or the name alone in a dry run that was not told the owner.
+        repo: owner/name; the name alone in a dry run without an owner.
         architecture: dtf, mod or dense.
-        files: name in the repository → content, or where it is.
-        left_out: files of the model folder that stay here.
-        warnings: what the user should know.
+        files: by name in the repository: content, or path of the file.
+        left_out: files of the model folder that are not uploaded.
+        warnings: for the user.
     """
 
     repo: str
@@ -69,7 +60,7 @@ class Upload:
     warnings: list[str] = field(default_factory=list)
 
     def size(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return sum(len(item) if isinstance(item, bytes) else item.stat().st_size for item in self.files.values())
 
     def write(self, folder: Path) -> None:
@@ -87,7 +78,7 @@ class Upload:
 
 
 def is_replaced_by_a_push(name: str) -> bool:
-    """Whether a file of a repository is of a kind that pushes write, so that one left from before is stale."""
+    """Whether pushes write a file of this name, so that one of an earlier push is stale."""
     code = {path.name for path in (Path(__file__).parents[1] / "models").glob("*.py")}
     known = {CARD_FILE, CURVES_FILE, _ADAPTER_CONFIG, *_CONFIGS, *_TOKENIZER, *code}
     return name in known or bool(_STALE_WEIGHTS.fullmatch(name))
@@ -100,82 +91,55 @@ def prepare_upload(
     revision: str | None = None,
     eval_results: Path | None = None,
     merge_into: Path | None = None,
-    on_progress: Callable[[str], None] | None = None,
+    on_progress: OnProgress = lambda message: None,
 ) -> Upload:
-    """Gather, clean, describe and check what a push of a model would upload.
+    """Gather, clean, describe and check the files of a push.
 
     Args:
         model: model folder, adapter folder or run folder (its final model).
         repo: owner/name.
-        revision: branch that it is meant for.
-        eval_results: JSON of an evaluation; None: the newest beside the model that is of these weights, a causal one
-            if there is any.
-        merge_into: an empty folder, for an adapter that is to be uploaded as a plain model: it is written there, and
-            has to stay until the upload is done.
-        on_progress: told what is being done.
+        revision: the branch of the push.
+        eval_results: JSON of an evaluation; None: the newest of these weights beside the model, a causal one if there
+            is any.
+        merge_into: an empty folder, to upload an adapter as a plain model. It must exist until the upload is done.
+        on_progress: called with each step.
 
     Raises:
-        CheckpointError: the model is missing, incomplete, no folder or holds what must not be published.
-        ConfigError: the evaluation cannot be used; a merge was asked for where nothing can be merged.
+        CheckpointError: the model is missing, incomplete, not a folder, or holds what must not be published.
+        ConfigError: the evaluation cannot be used, or there is nothing to merge.
     """
-    tell = on_progress or (lambda message: None)
-    named = folder = model_folder(model)
-    run = _run_of(folder)
-    adapter = (folder / _ADAPTER_CONFIG).is_file()
-    base = _adapters_base(folder, run) if adapter and merge_into is None else None
-    if merge_into is not None:
-        if not adapter:
-            raise ConfigError(f"--merge: {folder} is no adapter, there is nothing to merge; leave it out.")
-        tell("merging the adapter into its base")
-        folder = _merge(folder, merge_into)
-    given = None if eval_results is None else read_results(eval_results, f"--eval-results {eval_results}")
-    config = _read_json(folder / "config.json")
-    weights = _weight_files(folder) if base is None else [folder / _ADAPTER_WEIGHTS]
-    warnings: list[str] = []
+    source = _open(model_folder(model), merge_into, on_progress)
+    label = f"--eval-results {eval_results}"
+    given = None if eval_results is None else EvalReport.read(eval_results, label)
+    files = _files(source)
+    tokenizer = any(name in files for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"))
+    missing = [] if tokenizer else [f"{source.folder} has no tokenizer; users of the model will miss it."]
 
-    files: dict[str, bytes | Path] = {}
-    for name in (*_CONFIGS, *_TOKENIZER):
-        if (folder / name).is_file():
-            files[name] = _cleaned(folder / name)
-    if not any(name in files for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")):
-        warnings.append(f"{folder} has no tokenizer: those who download the model will miss it.")
-    if base is None:
-        files |= {path.name: path for path in _code_files(folder, config)}
-    else:
-        files[_ADAPTER_CONFIG] = _cleaned(folder / _ADAPTER_CONFIG)
-    files |= {path.name: path for path in weights}
-    if len(weights) > 1:
-        files[_INDEX] = folder / _INDEX
-    if run is not None and (run / CURVES_FILE).is_file():
-        files[CURVES_FILE] = run / CURVES_FILE
-
-    tell("hashing the weights")
-    digests = [weights_hash(place) for place in _same_weights(named, run)]
-    results, warning = _results_for(given, f"--eval-results {eval_results}", named, run, digests)
-    warnings += [warning] if warning else []
-    shown = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
-    facts = _facts(shown, revision, config, weights, run, named, base, results, CURVES_FILE in files)
+    on_progress("hashing the weights")
+    results, remarks = choose_results(source, given, label)
+    full = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
+    facts = gather_facts(source, full, revision, results, CURVES_FILE in files)
     try:
         files[CARD_FILE] = str(model_card(facts)).encode("utf-8")
     except ValueError as error:
-        raise ConfigError(f"{folder}: {error}.") from error
+        raise ConfigError(f"{source.folder}: {error}.") from error
 
-    tell("looking for what must not be published")
-    _check_leaks(files, named, run)
-    left_out = sorted(path.name for path in folder.iterdir() if path.name not in files)
-    return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, warnings)
+    on_progress("looking for what must not be published")
+    _check_leaks(files, source)
+    left_out = sorted(path.name for path in source.folder.iterdir() if path.name not in files)
+    return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, missing + remarks)
 
 
 def model_folder(model: str | Path) -> Path:
     """The folder of a model that can be pushed.
 
     Raises:
-        CheckpointError: it is not here, or no folder.
+        CheckpointError: it is not on this machine, or not a folder.
     """
     source = resolve_model_path(model)
     if source.kind == "hub":
         raise CheckpointError(
-            f"{model}: not on this machine; push takes a model or run folder. A model of the Hub is there already."
+            f"{model}: not on this machine; push takes a model or run folder. A model on the Hub is there already."
         )
     if source.kind == "gguf":
         raise CheckpointError(
@@ -184,9 +148,44 @@ def model_folder(model: str | Path) -> Path:
     return Path(source.path)
 
 
+def _open(named: Path, merge_into: Path | None, tell: OnProgress) -> Source:
+    """Read a model folder, and merge its adapter into the base if `merge_into` asks for it."""
+    run = _run_of(named)
+    folder, base = named, None
+    is_adapter = (named / _ADAPTER_CONFIG).is_file()
+    if merge_into is not None:
+        if not is_adapter:
+            raise ConfigError(f"--merge: {named} is not an adapter, there is nothing to merge; leave it out.")
+        tell("merging the adapter into its base")
+        folder = _merge(named, merge_into)
+    elif is_adapter:
+        base = _adapters_base(named, run)
+    config = _read_json(folder / "config.json")
+    weights = _weight_files(folder) if base is None else [folder / _ADAPTER_WEIGHTS]
+    return Source(named, folder, run, base, config, weights)
+
+
+def _files(source: Source) -> dict[str, bytes | Path]:
+    """The files of the model, without the card."""
+    folder, run = source.folder, source.run
+    files: dict[str, bytes | Path] = {
+        name: _cleaned(folder / name) for name in (*_CONFIGS, *_TOKENIZER) if (folder / name).is_file()
+    }
+    if source.base is None:
+        files |= {path.name: path for path in _code_files(folder, source.config)}
+    else:
+        files[_ADAPTER_CONFIG] = _cleaned(folder / _ADAPTER_CONFIG)
+    files |= {path.name: path for path in source.weights}
+    if len(source.weights) > 1:
+        files[_INDEX] = folder / _INDEX
+    if run is not None and (run / CURVES_FILE).is_file():
+        files[CURVES_FILE] = run / CURVES_FILE
+    return files
+
+
 def _run_of(folder: Path) -> Path | None:
     """The run folder that a model folder lies in."""
-    named = folder.name in ("final_model", "best_model", MERGED_MODEL)
+    named = folder.name in (FINAL_MODEL, BEST_MODEL, MERGED_MODEL)
     return folder.parent if named and (folder.parent / SETTINGS_FILE).is_file() else None
 
 
@@ -194,13 +193,13 @@ def _adapters_base(folder: Path, run: Path | None) -> str:
     """The Hub id of an adapter's base.
 
     Raises:
-        CheckpointError: it lies on this machine, where nobody else finds it; or the adapter is damaged.
+        CheckpointError: the base is only on this machine, or the adapter is damaged.
     """
     name, on_hub = public_name(read_adapter_config(folder)["base_model_name_or_path"], run)
     if not on_hub:
         raise CheckpointError(
             f"{folder}: the base of this adapter is {name}, which nobody else has. "
-            "Push it merged into its base: --merge."
+            "Push the adapter merged into its base: --merge."
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: an adapter without a config.json; push it merged into its base: --merge.")
@@ -208,7 +207,7 @@ def _adapters_base(folder: Path, run: Path | None) -> str:
 
 
 def _merge(adapter: Path, folder: Path) -> Path:
-    """Write the plain model that an adapter makes of its base."""
+    """Write the plain model: the base with the adapter merged into it."""
     model: Any = load_model(adapter, device="cpu")
     with quiet_libraries():
         model.save_pretrained(folder)
@@ -216,14 +215,8 @@ def _merge(adapter: Path, folder: Path) -> Path:
     return folder
 
 
-def _same_weights(folder: Path, run: Path | None) -> list[Path]:
-    """Folders whose evaluations are of these weights: a merged model was measured as the adapter it comes from."""
-    merged = run is not None and folder.name == MERGED_MODEL and (run / "final_model").is_dir()
-    return [folder, run / "final_model"] if merged and run is not None else [folder]
-
-
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the model consists of, and no shard left over from another save."""
+    """The safetensors files of the model, without shards of an earlier save."""
     index = folder / _INDEX
     names = [_WEIGHTS]
     if not (folder / _WEIGHTS).is_file() and index.is_file():
@@ -243,7 +236,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
-    """The Python files that `auto_map` names, and those they import."""
+    """The Python files that `auto_map` names, and the files that these import."""
     mapped = config.get("auto_map")
     entries = mapped.values() if isinstance(mapped, dict) else []
     classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
@@ -251,7 +244,7 @@ def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     found = {folder / f"{module}.py" for module in modules}
     if not found and str(config.get("model_type", "")).startswith("dynamic_"):
         raise CheckpointError(
-            f"{folder}: its config.json names no code (auto_map), without which it opens nowhere else; "
+            f"{folder}: its config.json names no code (auto_map), so it opens only where dtf is installed; "
             "load it with dtfcli.load_model and save it again."
         )
     try:
@@ -264,7 +257,7 @@ def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
 
 
 def _cleaned(path: Path) -> bytes | Path:
-    """A JSON file without local traces; the file itself where there are none."""
+    """A JSON file without local traces; the file itself if it has none."""
     if path.suffix != ".json" or path.name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
         return path
     document = _read_json(path)
@@ -280,112 +273,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); save the model again.") from error
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: no JSON object; save the model again.")
+        raise CheckpointError(f"{path}: not a JSON object; save the model again.")
     return document
 
 
-def _results_for(
-    given: EvalResults | None, label: str, folder: Path, run: Path | None, digests: list[str]
-) -> tuple[EvalResults | None, str | None]:
-    """The evaluation to show, and a warning; `label` is what to call the given one.
-
-    Raises:
-        ConfigError: the given one is of other weights.
-    """
-    if given is not None:
-        if given.model_hash is None:
-            return given, f"{label}: does not say which weights it measured; be sure that it was these."
-        if given.model_hash not in digests:
-            raise ConfigError(
-                f"{label}: measured other weights (model_hash {given.model_hash[:12]}…, this model has "
-                f"{digests[0][:12]}…); run `dtf eval {folder}`."
-            )
-        return given, None
-    found = [path for place in (folder, run) if place is not None for path in (place / "eval").glob("*.json")]
-    own = []
-    for path in sorted(found, key=lambda path: path.stat().st_mtime):
-        with suppress(ConfigError):  # a damaged or foreign file is no reason not to push
-            results = read_results(path, str(path))
-            own += [results] if results.model_hash in digests else []
-    if own:
-        return next((results for results in reversed(own) if results.causal), own[-1]), None
-    if found:
-        return (
-            None,
-            f"{found[0].parent} has no results of these weights; `dtf eval {folder}` would add them to the card.",
-        )
-    return None, None
-
-
-def _facts(
-    repo: str,
-    revision: str | None,
-    config: dict[str, Any],
-    weights: list[Path],
-    run: Path | None,
-    folder: Path,
-    adapters_base: str | None,
-    results: EvalResults | None,
-    has_curves: bool,
-) -> ModelFacts:
-    parameters, added = _count_parameters(weights)
-    settings = run_settings_table(run) if run is not None else {}
-    base, on_hub = public_name(settings.get("model", {}).get("base"), run) if settings else (None, False)
-    if adapters_base is not None:
-        base, on_hub = adapters_base, True
-    lines = read_metrics(run / METRICS_FILE) if run is not None and (run / METRICS_FILE).is_file() else []
-    return ModelFacts(
-        repo=repo,
-        config=without_local_traces(config),
-        parameters=parameters,
-        added_parameters=added,
-        weights_sha256={path.name: _sha256(path) for path in weights},
-        revision=revision if revision != "main" else None,
-        routed_layers=_routed_layers(config),
-        base=base,
-        base_on_hub=on_hub,
-        is_adapter=adapters_base is not None,
-        datasets=public_sources(settings, run),
-        settings=public_settings(settings, run),
-        evaluation=own_evaluation(lines, folder.name),
-        unigram=next((line["val/unigram"] for line in lines if "val/unigram" in line), None),
-        has_curves=has_curves,
-        results=results,
-        version=metadata.version("dtfcli"),
-    )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _routed_layers(config: dict[str, Any]) -> list[int]:
-    if not str(config.get("model_type", "")).startswith("dynamic_"):
-        return []
-    return resolve_routed_layers(config["routed_layers"], config["dense_edges"], config["num_hidden_layers"])
-
-
-def _count_parameters(weights: list[Path]) -> tuple[int, int]:
-    """Parameters in all, and those that routing adds, from the headers of the weight files."""
-    from safetensors import safe_open
-
-    total = added = 0
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # no mapping
-                    size = math.prod(file.get_slice(name).get_shape())
-                    if "threshold" in name:  # a table, not a parameter
-                        continue
-                    total += size
-                    added += size * any(part in name for part in ("router", "prior", "predictor"))
-        except Exception as error:  # SafetensorError, whose place in the library has moved
-            raise CheckpointError(f"{path}: no safetensors file ({error}); save the model again.") from error
-    return total, added
-
-
-def _check_leaks(files: dict[str, bytes | Path], folder: Path, run: Path | None) -> None:
+def _check_leaks(files: dict[str, bytes | Path], source: Source) -> None:
+    folder, run = source.named, source.run
     places = (folder.resolve(), *([run.resolve()] if run is not None else []))
     for name, item in files.items():
         if found := find_leaks(name, item, places):

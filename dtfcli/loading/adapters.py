@@ -13,8 +13,6 @@ The notable choices:
 import copy
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +57,8 @@ def adapt(model: Any, settings: Settings) -> Any:
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
     )
-    with torch.device(model.device), _quiet_peft():
+    # Peft asks models by names that Transformers has renamed, and warns.
+    with torch.device(model.device), warnings.catch_warnings(action="ignore"):
         inject_adapter_in_model(config, model, _NAME)
     for name, parameter in model.named_parameters():
         if is_added(name):
@@ -166,7 +165,7 @@ def apply_adapter(model: Any, folder: Path) -> Any:
         ValueError: tensors are missing from the folder, or do not belong to this model; nothing is drawn afresh.
     """
     added = {_PREFIX + name for name in model.state_dict() if is_added(name)}
-    with _quiet_peft():
+    with warnings.catch_warnings(action="ignore"):  # of missing keys, which are refused below
         wrapped = PeftModel.from_pretrained(model, str(folder))
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
@@ -181,11 +180,3 @@ def apply_adapter(model: Any, folder: Path) -> Any:
     plain = wrapped.merge_and_unload()
     vars(plain).pop("peft_config", None)
     return plain.requires_grad_(True)
-
-
-@contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """Peft asks models by names that Transformers has renamed, and warns of missing keys, which are refused here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

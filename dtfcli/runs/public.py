@@ -1,4 +1,4 @@
-"""Where a run's model comes from, in words that are fit for the public: kinds instead of paths."""
+"""What trackers and model cards may publish about a run: kinds of text and models instead of local paths."""
 
 import json
 import re
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dtfcli.errors import CheckpointError
-from dtfcli.runs.folder import SETTINGS_FILE
+from dtfcli.runs.folder import BEST_MODEL, SETTINGS_FILE
 
 _TEXT_KINDS = {"", ".txt", ".md", ".py", ".jsonl", ".json", ".parquet"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def run_settings_table(run: Path) -> dict[str, Any]:
-    """The settings of a run as they were written, without checking them: a run of another version will do.
+    """The settings of a run as they were written, unchecked, so that runs of other versions work.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -27,18 +27,18 @@ def run_settings_table(run: Path) -> dict[str, Any]:
 
 
 def own_evaluation(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The evaluation of the weights in a model folder of a run: the last one, or the best for `best_model`."""
+    """The metrics line of the weights in a model folder of a run: the best for `best_model`, else the last."""
     measured = [line for line in lines if line.get("val/loss") is not None and line.get("step", 0) > 0]
     if not measured:
         return next((line for line in reversed(lines) if "step" in line), {})
-    return min(measured, key=lambda line: line["val/loss"]) if name == "best_model" else measured[-1]
+    return min(measured, key=lambda line: line["val/loss"]) if name == BEST_MODEL else measured[-1]
 
 
 def public_name(text: str | None, run: Path | None) -> tuple[str, bool]:
-    """What to call a base, tokenizer or source in public, and whether that is a Hub id.
+    """The public name of a base, tokenizer or source, and whether it is a Hub id.
 
-    A local one is called by its kind alone. A name like "data/novels" could be either; it is local when there is
-    such a path here or beside a folder that the run lies in.
+    A local one is named by its kind. A name like "data/novels" can be either: it is local if such a path exists in
+    the working folder or in a folder above the run.
     """
     if not text:
         return "", False
@@ -55,7 +55,7 @@ def public_name(text: str | None, run: Path | None) -> tuple[str, bool]:
 
 
 def public_sources(settings: dict[str, Any], run: Path | None) -> list[tuple[str, str, float, bool]]:
-    """Of each source: Hub id or kind, configuration, share of the documents kept, and whether it is on the Hub."""
+    """For each source: Hub id or kind, configuration, share of the documents kept, and whether it is on the Hub."""
     found = []
     for source in settings.get("data", {}).get("sources", []):
         name, on_hub = public_name(str(source.get("path", "")), run)
@@ -64,7 +64,7 @@ def public_sources(settings: dict[str, Any], run: Path | None) -> list[tuple[str
 
 
 def public_settings(settings: dict[str, Any], run: Path | None) -> dict[str, Any]:
-    """A run's settings with local places called by their kind, and without those of this machine."""
+    """A run's settings with local sources named by their kind, and without folders of this machine."""
     if not settings:
         return {}
     public = json.loads(json.dumps(settings))
@@ -89,19 +89,19 @@ _LOCAL_KEYS = frozenset(
         *("token", "use_auth_token", "hub_token", "output_dir", "logging_dir"),
     }
 )
-"""Keys that say where a model was, not what it is."""
+"""Keys that locate a model and do not describe it."""
 _VERBATIM = frozenset({"added_tokens_decoder", "chat_template"})
-"""Text that belongs to a tokenizer, whatever it looks like; `find_leaks` reads it all the same."""
+"""Text that belongs to a tokenizer, even if it looks like a path; `hub.leaks` reads it, too."""
 _PATH_VALUE = re.compile(r"(?:\.{1,2}/|/[^/\s]+/|~[\w-]*/|[A-Za-z]:[\\/]|\\\\|file:).*")
 
 
 def looks_like_a_path(value: str) -> bool:
-    """Whether a whole value is an absolute or home path, of any system."""
+    """Whether the whole value is an absolute path or a home path of any system."""
     return "\n" not in value and bool(_PATH_VALUE.fullmatch(value))
 
 
 def without_local_traces(value: Any) -> Any:
-    """A JSON document without what says where it was made: paths, and keys that hold them."""
+    """A JSON document without local paths and without the keys that hold them."""
     if isinstance(value, dict):
         return {
             key: item if key in _VERBATIM else without_local_traces(item)

@@ -11,7 +11,6 @@ Notable choices:
 import contextlib
 import importlib.util
 import inspect
-import io
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from dtfcli.errors import ConfigError, DTFError
+from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import explained_write_errors
 from dtfcli.runs.public import public_settings
 from dtfcli.settings import Settings
@@ -94,7 +94,7 @@ class Trackers:
         for name in enabled_trackers(settings):
             tracker = _build(name, settings, folder, step)
             try:
-                with _quiet():
+                with quiet_libraries():  # stdout holds the model's path alone
                     tracker.start()
                     if not resumed:
                         tracker.store_init_configuration(tracker_config(settings, folder))
@@ -127,7 +127,7 @@ class Trackers:
     @contextlib.contextmanager
     def _dropped_on_failure(self, tracker: GeneralTracker) -> Iterator[None]:
         try:
-            with _quiet():
+            with quiet_libraries():  # stdout holds the model's path alone
                 yield
         except Exception as error:  # whatever it is, the run goes on
             if tracker in self.trackers:
@@ -194,10 +194,3 @@ def tracker_config(settings: Settings, folder: Path) -> dict[str, bool | int | f
 
     add("", public_settings(tomllib.loads(settings.to_toml()), folder))
     return flat
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what trackers print off stdout, which holds the model's path alone."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

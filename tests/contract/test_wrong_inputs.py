@@ -333,7 +333,7 @@ PUSH = [
     ("push {model} me/new --commit-message ''", ["--commit-message", "empty"]),
     ("push {model} me/new --commit_mesage x", ["Did you mean '--commit-message'"]),
     ("push {model} me/new", ["not logged in", "hf auth login"]),
-    ("push {model} me/new --merge --dry-run out", ["--merge", "is no adapter", "leave it out"]),
+    ("push {model} me/new --merge --dry-run out", ["--merge", "is not an adapter", "leave it out"]),
     ("push {hollow} me/new --dry-run out", ["adapter without adapter_model.safetensors"]),
     ("push {orphan} me/new --merge --dry-run out", ["base model of this adapter", "gone/base: no such file"]),
     ("push {model} me/new --dry-run full", ["--dry-run full", "not empty", "another folder"]),

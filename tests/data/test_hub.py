@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from dtfcli.data import hub as hub_source
 from dtfcli.data.prepare import prepare_data
 from dtfcli.errors import ConfigError, DataError
 from tests.data.texts import sentence, source, texts_of
@@ -119,12 +118,3 @@ def test_offline_hub_for_real() -> None:
     assert done.returncode == 0, done.stderr
     assert "the Hub cannot be reached (offline?)" in done.stdout
     assert done.stderr == ""
-
-
-def test_hub_progress_bars_come_back() -> None:
-    import datasets
-
-    before = datasets.is_progress_bar_enabled()
-    with hub_source._quiet_hub():
-        assert not datasets.is_progress_bar_enabled()
-    assert datasets.is_progress_bar_enabled() == before

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import dtfcli
 from dtfcli.errors import CheckpointError, ConfigError, DataError
 from dtfcli.evaluation.lm import RoutedLM
-from dtfcli.evaluation.report import EvalReport
+from dtfcli.evaluation.report import EvalReport, Metric, write_document
 from tests.evaluation.conftest import ITEMS
 from tests.tiny import ARCHITECTURES, dense_model, routed_model, tokens, word_tokenizer
 
@@ -131,13 +131,21 @@ def test_the_report_says_what_scores_depend_on(evaluate: Evaluate) -> None:
     assert document["routed_share"]["tokens"] == sum(share["tokens"] for share in shares)
 
 
+def test_a_document_reads_back(evaluate: Evaluate, tmp_path: Path) -> None:
+    report = evaluate(routed_model("llama", "mod"), "toy_group,toy_text", limit=3, num_fewshot=1)
+    write_document(report.to_dict(), tmp_path / "report.json")
+    again = EvalReport.read(tmp_path / "report.json", "report")
+    assert again.to_dict() == report.to_dict()
+    assert isinstance(again.results["toy_group"].metrics["acc"], Metric)
+
+
 def test_topk_is_marked_and_cannot_write(evaluate: Evaluate) -> None:
     model = routed_model()
     report = evaluate(model, "toy_choice,toy_text", limit=4, routing="topk")
     assert report.routing == "topk"
     assert not report.causal
     assert not any(result.causal for result in report.results.values())
-    with pytest.raises(ConfigError, match="toy_writing"):
+    with pytest.raises(ConfigError, match=r"toy_writing.*--routing threshold"):
         evaluate(model, "toy_choice,toy_writing", limit=4, routing="topk")
 
 

@@ -107,14 +107,14 @@ def test_killed_twice_and_started_again(
 def test_another_capacity_or_limit_reuses_nothing(
     model: Path, command: Callable[..., list[str]], dtf: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtfcli.evaluation.session import EvalEvent
+    from dtfcli.evaluation.job_runner import EvalEvent
 
     class Stop(Exception):
         pass
 
-    from dtfcli.cli import eval as command_module
+    from dtfcli.cli.eval_view import EvalProgress
 
-    show = command_module._Progress.__call__
+    show = EvalProgress.__call__
 
     def stop_at_writing(self: Any, event: EvalEvent) -> None:
         show(self, event)
@@ -122,7 +122,7 @@ def test_another_capacity_or_limit_reuses_nothing(
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(command_module._Progress, "__call__", stop_at_writing)
+        patch.setattr(EvalProgress, "__call__", stop_at_writing)
         assert dtf(*command(model)).code == 1
     kept = {file.name for file in (model / "eval" / "unfinished").iterdir()}
     assert len(kept) == 2

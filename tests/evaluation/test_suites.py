@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dtfcli
 from dtfcli.errors import ConfigError
-from dtfcli.evaluation.plan import NotConfirmed, make_plan
+from dtfcli.evaluation.plan import EvalOptions, NotConfirmed, make_plan
 from dtfcli.evaluation.suites import OWN_TASKS, SUITES, TaskIndex
 from tests.tiny import dense_model
 
@@ -54,7 +54,9 @@ def test_shots_and_limits() -> None:
         ("truthfulqa_mc2", 0),
     ]
     assert {job.limit for job in make_plan("quick_test").jobs} == {200}
-    assert {(job.shots, job.limit) for job in make_plan("quick_test", limit=7, num_fewshot=3).jobs} == {(3, 7)}
+    assert {(job.shots, job.limit) for job in make_plan("quick_test", EvalOptions(limit=7, num_fewshot=3)).jobs} == {
+        (3, 7)
+    }
     assert [job.name for job in make_plan(["quick_test", "sciq"]).jobs] == ["arc_challenge", "hellaswag", "sciq"]
     assert len(make_plan("quick_test,quick_test").jobs) == 2
 
@@ -67,7 +69,7 @@ def test_the_same_task_twice_is_refused() -> None:
 def test_code_is_run_only_when_allowed() -> None:
     with pytest.raises(NotConfirmed, match="humaneval, mbpp"):
         make_plan("code")
-    assert len(make_plan("code", confirm_run_unsafe_code=True).jobs) == 2
+    assert len(make_plan("code", EvalOptions(confirm_run_unsafe_code=True)).jobs) == 2
 
 
 def test_mbpp_shows_the_authors_three_examples(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from dtfcli.hub import push as hub_module
+from dtfcli.hub import client
 from tests.hub.standin import Hub
 from tests.tiny import dense_model, routed_model, word_tokenizer
 
@@ -27,7 +27,7 @@ def server() -> Iterator[Hub]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been waited between tries; nobody waits."""
     waited: list[float] = []
-    monkeypatch.setattr(hub_module.time, "sleep", waited.append)
+    monkeypatch.setattr(client.time, "sleep", waited.append)
     monkeypatch.setattr(_http.time, "sleep", waited.append)
     return waited
 
@@ -35,7 +35,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture
 def hub(server: Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The stand-in, with this process logged in there as `me`."""
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

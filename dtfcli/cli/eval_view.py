@@ -1,0 +1,181 @@
+"""Shows `dtf eval`: progress while it runs, then a table for one model or for several side by side."""
+
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dtfcli.cli import render
+
+if TYPE_CHECKING:
+    from dtfcli.evaluation.compare import Difference
+    from dtfcli.evaluation.job_runner import EvalEvent
+    from dtfcli.evaluation.report import EvalReport, TaskScore
+
+_MAIN_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "word_perplexity", "loss")
+
+
+class EvalProgress:
+    """For each job a bar with the remaining time on a terminal, and a line elsewhere."""
+
+    def __init__(self, *, several: bool) -> None:
+        """`several`: name the model before each job."""
+        self._several = several
+        self._model = ""
+        self._warned: set[str] = set()
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=render.err,
+            transient=True,
+            disable=not render.err.is_terminal,
+        )
+        self._task = self._bars.add_task("Starting", total=None)
+
+    def __enter__(self) -> "EvalProgress":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: "EvalEvent") -> None:
+        """Show an event."""
+        place = f"{self._model}: {event.message}" if self._several else event.message
+        if event.kind == "warning":
+            if event.message not in self._warned:  # once for all models
+                render.warn(event.message)
+            self._warned.add(event.message)
+        elif event.kind == "model":
+            self._model = event.message
+            self._bars.reset(self._task, total=None, description=f"Loading {event.message}")
+        elif event.kind == "phase":
+            self._bars.reset(self._task, total=None, description=event.message)
+        elif event.kind == "job":
+            self._bars.reset(self._task, total=event.count, description=place)
+            if not render.err.is_terminal:
+                render.note(f"{place}: {event.count} requests …")
+        elif event.kind == "answers":
+            self._bars.advance(self._task, event.count)
+        elif event.scores:
+            score = event.scores.get(event.message) or next(iter(event.scores.values()))
+            render.note(f"{place}: {_in_short(score)}")
+
+
+def _in_short(score: "TaskScore") -> str:
+    metric = _main_metric(score)
+    return f"{metric} {_figure(score, metric)}" if metric else f"{len(score.subtasks)} tasks"
+
+
+def _main_metric(score: "TaskScore") -> str | None:
+    for wanted in _MAIN_METRICS:
+        for metric in score.metrics:
+            if metric.partition(",")[0] == wanted:
+                return metric
+    return next(iter(score.metrics), None)
+
+
+def _figure(score: "TaskScore", metric: str) -> str:
+    found = score.metrics[metric]
+    return _number(found.value) + ("" if found.stderr is None else f" ± {_number(found.stderr)}")
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Four decimals; one decimal for 100 and more."""
+    return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.1f}"
+
+
+def _top_level(report: "EvalReport") -> list[str]:
+    """Names of the results that are not members of another result."""
+    members: set[str] = set()
+    for score in report.results.values():
+        members |= set(score.subtasks)
+    return [name for name in report.results if name not in members]
+
+
+def _heading(report: "EvalReport") -> str:
+    if report.architecture == "dense":
+        return f"{report.model}: dense, {report.device} {report.dtype}"
+    causal = "causal" if report.causal else "NOT causal: each token's path depends on later ones"
+    share = report.routed_share["overall"] if report.routed_share else None
+    routed = f", {share:.0%} of the tokens routed" if share is not None else ""
+    return f"{report.model}: {report.architecture}, routing {report.routing} ({causal}), γ {report.capacity}{routed}"
+
+
+def show_report(report: "EvalReport") -> None:
+    """Print one model's scores."""
+    rows = []
+    for name in _top_level(report):
+        score = report.results[name]
+        for metric in score.metrics or [None]:
+            share = f"{score.routed_share['overall']:.2f}" if score.routed_share else ""
+            shots = "" if score.shots is None else str(score.shots)
+            of = f" of {score.n_total}" if score.n_total and score.n_total > score.n else ""
+            first = metric == next(iter(score.metrics), None)
+            rows.append(
+                [
+                    name if first else "",
+                    metric or "",
+                    _figure(score, metric) if metric else "",
+                    f"{score.n}{of}" if first else "",
+                    shots if first else "",
+                    share if first else "",
+                ]
+            )
+    routed = report.routed_share is not None
+    columns = ["task", "metric", "score", "items", "shots", *(["routed"] if routed else [])]
+    render.out.print(_heading(report), markup=False, soft_wrap=True)
+    render.out.print(render.table(columns, [row if routed else row[:-1] for row in rows]))
+    _show_remarks([report])
+
+
+def show_side_by_side(reports: list["EvalReport"], differences: list["Difference"]) -> None:
+    """Print the scores of several models, and their differences to the first."""
+    letters = [chr(ord("A") + place) for place in range(len(reports))]
+    for letter, report in zip(letters, reports, strict=True):
+        render.out.print(f"{letter}  {_heading(report)}", markup=False, soft_wrap=True)
+    found = {(d.model, d.task, d.metric): d for d in differences}
+    rows = []
+    for name in _top_level(reports[0]):
+        for metric in reports[0].results[name].metrics:
+            for letter, report in zip(letters, reports, strict=True):
+                score = report.results.get(name)
+                figure = _figure(score, metric) if score is not None and metric in score.metrics else "–"
+                difference = found.get((report.model, name, metric))
+                first = [name, metric] if report is reports[0] else ["", ""]
+                rows.append([*first, letter, figure, "" if difference is None else _difference(difference)])
+    render.out.print(render.table(["task", "metric", "", "score", "minus A"], rows))
+    paired = "A difference's standard error is over the same items"
+    unpaired = "; * over different ones" if any(not d.paired for d in differences) else ""
+    render.out.print(f"± one standard error. {paired}{unpaired}.", soft_wrap=True)
+    _show_remarks(reports)
+
+
+def _difference(difference: "Difference") -> str:
+    text = _number(difference.value, "+")
+    if difference.stderr is not None:
+        text += f" ± {_number(difference.stderr)}"
+    return text if difference.paired else f"{text}*"
+
+
+def _show_remarks(reports: list["EvalReport"]) -> None:
+    """What limits the figures."""
+    for report in reports:
+        cut = {name: score.truncated for name, score in report.results.items() if score.truncated}
+        if cut:
+            tasks = ", ".join(f"{name} {count}" for name, count in cut.items())
+            render.note(f"{report.model}: prompts longer than the model's positions lost their beginning ({tasks}).")
+        if borrowed := [n for n in _top_level(report) if "excluded" in (report.results[n].fewshot_from or "")]:
+            render.note(
+                f"{report.model}: {', '.join(borrowed)}: the examples in the prompts are other items of the scored "
+                "split, because the data has no other split."
+            )
+        if not report.causal:
+            render.note(f"{report.model}: routing {report.routing} is not causal; generation cannot reach these.")
+        for name, reason in report.skipped.items():
+            render.note(f"{report.model}: {name} was left out. {reason}")
+        for name, score in report.results.items():
+            for remark in score.notes:
+                render.note(f"{report.model}: {name}: {remark}.")

@@ -1,0 +1,225 @@
+"""Runs the jobs of one model, one after the other, and collects their results.
+
+All data is loaded before anything is computed. Answers of an earlier run that was stopped are reused.
+"""
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lm_eval.api.metrics import mean
+
+from dtfcli.errors import ConfigError, DataError, DTFError
+from dtfcli.evaluation.answers import AnswerStore, fingerprint
+from dtfcli.evaluation.harness import SEED, LoadedJob, load_job, score
+from dtfcli.evaluation.lm import RoutedLM
+from dtfcli.evaluation.local_data import evaluated_split, fewshot_split
+from dtfcli.evaluation.plan import EvalPlan
+from dtfcli.evaluation.report import Items, TaskScore, is_causal, model_hash, run_folder_of, shares_of
+from dtfcli.evaluation.suites import VALIDATION_TEXT, Job
+from dtfcli.evaluation.validation_text import HeldOut, held_out_rows, score_rows
+from dtfcli.loading.paths import ModelPath
+from dtfcli.shares import ShareMeter, measured_shares
+
+_PACKAGES = ("dtfcli", "lm_eval", "torch", "transformers", "datasets")
+
+
+@dataclass(frozen=True)
+class EvalEvent:
+    """Progress of an evaluation.
+
+    Attributes:
+        kind: "model" (a model is loaded next), "phase", "job" (a job begins), "answers" (requests were answered),
+            "done" (a job ends), or "warning".
+        message: the text, or the name of the model or job.
+        count: requests.
+        scores: by task, when a job ends.
+    """
+
+    kind: Literal["model", "phase", "job", "answers", "done", "warning"]
+    message: str = ""
+    count: int = 0
+    scores: dict[str, TaskScore] | None = None
+
+
+EvalListener = Callable[[EvalEvent], None]
+
+
+class JobRunner:
+    """The jobs of one model, and their results.
+
+    Attributes:
+        hash: sha256 over the model's weights.
+        meter: routed shares over all jobs; None for a dense model.
+        results, items: by task and group.
+        skipped: optional jobs without data, with the reason.
+        reused: requests answered by an earlier run.
+    """
+
+    def __init__(
+        self, plan: EvalPlan, lm: RoutedLM, source: ModelPath | None, state: Path | None, emit: EvalListener
+    ) -> None:
+        """Take a model.
+
+        Args:
+            plan: the jobs.
+            lm: the model.
+            source: its files; None for a model made in memory.
+            state: folder that keeps the answers; None: keep none.
+            emit: called with every event.
+        """
+        self.plan, self.lm, self.source, self.state, self.emit = plan, lm, source, state, emit
+        self.hash = model_hash(lm.model, source)
+        self.meter = ShareMeter() if lm.meter is not None else None
+        self.results: dict[str, TaskScore] = {}
+        self.items: dict[str, Items] = {}
+        self.skipped: dict[str, str] = {}
+        self.reused = 0
+
+    def load(self) -> list[LoadedJob | HeldOut]:
+        """Load the data of all jobs.
+
+        Raises:
+            ConfigError: a task file is wrong, or the routing mode cannot run a task.
+            DataError: a dataset is not available.
+        """
+        index = self.plan.index
+        known = [entry for job in self.plan.jobs for entry in index.configs(job.name)]
+        self._check_can_write({leaf: config.get("output_type", "") for leaf, config in known})
+        jobs: list[LoadedJob | HeldOut] = []
+        for job in self.plan.jobs:
+            self.emit(EvalEvent("phase", f"Loading {job.name}"))
+            try:
+                jobs.append(self._held_out() if job.name == VALIDATION_TEXT else self._load(job))
+            except DataError as error:
+                if not job.optional:
+                    raise
+                self.skipped[job.name] = str(error)
+                self.emit(EvalEvent("warning", f"left out: {error}"))
+        return jobs
+
+    def _check_can_write(self, output_types: Mapping[str, str]) -> None:
+        """Refuse tasks in which the model writes if its routing needs the whole text."""
+        writes = [name for name, kind in output_types.items() if kind == "generate_until"]
+        if writes and not is_causal(self.lm.routing):
+            more = " and others" if len(writes) > 3 else ""
+            raise ConfigError(
+                f"--tasks {', '.join(writes[:3])}{more}: the model writes here, but --routing {self.lm.routing} needs "
+                "the whole text. Leave these tasks out, or use --routing threshold."
+            )
+
+    def _load(self, job: Job) -> LoadedJob:
+        loaded = load_job(job, self.plan.index, self.plan.data_dir)
+        tasks = loaded.tasks
+        # Again, because the file of a task that is written in Python does not say it.
+        self._check_can_write({name: task.OUTPUT_TYPE for name, task in tasks.items()})
+        for name, origin in loaded.origins.items():
+            if origin.scored_instead or (origin.missing_splits and tasks[name].get_config("num_fewshot")):
+                self.emit(EvalEvent("warning", _missing(name, origin.missing_splits, tasks[name])))
+        shots = self.plan.num_fewshot
+        fixed = [n for n, t in tasks.items() if shots is not None and t.get_config("num_fewshot") != shots]
+        if fixed:
+            self.emit(EvalEvent("warning", f"{', '.join(fixed)}: takes no examples; --num-fewshot does not apply."))
+        return loaded
+
+    def _held_out(self) -> HeldOut:
+        local = self.source is not None and self.source.kind == "folder"
+        run = run_folder_of(Path(self.source.path)) if local and self.source is not None else None
+        return held_out_rows(run, self.lm.tokenizer, self.plan.limit)
+
+    def run(self, jobs: Sequence[LoadedJob | HeldOut]) -> list[AnswerStore]:
+        """Run loaded jobs; returns the stores of their answers."""
+        stores = []
+        for job in jobs:
+            if isinstance(job, LoadedJob):
+                stores.append(self._run(job))
+            else:
+                self._run_held_out(job)
+        return stores
+
+    def _run(self, job: LoadedJob) -> AnswerStore:
+        name = job.job.name
+        store = AnswerStore(self._state_file(job))
+        self.emit(EvalEvent("job", name, job.requests()))
+        try:
+            results, items = score(job, self.lm, store, self.plan.unsafe_code)
+        except OSError as error:
+            raise DTFError(f"{store.path}: answers cannot be kept ({error.strerror or error}).") from error
+        finally:
+            store.close()
+        self.results |= results
+        self.items |= items
+        self.reused += store.reused
+        if self.meter is not None and self.lm.meter is not None:
+            self.meter.add_counts(self.lm.meter.counts())
+        self.emit(EvalEvent("done", name, scores=results))
+        return store
+
+    def _state_file(self, job: LoadedJob) -> Path | None:
+        """The file of a job's answers, named after everything that they depend on."""
+        if self.state is None:
+            return None
+        lm = self.lm
+        circumstances = {
+            "weights": self.hash,
+            "routing": lm.routing,
+            "capacity": getattr(lm.model, "capacity", None),
+            "tasks": job.configuration(),
+            "limit": job.job.limit,
+            "seed": SEED,
+            "rows": self.plan.batch_size,
+            "device": lm.device.type,
+            "dtype": str(lm.model.dtype),
+            "attention": lm.model.config._attn_implementation,
+            "positions": lm.max_length,
+            "versions": versions(),
+        }
+        return self.state / f"{job.job.name}-{fingerprint(circumstances)}.jsonl"
+
+    def _run_held_out(self, text: HeldOut) -> None:
+        lm, clock, shares = self.lm, time.perf_counter(), None
+        self.emit(EvalEvent("job", VALIDATION_TEXT, len(text.rows)))
+        if self.meter is None:
+            metrics, losses = score_rows(lm.model, text, lm.on_answers)
+        else:
+            with measured_shares(lm.model) as meter:
+                metrics, losses = score_rows(lm.model, text, lm.on_answers)
+            self.meter.add_counts(meter.counts())
+            shares = shares_of(meter)
+        result = TaskScore(
+            metrics=metrics,
+            n=len(text.rows),
+            shots=0,
+            split="validation",
+            dataset="the run's own text",
+            data_source="run",
+            routing=lm.routing,
+            causal=is_causal(lm.routing),
+            routed_share=shares,
+            truncated=0,
+            seconds=round(time.perf_counter() - clock, 3),
+        )
+        mean_loss = metrics["loss"].value
+        values = {name: [loss * metric.value / mean_loss for loss in losses] for name, metric in metrics.items()}
+        hashes = tuple(fingerprint(row.tolist()) for row in text.rows)
+        self.results[VALIDATION_TEXT] = result
+        self.items[VALIDATION_TEXT] = Items(hashes, values, dict.fromkeys(values, mean))
+        self.emit(EvalEvent("done", VALIDATION_TEXT, scores={VALIDATION_TEXT: result}))
+
+
+def _missing(name: str, splits: Sequence[str], task: Any) -> str:
+    text = f"{name}: the data has no split {' or '.join(splits)}; scored on {evaluated_split(task)}"
+    if task.get_config("num_fewshot"):
+        text += f", examples from {fewshot_split(task)}"
+        text += ", the item itself left out" if fewshot_split(task) == evaluated_split(task) else ""
+    return text + "."
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that scores depend on."""
+    found = {name: importlib.metadata.version(name.replace("_", "-")) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}

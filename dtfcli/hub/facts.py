@@ -1,0 +1,210 @@
+"""Gathers what is known about a model to push: from its config, its weights, its run and its evaluations."""
+
+import hashlib
+import math
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dtfcli.errors import CheckpointError, ConfigError
+from dtfcli.evaluation.report import EvalReport
+from dtfcli.loading.paths import weights_hash
+from dtfcli.models.configuration_fields import resolve_routed_layers
+from dtfcli.runs.files import read_metrics
+from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, MERGED_MODEL, METRICS_FILE
+from dtfcli.runs.public import (
+    own_evaluation,
+    public_name,
+    public_settings,
+    public_sources,
+    run_settings_table,
+    without_local_traces,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this machine.
+
+    Attributes:
+        named: the model folder that the user chose.
+        folder: the folder to upload: `named`, or the adapter in it merged into its base.
+        run: the run folder of `named`; None if it lies in none.
+        base: Hub id of the base of an adapter; None for a plain model.
+        config: content of config.json.
+        weights: safetensors files.
+    """
+
+    named: Path
+    folder: Path
+    run: Path | None
+    base: str | None
+    config: dict[str, Any]
+    weights: list[Path]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The content of a model card, without paths and secrets.
+
+    Attributes:
+        repo: owner/name.
+        config: the model's config.json.
+        parameters: of all parts.
+        added_parameters: of routers, priors and predictors.
+        weights_sha256: of each weight file.
+        revision: branch; None for the default branch.
+        routed_layers: indices; empty for a dense model.
+        base: Hub id or file name of the model that training started from. Empty: random weights. None: not known.
+        base_on_hub: whether `base` is a Hub id.
+        is_adapter: whether the files hold only adapters (LoRA) of `base` and the parts that routing adds.
+        datasets: (Hub id or kind of local text, configuration, share kept, whether on the Hub) of each source.
+        settings: of the run, without local paths; empty for a model without its run.
+        evaluation: the line of metrics.jsonl that measured these weights.
+        unigram: loss that token counts alone reach on the same text.
+        has_curves: whether curves.png lies beside the card.
+        results: of benchmarks.
+        version: of dtf.
+    """
+
+    repo: str
+    config: dict[str, Any]
+    parameters: int
+    added_parameters: int
+    weights_sha256: dict[str, str]
+    revision: str | None = None
+    routed_layers: list[int] = field(default_factory=list)
+    base: str | None = None
+    base_on_hub: bool = False
+    is_adapter: bool = False
+    datasets: list[tuple[str, str, float, bool]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    unigram: float | None = None
+    has_curves: bool = False
+    results: EvalReport | None = None
+    version: str = ""
+
+    @property
+    def architecture(self) -> str:
+        """dtf, mod or dense."""
+        return self.config["architecture"] if self.routed_layers else "dense"
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self.repo.rpartition("/")[2]
+
+
+def gather_facts(
+    source: Source, repo: str, revision: str | None, results: EvalReport | None, has_curves: bool
+) -> ModelFacts:
+    """Everything that a card can say about a model.
+
+    Raises:
+        CheckpointError: a weight file or the run's settings are damaged.
+    """
+    parameters, added = _count_parameters(source.weights)
+    run = source.run
+    settings = run_settings_table(run) if run is not None else {}
+    base, on_hub = public_name(settings.get("model", {}).get("base"), run) if settings else (None, False)
+    if source.base is not None:
+        base, on_hub = source.base, True
+    lines = read_metrics(run / METRICS_FILE) if run is not None and (run / METRICS_FILE).is_file() else []
+    return ModelFacts(
+        repo=repo,
+        config=without_local_traces(source.config),
+        parameters=parameters,
+        added_parameters=added,
+        weights_sha256={path.name: _sha256(path) for path in source.weights},
+        revision=revision if revision != "main" else None,
+        routed_layers=_routed_layers(source.config),
+        base=base,
+        base_on_hub=on_hub,
+        is_adapter=source.base is not None,
+        datasets=public_sources(settings, run),
+        settings=public_settings(settings, run),
+        evaluation=own_evaluation(lines, source.named.name),
+        unigram=next((line["val/unigram"] for line in lines if "val/unigram" in line), None),
+        has_curves=has_curves,
+        results=results,
+        version=metadata.version("dtfcli"),
+    )
+
+
+def choose_results(source: Source, given: EvalReport | None, label: str) -> tuple[EvalReport | None, list[str]]:
+    """The evaluation for the card, and warnings.
+
+    Args:
+        source: the model.
+        given: chosen by the user; None: take the newest beside the model, a causal one if there is any.
+        label: names the given one in messages.
+
+    Raises:
+        ConfigError: the given one measured other weights.
+    """
+    digests = [weights_hash(folder) for folder in _same_weights(source)]
+    remedy = f"`dtf eval {source.named}`"
+    if given is not None:
+        measured = _digest(given)
+        if measured is None:
+            return given, [f"{label}: does not name the weights that it measured. Make sure that it was these."]
+        if measured not in digests:
+            raise ConfigError(
+                f"{label}: measured other weights (model_hash {measured[:12]}…, this model has {digests[0][:12]}…); "
+                f"run {remedy}."
+            )
+        return given, []
+    folders = [folder for folder in (source.named, source.run) if folder is not None]
+    found = [path for folder in folders for path in (folder / EVALUATIONS).glob("*.json")]
+    own = []
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(ConfigError):  # a damaged or foreign file does not stop a push
+            report = EvalReport.read(path, str(path))
+            own += [report] if _digest(report) in digests else []
+    if found and not own:
+        return None, [f"{found[0].parent} has no results of these weights; {remedy} would add them to the card."]
+    return next((report for report in own if report.causal), own[0] if own else None), []
+
+
+def _digest(report: EvalReport) -> str | None:
+    return report.model_hash and report.model_hash.removeprefix("sha256:").lower()
+
+
+def _same_weights(source: Source) -> list[Path]:
+    """Folders whose evaluations measured these weights: a merged model was measured as its adapter."""
+    run, folder = source.run, source.named
+    adapter = [run / FINAL_MODEL] if run is not None and folder.name == MERGED_MODEL else []
+    return [folder, *(path for path in adapter if path.is_dir())]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _routed_layers(config: dict[str, Any]) -> list[int]:
+    if not str(config.get("model_type", "")).startswith("dynamic_"):
+        return []
+    return resolve_routed_layers(config["routed_layers"], config["dense_edges"], config["num_hidden_layers"])
+
+
+def _count_parameters(weights: list[Path]) -> tuple[int, int]:
+    """Parameters in all, and those that routing adds, from the headers of the weight files."""
+    from safetensors import safe_open
+
+    total = added = 0
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # not a mapping
+                    size = math.prod(file.get_slice(name).get_shape())
+                    if "threshold" in name:  # a table, not a parameter
+                        continue
+                    total += size
+                    added += size * any(part in name for part in ("router", "prior", "predictor"))
+        except Exception as error:  # SafetensorError, whose place in the library has moved
+            raise CheckpointError(f"{path}: not a safetensors file ({error}); save the model again.") from error
+    return total, added
