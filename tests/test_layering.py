@@ -10,6 +10,7 @@ from tools import house
 
 LAZY = ("torch", "transformers", "datasets", "lm_eval")
 LIGHT = ("cli", "settings", "errors", "registration", "quiet")
+FIXED = ("forward", "load_model")  # signatures that others fixed: Transformers, and our published API
 TERMINAL = ("typer", "click", "rich", "prompt_toolkit")
 
 FILES = sorted(house.FILES)
@@ -35,9 +36,9 @@ def test_a_circle_and_a_climb_are_found() -> None:
 
 
 def test_imports_inside_functions_count() -> None:
-    assert "loading.load" in ARROWS["cli.generate"]
-    names = list(house.imported_names(house.FILES["cli.generate"], lazy=False))
-    assert not [name for name in names if house.own_file(name) == "loading.load"]
+    assert "hub.push" in ARROWS["experiment"]
+    names = list(house.imported_names(house.FILES["experiment"], lazy=False))
+    assert not [name for name in names if house.own_file(name) == "hub.push"]
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("models.")])
@@ -82,7 +83,7 @@ def test_a_file_has_one_purpose(file: str) -> None:
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
     if house.room(file) != "cli":  # a command's options are its parameters
-        assert not [f.name for f in functions if _parameters(f) > 7]
+        assert not [f.name for f in functions if _parameters(f) > 7 and f.name not in FIXED]
 
 
 def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -19,12 +19,12 @@ Prompt = Annotated[
         show_default=False,
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Write at most so many tokens.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to write.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 is greedy; 1 samples the model's own probabilities.")
 ]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this share.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample from the so many likeliest tokens; 0: all.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the K likeliest tokens only; 0: from all.")]
 Seed = Annotated[int, typer.Option("--seed", help="Repeats a sample.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the tokenizer's chat template.")]
 Prompts = Annotated[
@@ -72,11 +72,7 @@ def generate(
     from dtfcli.generation import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    many = _check_prompts(prompt, prompts, output, json)
-    interactive = many is None and prompt is None and sys.stdin is not None and sys.stdin.isatty()
-    if interactive and json:
-        raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
-    text = None if many is not None or interactive else _prompt_or_stdin(prompt)
+    asked = _prompts(prompt, prompts, output, json)
     loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
     loaded, tokenizer = loading.open(model)
     how: dict[str, Any] = {"chat": chat, "use_cache": not no_cache}
@@ -84,24 +80,24 @@ def generate(
     from dtfcli.generation import generate as continue_text
     from dtfcli.generation import generate_many
 
-    if many is not None:
-        found = generate_many(loaded, tokenizer, many, sampling, **how)
-        _keep_continuations(render.track(found, len(many), "generating"), output, json)
-    elif text is None:
+    if asked is None:
         from dtfcli.cli.interactive import Chat, run
 
         run(Chat(loaded, tokenizer, sampling, **how, show_stats=stats))
+    elif isinstance(asked, list):
+        found = generate_many(loaded, tokenizer, asked, sampling, **how)
+        _keep_continuations(render.track(found, len(asked), "generating"), output, json)
     elif json:
-        render.emit_json(continue_text(loaded, tokenizer, text, sampling, **how))
+        render.emit_json(continue_text(loaded, tokenizer, asked, sampling, **how))
     else:
-        result = continue_text(loaded, tokenizer, text, sampling, **how, on_text=render.write)
+        result = continue_text(loaded, tokenizer, asked, sampling, **how, on_text=render.write)
         render.write("\n")
         if stats:
             generate_view.show_stats(result)
 
 
-def _check_prompts(prompt: str | None, prompts: Path | None, output: Path | None, json: bool) -> list[str] | None:
-    """The prompts of the file, None without one; refuses options that contradict each other."""
+def _prompts(prompt: str | None, prompts: Path | None, output: Path | None, json: bool) -> str | list[str] | None:
+    """One prompt, those of a file, or None for the interactive prompt; refuses options that contradict each other."""
     if prompts is not None and prompt is not None:
         raise ConfigError("PROMPT and --prompts: give one of them.")
     if output is not None and prompts is None:
@@ -110,10 +106,16 @@ def _check_prompts(prompt: str | None, prompts: Path | None, output: Path | None
         raise ConfigError(
             f"--prompts {prompts}: name the file for the results with --output FILE.jsonl, or add --json."
         )
-    many = _read_prompts(prompts) if prompts is not None else None
-    if output is not None and output.exists():
-        raise ConfigError(f"--output {output}: exists already; name another file.")
-    return many
+    if prompts is not None:
+        lines = _read_prompts(prompts)
+        if output is not None and output.exists():
+            raise ConfigError(f"--output {output}: exists already; name another file.")
+        return lines
+    if prompt is None and sys.stdin is not None and sys.stdin.isatty():
+        if json:
+            raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
+        return None
+    return _prompt_or_stdin(prompt)
 
 
 def _keep_continuations(found: Iterable[Any], output: Path | None, json: bool) -> None:

@@ -1,11 +1,18 @@
 """`dtf inspect-routing`: which tokens enter which layers, and why."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dtfcli.cli import options
+
+if TYPE_CHECKING:
+    from dtfcli.inspection.comparison import Comparison
+    from dtfcli.inspection.corpus import CorpusRouting
+    from dtfcli.inspection.statistics import Summary
+    from dtfcli.inspection.text import TextRouting
 
 SAMPLE = '''def factorial(n):
     """Return n!, the product 1 * 2 * ... * n."""
@@ -59,7 +66,7 @@ def inspect_routing(
     output: Output = None,
     compare: Compare = None,
     limit: Limit = None,
-    text_field: TextField = ("text"),
+    text_field: TextField = "text",
     routing: options.Routing = "auto",
     capacity: options.Capacity = None,
     device: options.Device = "auto",
@@ -83,90 +90,107 @@ def inspect_routing(
       dtf inspect-routing MODEL --file novels.parquet --limit 100 --output routing.json
       dtf inspect-routing MODEL --file page.txt --compare OTHER_MODEL
     """
-    from dtfcli.cli import inspect_view, render
+    from dtfcli.cli import render
 
-    is_documents = _check_input(text, file, compare, limit, text_field)
+    is_corpus = _check_input(text, file, compare, limit, text_field)
     for option, path, suffix in (("--html", html, ".html"), ("--png", png, ".png"), ("--output", output, "")):
         _check_target(option, path, suffix)
     _check_distinct([html, png, output])
-    content = SAMPLE if text is None else text
-    if file is not None and not is_documents:
-        content = _read(file)
-
-    from dtfcli.inspection.comparison import compare as compare_reports
-    from dtfcli.inspection.corpus import CorpusRouting, inspect_corpus
-    from dtfcli.inspection.figure import draw_figure
-    from dtfcli.inspection.page import render_page
-    from dtfcli.inspection.statistics import summarize
-    from dtfcli.inspection.text import TextRouting, inspect_text, require_routed
-    from dtfcli.loading.load import load_model, load_tokenizer
-
-    common: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "trust_remote_code": trust_remote_code,
-    }
-    loaded = load_model(model, routing=routing, capacity=capacity, revision=revision, **common)
-    require_routed(loaded, model)
-    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-
-    report: TextRouting | CorpusRouting
-    comparison = None
-    if is_documents:
+    loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
+    if is_corpus:
         assert file is not None
-        with inspect_view.progress(limit) as on_document:
-            report = inspect_corpus(
-                loaded, tokenizer, file, name=model, limit=limit, text_field=text_field, on_document=on_document
-            )
-        summary = report.summary
+        found = _route_corpus(model, loading, file, limit, text_field)
     else:
+        content = _read(file) if file is not None else SAMPLE if text is None else text
         python = content == SAMPLE or (file is not None and file.suffix.lower() == ".py")
-        report = inspect_text(loaded, tokenizer, content, name=model, python=python)
-        summary = summarize(report)
-        if len(report.windows) > 1:
-            render.note(_cut_note(len(report.source), len(report.windows), loaded.config.max_position_embeddings))
-        if compare is not None:
-            del loaded
-            other = load_model(compare, **common)
-            other_tokenizer = load_tokenizer(compare, trust_remote_code=trust_remote_code)
-            second = inspect_text(other, other_tokenizer, content, name=compare, agreement=False, dense=True)
-            comparison = compare_reports(report, second)
-
-    document: dict[str, Any] = {"summary": summary}
-    if isinstance(report, TextRouting):
-        document = report.to_dict() | document
-    else:
-        document |= {
-            "model": report.model,
-            "architecture": report.architecture,
-            "routing": report.routing,
-            "causal": report.causal,
-            "capacity": report.capacity,
-            "file": report.file,
-            "cut_documents": report.cut_documents,
-        }
-        if report.cut_documents:
-            render.note(f"{report.cut_documents} documents are longer than the model's positions: cut into windows.")
-    document["agreement"] = None if summary.agreement is None else summary.agreement.to_dict()
-    if comparison is not None:
-        document["comparison"] = comparison.to_dict()
-
-    if output is not None:
-        render.write_json(document, output)
-        render.note(f"everything in {output}")
-    if html is not None:
-        html.write_text(render_page(report, summary, comparison), "utf-8")
-        render.note(f"page in {html}")
-    if png is not None:
-        draw_figure(report, summary, png)
-        render.note(f"figure in {png}")
+        found = _route_text(model, loading, content, python, compare)
+    found.write(output, html, png)
     if json:
-        render.emit_json(document)
-    elif isinstance(report, TextRouting):
-        inspect_view.show_text(report, summary, comparison)
+        render.emit_json(found.document())
     else:
-        inspect_view.show_corpus(report)
+        found.show()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a model did with a text or a corpus, and in which ways it can be looked at."""
+
+    report: "TextRouting | CorpusRouting"
+    summary: "Summary"
+    comparison: "Comparison | None" = None
+
+    def document(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        agreement = self.summary.agreement
+        document = self.report.to_dict() | {
+            "summary": self.summary,
+            "agreement": None if agreement is None else agreement.to_dict(),
+        }
+        return document if self.comparison is None else document | {"comparison": self.comparison.to_dict()}
+
+    def write(self, output: Path | None, html: Path | None, png: Path | None) -> None:
+        """Write the files that were asked for."""
+        from dtfcli.cli import render
+        from dtfcli.inspection.figure import draw_figure
+        from dtfcli.inspection.page import render_page
+
+        if output is not None:
+            render.write_json(self.document(), output)
+            render.note(f"everything in {output}")
+        if html is not None:
+            html.write_text(render_page(self.report, self.summary, self.comparison), "utf-8")
+            render.note(f"page in {html}")
+        if png is not None:
+            draw_figure(self.report, self.summary, png)
+            render.note(f"figure in {png}")
+
+    def show(self) -> None:
+        """Print it."""
+        from dtfcli.cli import inspect_view
+        from dtfcli.inspection.text import TextRouting
+
+        if isinstance(self.report, TextRouting):
+            inspect_view.show_text(self.report, self.summary, self.comparison)
+        else:
+            inspect_view.show_corpus(self.report)
+
+
+def _route_corpus(model: str, loading: options.Loading, file: Path, limit: int | None, text_field: str) -> _Found:
+    """Add up what the model does with every document of a file or folder."""
+    from dtfcli.cli import inspect_view, render
+    from dtfcli.inspection.corpus import inspect_corpus
+    from dtfcli.inspection.text import require_routed
+
+    loaded, tokenizer = loading.open(model)
+    require_routed(loaded, model)
+    with inspect_view.progress(limit) as on_document:
+        report = inspect_corpus(
+            loaded, tokenizer, file, name=model, limit=limit, text_field=text_field, on_document=on_document
+        )
+    if report.cut_documents:
+        render.note(f"{report.cut_documents} documents are longer than the model's positions: cut into windows.")
+    return _Found(report, report.summary)
+
+
+def _route_text(model: str, loading: options.Loading, text: str, python: bool, compare: str | None) -> _Found:
+    """What the model does with one text, and what a second model does with the same tokens."""
+    from dtfcli.cli import render
+    from dtfcli.inspection.comparison import compare_routing
+    from dtfcli.inspection.statistics import summarize
+    from dtfcli.inspection.text import inspect_text, require_routed
+
+    loaded, tokenizer = loading.open(model)
+    require_routed(loaded, model)
+    report = inspect_text(loaded, tokenizer, text, name=model, python=python)
+    if len(report.windows) > 1:
+        render.note(_cut_note(len(report.source), len(report.windows), loaded.config.max_position_embeddings))
+    comparison = None
+    if compare is not None:
+        del loaded
+        other, other_tokenizer = replace(loading, routing=None, capacity=None, revision=None).open(compare)
+        second = inspect_text(other, other_tokenizer, text, name=compare, agreement=False, dense=True)
+        comparison = compare_routing(report, second)
+    return _Found(report, summarize(report), comparison)
 
 
 def _check_input(text: str | None, file: Path | None, compare: str | None, limit: int | None, text_field: str) -> bool:

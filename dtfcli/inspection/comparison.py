@@ -82,7 +82,7 @@ class Comparison:
         }
 
 
-def compare(first: TextRouting, second: TextRouting) -> Comparison:
+def compare_routing(first: TextRouting, second: TextRouting) -> Comparison:
     """Set two models' routing of one text side by side.
 
     Raises:

@@ -41,6 +41,18 @@ class CorpusRouting:
         """Whether a token's path depends on nothing after it."""
         return self.routing != "topk"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the sums, for JSON."""
+        return {
+            "model": self.model,
+            "architecture": self.architecture,
+            "routing": self.routing,
+            "causal": self.causal,
+            "capacity": self.capacity,
+            "file": self.file,
+            "cut_documents": self.cut_documents,
+        }
+
 
 def inspect_corpus(
     model: Any,

@@ -59,7 +59,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             attention_mask: [B, T], 0 for padding on either side.
             past_key_values, cache: the same under its two names, a `RoutedCache`; None: with `use_cache` a new one.
             labels: int64 [B, T], not shifted; -100 is ignored.
-            logits_to_keep: as in Transformers: the last so many positions, 0 for all.
+            logits_to_keep: compute logits of the last N positions only, or of these; 0: of all. As in Transformers.
             output_routing: return a `RoutingRecord` for each routed layer.
             output_logits: False never materializes the logits; None: they are left out while training with labels.
             num_items_in_batch: targets in the whole update; losses are then sums over it instead of means over
@@ -86,27 +86,29 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             output_logits = labels is None or not self.training
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)) if output_logits else None
 
-        loss = lm_loss = prior_loss = router_loss = None
-        if labels is not None:
-            lm_loss = causal_lm_loss(hidden_states, head, labels, num_items_in_batch)
-            prior_loss, router_loss = self._auxiliary_losses(outputs, labels, num_items_in_batch)
-            loss = lm_loss
-            if self.training and prior_loss is not None:
-                loss = loss + self.config.prior_loss_weight * prior_loss
-            if self.training and router_loss is not None:
-                loss = loss + router_loss
+        losses = {} if labels is None else self._losses(outputs, head, labels, num_items_in_batch)
         result = RoutedCausalLMOutput(
-            loss=loss,
+            **losses,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            lm_loss=lm_loss,
-            prior_loss=prior_loss,
-            router_loss=router_loss,
             routing=outputs.routing if output_routing else None,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def _losses(
+        self, outputs: RoutedModelOutput, head: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None
+    ) -> dict[str, Tensor | None]:
+        """The language-model loss, the auxiliary ones, and as "loss" what training minimizes: their weighted sum."""
+        assert outputs.last_hidden_state is not None
+        loss = lm_loss = causal_lm_loss(outputs.last_hidden_state, head, labels, num_items_in_batch)
+        prior_loss, router_loss = self._auxiliary_losses(outputs, labels, num_items_in_batch)
+        if self.training and prior_loss is not None:
+            loss = loss + self.config.prior_loss_weight * prior_loss
+        if self.training and router_loss is not None:
+            loss = loss + router_loss
+        return {"loss": loss, "lm_loss": lm_loss, "prior_loss": prior_loss, "router_loss": router_loss}
 
     def _auxiliary_losses(
         self, outputs: RoutedModelOutput, labels: Tensor, num_items_in_batch: Tensor | float | None

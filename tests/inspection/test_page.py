@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli.inspection.comparison import compare
+from dtfcli.inspection.comparison import compare_routing
 from dtfcli.inspection.corpus import inspect_corpus
 from dtfcli.inspection.figure import draw_figure
 from dtfcli.inspection.page import page_data, render_page
@@ -93,7 +93,7 @@ def routed_model_of_bytes() -> Any:
 def test_the_page_of_a_comparison_and_of_a_corpus(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     first = inspect_text(routed_model(), words, TEXT, name="a")
     second = inspect_text(routed_model(architecture="mod"), words, TEXT, name="b")
-    data = page_data(first, summarize(first), compare(first, second))
+    data = page_data(first, summarize(first), compare_routing(first, second))
     assert len(data["comparison"]["depth"]) == len(first.source)
     assert {"layers", "class", "difference", "models", "modes"} <= {table["key"] for table in data["tables"]}
     file = tmp_path / "texts.jsonl"

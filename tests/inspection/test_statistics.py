@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dtfcli.errors import ConfigError, DataError
-from dtfcli.inspection.comparison import compare
+from dtfcli.inspection.comparison import compare_routing
 from dtfcli.inspection.corpus import inspect_corpus
 from dtfcli.inspection.statistics import RoutingStatistics, summarize
 from dtfcli.inspection.text import inspect_text
@@ -106,7 +106,7 @@ def test_limit_and_field(dtf_model: Any, words: PreTrainedTokenizerFast, tmp_pat
 def test_two_models(words: PreTrainedTokenizerFast) -> None:
     first = inspect_text(routed_model(), words, TEXT, name="a")
     second = inspect_text(routed_model(architecture="mod", seed=1), words, TEXT, name="b")
-    found = compare(first, second)
+    found = compare_routing(first, second)
     np.testing.assert_allclose(found.depth_difference, first.depth_share - second.depth_share)
     np.testing.assert_allclose(found.loss_difference[1:], (first.loss - second.loss)[1:])
     for i, overlap in enumerate(found.agreement.layers.values()):
@@ -114,7 +114,7 @@ def test_two_models(words: PreTrainedTokenizerFast) -> None:
     for row in found.groups:
         chosen = (np.array(first.classes) == row.name) & ~first.sinks
         assert row.difference == pytest.approx(found.depth_difference[chosen].mean())
-    same = compare(first, first)
+    same = compare_routing(first, first)
     assert same.agreement.overall.jaccard == 1
     assert not same.depth_difference.any()
 
@@ -122,12 +122,12 @@ def test_two_models(words: PreTrainedTokenizerFast) -> None:
 def test_a_dense_model_has_losses_to_compare(words: PreTrainedTokenizerFast) -> None:
     first = inspect_text(routed_model(capacity=1.0), words, TEXT, name="a")
     second = inspect_text(dense_model(), words, TEXT, name="b", dense=True)
-    found = compare(first, second)
+    found = compare_routing(first, second)
     assert not found.agreement.layers
     assert found.losses is not None
     np.testing.assert_allclose(found.loss_difference[1:], 0, atol=1e-4)  # γ = 1 is the dense model
     with pytest.raises(ConfigError, match="tokenizer"):
-        compare(first, inspect_text(dense_model(), words, TEXT + " a", name="b", dense=True))
+        compare_routing(first, inspect_text(dense_model(), words, TEXT + " a", name="b", dense=True))
 
 
 def test_nothing_to_sum() -> None:
