@@ -1,5 +1,7 @@
-"""The models. Flat and uploadable: every file here but `routing_naive` travels with a saved model.
+"""The models. `modeling_dynamic` and the files that it imports travel with every saved model.
 
+In: a config, or a dense model to convert. Out: a routed model of Transformers.
 Files import the standard library, torch, transformers and their siblings, nothing else of `dtfcli`.
-Read them in this order: `configuration_fields`, `routing`, `layers`, `modeling_dynamic`, `conversion`.
+Read in this order: `routing` (the idea as functions; `routing_naive` as loops), `configuration_fields`,
+`routers`, `layers`, `cache`, `stack`, `modeling_dynamic`; then `conversion` (dense ↔ routed), `families` (backbones).
 """

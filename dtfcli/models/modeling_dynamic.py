@@ -57,7 +57,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         Args:
             input_ids: int64 [B, T]; or inputs_embeds [B, T, D].
             attention_mask: [B, T], 0 for padding on either side.
-            past_key_values, cache: the same under its two names, a `RoutedCache`; None: with `use_cache` a new one.
+            past_key_values, cache: two names for a `RoutedCache`; None: with `use_cache` a new one.
             labels: int64 [B, T], not shifted; -100 is ignored.
             logits_to_keep: compute logits of the last N positions only, or of these; 0: of all. As in Transformers.
             output_routing: return a `RoutingRecord` for each routed layer.
@@ -85,7 +85,6 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         if output_logits is None:
             output_logits = labels is None or not self.training
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)) if output_logits else None
-
         losses = {} if labels is None else self._losses(outputs, head, labels, num_items_in_batch)
         result = RoutedCausalLMOutput(
             **losses,
