@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from prompt_toolkit.application import create_app_chat
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
@@ -19,7 +19,7 @@ def chat_parts() -> tuple[Any, Any]:
 
 
 def typed(chat: Chat, text: str) -> None:
-    with create_pipe_input() as pipe, create_app_chat(input=pipe, output=DummyOutput()):
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
         pipe.send_text(text)
         run(chat)
 
