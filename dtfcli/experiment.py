@@ -25,7 +25,7 @@ from dtfcli.settings.groups import HubSettings
 from dtfcli.training.loop import TrainResult, train_model
 from dtfcli.training.plan import TrainPlan, for_processes, plan_run
 from dtfcli.training.processes import is_main_process
-from dtfcli.training.tracking import Event, TrainListener
+from dtfcli.training.tracking import TrainEvent, TrainListener
 
 if TYPE_CHECKING:
     from dtfcli.evaluation.job_runner import EvalEvent
@@ -41,7 +41,7 @@ def train(
         settings: of the run; when resuming, those from its folder (`runs.folder.run_settings`).
         resume: the folder of a run to go on with.
         rename: give a new run another name when its own is taken, instead of refusing.
-        on_event: called with every `Event`.
+        on_event: called with every `TrainEvent`.
 
     Raises:
         TrainingInterrupted: by Ctrl-C or SIGTERM, after a checkpoint was saved.
@@ -63,7 +63,7 @@ def train(
     return replace(result, hub_url=_push_final(settings.hub, pushed, emit))
 
 
-def _tell_nobody(event: Event) -> None:
+def _tell_nobody(event: TrainEvent) -> None:
     """The listener of processes other than the main one."""
 
 
@@ -73,11 +73,11 @@ def _never_lost(what: str, again: str, emit: TrainListener) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        emit(Event("warning", again))
+        emit(TrainEvent("warning", again))
         raise
     except Exception as error:
         problem = str(error) if isinstance(error, DTFError) else f"{type(error).__name__}: {error}"
-        emit(Event("warning", f"{what} {problem}\n{again}"))
+        emit(TrainEvent("warning", f"{what} {problem}\n{again}"))
 
 
 def plan_evaluation(settings: Settings) -> "EvalPlan | None":
@@ -113,12 +113,12 @@ def _evaluate_final(settings: Settings, plan: "EvalPlan", run: Path, emit: Train
     def show(event: "EvalEvent") -> None:
         nonlocal name, total, done
         if event.kind == "warning":
-            emit(Event("warning", event.message))
+            emit(TrainEvent("warning", event.message))
         elif event.kind == "job":
             name, total, done = event.message, event.count, 0
         done += event.count if event.kind == "answers" else 0
         if event.kind in ("job", "answers"):
-            emit(Event("phase", f"Benchmark {name}", fraction=min(1.0, done / total) if total else None))
+            emit(TrainEvent("phase", f"Benchmark {name}", fraction=min(1.0, done / total) if total else None))
 
     command = ["dtf", "eval", str(run), "--tasks", ",".join(plan.names)]
     command += ["--limit", str(plan.limit)] if plan.limit is not None else []
@@ -140,7 +140,7 @@ def _check_login(hub: HubSettings, emit: TrainListener) -> None:
         from huggingface_hub import get_token
 
         if get_token() is None:
-            emit(Event("warning", f"hub.repo = {hub.repo!r}: not logged in; run `hf auth login` meanwhile."))
+            emit(TrainEvent("warning", f"hub.repo = {hub.repo!r}: not logged in; run `hf auth login` meanwhile."))
 
 
 def _push_final(hub: HubSettings, model: Path, emit: TrainListener) -> str | None:
@@ -156,10 +156,10 @@ def _push_final(hub: HubSettings, model: Path, emit: TrainListener) -> str | Non
             model,
             hub.repo,
             PushOptions(private=hub.private),
-            on_progress=lambda message: emit(Event("phase", message[0].upper() + message[1:])),
+            on_progress=lambda message: emit(TrainEvent("phase", message[0].upper() + message[1:])),
         )
         for warning in result.warnings:
-            emit(Event("warning", warning))
+            emit(TrainEvent("warning", warning))
         return result.url
     return None
 

@@ -8,7 +8,7 @@ import pytest
 from dtfcli.errors import ConfigError
 from dtfcli.experiment import train
 from dtfcli.settings import load_settings
-from dtfcli.training.tracking import Event
+from dtfcli.training.tracking import TrainEvent
 from tests.evaluation.conftest import write_dataset
 from tests.training.small_runs import small_settings
 
@@ -48,7 +48,7 @@ def test_the_runs_own_text_scores_as_in_training(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failing_evaluation_does_not_lose_the_run(tmp_path: Path) -> None:
-    events: list[Event] = []
+    events: list[TrainEvent] = []
     empty = tmp_path / "empty"
     empty.mkdir()
     settings = small_settings(tmp_path, eval={"after": "sciq", "data_dir": str(empty)})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dtfcli.settings import Settings
     from dtfcli.training.loop import TrainResult
     from dtfcli.training.plan import TrainPlan
-    from dtfcli.training.tracking import Event
+    from dtfcli.training.tracking import TrainEvent
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 48
@@ -39,7 +39,7 @@ class PlainView:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __call__(self, event: "Event") -> None:
+    def __call__(self, event: "TrainEvent") -> None:
         """Show an event."""
         place, metrics = f"step {event.step}/{event.total_steps}", event.metrics
         if event.kind == "warning":
@@ -92,7 +92,7 @@ class LiveView:
     ) -> None:
         self._live.stop()
 
-    def __call__(self, event: "Event") -> None:
+    def __call__(self, event: "TrainEvent") -> None:
         """Take an event in; the panel is redrawn four times a second."""
         if event.kind == "warning":
             warn(event.message)
@@ -142,7 +142,7 @@ class LiveView:
         return line
 
 
-def _start_line(event: "Event") -> str:
+def _start_line(event: "TrainEvent") -> str:
     """How much is trained, and where."""
     whole, trained = event.metrics["parameters"] or 0, event.metrics["trainable"] or 0
     return f"Training {trained:,} of {whole:,} parameters in {event.message}"

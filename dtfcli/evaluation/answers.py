@@ -15,7 +15,7 @@ from typing import IO, Any
 
 
 @dataclass(frozen=True)
-class Batch:
+class AnsweredBatch:
     """One batch that a model has answered.
 
     Attributes:
@@ -43,7 +43,7 @@ class AnswerStore:
     path: Path | None = None
     reused: int = 0
     computed: int = 0
-    _known: dict[str, Batch] = field(default_factory=dict)
+    _known: dict[str, AnsweredBatch] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
     _file: IO[str] | None = None
 
@@ -55,7 +55,7 @@ class AnswerStore:
             try:
                 record = json.loads(line)
                 key = record.pop("key")
-                self._known[key] = Batch(**record)
+                self._known[key] = AnsweredBatch(**record)
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue
 
@@ -65,14 +65,14 @@ class AnswerStore:
         self._asked[digest] += 1
         return f"{digest}-{self._asked[digest]}"
 
-    def find(self, key: str) -> Batch | None:
+    def find(self, key: str) -> AnsweredBatch | None:
         """A batch with stored answers."""
         batch = self._known.get(key)
         if batch is not None:
             self.reused += len(batch.answers)
         return batch
 
-    def add(self, key: str, batch: Batch) -> None:
+    def add(self, key: str, batch: AnsweredBatch) -> None:
         """Store a batch; it survives the end of the process, but not a power failure."""
         self.computed += len(batch.answers)
         if self.path is None:

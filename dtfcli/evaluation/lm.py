@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from torch import Tensor
 
-from dtfcli.evaluation.answers import AnswerStore, Batch
+from dtfcli.evaluation.answers import AnsweredBatch, AnswerStore
 from dtfcli.shares import ShareMeter, measured_shares
 
 _CPU_BYTES = 2**30
@@ -79,7 +79,7 @@ class RoutedLM(HFLM):
                 counts = meter.counts()
             else:
                 answers, counts = compute(key), {}
-            batch = Batch(answers, counts, truncated, time.perf_counter() - started)
+            batch = AnsweredBatch(answers, counts, truncated, time.perf_counter() - started)
             self.store.add(key, batch)
         if self.meter is not None:
             self.meter.add_counts(batch.counts)

@@ -249,7 +249,7 @@ class LinearRouter(Router):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.gate = config.mod_gate
+        self.gate_kind = config.mod_gate
         self.std = config.initializer_range
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
 
@@ -259,7 +259,7 @@ class LinearRouter(Router):
 
     def forward(self, hidden_states: Tensor) -> Scores:
         """[B, T, D] → scores [B, T]."""
-        return mod_scores(hidden_states, self.weight, self.gate)
+        return mod_scores(hidden_states, self.weight, self.gate_kind)
 
     def scalars(self) -> dict[str, float]:
         """A linear router has none."""

@@ -214,16 +214,16 @@ def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Scalars) -> 
     return Scores(F.softplus(a) + F.softplus(b), s_ce + s_cu - s_ce * s_cu, s_ce, s_cu)
 
 
-def mod_scores(hidden_states: Tensor, weight: Tensor, gate: str = "sigmoid") -> Scores:
+def mod_scores(hidden_states: Tensor, weight: Tensor, kind: str = "sigmoid") -> Scores:
     """Mixture-of-Depths: r = x · w, a linear score of the token alone; gate σ(r), or r itself ("raw").
 
     Args:
         hidden_states: [B, T, D].
         weight: float32 [D].
-        gate: "sigmoid" or "raw".
+        kind: of gate, "sigmoid" or "raw".
     """
     score = hidden_states.float() @ weight
-    return Scores(score, score if gate == "raw" else torch.sigmoid(score))
+    return Scores(score, score if kind == "raw" else torch.sigmoid(score))
 
 
 def sink_mask(real: Tensor | None, sinks: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:

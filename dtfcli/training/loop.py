@@ -34,7 +34,7 @@ from dtfcli.training.processes import is_main_process
 from dtfcli.training.saving import checkpoint, save_merged, save_model
 from dtfcli.training.setup import Run, setup
 from dtfcli.training.sharding import Sharded
-from dtfcli.training.tracking import Event, TrainListener
+from dtfcli.training.tracking import TrainEvent, TrainListener
 from dtfcli.training.update import check_finite, is_logged, update
 from dtfcli.training.validation import to_batch, validate
 
@@ -85,7 +85,7 @@ def train_model(settings: Settings, *, resume: Path | None, rename: bool, emit: 
         ConfigError, DataError, CheckpointError, HubError: the input is wrong.
         DTFError: the run folder cannot be written.
     """
-    stop = StopSignal(lambda: emit(Event("warning", "Stopping after this step; Ctrl-C again stops at once.")))
+    stop = StopSignal(lambda: emit(TrainEvent("warning", "Stopping after this step; Ctrl-C again stops at once.")))
     with explained_failures(settings), ExitStack() as held:
         if resume is not None and is_main_process():
             held.enter_context(locked(resume))

@@ -34,7 +34,7 @@ from dtfcli.training.recomputing import recompute_activations
 from dtfcli.training.rows import UpdateRows, update_rows
 from dtfcli.training.sharding import Replicated, Sharded
 from dtfcli.training.trackers import Trackers, check_trackers
-from dtfcli.training.tracking import Event, Stopwatch, TrainListener
+from dtfcli.training.tracking import Stopwatch, TrainEvent, TrainListener
 from dtfcli.training.validation import evaluation_rows
 
 
@@ -75,7 +75,7 @@ class Run:
 
     def tell(self, kind: Any, message: str = "", metrics: dict[str, Any] | None = None) -> None:
         """Emit an event of this step."""
-        self.emit(Event(kind, message, self.state.step, self.plan.total_steps, metrics=metrics or {}))
+        self.emit(TrainEvent(kind, message, self.state.step, self.plan.total_steps, metrics=metrics or {}))
 
 
 def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainListener, stop: StopSignal) -> Run:
@@ -90,10 +90,10 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     folder = processes.from_main(lambda: resume or new_run_folder(settings, rename=rename))
 
     def progress(message: str, fraction: float | None) -> None:
-        emit(Event("phase", message, fraction=fraction))
+        emit(TrainEvent("phase", message, fraction=fraction))
 
     def warn(message: str) -> None:
-        emit(Event("warning", message))
+        emit(TrainEvent("warning", message))
 
     states = (Sharded if settings.training.sharding == "fsdp2" else Replicated)(accelerator, processes)
     # The first process of a machine fills the caches, the others read them.
@@ -196,11 +196,11 @@ def _restore(folder: Path, states: Replicated, start: TrainingState, emit: Train
     def find() -> tuple[Path, TrainingState] | None:
         tidy_folders(folder)
         tidy_folders(folder / CHECKPOINTS)
-        return find_checkpoint(folder, lambda message: emit(Event("warning", message)))
+        return find_checkpoint(folder, lambda message: emit(TrainEvent("warning", message)))
 
     found = states.processes.from_main(find)
     if found is None:
-        emit(Event("warning", f"{folder} has no usable checkpoint: starting from the beginning."))
+        emit(TrainEvent("warning", f"{folder} has no usable checkpoint: starting from the beginning."))
         return start
     checkpoint, state = found
     if states.processes.from_main(lambda: state.data != start.data):
@@ -209,7 +209,7 @@ def _restore(folder: Path, states: Replicated, start: TrainingState, emit: Train
         )
     if state.processes != start.processes:
         message = f"{state.processes} processes have trained this run and {start.processes} go on: not bit for bit."
-        emit(Event("warning", message))
+        emit(TrainEvent("warning", message))
     states.load(checkpoint)
-    emit(Event("phase", f"Resuming from {checkpoint}"))
+    emit(TrainEvent("phase", f"Resuming from {checkpoint}"))
     return replace(state, processes=start.processes)

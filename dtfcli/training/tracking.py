@@ -9,7 +9,7 @@ EventKind = Literal["phase", "start", "step", "evaluation", "checkpoint", "warni
 
 
 @dataclass(frozen=True)
-class Event:
+class TrainEvent:
     """Something that happened in a run.
 
     Attributes:
@@ -29,7 +29,7 @@ class Event:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-TrainListener = Callable[[Event], None]
+TrainListener = Callable[[TrainEvent], None]
 
 
 class Stopwatch:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtfcli.experiment import train
-from dtfcli.training.tracking import Event
+from dtfcli.training.tracking import TrainEvent
 from tests.conftest import Outcome
 from tests.hub.conftest import TOKEN
 from tests.hub.standin import Fault, Hub
@@ -86,7 +86,7 @@ def test_a_run_pushes_its_final_model(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", [Fault("commit", 403), Fault("whoami", cut="before")], ids=["refused", "no network"])
 def test_a_push_that_fails_does_not_lose_the_run(hub: Hub, tmp_path: Path, fault: Fault) -> None:
     hub.faults = [fault]
-    events: list[Event] = []
+    events: list[TrainEvent] = []
     result = train(small_settings(tmp_path, hub={"repo": "me/new", "private": True}), on_event=events.append)
     assert result.hub_url is None
     assert (result.final_model_path / "model.safetensors").is_file()
@@ -97,7 +97,7 @@ def test_a_push_that_fails_does_not_lose_the_run(hub: Hub, tmp_path: Path, fault
 
 @pytest.mark.slow
 def test_a_run_that_could_not_push_says_so_at_its_start(hub: Hub, logged_out: None, tmp_path: Path) -> None:
-    events: list[Event] = []
+    events: list[TrainEvent] = []
     train(small_settings(tmp_path, hub={"repo": "me/new"}), on_event=events.append)
     kinds = [event.kind for event in events]
     first = next(event for event in events if event.kind == "warning")

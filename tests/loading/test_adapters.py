@@ -22,7 +22,7 @@ from dtfcli.loading.paths import weights_hash
 from dtfcli.models.stack import is_added
 from dtfcli.runs.folder import run_settings
 from dtfcli.training.loop import TrainResult
-from dtfcli.training.tracking import Event
+from dtfcli.training.tracking import TrainEvent
 from tests.conftest import Outcome
 from tests.tiny import tokens
 from tests.training.small_runs import small_settings
@@ -204,9 +204,9 @@ def test_commands(runs: dict[str, TrainResult], dtf: Callable[..., Outcome], tmp
 def test_the_trainable_parameters_are_told(
     runs: dict[str, TrainResult], base: Path, tmp_path: Path, dtf: Callable[..., Outcome]
 ) -> None:
-    events: list[Event] = []
+    events: list[TrainEvent] = []
 
-    def listen(event: Event) -> None:
+    def listen(event: TrainEvent) -> None:
         events.append(event)
         if event.kind == "step":
             raise Killed

@@ -19,7 +19,7 @@ from dtfcli.runs.folder import run_settings
 from dtfcli.training import loop
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.loop import TrainResult
-from dtfcli.training.tracking import Event
+from dtfcli.training.tracking import TrainEvent
 from dtfcli.training.update import TrainingDiverged
 from dtfcli.training.validation import evaluation_rows
 from tests.training.small_runs import small_settings
@@ -28,12 +28,12 @@ ARCHITECTURES = ("dtf", "mod", "dense")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TrainResult, list[Event]]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TrainResult, list[TrainEvent]]]:
     """One finished run of each architecture, from the same folder of text."""
     folder = tmp_path_factory.mktemp("runs")
     runs = {}
     for architecture in ARCHITECTURES:
-        events: list[Event] = []
+        events: list[TrainEvent] = []
         settings = small_settings(folder, architecture, run={"name": architecture})
         runs[architecture] = train(settings, on_event=events.append), events
     return runs
@@ -44,7 +44,7 @@ def lines_of(result: TrainResult) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_run_folder(finished: dict[str, tuple[TrainResult, list[Event]]], architecture: str) -> None:
+def test_run_folder(finished: dict[str, tuple[TrainResult, list[TrainEvent]]], architecture: str) -> None:
     result, _ = finished[architecture]
     assert {path.name for path in result.run_dir.iterdir()} == {
         "settings.toml",
@@ -63,7 +63,7 @@ def test_run_folder(finished: dict[str, tuple[TrainResult, list[Event]]], archit
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_metrics_keys(finished: dict[str, tuple[TrainResult, list[Event]]], architecture: str) -> None:
+def test_metrics_keys(finished: dict[str, tuple[TrainResult, list[TrainEvent]]], architecture: str) -> None:
     result, _ = finished[architecture]
     lines = lines_of(result)
     updates = [line for line in lines if "train/loss" in line]
@@ -89,7 +89,7 @@ def test_metrics_keys(finished: dict[str, tuple[TrainResult, list[Event]]], arch
 
 
 def test_all_architectures_start_from_the_same_function_and_learn(
-    finished: dict[str, tuple[TrainResult, list[Event]]],
+    finished: dict[str, tuple[TrainResult, list[TrainEvent]]],
 ) -> None:
     """Step 0 in training mode: routed layers skip tokens, but backbone and data are the same."""
     first = {name: lines_of(result)[1] for name, (result, _) in finished.items()}
@@ -104,7 +104,7 @@ def test_all_architectures_start_from_the_same_function_and_learn(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_final_model_reloads(finished: dict[str, tuple[TrainResult, list[Event]]], architecture: str) -> None:
+def test_final_model_reloads(finished: dict[str, tuple[TrainResult, list[TrainEvent]]], architecture: str) -> None:
     result, _ = finished[architecture]
     for path in (result.run_dir, result.final_model_path, result.best_model_path):
         model = dtfcli.load_model(path, device="cpu")
@@ -120,7 +120,7 @@ def test_final_model_reloads(finished: dict[str, tuple[TrainResult, list[Event]]
     assert AutoTokenizer.from_pretrained(result.final_model_path).get_vocab() == tokenizer.get_vocab()
 
 
-def test_final_model_has_the_reported_loss(finished: dict[str, tuple[TrainResult, list[Event]]]) -> None:
+def test_final_model_has_the_reported_loss(finished: dict[str, tuple[TrainResult, list[TrainEvent]]]) -> None:
     for architecture, (result, _) in finished.items():
         settings = run_settings(result.run_dir)
         model = dtfcli.load_model(result.final_model_path, device="cpu")
@@ -135,7 +135,7 @@ def validation_rows(settings: Any, result: TrainResult) -> torch.Tensor:
     return torch.from_numpy(rows.astype("int64"))
 
 
-def test_events_tell_the_story(finished: dict[str, tuple[TrainResult, list[Event]]]) -> None:
+def test_events_tell_the_story(finished: dict[str, tuple[TrainResult, list[TrainEvent]]]) -> None:
     _, events = finished["dtf"]
     kinds = [event.kind for event in events if event.kind != "phase"]
     assert kinds[0] == "start"

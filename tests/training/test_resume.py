@@ -20,7 +20,7 @@ from dtfcli.runs.folder import list_checkpoints, newest_run, run_settings
 from dtfcli.training import checkpoint
 from dtfcli.training.checkpoint import read_state
 from dtfcli.training.loop import TrainingInterrupted, TrainResult
-from dtfcli.training.tracking import Event
+from dtfcli.training.tracking import TrainEvent
 from tests.training.small_runs import small_settings
 
 # A prior with dropout, so that the random generators matter.
@@ -31,8 +31,8 @@ class Killed(BaseException):
     """What no handler in the loop catches."""
 
 
-def kill_when(condition: Callable[[Event], bool]) -> Callable[[Event], None]:
-    def listener(event: Event) -> None:
+def kill_when(condition: Callable[[TrainEvent], bool]) -> Callable[[TrainEvent], None]:
+    def listener(event: TrainEvent) -> None:
         if condition(event):
             raise Killed
 
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
         (newest / "optimizer.bin").unlink()
     else:
         (newest / "state.json").write_text("{")
-    events: list[Event] = []
+    events: list[TrainEvent] = []
     resumed = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path), on_event=events.append)
     warnings = [event.message for event in events if event.kind == "warning"]
     assert len(warnings) == 1

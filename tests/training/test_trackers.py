@@ -21,7 +21,7 @@ from dtfcli.settings import Settings
 from dtfcli.training import trackers
 from dtfcli.training.loop import TrainResult
 from dtfcli.training.trackers import Trackers, check_trackers, tracker_config
-from dtfcli.training.tracking import Event
+from dtfcli.training.tracking import TrainEvent
 from tests.training.small_runs import small_settings
 from tests.training.test_resume import Killed, kill_when, the_run
 
@@ -121,7 +121,7 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path: Path, wandb: Fa
 
 def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, wandb: FakeWandb) -> None:
     wandb.fails_at = 2
-    events: list[Event] = []
+    events: list[TrainEvent] = []
     result = train(settings_with(tmp_path, ENABLED), on_event=events.append)
     assert result.steps == 6
     assert [step for step, _ in wandb.runs[0].lines] == [0, 1]
