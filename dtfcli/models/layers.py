@@ -97,18 +97,20 @@ class RoutedLayerMixin(StockLayer):
             return logits, scores, logits
         return scores.score, scores, logits
 
-    def select(self, ranked: Tensor, frame: RoutingFrame) -> tuple[Tensor, Tensor | None]:
+    def select(self, ranked: Tensor, frame: RoutingFrame, capacity: float) -> tuple[Tensor, Tensor | None]:
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
         if frame.mode == "topk":
-            return select_topk(ranked, frame.capacities[self.layer_idx], frame.real, frame.sinks), None
+            return select_topk(ranked, capacity, frame.real, frame.sinks), None
         if frame.thresholds is not None:
             threshold = frame.thresholds[self.layer_idx]
         else:
-            threshold = self.router.threshold(frame.mode, frame.capacities[self.layer_idx], frame.column)
+            threshold = self.router.threshold(frame.mode, capacity, frame.column)
         # A checkpointed layer's outputs become part of its graph; the threshold it will recompute with must not.
         return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold.detach()
 
-    def groups(self, selected: Tensor, frame: RoutingFrame) -> tuple[list[tuple[list[int], Slots]], list[int]]:
+    def groups(
+        self, selected: Tensor, frame: RoutingFrame, capacity: float
+    ) -> tuple[list[tuple[list[int], Slots]], list[int]]:
         """Rows that go through the block together, with their slots; and how many tokens of each row enter.
 
         `topk` never waits for the device: every row has the same number of slots. A causal mode looks once, because
@@ -116,7 +118,7 @@ class RoutedLayerMixin(StockLayer):
         every process of a distributed run has to enter every layer. Rows and counts are empty where nobody looked.
         """
         if frame.mode == "topk":
-            width = topk_capacity(frame.capacities[self.layer_idx], frame.shape[1])
+            width = topk_capacity(capacity, frame.shape[1])
             slots = assign_slots(selected, width)
             return [([], slots if frame.real is not None else slots._replace(routed=None))], []  # K of T, in every row
         if self.training:
@@ -130,6 +132,7 @@ class RoutedLayerMixin(StockLayer):
         hidden_states: Tensor,
         *surprises: Tensor,
         frame: RoutingFrame,
+        capacity: float,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -140,7 +143,8 @@ class RoutedLayerMixin(StockLayer):
         Args:
             hidden_states: [B, T, D].
             surprises: D_st, D_ch of the decision layer below, float32 [B, T] (DTF); none (MoD).
-            frame: mode, capacities, padding and sinks of this pass.
+            frame: mode, padding and sinks of this pass.
+            capacity: γ of this layer in this pass.
             position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
             attention_mask, position_ids: those of the dense layers, not used: the slots have their own.
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
@@ -148,8 +152,8 @@ class RoutedLayerMixin(StockLayer):
         cache = kwargs.pop(CACHE_NAME, None)
         store = None if cache is None else cache.layers[self.layer_idx]
         ranked, scores, logits = self.rank(hidden_states, surprises, frame, store)
-        selected, threshold = self.select(ranked, frame)
-        groups, counts = self.groups(selected, frame)
+        selected, threshold = self.select(ranked, frame, capacity)
+        groups, counts = self.groups(selected, frame, capacity)
         all_keys = self._keys(hidden_states, position_embeddings, selected, counts, store)
         for rows, slots in groups:
             x_RKD = gather_tokens(hidden_states, slots)

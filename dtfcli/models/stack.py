@@ -259,9 +259,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         layer, hidden_states = self.layers[index], passing.hidden_states
         if isinstance(layer, RoutedLayerMixin):
             static, change = passing.surprises or (None, None)
-            out = RoutedOutput(
-                *layer(hidden_states, *passing.surprises, frame=passing.frame, **passing.layer_inputs, **kwargs)
-            )
+            how = {"frame": passing.frame, "capacity": passing.frame.capacities[index], **passing.layer_inputs}
+            out = RoutedOutput(*layer(hidden_states, *passing.surprises, **how, **kwargs))
             passing.hidden_states = out.hidden_states
             passing.records.append(
                 RoutingRecord(

@@ -33,10 +33,9 @@ def _compile(layer: Any, backend: str) -> None:
     compiled = torch.compile(layer._call_impl, backend=backend, fullgraph=True, dynamic=False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        frame = kwargs.get("frame")
-        fixed = layer.training and torch.is_grad_enabled() and (frame is None or frame.mode == "topk")
-        if fixed and frame is not None:
-            fixed = frame.capacities[layer.layer_idx] == layer.router.capacity
+        fixed = layer.training and torch.is_grad_enabled()
+        if "frame" in kwargs:  # a routed layer
+            fixed = fixed and kwargs["frame"].mode == "topk" and kwargs["capacity"] == layer.router.capacity
         return compiled(*args, **kwargs) if fixed else layer._call_impl(*args, **kwargs)
 
     # What `nn.Module.compile` sets; it is neither saved nor copied with the module.

@@ -227,7 +227,8 @@ def test_routed_layer(family: str, architecture: str, gate: str, mode: str, leng
             stack.step(below, passing)
     entering = passing.hidden_states.clone().requires_grad_()
     surprises = tuple(s.clone().requires_grad_() for s in passing.surprises)
-    out, scores, selected, _, gates, *_ = layer(entering, *surprises, frame=passing.frame, **passing.layer_inputs)
+    how = {"frame": passing.frame, "capacity": passing.frame.capacities[index], **passing.layer_inputs}
+    out, scores, selected, _, gates, *_ = layer(entering, *surprises, **how)
 
     cos, sin = passing.layer_inputs["position_embeddings"]
     stock = type(layer).__mro__[2]  # the backbone's own decoder layer

@@ -92,7 +92,7 @@ def test_the_wheel_carries_the_presets(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "from dtfcli.presets import *; from dtfcli.settings import load_settings; print(presets_dir())\n"
+    code = "from dtfcli.settings.presets import *; from dtfcli.settings import load_settings; print(presets_dir())\n"
     code += "print(*[load_settings(name).run.name for name in preset_names()])"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "site", check=True, capture_output=True, text=True
