@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,13 +28,16 @@ def _process(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="children's processor time is not counted there")
 def test_help_answers_at_once() -> None:
-    times = []
+    """In processor time: other tests run beside this one."""
+    seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         assert _process("--help").returncode == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.4, f"best of {len(times)}: {min(times):.2f} s"
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert 0.0 < min(seconds) < 0.4, f"best of {len(seconds)}: {min(seconds):.2f} s"
 
 
 def test_help_imports_nothing_heavy() -> None:
