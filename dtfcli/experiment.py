@@ -21,7 +21,7 @@ from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.loading.paths import resolve_model_path
 from dtfcli.runs.folder import MERGED_MODEL
 from dtfcli.settings import Settings
-from dtfcli.settings.groups import HubSettings
+from dtfcli.settings.after import HubSettings
 from dtfcli.training.loop import TrainResult, train_model
 from dtfcli.training.plan import TrainPlan, for_processes, plan_run
 from dtfcli.training.processes import is_main_process

@@ -97,7 +97,7 @@ def validate(
     """
     from dtfcli.cli import render
     from dtfcli.errors import ConfigError
-    from dtfcli.settings.groups import file_problems
+    from dtfcli.settings.schema import file_problems
 
     if not file.exists() and str(file) in presets.preset_names():
         file = presets.preset_path(str(file))

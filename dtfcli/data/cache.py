@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dtfcli.settings.groups import DataSettings
+from dtfcli.settings.data import DataSettings
 
 FORMAT = 1
 SPLITS = ("train", "validation")

@@ -19,7 +19,7 @@ import numpy as np
 from dtfcli.data.documents import ASSISTANT, Document
 from dtfcli.data.targets import with_targets
 from dtfcli.errors import DataError
-from dtfcli.settings.groups import Source
+from dtfcli.settings.data import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

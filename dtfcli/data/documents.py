@@ -35,7 +35,7 @@ from dtfcli.data.sources import (
     similar_path,
 )
 from dtfcli.errors import ConfigError, DataError
-from dtfcli.settings.groups import Source
+from dtfcli.settings.data import Source
 
 OnProgress = Callable[[str, float | None], None]
 

@@ -15,7 +15,7 @@ from typing import Any
 from dtfcli.data.sources import Shard, SourceReader, SourceReport, first_line, similar_path
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.quiet import quiet_libraries
-from dtfcli.settings.groups import Source
+from dtfcli.settings.data import Source
 
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds before each further try at a stream that broke."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from dtfcli.data.documents import Document, hashed_share, kept_document, no_document
 from dtfcli.data.sources import Shard, SourceReader
-from dtfcli.settings.groups import Source
+from dtfcli.settings.data import Source
 
 WINDOW_CHARACTERS = 2**24
 """A window ends here too: books are larger than tweets."""

@@ -32,7 +32,7 @@ from dtfcli.data.stream import document_mixture, read_head, stream_identity
 from dtfcli.data.targets import count_targets
 from dtfcli.data.tokenizer import data_tokenizer, document_encoder, tokenizer_identity, train_tokenizer
 from dtfcli.errors import DataError
-from dtfcli.settings.groups import DataSettings
+from dtfcli.settings.data import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dtfcli.errors import ConfigError, DataError, did_you_mean
-from dtfcli.settings.groups import Source
+from dtfcli.settings.data import Source
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")

@@ -22,7 +22,7 @@ from dtfcli.data.documents import Document, open_sources
 from dtfcli.data.mixture import Mixture, SourceStream, draw_weights, is_held_out
 from dtfcli.data.sources import SourceReader, SourceReport
 from dtfcli.data.tokenizer import document_encoder
-from dtfcli.settings.groups import DataSettings
+from dtfcli.settings.data import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,7 +27,7 @@ from dtfcli.data.conversations import check_template, conversation_encoder
 from dtfcli.data.documents import Document, OnProgress, open_sources, read_documents
 from dtfcli.data.sources import SourceReport
 from dtfcli.errors import ConfigError, DataError
-from dtfcli.settings.groups import DataSettings
+from dtfcli.settings.data import DataSettings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

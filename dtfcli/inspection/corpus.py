@@ -12,7 +12,7 @@ from dtfcli.data.documents import documents
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.inspection.statistics import RoutingStatistics, Summary
 from dtfcli.inspection.text import inspect_text
-from dtfcli.settings.groups import Source
+from dtfcli.settings.data import Source
 
 OnDocument = Callable[[int, float | None], None]
 

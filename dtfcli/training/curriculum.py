@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dtfcli.settings.groups import TrainingSettings
+from dtfcli.settings.training import TrainingSettings
 
 
 def annealing_left(step: int, total_steps: int, training: TrainingSettings) -> float:

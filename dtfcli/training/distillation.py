@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dtfcli.models.conversion import to_dense
 from dtfcli.models.losses import IGNORE_INDEX
-from dtfcli.settings.groups import DistillSettings
+from dtfcli.settings.training import DistillSettings
 
 _CHUNK_ELEMENTS = 2**24
 """Logits of each of the two models held at once (float32, 64 MiB)."""

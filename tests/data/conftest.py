@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from dtfcli.data import tokenizer as tokenization
 from dtfcli.data.documents import Document
 from dtfcli.data.tokenizer import train_tokenizer
-from dtfcli.settings.groups import DataSettings, Source
+from dtfcli.settings.data import DataSettings, Source
 from tests.data.texts import VOCABULARY, sentence
 
 

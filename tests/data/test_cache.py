@@ -18,7 +18,7 @@ from dtfcli.data import sources
 from dtfcli.data.documents import Document
 from dtfcli.data.prepare import TokenizedData, prepare_data
 from dtfcli.data.tokenizer import train_tokenizer
-from dtfcli.settings.groups import DataSettings
+from dtfcli.settings.data import DataSettings
 from tests.data.texts import VOCABULARY, sentence
 
 

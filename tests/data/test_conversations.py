@@ -17,7 +17,7 @@ from dtfcli.data.stream import RowStream
 from dtfcli.data.targets import count_targets, target_labels, token_ids, with_targets
 from dtfcli.data.tokenizer import train_tokenizer
 from dtfcli.errors import ConfigError, DataError
-from dtfcli.settings.groups import Source
+from dtfcli.settings.data import Source
 from tests.data.texts import sentence
 
 MARKED = (

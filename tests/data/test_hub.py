@@ -106,7 +106,7 @@ def test_name_of_a_file_format_does_not_gather_files(folder: Path, monkeypatch: 
 
 def test_offline_hub_for_real() -> None:
     code = (
-        "from dtfcli.data.documents import documents\nfrom dtfcli.settings.groups import Source\n"
+        "from dtfcli.data.documents import documents\nfrom dtfcli.settings.data import Source\n"
         "from dtfcli.errors import DataError\n"
         "try:\n    documents([Source(path='owner/name')], seed=0)\n"
         "except DataError as error:\n    print(error)"

@@ -18,7 +18,7 @@ from dtfcli.data.documents import Document
 from dtfcli.data.prepare import epoch_order, prepare_data, split_documents, unigram_cross_entropy, update_indices
 from dtfcli.data.tokenizer import data_tokenizer
 from dtfcli.errors import DataError
-from dtfcli.settings.groups import DataSettings
+from dtfcli.settings.data import DataSettings
 from tests.budget import examples
 from tests.data.texts import sentence, shared_text, source
 

@@ -23,7 +23,7 @@ from dtfcli.data.mixture import Mixture, SourceStream, is_held_out
 from dtfcli.data.prepare import prepare_data
 from dtfcli.data.stream import Prefetcher, RowStream, document_mixture
 from dtfcli.errors import ConfigError, DataError
-from dtfcli.settings.groups import DataSettings
+from dtfcli.settings.data import DataSettings
 from tests.data.texts import sentence
 
 SEED = 3
@@ -359,7 +359,7 @@ def test_every_process_sees_the_same_rows(make: Any, tokenizer: Any, tmp_path: P
     (tmp_path / "data.json").write_text(data.model_dump_json())
     code = (
         "import hashlib, json, sys\nfrom pathlib import Path\nfrom dtfcli.loading.load import load_tokenizer\n"
-        "from dtfcli.settings.groups import DataSettings\nfrom dtfcli.data.stream import RowStream\n"
+        "from dtfcli.settings.data import DataSettings\nfrom dtfcli.data.stream import RowStream\n"
         "folder = Path(sys.argv[1])\n"
         "data = DataSettings.model_validate_json((folder / 'data.json').read_text())\n"
         f"stream = RowStream(data, load_tokenizer(folder / 'tokenizer'), seed={SEED})\n"

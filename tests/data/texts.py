@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dtfcli.data.documents import documents
-from dtfcli.settings.groups import Source
+from dtfcli.settings.data import Source
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "small", "dogs", "ran", "past", "an", "old"]
 VOCABULARY = 320

@@ -9,8 +9,8 @@ import pytest
 
 from dtfcli.errors import ConfigError
 from dtfcli.settings import load_settings
-from dtfcli.settings.groups import file_problems
 from dtfcli.settings.presets import copy_preset, preset_names, preset_path, preset_summary, presets_dir, read_preset
+from dtfcli.settings.schema import file_problems
 
 NEEDED = {
     "quickstart",

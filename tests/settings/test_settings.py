@@ -8,8 +8,9 @@ import pytest
 from dtfcli.errors import ConfigError
 from dtfcli.models.configuration_fields import ARCHITECTURES, RoutingFields
 from dtfcli.settings import Settings, load_settings
-from dtfcli.settings.groups import Architecture, ModelSettings, file_problems
+from dtfcli.settings.model import Architecture, ModelSettings
 from dtfcli.settings.overrides import parse_value
+from dtfcli.settings.schema import file_problems
 
 
 def _write(path: Path, text: str) -> Path:

@@ -12,7 +12,7 @@ from dtfcli.experiment import train
 from dtfcli.models.stack import is_added
 from dtfcli.runs.files import read_metrics
 from dtfcli.settings import load_settings
-from dtfcli.settings.groups import TrainingSettings
+from dtfcli.settings.training import TrainingSettings
 from dtfcli.shares import measured_shares
 from dtfcli.training import loop
 from dtfcli.training.curriculum import annealed_capacity, annealing_left

@@ -14,7 +14,7 @@ from dtfcli.experiment import train
 from dtfcli.loading.adapters import adapt
 from dtfcli.models.conversion import convert
 from dtfcli.runs.files import read_metrics
-from dtfcli.settings.groups import DistillSettings
+from dtfcli.settings.training import DistillSettings
 from dtfcli.training import distillation
 from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.objectives import Objective

@@ -1,0 +1,100 @@
+"""`model.*`: what to start from and how to route it.
+
+The architecture's hyper-parameters are not repeated here. They come from `RoutingFields`, as those of the models'
+config classes do.
+"""
+
+from dataclasses import fields
+from functools import partial
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import AfterValidator, Field, create_model, model_validator
+
+from dtfcli.models.configuration_fields import RoutingFields, check_routing_fields
+from dtfcli.settings.group import Count, Group, require
+from dtfcli.settings.layers import ROUTING_NAMES
+
+Architecture = Literal["dtf", "mod", "dense"]
+
+
+class ScratchSettings(Group):
+    """`model.scratch.*`: the backbone's shape when there is no base model."""
+
+    family: Literal["llama", "qwen2"] = Field("llama", description="Which backbone to build.")
+    hidden_size: Count = Field(256, description="Width of the residual stream, D.")
+    intermediate_size: Count = Field(704, description="Width of the feed-forward blocks.")
+    num_hidden_layers: Count = Field(6, description="Decoder layers.")
+    num_attention_heads: Count = Field(4, description="Query heads.")
+    num_key_value_heads: Count = Field(2, description="Key and value heads (grouped-query attention).")
+    vocab_size: Count = Field(4096, ge=300, description="Vocabulary, also that of the tokenizer trained for it.")
+    max_position_embeddings: Count = Field(2048, description="Longest sequence.")
+    tie_word_embeddings: bool = Field(True, description="Share the input embeddings with the output layer.")
+    rope_theta: Annotated[float, Field(gt=0)] = Field(10000.0, description="Base of the rotary positions.")
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> "ScratchSettings":
+        heads, size = self.num_attention_heads, self.hidden_size
+        require(
+            size % (2 * heads) == 0,
+            "hidden_size",
+            size,
+            f"rotary positions need an even size for each of the {heads} heads; take a multiple of {2 * heads}",
+        )
+        require(
+            heads % self.num_key_value_heads == 0,
+            "num_key_value_heads",
+            self.num_key_value_heads,
+            f"must divide num_attention_heads = {heads}",
+        )
+        return self
+
+
+def _check_alone(name: str, value: Any) -> Any:
+    """Check one routing field by itself, so that a mistake elsewhere does not hide this one."""
+    if value is not None:
+        check_routing_fields({name: value})
+    return value
+
+
+def _routing_group() -> type[Group]:
+    """A group with every field of `RoutingFields`; unset (None) means the config class's own default."""
+    hints = get_type_hints(RoutingFields)
+    definitions: dict[str, Any] = {
+        f.name: (
+            Annotated[hints[f.name] | None, AfterValidator(partial(_check_alone, f.name))],
+            Field(None, description=f.metadata["help"]),
+        )
+        for f in fields(RoutingFields)
+        if f.name in ROUTING_NAMES
+    }
+    return create_model("RoutingGroup", __base__=Group, **definitions)
+
+
+RoutingGroup = _routing_group()
+
+
+class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at run time from RoutingFields
+    """`model.*`: what to start from and how to route it."""
+
+    architecture: Architecture = Field(
+        "dtf", description="dtf (routes by surprise), mod (Mixture-of-Depths) or dense (the stock model)."
+    )
+    base: str = Field("", description="Hub id, model folder or .gguf file to start from; empty: from scratch.")
+    revision: str = Field("", description="Branch, tag or commit of a Hub base; empty: its default branch.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel; flash_attention_2 needs a GPU and the flash-attn package."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that comes with the base model.")
+    scratch: ScratchSettings = Field(default_factory=ScratchSettings, description="Shape of a model from scratch.")
+
+    @model_validator(mode="after")
+    def _check_routing(self) -> "ModelSettings":
+        if self.architecture != "dense":
+            layers = None if self.base else self.scratch.num_hidden_layers
+            check_routing_fields({"architecture": self.architecture, **self.routing_fields()}, layers)
+        return self
+
+    def routing_fields(self) -> dict[str, Any]:
+        """The routing fields that are set; the others keep the config class's defaults."""
+        values = {name: getattr(self, name) for name in ROUTING_NAMES}
+        return {name: value for name, value in values.items() if value is not None}

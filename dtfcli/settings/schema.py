@@ -1,0 +1,142 @@
+"""The one schema of a run, and how its values are gathered.
+
+`load_settings` lays the layers over each other, highest first: overrides, environment (DTF_…), a TOML file, a preset,
+the defaults of the groups. Unknown keys, wrong types and settings that nothing reads are refused with the key, the
+value and the remedy.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomlkit
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dtfcli.errors import ConfigError
+from dtfcli.settings.after import EvalSettings, HubSettings
+from dtfcli.settings.data import DataSettings
+from dtfcli.settings.group import require
+from dtfcli.settings.layers import Layers, resolve, unread_keys
+from dtfcli.settings.model import ModelSettings
+from dtfcli.settings.overrides import remove
+from dtfcli.settings.run import LoggingSettings, RunSettings
+from dtfcli.settings.training import DistillSettings, LoraSettings, TrainingSettings
+
+SHOWN_PROBLEMS = 3
+
+
+class Settings(BaseSettings):
+    """All settings of a run; `load_settings` makes one."""
+
+    model_config = SettingsConfigDict(extra="forbid", strict=True, frozen=True)
+
+    run: RunSettings = Field(default_factory=RunSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    lora: LoraSettings = Field(default_factory=LoraSettings)
+    distill: DistillSettings = Field(default_factory=DistillSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    eval: EvalSettings = Field(default_factory=EvalSettings)
+    hub: HubSettings = Field(default_factory=HubSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is given: `load_settings` gathers the layers itself, to know where each value came from."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check_across(self) -> "Settings":
+        scratch, length = self.model.scratch, self.data.seq_len
+        if not self.model.base:
+            longest = scratch.max_position_embeddings
+            require(
+                length <= longest,
+                "data.seq_len",
+                length,
+                f"a model of model.scratch.max_position_embeddings = {longest} takes no more; change one of the two",
+            )
+        if self.data.streaming and self.training.max_steps is None:
+            raise ValueError(
+                "training.max_steps = unset: data.sources stream, and a stream has no end; set it, such as "
+                "training.max_steps=1000"
+            )
+        for name, group, why in (
+            ("lora", self.lora, "random weights are not saved with an adapter"),
+            ("distill", self.distill, "a model from scratch has no dense parent"),
+        ):
+            remedy = f"{why}; set model.base to a pretrained model"
+            require(not group.enabled or bool(self.model.base), f"{name}.enabled", True, remedy)
+        self.accumulation_steps()
+        return self
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Tokens per optimizer step, over all processes."""
+        return self.training.tokens_per_update or self.training.micro_batch_size * self.data.seq_len
+
+    def accumulation_steps(self, processes: int = 1) -> int:
+        """Micro-batches per optimizer step on each process.
+
+        Raises:
+            ValueError: tokens_per_update is no multiple of what the processes take at a time.
+        """
+        micro, length = self.training.micro_batch_size, self.data.seq_len
+        unit = micro * length * processes
+        wanted = self.tokens_per_update
+        if wanted % unit == 0:
+            return wanted // unit
+        below, above = wanted // unit * unit, (wanted // unit + 1) * unit
+        nearest = f"the nearest are {below} and {above}" if below else f"the smallest is {unit}"
+        names, numbers = "training.micro_batch_size × data.seq_len", f"{micro} × {length}"
+        if processes > 1:
+            names, numbers = f"{names} × processes", f"{numbers} × {processes}"
+        remedy = f"must be a multiple of {names} = {numbers} = {unit}; {nearest}"
+        rows, left = divmod(wanted, length * processes)
+        if left == 0 and rows < micro:
+            remedy += f", or set training.micro_batch_size={rows}"
+        raise ValueError(f"training.tokens_per_update = {wanted}: {remedy}")
+
+    def to_toml(self) -> str:
+        """The resolved settings as TOML that `--config` takes: what is read and set, without the rest."""
+        values = self.model_dump(exclude_none=True)
+        for key in unread_keys(values):
+            remove(values, key)
+        return tomlkit.dumps(values)
+
+
+def load_settings(preset: str | None = None, overrides: Sequence[str] = (), config: Path | None = None) -> Settings:
+    """Resolve the settings of a run.
+
+    Args:
+        preset: name of a preset; without one and without `config`, `<architecture>-qwen2.5-0.5b`.
+        overrides: `KEY=VALUE` strings such as `training.max_steps=200` or `model=mod`.
+        config: a TOML file laid over the preset.
+
+    Raises:
+        ConfigError: anything in them is wrong; the message has a line for each of the first few mistakes.
+    """
+    settings, lines = resolve(
+        Settings, Layers(Settings, preset, overrides, Path(config) if config is not None else None)
+    )
+    if settings is None:
+        hidden = len(lines) - SHOWN_PROBLEMS
+        more = [f"… and {hidden} more."] if hidden > 0 else []
+        raise ConfigError("\n".join([*lines[:SHOWN_PROBLEMS], *more]))
+    return settings
+
+
+def file_problems(config: Path) -> list[str]:
+    """Every mistake in a settings file, one line each; an empty list when it is right.
+
+    Raises:
+        ConfigError: it cannot be read at all.
+    """
+    return resolve(Settings, Layers(Settings, None, (), config))[1]

@@ -1,0 +1,156 @@
+"""`training.*`, `lora.*` and `distill.*`: how long to train, and how."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from dtfcli.settings.group import Count, Group, Rate, Share, require, whole
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections of a backbone block. Routers, priors and predictors are trained in full, never adapted."""
+
+
+def _check_betas(betas: list[float]) -> list[float]:
+    require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "betas",
+        betas,
+        "AdamW takes two numbers from 0 up to, but not, 1, such as [0.9, 0.95]",
+    )
+    return betas
+
+
+def _check_targets(targets: list[str]) -> list[str]:
+    unknown = [name for name in targets if name not in LORA_TARGETS]
+    require(
+        not unknown,
+        "targets",
+        targets,
+        f"{', '.join(unknown)} is no projection of the backbone; choose from {', '.join(LORA_TARGETS)}",
+    )
+    return targets
+
+
+class LearningRates(Group):
+    """`training.learning_rates.*`: the peak rate of each group of parameters."""
+
+    base: Rate = Field(1e-5, description="The backbone.")
+    prior: Rate = Field(1e-3, description="PriorFFN (dtf).")
+    router: Rate = Field(1e-2, description="Routers: DTF's four scalars, MoD's linear score.")
+    predictor: Rate = Field(1e-3, description="Routing predictors (model.predictor_loss_weight).")
+
+
+class TrainingSettings(Group):
+    """`training.*`: how long and how."""
+
+    max_steps: Count | None = Field(None, description="Optimizer steps; unset: as many as training.epochs takes.")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the data when max_steps is unset.")
+    micro_batch_size: Count = Field(8, description="Sequences per forward and backward on each process.")
+    tokens_per_update: Count | None = Field(
+        None, description="Tokens per optimizer step, over micro-batches and processes; unset: one micro-batch of each."
+    )
+    learning_rates: LearningRates = Field(default_factory=LearningRates, description="Peak learning rates.")
+    weight_decay: Rate = Field(0.01, description="AdamW's weight decay, of weight matrices alone.")
+    decay_router_scalars: bool = Field(
+        False, description="Decay the routers too (DTF's scalars, MoD's linear score), as the thesis did."
+    )
+    betas: Annotated[list[float], AfterValidator(_check_betas)] = Field(
+        default_factory=lambda: [0.9, 0.95], description="AdamW's two averaging coefficients."
+    )
+    warmup_ratio: Share = Field(0.01, description="Share of the steps over which the rates rise from 0.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the rates fall after warm-up; cosine and linear end at 0."
+    )
+    gradient_clip: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Largest norm of the gradient of a learning-rate group."
+    )
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Recompute activations to save memory: all of them, or (selective) the cheap ones, keeping what "
+        "matrix products and attention gave.",
+    )
+    compile: bool = Field(False, description="Compile each layer with torch.compile.")
+    kernels: Literal["torch", "liger"] = Field(
+        "torch", description="What runs norms and SwiGLU: torch, or on GPUs liger (pip install 'dtfcli[liger]')."
+    )
+    sharding: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="With several processes: ddp (each holds the whole model) or fsdp2 (each holds a part of it).",
+    )
+    eval_every: Count | None = Field(None, description="Steps between evaluations; unset: about ten over the run.")
+    log_every: Count = Field(10, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: Count | None = Field(
+        None, description="Steps between checkpoints; unset: about ten over the run."
+    )
+    keep_checkpoints: Count = Field(2, description="How many checkpoints are kept.")
+    calibration_tokens: Count = Field(16384, description="Training tokens that calibrate the thresholds at the end.")
+    threshold_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Last share of the updates that route by threshold, as inference does, instead of by top-K."
+    )
+    capacity_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How γ goes from capacity_start to model.capacity; constant: it is that from the start."
+    )
+    capacity_start: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="γ of the first update under a capacity_schedule."
+    )
+    capacity_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.3, description="First share of the updates over which capacity_schedule runs."
+    )
+    router_warmup_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
+        0, description="First so many updates that train routers, priors and predictors alone, the backbone frozen."
+    )
+
+    @model_validator(mode="after")
+    def _check_kernels(self) -> "TrainingSettings":
+        one = not (self.compile and self.kernels == "liger")
+        require(one, "kernels", self.kernels, "compile = true fuses the same operations; choose one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _check_curriculum(self) -> "TrainingSettings":
+        if self.capacity_schedule != "constant":
+            left = 1 - self.threshold_fraction
+            require(
+                self.capacity_fraction <= left + 1e-9,
+                "capacity_fraction",
+                self.capacity_fraction,
+                f"γ must have arrived where thresholds take over (threshold_fraction = {self.threshold_fraction:g}); "
+                f"at most {left:g}",
+            )
+        if self.max_steps is not None:
+            require(
+                self.router_warmup_steps < self.max_steps,
+                "router_warmup_steps",
+                self.router_warmup_steps,
+                f"the backbone would never be trained; fewer than max_steps = {self.max_steps}",
+            )
+        return self
+
+
+class LoraSettings(Group):
+    """`lora.*`: adapt the backbone by low-rank matrices; routers, priors and predictors are trained in full."""
+
+    enabled: bool = Field(False, description="Freeze the backbone and train low-rank adapters of its projections.")
+    r: Count = Field(16, description="Rank of the adapters.")
+    alpha: Count = Field(32, description="Adapters are scaled by alpha / r.")
+    dropout: Share = Field(0.05, description="Dropout in front of the adapters.")
+    targets: Annotated[list[str], AfterValidator(_check_targets)] = Field(
+        default_factory=lambda: list(LORA_TARGETS),
+        min_length=1,
+        description="Projections of the backbone's blocks that get adapters.",
+        examples=['["q_proj", "v_proj"]'],
+    )
+    merge: bool = Field(False, description="Also write merged_model/: the final model with its adapters merged in.")
+
+
+class DistillSettings(Group):
+    """`distill.*`: also learn from the dense parent, the base before it was routed."""
+
+    enabled: bool = Field(False, description="Add the divergence from the dense parent's predictions to the loss.")
+    weight: Rate = Field(1.0, description="Weight of KL(parent ‖ model), beside the language-model loss's 1.")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="T: both distributions are softened by it, and the divergence is scaled by T²."
+    )
+    hidden_weight: Rate = Field(
+        0.0, description="Weight of the mean squared difference of the final hidden states; 0: not computed."
+    )
