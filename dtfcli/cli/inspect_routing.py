@@ -199,7 +199,8 @@ def _check_input(text: str | None, file: Path | None, compare: str | None, limit
     Raises:
         ConfigError: options that contradict each other or that nothing would read.
     """
-    from dtfcli.data.sources import TABLE_SUFFIXES, similar_path
+    from dtfcli.data.files import TABLE_SUFFIXES
+    from dtfcli.data.sources import similar_path
     from dtfcli.errors import ConfigError
 
     if text is not None and file is not None:

@@ -21,19 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dtfcli.data.files import STDLIB, TABLE_SUFFIXES, TEXT_SUFFIXES, FileReader, FolderReader, StdlibReader
 from dtfcli.data.hub import HubReader
-from dtfcli.data.sources import (
-    STDLIB,
-    TABLE_SUFFIXES,
-    TEXT_SUFFIXES,
-    FileReader,
-    FolderReader,
-    SourceReader,
-    SourceReport,
-    StdlibReader,
-    first_line,
-    similar_path,
-)
+from dtfcli.data.sources import SourceReader, SourceReport, first_line, similar_path
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.settings.data import Source
 

@@ -1,60 +1,29 @@
-"""From `data.sources` to blocks of tokens: documents → split by document → packed blocks, cached on disk.
-
-Notable choices:
-
-- The split falls between documents and depends on their content and the seed alone, not on their order;
-  exact duplicates stay on one side, so that no held-out text is trained on.
-- Each side is one stream of documents in a random but fixed order, an end-of-text token after each, cut into
-  blocks of `seq_len`; the tail that fills no block is dropped.
-- Tokens pass through a file on their way, so that memory holds one batch of text however large the data.
-- The order of training is a pure function of seed and step: resuming needs no state of a sampler.
-"""
+"""`data.sources` → blocks of tokens: read, split, tokenized and packed, or found in the cache of an earlier time."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dtfcli.data import cache
 from dtfcli.data.conversations import check_template
-from dtfcli.data.documents import Document, OnProgress, documents, no_document, open_sources, read_documents, stable_key
+from dtfcli.data.documents import OnProgress, open_sources
+from dtfcli.data.packing import Packed, pack_documents, pack_head
 from dtfcli.data.sources import SourceReader, SourceReport
-from dtfcli.data.stream import document_mixture, read_head, stream_identity
-from dtfcli.data.targets import count_targets
-from dtfcli.data.tokenizer import data_tokenizer, document_encoder, tokenizer_identity, train_tokenizer
+from dtfcli.data.stream import stream_identity
+from dtfcli.data.tokenizer import tokenizer_identity
 from dtfcli.errors import DataError
 from dtfcli.settings.data import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Document",
-    "SourceReport",
-    "TokenizedData",
-    "data_tokenizer",
-    "documents",
-    "epoch_order",
-    "prepare_data",
-    "split_documents",
-    "train_tokenizer",
-    "unigram_cross_entropy",
-    "update_indices",
-]
-
 _log = logging.getLogger(__name__)
-_INT32 = np.dtype(np.int32)
-_HEAD_TOKENS = 2**20
-"""Of a stream, what thresholds are calibrated and tokens are counted on."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +70,7 @@ def prepare_data(
         )
     check_template(data.sources, tokenizer)
     readers = open_sources(data.sources, on_progress=on_progress)
-    identity = {
-        "sources": [reader.identity() for reader in readers],
-        "tokenizer": tokenizer_identity(tokenizer),
-        "end_of_text": tokenizer.eos_token_id,
-        "seq_len": data.seq_len,
-        "validation_fraction": data.validation_fraction,
-        "max_documents": data.max_documents,
-        "seed": seed,
-    }
-    if any(source.messages_field for source in data.sources):
-        identity["chat_template"] = str(tokenizer.chat_template)
-    if data.streaming:
-        identity |= stream_identity(data)
-    fingerprint = cache.fingerprint_of(identity)
+    fingerprint = cache.fingerprint_of(_identity(readers, tokenizer, data, seed))
     root = cache.cache_folder(data)
     cached = _open_cached(root / fingerprint, fingerprint)
     if cached is not None:
@@ -122,20 +78,13 @@ def prepare_data(
             on_progress("Tokenized text found in the cache", 1.0)
         return cached
 
-    def build(folder: Path | None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        build_blocks = _build_head if data.streaming else _build
-        return build_blocks(
-            readers,
-            tokenizer,
-            data=data,
-            seed=seed,
-            folder=folder,
-            on_progress=on_progress,
-        )
+    def pack(folder: Path | None) -> Packed:
+        pack_side = pack_head if data.streaming else pack_documents
+        return pack_side(readers, tokenizer, data=data, seed=seed, folder=folder, on_progress=on_progress)
 
     try:
         with cache.staging(root) as folder:
-            blocks, notes = build(folder)
+            blocks, notes = pack(folder)
             cache.seal(folder, fingerprint, blocks, notes)
             del blocks  # a folder with open maps cannot be renamed everywhere
             cache.publish(folder, root / fingerprint, fingerprint)
@@ -150,15 +99,34 @@ def prepare_data(
         on_progress(warning, None)
     else:
         _log.warning(warning)
-    return _tokenized(*build(None), fingerprint)
+    return _tokenized(pack(None), fingerprint)
+
+
+def _identity(
+    readers: Sequence[SourceReader], tokenizer: PreTrainedTokenizerBase, data: DataSettings, seed: int
+) -> dict[str, Any]:
+    """All that decides the blocks; plain JSON."""
+    identity = {
+        "sources": [reader.identity() for reader in readers],
+        "tokenizer": tokenizer_identity(tokenizer),
+        "end_of_text": tokenizer.eos_token_id,
+        "seq_len": data.seq_len,
+        "validation_fraction": data.validation_fraction,
+        "max_documents": data.max_documents,
+        "seed": seed,
+    }
+    if any(source.messages_field for source in data.sources):
+        identity["chat_template"] = str(tokenizer.chat_template)
+    return identity | (stream_identity(data) if data.streaming else {})
 
 
 def _open_cached(folder: Path, fingerprint: str) -> TokenizedData | None:
     found = cache.load(folder, fingerprint)
-    return None if found is None else _tokenized(*found, fingerprint)
+    return None if found is None else _tokenized(found, fingerprint)
 
 
-def _tokenized(blocks: dict[str, np.ndarray], notes: dict[str, Any], fingerprint: str) -> TokenizedData:
+def _tokenized(packed: Packed, fingerprint: str) -> TokenizedData:
+    blocks, notes = packed
     train, validation = notes["documents"]
     return TokenizedData(
         train=blocks["train"],
@@ -169,263 +137,3 @@ def _tokenized(blocks: dict[str, np.ndarray], notes: dict[str, Any], fingerprint
         report=tuple(SourceReport(**report) for report in notes["report"]),
         fingerprint=fingerprint,
     )
-
-
-@dataclass(frozen=True)
-class _Table:
-    """What is known of each document once all are tokenized, in the order in which they came."""
-
-    digests: list[bytes]
-    tokens: np.ndarray  # int64 [documents], with the end-of-text token
-    bytes: np.ndarray  # int64 [documents], UTF-8
-
-
-def _build(
-    readers: Sequence[SourceReader],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    data: DataSettings,
-    seed: int,
-    folder: Path | None,
-    on_progress: OnProgress | None,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The blocks of both sides and notes about them; the arrays are files in `folder`, if there is one."""
-    reports = [reader.new_report() for reader in readers]
-    texts = read_documents(
-        readers,
-        reports,
-        seed=seed,
-        max_documents=data.max_documents,
-        on_progress=on_progress,
-        message="Tokenizing",
-    )
-    blocks, text_bytes = {}, {}
-    with _scratch(folder, "spool") as spool:
-        table = _spool(texts, tokenizer, spool, reports)
-        for reader, report in zip(readers, reports, strict=True):
-            if not report.documents:  # the chat template refused all of its conversations
-                raise no_document(reader, report)
-        held_out = split_documents(table.digests, data.validation_fraction, seed)
-        _check_enough(table, held_out, data)
-        for split, mine in (("train", ~held_out), ("validation", held_out)):
-            keys = {int(i): stable_key(table.digests[i], seed, "order") for i in np.flatnonzero(mine)}
-            with _scratch(folder, f"{split}.npy") as out:
-                text_bytes[split] = _write_blocks(spool, table, sorted(keys, key=keys.__getitem__), data.seq_len, out)
-                if folder is None:
-                    out.seek(0)
-                    blocks[split] = np.load(out)
-            if folder is not None:
-                blocks[split] = np.load(folder / f"{split}.npy", mmap_mode="r")
-    if folder is not None:
-        (folder / "spool").unlink()
-    validation = blocks["validation"]
-    _check_targets(validation)
-    notes = {
-        "validation_bytes_per_token": _ratio(text_bytes["validation"], np.count_nonzero(validation >= 0)),
-        "validation_unigram": unigram_cross_entropy(blocks["train"], validation, len(tokenizer)),
-        "documents": [int(np.count_nonzero(~held_out)), int(np.count_nonzero(held_out))],
-        "report": [asdict(report) for report in reports],
-    }
-    return blocks, notes
-
-
-def _build_head(
-    readers: Sequence[SourceReader],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    data: DataSettings,
-    seed: int,
-    folder: Path | None,
-    on_progress: OnProgress | None,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """As `_build` of sources that stream: as much held-out text as is evaluated, and the beginning of the rest."""
-    reports = [reader.new_report() for reader in readers]
-    heads = {}
-    for split, message in (("train", "Reading the beginning of the stream"), ("validation", "Reading held-out text")):
-        held_out = split == "validation"
-        count = data.validation_blocks if held_out else max(1, _HEAD_TOKENS // data.seq_len)
-
-        def progress(share: float, message: str = message) -> None:
-            if on_progress is not None:
-                on_progress(message, share)
-
-        mixture = document_mixture(readers, data, seed, held_out=held_out, passes=1)
-        wanted = 0 if held_out and data.validation_fraction == 0 else count
-        heads[split] = read_head(mixture, tokenizer, reports, data.seq_len, wanted, progress)
-        if wanted and not len(heads[split].rows):
-            side = "held-out" if held_out else "training"
-            remedy = "raise data.validation_fraction, or " if held_out else ""
-            raise DataError(
-                f"data.seq_len = {data.seq_len}: data.sources gave too little {side} text for one sequence "
-                f"({heads[split].documents} documents): {remedy}add text, or set a smaller data.seq_len."
-            )
-    blocks = {split: head.rows for split, head in heads.items()}
-    _check_targets(blocks["validation"])
-    if folder is not None:
-        for split, rows in blocks.items():
-            np.save(folder / f"{split}.npy", rows)
-            blocks[split] = np.load(folder / f"{split}.npy", mmap_mode="r")
-    notes = {
-        "validation_bytes_per_token": heads["validation"].bytes_per_target,
-        "validation_unigram": unigram_cross_entropy(blocks["train"], blocks["validation"], len(tokenizer)),
-        "documents": [heads["train"].documents, heads["validation"].documents],
-        "report": [asdict(report) for report in reports],
-    }
-    return blocks, notes
-
-
-def _check_targets(validation: np.ndarray) -> None:
-    if len(validation) and not count_targets(validation):
-        raise DataError(
-            "data.sources: the held-out rows have no target, so nothing can be validated; raise data.seq_len, so that "
-            "answers fit in, or data.validation_fraction."
-        )
-
-
-def _ratio(part: float, whole: Any) -> float:
-    return part / whole if whole else float("nan")
-
-
-def _scratch(folder: Path | None, name: str) -> IO[bytes]:
-    return io.BytesIO() if folder is None else (folder / name).open("w+b")
-
-
-def _spool(
-    texts: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    spool: IO[bytes],
-    reports: Sequence[SourceReport],
-) -> _Table:
-    """Tokenize everything and write the ids one after the other."""
-    digests, tokens, sizes = [], [], []
-    for document, ids in document_encoder(tokenizer, reports)(texts):
-        spool.write(ids.tobytes())
-        digests.append(document.digest)
-        tokens.append(len(ids))
-        sizes.append(document.num_bytes)
-    return _Table(digests, np.array(tokens, dtype=np.int64), np.array(sizes, dtype=np.int64))
-
-
-def _write_blocks(spool: IO[bytes], table: _Table, order: list[int], seq_len: int, out: IO[bytes]) -> float:
-    """Write the documents in this order as an .npy file of whole blocks; returns the bytes of their text.
-
-    Of a document that the last block cuts, the share of its bytes is that of its tokens.
-    """
-    rows = int(table.tokens[order].sum()) // seq_len
-    header = {"descr": np.lib.format.dtype_to_descr(_INT32), "fortran_order": False, "shape": (rows, seq_len)}
-    np.lib.format.write_array_header_1_0(out, header)
-    starts = np.cumsum(table.tokens) - table.tokens
-    left, text_bytes = rows * seq_len, 0.0
-    for document in order:
-        length = int(table.tokens[document])
-        taken = min(length, left)
-        spool.seek(int(starts[document]) * _INT32.itemsize)
-        out.write(spool.read(taken * _INT32.itemsize))
-        text_bytes += int(table.bytes[document]) * taken / length
-        left -= taken
-    out.flush()
-    return text_bytes
-
-
-def split_documents(digests: Sequence[bytes], fraction: float, seed: int) -> np.ndarray:
-    """Which documents are held out: bool [documents], a function of contents and seed, not of their order.
-
-    Exactly max(1, round(fraction · n)) of n are, copies of one text together; where that cannot come out
-    even, because texts have many copies, the count stays below, or is that of the text with the fewest.
-
-    Raises:
-        DataError: There is a single text, which cannot be on both sides.
-    """
-    if fraction == 0:
-        return np.zeros(len(digests), dtype=bool)
-    copies = Counter(digests)
-    if len(copies) == 1:
-        what = "a single document" if len(digests) == 1 else f"{len(digests)} copies of a single document"
-        raise DataError(
-            f"data.sources gave {what}, and validation text is held out by document: add files, use a .jsonl "
-            "with a document per line, or set data.validation_fraction=0."
-        )
-    left = min(max(1, round(fraction * len(digests))), len(digests) - 1)
-    ranked = sorted(copies, key=lambda digest: (stable_key(digest, seed, "split"), digest))
-    chosen = set()
-    for digest in ranked:
-        if copies[digest] <= left:
-            chosen.add(digest)
-            left -= copies[digest]
-    if not chosen:
-        chosen.add(min(ranked, key=copies.__getitem__))
-    return np.array([digest in chosen for digest in digests], dtype=bool)
-
-
-def _check_enough(table: _Table, held_out: np.ndarray, data: DataSettings) -> None:
-    """Raise unless each side fills a block, with the figures from which the user can choose a remedy."""
-    sides = {"training": ~held_out, "validation": held_out} if held_out.any() else {"training": ~held_out}
-    tokens = {side: int(table.tokens[mine].sum()) for side, mine in sides.items()}
-    if min(tokens.values()) >= data.seq_len:
-        return
-    counts = {side: int(np.count_nonzero(mine)) for side, mine in sides.items()}
-    have = " and ".join(
-        f"{tokens[side]} {side} tokens ({counts[side]} document{'s' if counts[side] > 1 else ''})" for side in sides
-    )
-    remedies = []
-    if min(tokens.values()) >= 8:  # the smallest seq_len there is
-        remedies.append(f"set data.seq_len to at most {min(tokens.values())}")
-    fraction = min(0.5, 1.5 * data.seq_len / sum(tokens.values()))
-    if tokens["training"] >= 4 * data.seq_len and fraction > data.validation_fraction:
-        remedies.append(f"raise data.validation_fraction to about {fraction:.2g}")
-    remedies.append("add text")
-    raise DataError(
-        f"data.seq_len = {data.seq_len}: data.sources gave only {have}; each side needs a sequence: "
-        f"{', '.join(remedies[:-1])}{' or ' * (len(remedies) > 1)}{remedies[-1]}."
-    )
-
-
-def unigram_cross_entropy(train: np.ndarray, validation: np.ndarray, vocab_size: int) -> float:
-    """Nats per token of a model that has learned nothing but counts.
-
-    -mean over validation tokens v of log((count(v) + 1) / (N + V)), with add-one smoothing, N training tokens
-    and V the size of the vocabulary. nan without validation tokens.
-    """
-    if not validation.size:
-        return float("nan")
-    held_out = _count(validation, vocab_size)
-    trained = _count(train, max(vocab_size, len(held_out)))
-    held_out = np.pad(held_out, (0, len(trained) - len(held_out)))
-    log_probability = np.log(trained + 1.0) - np.log(trained.sum() + len(trained))
-    return float(-(held_out @ log_probability) / held_out.sum())
-
-
-def _count(blocks: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each id occurs as a target: int64 [at least vocab_size], looking at a part of the blocks at a time."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    rows = max(1, 2**24 // blocks.shape[1])
-    for start in range(0, len(blocks), rows):
-        block = blocks[start : start + rows]
-        part = np.bincount(block[block >= 0], minlength=len(counts))
-        counts = np.pad(counts, (0, len(part) - len(counts))) + part
-    return counts
-
-
-@lru_cache(maxsize=4)
-def epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the blocks in one epoch: a permutation (int64, read-only), a function of its arguments.
-
-    Drawn by NumPy's legacy generator, whose stream is frozen across versions.
-    """
-    state = hashlib.blake2b(f"epoch {epoch} of seed {seed}".encode(), digest_size=32).digest()
-    order = np.random.RandomState(np.frombuffer(state, dtype="<u4")).permutation(num_blocks)
-    order.flags.writeable = False
-    return order
-
-
-def update_indices(step: int, *, num_blocks: int, blocks_per_update: int, seed: int) -> np.ndarray:
-    """The blocks of optimizer step `step` (from 0): int64 [blocks_per_update], a function of its arguments.
-
-    Steps walk through one epoch after the other without leaving a block out; an update may span epochs.
-    """
-    positions = np.arange(step * blocks_per_update, (step + 1) * blocks_per_update)
-    indices = np.empty(blocks_per_update, dtype=np.int64)
-    for epoch in range(positions[0] // num_blocks, positions[-1] // num_blocks + 1):
-        here = positions // num_blocks == epoch
-        indices[here] = epoch_order(num_blocks, seed, int(epoch))[positions[here] % num_blocks]
-    return indices

@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dtfcli.data.prepare import TokenizedData, update_indices
+from dtfcli.data.order import update_indices
+from dtfcli.data.prepare import TokenizedData
 from dtfcli.data.stream import RowStream
 from dtfcli.settings import Settings
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dtfcli.data import cache as token_cache
+from dtfcli.data import files
 from dtfcli.data import prepare as data_module
-from dtfcli.data import sources
 from dtfcli.data.documents import Document
 from dtfcli.data.prepare import TokenizedData, prepare_data
 from dtfcli.data.tokenizer import train_tokenizer
@@ -54,7 +54,7 @@ def test_cache_follows_the_files(
     folder: Path, make: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, by_content: bool
 ) -> None:
     if not by_content:
-        monkeypatch.setattr(sources, "_HASH_CONTENT_UP_TO", 0)
+        monkeypatch.setattr(files, "_HASH_CONTENT_UP_TO", 0)
     seen = {prepare_data(make(folder), tokenizer, seed=0).fingerprint}
 
     def check_new() -> None:

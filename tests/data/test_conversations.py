@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dtfcli.data.conversations import conversation_encoder
 from dtfcli.data.documents import Document, Message, documents
-from dtfcli.data.prepare import prepare_data, unigram_cross_entropy
+from dtfcli.data.packing import unigram_cross_entropy
+from dtfcli.data.prepare import prepare_data
 from dtfcli.data.stream import RowStream
 from dtfcli.data.targets import count_targets, target_labels, token_ids, with_targets
 from dtfcli.data.tokenizer import train_tokenizer

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from dtfcli.data import sources
+from dtfcli.data import files
 from dtfcli.data.documents import documents
 from dtfcli.data.prepare import prepare_data
 from dtfcli.data.sources import SourceReport
@@ -275,7 +275,7 @@ def test_folder_laid_out_by_split(tmp_path: Path, make: Any, tokenizer: Any) -> 
 
 def test_stdlib_has_sources_and_topics_but_no_tests_or_tables() -> None:
     report = SourceReport("python-stdlib")
-    reader = sources.StdlibReader("data.sources[0]", source("python-stdlib"))
+    reader = files.StdlibReader("data.sources[0]", source("python-stdlib"))
     texts = [text for _, text in reader.texts(report) if text]
     names = {file.relative_to(reader.root).as_posix() for file in reader.files}
     assert {"argparse.py", "json/decoder.py"} <= names
@@ -287,7 +287,7 @@ def test_stdlib_has_sources_and_topics_but_no_tests_or_tables() -> None:
 
 
 def test_stdlib_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(files.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(DataError, match="no sources of its standard library"):
         texts_of(source("python-stdlib"))
 

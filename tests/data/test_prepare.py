@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from dtfcli.data import tokenizer as tokenization
 from dtfcli.data.documents import Document
-from dtfcli.data.prepare import epoch_order, prepare_data, split_documents, unigram_cross_entropy, update_indices
+from dtfcli.data.order import epoch_order, update_indices
+from dtfcli.data.packing import split_documents, unigram_cross_entropy
+from dtfcli.data.prepare import prepare_data
 from dtfcli.data.tokenizer import data_tokenizer
 from dtfcli.errors import DataError
 from dtfcli.settings.data import DataSettings
