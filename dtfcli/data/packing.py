@@ -106,7 +106,7 @@ def pack_head(
     folder: Path | None,
     on_progress: OnProgress | None,
 ) -> Packed:
-    """As `pack_documents`, of sources that stream: the held-out text that is evaluated, and the beginning of the rest."""
+    """As `pack_documents`, of sources that stream: what is held out for evaluation, and the beginning."""
     reports = [reader.new_report() for reader in readers]
     heads = {}
     for split, message in (("train", "Reading the beginning of the stream"), ("validation", "Reading held-out text")):

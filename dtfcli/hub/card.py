@@ -15,6 +15,7 @@ from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.facts import ModelFacts
 from dtfcli.hub.metadata import card_metadata, check_metadata, shown_metric
 from dtfcli.loading.base_configs import base_license
+from dtfcli.models.configuration_fields import RoutingFields
 from dtfcli.runs.folder import CURVES_FILE
 
 _FEW_TOKENS = 1_000_000_000
@@ -95,7 +96,7 @@ def _base(facts: ModelFacts) -> str:
 
 
 def _capacity(facts: ModelFacts) -> str:
-    capacity = facts.config.get("capacity", 0.5)
+    capacity = facts.config.get("capacity", RoutingFields.capacity)
     if isinstance(capacity, list):
         return f"a share of γ = {', '.join(f'{share:g}' for share in capacity)} by layer"
     return f"a share of γ = {capacity:g}"

@@ -6,86 +6,42 @@ Copied from the config.json of each model on the Hub; training reads the Hub's o
 import re
 from typing import Any
 
+_QWEN2_5: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
+_LONG = {"max_position_embeddings": 131072}
+_LARGE = _LONG | {"vocab_size": 152064, "tie_word_embeddings": False}
+
 
 def _qwen2_5(
-    *,
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: tuple[int, int],
-    vocabulary: int,
-    longest: int,
-    eps: float,
-    tied: bool,
+    hidden: int, intermediate: int, layers: int, heads: tuple[int, int], **others: float | bool
 ) -> dict[str, Any]:
     """A Qwen2.5 base model; `heads` are those of queries, and of keys and values."""
-    return {
-        "model_type": "qwen2",
+    shape = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
-        "vocab_size": vocabulary,
-        "max_position_embeddings": longest,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": eps,
-        "tie_word_embeddings": tied,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
     }
+    return _QWEN2_5 | shape | others
 
 
 BASE_CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-0.5B": _qwen2_5(
-        hidden=896, intermediate=4864, layers=24, heads=(14, 2), vocabulary=151936, longest=32768, eps=1e-6, tied=True
-    ),
-    "Qwen/Qwen2.5-1.5B": _qwen2_5(
-        hidden=1536, intermediate=8960, layers=28, heads=(12, 2), vocabulary=151936, longest=131072, eps=1e-6, tied=True
-    ),
-    "Qwen/Qwen2.5-3B": _qwen2_5(
-        hidden=2048, intermediate=11008, layers=36, heads=(16, 2), vocabulary=151936, longest=32768, eps=1e-6, tied=True
-    ),
-    "Qwen/Qwen2.5-7B": _qwen2_5(
-        hidden=3584,
-        intermediate=18944,
-        layers=28,
-        heads=(28, 4),
-        vocabulary=152064,
-        longest=131072,
-        eps=1e-6,
-        tied=False,
-    ),
-    "Qwen/Qwen2.5-14B": _qwen2_5(
-        hidden=5120,
-        intermediate=13824,
-        layers=48,
-        heads=(40, 8),
-        vocabulary=152064,
-        longest=131072,
-        eps=1e-5,
-        tied=False,
-    ),
-    "Qwen/Qwen2.5-32B": _qwen2_5(
-        hidden=5120,
-        intermediate=27648,
-        layers=64,
-        heads=(40, 8),
-        vocabulary=152064,
-        longest=131072,
-        eps=1e-5,
-        tied=False,
-    ),
-    "Qwen/Qwen2.5-72B": _qwen2_5(
-        hidden=8192,
-        intermediate=29568,
-        layers=80,
-        heads=(64, 8),
-        vocabulary=152064,
-        longest=131072,
-        eps=1e-5,
-        tied=False,
-    ),
+    "Qwen/Qwen2.5-0.5B": _qwen2_5(896, 4864, 24, (14, 2)),
+    "Qwen/Qwen2.5-1.5B": _qwen2_5(1536, 8960, 28, (12, 2), **_LONG),
+    "Qwen/Qwen2.5-3B": _qwen2_5(2048, 11008, 36, (16, 2)),
+    "Qwen/Qwen2.5-7B": _qwen2_5(3584, 18944, 28, (28, 4), **_LARGE),
+    "Qwen/Qwen2.5-14B": _qwen2_5(5120, 13824, 48, (40, 8), **_LARGE, rms_norm_eps=1e-5),
+    "Qwen/Qwen2.5-32B": _qwen2_5(5120, 27648, 64, (40, 8), **_LARGE, rms_norm_eps=1e-5),
+    "Qwen/Qwen2.5-72B": _qwen2_5(8192, 29568, 80, (64, 8), **_LARGE, rms_norm_eps=1e-5),
     "HuggingFaceTB/SmolLM2-135M": {
         "model_type": "llama",
         "hidden_size": 576,

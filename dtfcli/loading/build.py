@@ -78,7 +78,7 @@ def build_comparison(settings: Settings, *, dtype: torch.dtype = torch.float32) 
         for architecture, foreign in (("dtf", MOD_ONLY), ("mod", DTF_ONLY)):
             chosen = {name: value for name, value in fields.items() if name not in foreign}
             try:
-                models[architecture] = convert(dense, architecture, chosen.pop("capacity", 0.5), **chosen)
+                models[architecture] = convert(dense, architecture, **chosen)
             except ValueError as error:
                 raise ConfigError(f"model: {error}") from error
     return models
@@ -155,8 +155,7 @@ def _route(start: Any, settings: Settings) -> PreTrainedModel:
             if start.config.model_type not in FAMILIES:
                 routed_config(start.config)  # refuses what could not be compared with a routed model
             return start
-        capacity = fields.pop("capacity", 0.5)
-        return convert(start, architecture, capacity, **fields)
+        return convert(start, architecture, **fields)
     except ValueError as error:
         base = settings.model.base or "model.scratch"
         raise ConfigError(f"{base} cannot become {architecture}: {error}.") from error

@@ -7,7 +7,7 @@ The choices: equation numbers (3.x) are those of the MSc thesis "Dynamic Transfo
 defaults depart from it where measurements on a pretrained model did (`docs/routing.md` says which).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -96,6 +96,46 @@ def resolve_routed_layers(routed_layers: str | list[int], dense_edges: int, num_
     return [i for i in range(1, num_layers, 2) if dense_edges <= i < num_layers - dense_edges]
 
 
+def _one_of(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in choices), f"choose one of {', '.join(choices)}"
+
+
+def _shares(capacity: Any) -> list[Any]:
+    return list(capacity) if isinstance(capacity, (list, tuple)) else [capacity]
+
+
+_COUNT = (lambda value: value >= 0), "must be 0 or more"
+_POSITIVE = (lambda value: value > 0.0), "must be positive (it enters a logarithm or scales an average)"
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architecture": _one_of(ARCHITECTURES),
+    "routing": _one_of(ROUTING_MODES),
+    "gate": _one_of(GATES),
+    "mod_gate": _one_of(MOD_GATES),
+    "kv_tokens": _one_of(KV_TOKENS),
+    "capacity": (
+        lambda value: bool(_shares(value)) and all(0.0 < share <= 1.0 for share in _shares(value)),
+        "the share of tokens a routed layer processes lies above 0 and at most at 1",
+    ),
+    "dense_edges": _COUNT,
+    "sink_tokens": _COUNT,
+    "ma_window": ((lambda value: value >= 1), "must be 1 or more tokens"),
+    "prior_factor": ((lambda value: 0.0 < value <= 8.0), "must be above 0, at most 8"),
+    "prior_dropout": ((lambda value: 0.0 <= value < 1.0), "must be in [0, 1)"),
+    "o_ce_init": _POSITIVE,
+    "m_cu_init": _POSITIVE,
+    "prior_loss_weight": _COUNT,
+    "router_aux_loss_weight": _COUNT,
+    "router_z_loss_weight": _COUNT,
+    "predictor_loss_weight": _COUNT,
+    "routed_layers": (
+        lambda value: value == "alternate" or isinstance(value, (list, tuple)),
+        "give 'alternate' or a list of layer indices such as [1, 3, 5]",
+    ),
+}
+"""Field → what a value must fulfill, and the remedy if it does not."""
+
+
 def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
     if not condition:
         raise ValueError(f"{name} = {value!r}: {remedy}")
@@ -113,36 +153,8 @@ def check_routing_fields(values: Mapping[str, Any], num_layers: int | None = Non
     """
     defaults: dict[str, Any] = {f.name: f.default for f in fields(RoutingFields)}
     chosen = defaults | {name: value for name, value in values.items() if value is not None and name in defaults}
-
-    for name, allowed in (
-        ("architecture", ARCHITECTURES),
-        ("routing", ROUTING_MODES),
-        ("gate", GATES),
-        ("mod_gate", MOD_GATES),
-        ("kv_tokens", KV_TOKENS),
-    ):
-        _require(chosen[name] in allowed, name, chosen[name], f"choose one of {', '.join(allowed)}")
-
-    capacity = chosen["capacity"]
-    capacities = capacity if isinstance(capacity, (list, tuple)) else [capacity]
-    _require(
-        len(capacities) > 0 and all(0.0 < share <= 1.0 for share in capacities),
-        "capacity",
-        capacity,
-        "the share of tokens a routed layer processes lies above 0 and at most at 1",
-    )
-    for name in ("dense_edges", "sink_tokens"):
-        _require(chosen[name] >= 0, name, chosen[name], "must be 0 or more")
-    _require(chosen["ma_window"] >= 1, "ma_window", chosen["ma_window"], "must be 1 or more tokens")
-    _require(0.0 < chosen["prior_factor"] <= 8.0, "prior_factor", chosen["prior_factor"], "must be above 0, at most 8")
-    _require(0.0 <= chosen["prior_dropout"] < 1.0, "prior_dropout", chosen["prior_dropout"], "must be in [0, 1)")
-    for name in ("o_ce_init", "m_cu_init"):
-        _require(
-            chosen[name] > 0.0, name, chosen[name], "must be positive (it enters a logarithm or scales an average)"
-        )
-    for name in ("prior_loss_weight", "router_aux_loss_weight", "router_z_loss_weight", "predictor_loss_weight"):
-        _require(chosen[name] >= 0.0, name, chosen[name], "must be 0 or more")
-
+    for name, (fulfilled, remedy) in _RULES.items():
+        _require(fulfilled(chosen[name]), name, chosen[name], remedy)
     alone = set(values) == {"routing"}  # looked at by itself, before the other fields are known
     _require(
         chosen["routing"] != "predictor" or chosen["predictor_loss_weight"] > 0 or alone,
@@ -150,40 +162,33 @@ def check_routing_fields(values: Mapping[str, Any], num_layers: int | None = Non
         chosen["routing"],
         "needs a predictor: set predictor_loss_weight above 0 (such as 0.01), or choose threshold",
     )
+    if num_layers is not None:
+        _check_layers(chosen, num_layers)
 
-    routed = chosen["routed_layers"]
-    _require(
-        routed == "alternate" or isinstance(routed, (list, tuple)),
-        "routed_layers",
-        routed,
-        "give 'alternate' or a list of layer indices such as [1, 3, 5]",
-    )
-    if num_layers is None:
-        return
+
+def _check_layers(chosen: Mapping[str, Any], num_layers: int) -> None:
+    """Check what depends on the number of the backbone's layers."""
+    routed, capacity = chosen["routed_layers"], chosen["capacity"]
     layers = resolve_routed_layers(routed, chosen["dense_edges"], num_layers)
-    _require(
-        len(layers) > 0,
-        "routed_layers" if routed != "alternate" else "dense_edges",
-        routed if routed != "alternate" else chosen["dense_edges"],
-        f"no layer of {num_layers} would route; lower dense_edges or list routed_layers",
-    )
+    cause = "dense_edges" if routed == "alternate" else "routed_layers"
+    remedy = f"no layer of {num_layers} would route; lower dense_edges or list routed_layers"
+    _require(len(layers) > 0, cause, chosen[cause], remedy)
     _require(
         layers == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < num_layers,
         "routed_layers",
         routed,
         f"must be increasing layer indices from 0 to {num_layers - 1}",
     )
-    if chosen["architecture"] == "dtf":
-        _require(
-            0 not in layers and not set(layers) & {i + 1 for i in layers},
-            "routed_layers",
-            routed,
-            "a DTF router needs a dense decision layer right below it: leave out layer 0 and neighbors",
-        )
-    if isinstance(capacity, (list, tuple)):
-        _require(
-            len(capacity) == len(layers),
-            "capacity",
-            capacity,
-            f"a list needs one share for each of the {len(layers)} routed layers",
-        )
+    neighbors = 0 in layers or set(layers) & {i + 1 for i in layers}
+    _require(
+        chosen["architecture"] != "dtf" or not neighbors,
+        "routed_layers",
+        routed,
+        "a DTF router needs a dense decision layer right below it: leave out layer 0 and neighbors",
+    )
+    _require(
+        not isinstance(capacity, (list, tuple)) or len(capacity) == len(layers),
+        "capacity",
+        capacity,
+        f"a list needs one share for each of the {len(layers)} routed layers",
+    )

@@ -19,7 +19,7 @@ ROUTING_FIELD_NAMES = tuple(field.name for field in dataclass_fields(RoutingFiel
 def convert(
     dense: PreTrainedModel,
     architecture: str = "dtf",
-    capacity: float | list[float] = 0.5,
+    capacity: float | list[float] = RoutingFields.capacity,
     *,
     copy: bool = False,
     **config_fields: Any,

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from dtfcli.data import cache as token_cache
-from dtfcli.data import files
-from dtfcli.data import prepare as data_module
+from dtfcli.data import files, packing
 from dtfcli.data.documents import Document
 from dtfcli.data.prepare import TokenizedData, prepare_data
 from dtfcli.data.tokenizer import train_tokenizer
@@ -198,7 +197,7 @@ def test_interrupted_build_leaves_nothing(
         raise KeyboardInterrupt
 
     data = make(folder)
-    monkeypatch.setattr(data_module, "_write_blocks", interrupt)
+    monkeypatch.setattr(packing, "_write_blocks", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare_data(data, tokenizer, seed=0)
     assert list(Path(data.cache_dir).iterdir()) == []
