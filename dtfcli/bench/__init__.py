@@ -1,4 +1,5 @@
 """Time and memory of each architecture next to dense, in one process, taking turns.
 
-In: models. Out: result dataclasses. `inference` measures prefill and decoding, `steps` training.
+In: models and `BenchOptions`. Out: a `BenchReport`.
+`run` puts the phases together: `steps` measures training, `inference` prefill and decoding.
 """

@@ -12,8 +12,8 @@ import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,45 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dtfcli.bench.report import BenchOptions, StepResult
 from dtfcli.cost.accounting import training_step_flops
 from dtfcli.cost.peak import matmul_peak
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.kernels import check_kernels, use_liger
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups
-
-OnProgress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A training step of one model, next to dense.
-
-    Attributes:
-        architecture: "dense", "stock", "dtf" or "mod".
-        capacity: γ; 1 for dense models.
-        forward_ms, backward_ms, step_ms: medians; step_ms is both together, without the optimizer.
-        optimizer_ms: of an AdamW step over all parameters.
-        time_ratio: median of this model's step over dense's, over the rounds.
-        cpu_ratio: the same in processor time; None on other devices.
-        flop_ratio: FLOPs over those of dense.
-        peak_bytes: most memory held during a step, weights included; None where the system does not say.
-        tokens_per_second: in steps without the optimizer.
-        utilization: FLOP/s over the measured peak of a matrix product; None where that could not be measured.
-    """
-
-    architecture: str
-    capacity: float
-    forward_ms: float
-    backward_ms: float
-    step_ms: float
-    optimizer_ms: float
-    time_ratio: float
-    cpu_ratio: float | None
-    flop_ratio: float
-    peak_bytes: int | None
-    tokens_per_second: float
-    utilization: float | None
 
 
 class _StockObjective(nn.Module):
@@ -85,100 +53,102 @@ class _OwnObjective(nn.Module):
         return self.objective(input_ids, input_ids[:, 1:].numel()).loss
 
 
+@dataclass
+class _Entry:
+    """A model at a capacity, and what was measured of it.
+
+    Attributes:
+        flops: of a training step, for each token.
+        peak_bytes: see `StepResult`.
+        optimizer_seconds: of a step of the optimizer.
+        rounds: for each round its seconds, by name.
+    """
+
+    architecture: str
+    capacity: float
+    model: Any
+    objective: nn.Module
+    flops: float = 0.0
+    peak_bytes: int | None = None
+    optimizer_seconds: float = 0.0
+    rounds: list[dict[str, float]] = field(default_factory=list)
+
+    def median(self, name: str) -> float:
+        """Over the rounds."""
+        return statistics.median(times[name] for times in self.rounds)
+
+    def ratio_to(self, other: "_Entry", clock: str) -> float:
+        """Median over the rounds of this step's time over the other's."""
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        return statistics.median(mine[clock] / its[clock] for mine, its in pairs)
+
+
 def bench_training(
-    dense: PreTrainedModel,
-    routed: dict[str, PreTrainedModel],
-    *,
-    capacities: Sequence[float],
-    dtype: torch.dtype,
-    seq_len: int = 512,
-    batch: int = 1,
-    repeats: int = 7,
-    stock: bool = False,
-    compiled: bool = False,
-    kernels: str = "torch",
-    micro_batches: int = 1,
-    seed: int = 0,
-    on_progress: OnProgress | None = None,
+    dense: PreTrainedModel, routed: dict[str, PreTrainedModel], options: BenchOptions, tell: Callable[[str], None]
 ) -> list[StepResult]:
     """Measure training steps in rounds: each round takes one step of every model.
 
     Args:
         dense: the backbone, float32; left in train mode, without gradients.
         routed: architecture → model that shares its weights. Their training capacity is changed.
-        capacities: γ to measure at.
-        dtype: of the autocast; float32: none.
-        seq_len: tokens of a row.
-        batch: rows.
-        repeats: rounds, after one of warm-up.
-        stock: also measure the dense model as Transformers trains it.
-        compiled: compile layers, as `training.compile` does.
-        kernels: of norms and SwiGLU, as `training.kernels`; also those of "stock".
-        micro_batches: of an update; a step is the mean of one. Weights are converted to `dtype` once for all of them.
-        seed: of the token ids.
-        on_progress: called with what is measured next.
+        options: what to measure.
+        tell: called with what is measured next.
     """
-    tell = on_progress or (lambda message: None)
-    device = dense.device
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(0, dense.config.vocab_size, (batch, seq_len), generator=generator).to(device)
-    entries: list[tuple[str, float, Any, nn.Module]] = [("dense", 1.0, dense, _OwnObjective(dense))]
-    if stock:
-        entries.append(("stock", 1.0, dense, _StockObjective(dense)))
+    input_ids = options.random_ids(dense.config.vocab_size, options.seq_len).to(dense.device)
+    entries = [_Entry("dense", 1.0, dense, _OwnObjective(dense))]
+    if options.stock:
+        entries.append(_Entry("stock", 1.0, dense, _StockObjective(dense)))
     for architecture, model in routed.items():
-        entries += [(architecture, capacity, model, _OwnObjective(model)) for capacity in capacities]
-    check_kernels(kernels, device)
+        entries += [_Entry(architecture, share, model, _OwnObjective(model)) for share in options.capacities]
+    check_kernels(options.kernels, dense.device)
     for model in (dense, *routed.values()):
-        if kernels == "liger":
+        if options.kernels == "liger":
             use_liger(model)
-        if compiled:
+        if options.compiled:
             compile_layers(model)
 
-    flops, rounds, peaks, optimizers = [], [], [], []
-    for architecture, capacity, model, objective in entries:
-        tell(f"train, {architecture} at γ {capacity:g}: memory and optimizer")
-        _choose_capacity(model, capacity)
-        flops.append(training_step_flops(model.train(), seq_len))
-        if compiled:
-            _timed_step(objective, input_ids, dtype)
-        peaks.append(_peak_bytes(partial(_timed_step, objective, input_ids, dtype), objective))
-        optimizers.append(_optimizer_seconds(objective))
-    for number in range(-1, repeats):  # measuring the peaks has given all memory back: one round to take it again
-        tell(f"train, round {number + 1} of {repeats}" if number >= 0 else "train, a round of warm-up")
-        times = []
-        for _, capacity, model, objective in entries:
-            _choose_capacity(model, capacity)
-            times.append(_timed_step(objective, input_ids, dtype, micro_batches))
-        if number >= 0:
-            rounds.append(times)
+    for entry in entries:
+        tell(f"train, {entry.architecture} at γ {entry.capacity:g}: memory and optimizer")
+        _measure_once(entry, input_ids, options)
+    for number in range(-1, options.repeats):  # measuring the peaks gave all memory back: a round to take it again
+        tell(f"train, round {number + 1} of {options.repeats}" if number >= 0 else "train, a round of warm-up")
+        for entry in entries:
+            _choose_capacity(entry.model, entry.capacity)
+            times = _timed_step(entry.objective, input_ids, options.dtype, options.micro_batches)
+            if number >= 0:
+                entry.rounds.append(times)
     dense.zero_grad(set_to_none=True)
-    peak_flops = matmul_peak(device, dtype)
-    results = []
-    for index, (architecture, capacity, _, _) in enumerate(entries):
-        forward, backward, step = (
-            statistics.median(times[index][part] for times in rounds) for part in ("forward", "backward", "wall")
-        )
-        results.append(
-            StepResult(
-                architecture=architecture,
-                capacity=capacity,
-                forward_ms=1e3 * forward,
-                backward_ms=1e3 * backward,
-                step_ms=1e3 * step,
-                optimizer_ms=1e3 * optimizers[index],
-                time_ratio=_ratio(rounds, index, "wall"),
-                cpu_ratio=_ratio(rounds, index, "cpu") if device.type == "cpu" else None,
-                flop_ratio=flops[index] / flops[0],
-                peak_bytes=peaks[index],
-                tokens_per_second=batch * seq_len / step,
-                utilization=flops[index] * batch * seq_len / step / peak_flops if peak_flops else None,
-            )
-        )
-    return results
+    peak = matmul_peak(dense.device, options.dtype)
+    on_cpu = dense.device.type == "cpu"
+    return [_result(entry, entries[0], input_ids.numel(), peak, on_cpu) for entry in entries]
 
 
-def _ratio(rounds: list[list[dict[str, float]]], index: int, clock: str) -> float:
-    return statistics.median(times[index][clock] / times[0][clock] for times in rounds)
+def _measure_once(entry: _Entry, input_ids: Tensor, options: BenchOptions) -> None:
+    """FLOPs, peak memory and the optimizer's time of one model."""
+    _choose_capacity(entry.model, entry.capacity)
+    entry.flops = training_step_flops(entry.model.train(), options.seq_len)
+    if options.compiled:
+        _timed_step(entry.objective, input_ids, options.dtype)
+    entry.peak_bytes = _peak_bytes(partial(_timed_step, entry.objective, input_ids, options.dtype), entry.objective)
+    entry.optimizer_seconds = _optimizer_seconds(entry.objective)
+
+
+def _result(entry: _Entry, dense: _Entry, tokens: int, peak_flops: float | None, on_cpu: bool) -> StepResult:
+    seconds = entry.median("wall")
+    return StepResult(
+        architecture=entry.architecture,
+        capacity=entry.capacity,
+        forward_ms=1e3 * entry.median("forward"),
+        backward_ms=1e3 * entry.median("backward"),
+        step_ms=1e3 * seconds,
+        optimizer_ms=1e3 * entry.optimizer_seconds,
+        time_ratio=entry.ratio_to(dense, "wall"),
+        cpu_ratio=entry.ratio_to(dense, "cpu") if on_cpu else None,
+        flop_ratio=entry.flops / dense.flops,
+        peak_bytes=entry.peak_bytes,
+        tokens_per_second=tokens / seconds,
+        utilization=entry.flops * tokens / seconds / peak_flops if peak_flops else None,
+    )
 
 
 def _choose_capacity(model: Any, capacity: float) -> None:

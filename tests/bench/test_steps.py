@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from dtfcli.bench.report import BenchOptions
 from dtfcli.bench.steps import bench_training
 from dtfcli.cost.accounting import training_step_flops
 from dtfcli.models.conversion import convert
@@ -95,7 +96,7 @@ def test_weights_stay_and_gradients_go() -> None:
     dense = dense_model()
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     routed = {name: convert(dense, name) for name in ARCHITECTURES}
-    bench_training(dense, routed, capacities=[0.5], dtype=torch.float32, seq_len=16, repeats=1)
+    bench_training(dense, routed, BenchOptions(capacities=[0.5], seq_len=16, repeats=1), print)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     assert all(parameter.grad is None for parameter in dense.parameters())
 

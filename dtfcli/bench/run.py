@@ -1,0 +1,67 @@
+"""All phases of a measurement, and the machine that it was taken on.
+
+Machines are shared and their clocks drift: a ratio of medians taken alternately holds where absolute times do not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dtfcli.bench.inference import bench_inference
+from dtfcli.bench.report import BenchOptions, BenchReport
+from dtfcli.bench.steps import bench_training
+from dtfcli.cost.peak import matmul_peak
+from dtfcli.loading.devices import keep_freed_memory
+from dtfcli.models.routers import CAPACITY_GRID
+
+
+def bench(
+    models: Callable[[torch.dtype], dict[str, Any]], options: BenchOptions, tell: Callable[[str], None]
+) -> BenchReport:
+    """Measure models that share their weights, in one process, taking turns.
+
+    Args:
+        models: makes them with weights of a dtype, "dense" among them; float32 for training, which autocasts.
+        options: what to measure.
+        tell: called with what is done next.
+    """
+    training = []
+    if "train" in options.phases:
+        routed = models(torch.float32)
+        if routed["dense"].device.type == "cpu":
+            keep_freed_memory()  # as `dtf train` does
+        training = bench_training(routed.pop("dense"), routed, options, tell)
+    routed = models(options.dtype)
+    dense = routed.pop("dense")
+    if options.inference_phases:
+        tell(f"calibrating {', '.join(routed)} on {options.calibration_tokens} random tokens")
+        _calibrate(routed, options)
+    return BenchReport(
+        device=str(dense.device),
+        dtype=str(dense.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        batch=options.batch,
+        seq_len=options.seq_len,
+        new_tokens=options.new_tokens,
+        matmul_gflops=(matmul_peak(dense.device, dense.dtype) or 0.0) / 1e9,
+        results=bench_inference(dense, routed, options, tell),
+        training=training,
+    )
+
+
+def _calibrate(routed: dict[str, Any], options: BenchOptions) -> None:
+    """Measure the thresholds of random models, or again those of trained ones, on random tokens.
+
+    Scores change with the position: rows twice as long have the decoded tokens in their middle.
+    """
+    length = 2 * options.seq_len + options.new_tokens if "decode" in options.phases else options.seq_len
+    length = min(length, options.calibration_tokens)
+    rows = max(1, options.calibration_tokens // length)
+    vocabulary = next(iter(routed.values())).config.vocab_size
+    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
+    grid = [share for share in CAPACITY_GRID if share in options.capacities]
+    capacities = grid if len(grid) == len(options.capacities) else None
+    for model in routed.values():
+        model.calibrate([{"input_ids": row.unsqueeze(0)} for row in ids], capacities=capacities)
