@@ -84,7 +84,7 @@ def plan_evaluation(settings: Settings) -> "EvalPlan | None":
     """What to run after training; None for nothing. lm-eval is imported only where a run asks for it.
 
     Raises:
-        ConfigError: a task is unknown, or cannot run after training. Better said now than then.
+        ConfigError: a task is unknown, or cannot run after training. Known before training starts.
     """
     if not settings.eval.after:
         return None

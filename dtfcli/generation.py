@@ -17,10 +17,10 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        max_new_tokens: at most so many; the end-of-text token stops earlier.
+        max_new_tokens: most tokens to write; the end-of-text token stops earlier.
         temperature: 0 takes the likeliest token (greedy); above 0 samples from logits / temperature.
         top_p: sample from the smallest set of tokens that holds this much probability.
-        top_k: sample from the so many likeliest tokens; 0: all.
+        top_k: sample from the k likeliest tokens only; 0: from all.
         seed: of torch's generators, so that a sample can be repeated.
 
     Raises:
@@ -255,7 +255,7 @@ def _cache_bytes(cache: Any) -> int:
 
 
 def _dense_cache_bytes(model: Any, positions: int) -> int:
-    """Keys and values of every layer for so many positions."""
+    """Bytes of the keys and values of every layer, for a number of positions."""
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * positions * model.dtype.itemsize

@@ -2,7 +2,7 @@
 
 A capacity γ is a wish; wherever a number is reported, the share that was realized stands next to it. Benchmarks and
 chats begin with short rows, and surprise needs some tokens before it has something to compare with, so the share is
-also told by where in its row a token stands.
+also by the position of a token in its row.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from dtfcli.models.outputs import RoutedModelOutput
 
 POSITION_STARTS = (1, 16, 64, 256)
 POSITION_NAMES = ("1-15", "16-63", "64-255", "256+")
-"""Positions count from 0. Position 0 has a bucket of its own that is not told: as a rule it is a sink."""
+"""Positions count from 0. Position 0 has a bucket of its own, which is not reported: it usually is a sink."""
 
 
 @dataclass(frozen=True)

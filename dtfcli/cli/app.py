@@ -86,7 +86,7 @@ def _clean(arguments: list[str]) -> tuple[list[str], bool]:
     options = []
     for argument in arguments[:end]:
         name, equals, value = argument.partition("=")
-        option = name.startswith("--") and "." not in name  # --training.max_steps is a setting, and told so
+        option = name.startswith("--") and "." not in name  # --training.max_steps is a setting, and the error says so
         if argument.startswith("--resume="):  # its value may be left out, so it is an argument of the command
             options += [name, value]
         else:

@@ -7,12 +7,12 @@ from typing import Any
 from dtfcli.errors import ConfigError, DTFError, did_you_mean
 
 HELP = """\
-Type a text and the model goes on; what was said so far stays in its context.
+Type a text and the model continues it; earlier text stays in its context.
   /set                  show the settings
   /set NAME VALUE       change one: {names}
   /routing              color each answer by how many routed layers took its tokens, or stop coloring
   /stats                speed and cache after each answer, or no longer
-  /reset                forget what was said
+  /reset                forget the conversation
   /help                 this text
   /quit                 leave (as does Ctrl-D)
 Ctrl-C stops an answer, not the program."""
@@ -101,7 +101,7 @@ class Chat:
         elif name == "/set":
             self._set(arguments)
         else:
-            raise ConfigError(f"{name} is no command.{did_you_mean(name, COMMANDS)} /help lists them.")
+            raise ConfigError(f"{name} is not a command.{did_you_mean(name, COMMANDS)} /help lists them.")
         return True
 
     def _set(self, arguments: list[str]) -> None:

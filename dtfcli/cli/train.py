@@ -119,7 +119,7 @@ def _launched(settings: "Settings", processes: int | None) -> bool:
     check_processes(settings, processes)
     code = launch(sys.argv[1:], processes)
     if code:
-        raise SystemExit(code)  # the processes have said why
+        raise SystemExit(code)  # the processes have printed why
     return True
 
 
@@ -139,7 +139,7 @@ def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
     settings = run_settings(folder)
     if "WORLD_SIZE" not in os.environ:  # else one of the others may be at work already
         with locked(folder):
-            pass  # said before any process is started
+            pass  # reported before any process is started
     if not _launched(settings, processes or processes_of(folder)):
         _train(settings, folder, None, rename=False, json=json)
 

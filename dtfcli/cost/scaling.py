@@ -100,7 +100,7 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
 
     Args:
         model: routed or dense, on any device (the meta device will do).
-        settings: of the run, with `tokens_per_update` for so many processes (`plan.for_processes`).
+        settings: of the run, with `tokens_per_update` for these processes (`plan.for_processes`).
         processes: N.
         accelerator: what each process has.
         dtype: precision of the computation: float32, bfloat16 or float16.

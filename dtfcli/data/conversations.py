@@ -60,7 +60,7 @@ def conversation_encoder(
 ) -> Callable[[Document], np.ndarray]:
     """A function from a document with messages to its tokens, int32 [n], with targets (`targets.with_targets`).
 
-    An end-of-text token follows, unless the template wrote one. It is no target. Of a conversation that the template
+    An end-of-text token follows, unless the template wrote one. It is not a target. Of a conversation that the template
     does not take, or that holds a control token in a message, nothing is left (n = 0), and `on_refused` hears why.
     """
     marks = bool(_GENERATION.search(str(tokenizer.chat_template)))
@@ -110,7 +110,7 @@ def _by_rendering(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[np.ndarr
         if turn["role"] != ASSISTANT:
             continue
         before = render(place, prompt=True)
-        # Some templates render a turn in another way once others follow it: then what was before is no beginning.
+        # Some templates render a turn in another way once others follow it: then the earlier text is not a prefix.
         if not whole.startswith(before):
             raise Refused("whose turns the chat template rewrites later")
         after = render(place + 1)

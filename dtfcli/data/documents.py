@@ -76,7 +76,7 @@ def documents(
     Args:
         sources: Entries of `data.sources`.
         seed: Decides, with the content, which documents a `ratio` below 1 keeps.
-        max_documents: Stop after so many, taken from the sources in turns.
+        max_documents: Stop after this many, taken from the sources in turns.
         on_progress: Called with a message and the share done.
 
     Raises:
@@ -142,7 +142,7 @@ def kept_document(index: int, reader: SourceReader, row: Any, report: SourceRepo
     """The document of a row that a source gave; None, and an entry in the report, where it is left out.
 
     Raises:
-        DataError: The row is no conversation, and the source has a `messages_field`.
+        DataError: The row is not a conversation, and the source has a `messages_field`.
     """
     if reader.messages_field:
         document = _conversation(index, reader, row, report)
@@ -174,7 +174,7 @@ def _conversation(index: int, reader: SourceReader, row: Any, report: SourceRepo
 
 
 def _valid_text(text: str) -> str:
-    r"""A lone surrogate (a broken "\ud800" in JSON) is no text in any encoding: it is replaced."""
+    r"""A lone surrogate (a broken "\ud800" in JSON) is not text in any encoding and is replaced."""
     return _SURROGATES.sub("\ufffd", text)
 
 

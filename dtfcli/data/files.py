@@ -121,7 +121,7 @@ class _LocalReader(SourceReader):
                     text = record.get(column, ...)
                     if text is not None and not isinstance(text, kind):
                         wanted, field = ("list", "messages") if self.messages_field else ("string", "text")
-                        problem = "is missing" if text is ... else f"is no {wanted} ({type(text).__name__})"
+                        problem = "is missing" if text is ... else f"is not a {wanted} ({type(text).__name__})"
                         raise DataError(f"{file}, line {number}: the {field} field '{column}' {problem}.")
                     yield done / size, text
         except OSError as error:

@@ -2,11 +2,11 @@
 
 Notable choices:
 
-- A source is read shard by shard, in another order on each pass, and shuffled in windows: so many documents are read,
+- A source is read shard by shard, in another order on each pass, and shuffled in windows: that many documents are read,
   permuted and given out before the next ones are read. A buffer that is refilled one by one would mix a little better,
   but its content would have to be saved; a window is read again from where it began.
 - Which source the k-th document comes from depends on the seed and k alone.
-- Held-out documents are told by a hash of their content: a copy elsewhere is held out too, on every pass.
+- Documents are held out by a hash of their content: a copy elsewhere is held out too, on every pass.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 class TokenizedData:
     """Both sides of a text as blocks of tokens, and what evaluation needs to know about them."""
 
-    # int32 [N, seq_len], usually a read-only memory map; see `targets` for tokens that are none. Of a stream, where
+    # int32 [N, seq_len], usually a read-only memory map; see `targets` for tokens that are not targets. Of a stream, where
     # `Stream` gives the rows to train on, its beginning.
     train: np.ndarray
     validation: np.ndarray  # int32 [M, seq_len]; M = 0 where data.validation_fraction = 0

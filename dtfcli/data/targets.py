@@ -1,6 +1,6 @@
 """Which tokens of packed rows are targets of the loss: kept in the rows themselves.
 
-A token that is no target (a user's turn, the scaffolding of a chat template) is stored as its complement ~id, a
+A token that is not a target (a user's turn, the scaffolding of a chat template) is stored as its complement ~id, a
 negative number. Rows stay one int32 array for the cache, the streams and the plan, whatever they were made of.
 """
 
@@ -21,7 +21,7 @@ def token_ids(rows: np.ndarray) -> np.ndarray:
 
 
 def target_labels(rows: np.ndarray) -> np.ndarray:
-    """Labels as models take them, not shifted: int64 of the same shape, -100 where a token is no target."""
+    """Labels as models take them, not shifted: int64 of the same shape, -100 where a token is not a target."""
     rows = rows.astype(np.int64)
     return np.where(rows < 0, IGNORE_INDEX, rows)
 

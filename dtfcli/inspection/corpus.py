@@ -69,7 +69,7 @@ def inspect_corpus(
     Args:
         model, tokenizer, name: as for `inspect_text`.
         file: .jsonl or .parquet, a document in each row, or a folder of texts.
-        limit: stop after so many documents.
+        limit: documents to read; None: all.
         text_field: column or key that holds the text.
         on_document: called with the number of documents done and the share of the work, where it is known.
 

@@ -98,7 +98,7 @@ def _headline(figure: Figure, report: TextRouting | CorpusRouting, summary: Summ
 
 
 def _wrap(report: TextRouting) -> tuple[list[list[tuple[int, str]]], int]:
-    """Lines of (token, text) pieces, at most so many columns wide; and how many tokens they hold. Token −1: a gap."""
+    """Lines of (token, text) pieces, no wider than the figure; and how many tokens they hold. Token −1: a gap."""
     lines: list[list[tuple[int, str]]] = [[]]
     column = 0
     for t, (gap, piece) in enumerate(zip(report.source.gaps, report.source.pieces, strict=True)):
@@ -144,7 +144,7 @@ def _draw_text(axes: Axes, report: TextRouting, lines: list[list[tuple[int, str]
                 shade = blend(_STOPS, depth[token])
                 color = readable_on(shade)
                 axes.add_patch(Rectangle((x + 0.04, y + 0.05), wide - 0.08, 0.9, facecolor=shade, edgecolor="none"))
-            # Character by character: a font's advance is no whole number of pixels, and errors would add up.
+            # Character by character: a font's advance is not a whole number of pixels, and errors would add up.
             place = x
             for c in content:
                 if c != " ":

@@ -5,8 +5,8 @@ Notable choices:
 - Sink tokens are routed whatever they are, so they are counted in a layer's share and in nothing else here.
 - A standard error stands next to every mean over a group. It treats tokens as independent, which tokens of one text
   are not: read it as the least uncertainty there is.
-- Frequencies are of the whole of what was added, so they are told at the end; until then there is one row of sums for
-  each different token, at most a vocabulary of them.
+- Frequencies are taken over everything that was added, so they are known at the end. Until then each different token
+  has a row of sums, at most a vocabulary of them.
 """
 
 from collections import defaultdict
@@ -68,8 +68,8 @@ class LayerSummary:
         layer: index in the stack.
         routed_share: routed tokens over all tokens, sinks among them.
         threshold: of the layer, in a mode that has one.
-        means: of each measure over tokens that are no sinks.
-        driven_by_ce: of the routed tokens that are no sinks, the share whose score the expected change contributed the
+        means: of each measure over tokens that are not sinks.
+        driven_by_ce: of the routed tokens that are not sinks, the share whose score the expected change contributed the
             larger part to (DTF); None when there are none.
         ranking_by_ce: the share of the score's variance that comes with its CE part, Cov(softplus(a), score) over
             Var(score) (DTF): a part that is large but the same for all tokens decides nothing.

@@ -88,7 +88,7 @@ def layers_table(summary: Summary) -> TableData:
         row += [layer.means.get(name) for name in names]
         row += [layer.driven_by_ce, layer.ranking_by_ce] if dtf else []
         rows.append(row)
-    note = "means over tokens" + (" that are no sinks" if summary.sinks else "")
+    note = "means over tokens" + (" that are not sinks" if summary.sinks else "")
     if dtf:
         note += (
             "; by CE: routed tokens whose score owes more to CE than to CU; rank CE: CE's part in the score's variance"

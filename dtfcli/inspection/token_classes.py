@@ -38,7 +38,7 @@ CLASSES = (
 """
 
 PYTHON_CLASSES = ("keyword", "identifier", "builtin", "number", "string", "comment", "operator", "layout")
-"""Of a token in Python source, by its first character that is no white space; layout: white space alone."""
+"""Of a token in Python source, by its first character that is not white space; layout: white space alone."""
 
 _SENTENCE_END = ".!?…:\n"
 _SKIPPED_BACKWARDS = " \t\"'“”‘’«»([{*_—–-"

@@ -115,7 +115,7 @@ def save_adapter(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
     config.save_pretrained(folder)
     stored = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(stored, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    # Without the code that a routed model's folder has: an adapter is no model that would open by itself.
+    # Without the code that a routed model's folder has: an adapter does not open by itself.
     model.config.to_json_file(folder / "config.json")
     model.generation_config.save_pretrained(folder)
 

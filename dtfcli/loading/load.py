@@ -218,7 +218,7 @@ def explained_load_errors(source: ModelPath, what: str = "model") -> Iterator[No
         if source.kind == "hub" and isinstance(error, OSError):
             raise _hub_error(name, error, what) from error
         if isinstance(error, json.JSONDecodeError):
-            reason = f"its config.json is no JSON ({reason})"
+            reason = f"its config.json is not JSON ({reason})"
         raise CheckpointError(f"{name}: the {what} cannot be loaded. {reason}") from error
 
 

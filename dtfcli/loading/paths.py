@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dtfcli.errors import CheckpointError, did_you_mean
+from dtfcli.runs.folder import BEST_MODEL, CHECKPOINTS, FINAL_MODEL, SETTINGS_FILE, STATE_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -41,7 +42,7 @@ def resolve_model_path(model: str | Path, revision: str | None = None) -> ModelP
         revision: of a Hub id; says the same as @revision.
 
     Raises:
-        CheckpointError: nothing is there, or something that is no model; says what it is and what to give instead.
+        CheckpointError: nothing is there, or something that is not a model; says what it is and what to give instead.
     """
     text = str(model)
     path = Path(text).expanduser()
@@ -85,7 +86,7 @@ def _local(path: Path) -> ModelPath:
         if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
             raise CheckpointError(f"{path}: has a config.json but no weights (model.safetensors); copy them there.")
         return ModelPath("folder", str(path))
-    for name in ("final_model", "best_model"):
+    for name in (FINAL_MODEL, BEST_MODEL):
         if (path / name / "config.json").is_file():
             return ModelPath("folder", str(path / name))
     raise CheckpointError(f"{path}: {_what_it_is(path)}")
@@ -95,29 +96,29 @@ def _file(path: Path) -> ModelPath:
     if path.suffix == ".gguf":
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise CheckpointError(f"{path}: no GGUF file (it does not start with GGUF); download it again.")
+                raise CheckpointError(f"{path}: not a GGUF file (it does not start with GGUF); download it again.")
         return ModelPath("gguf", str(path))
     if (path.parent / "config.json").is_file():
         raise CheckpointError(f"{path}: a file of a model; give its folder, {path.parent}.")
-    raise CheckpointError(f"{path}: a file that is no model; give a model folder, a run folder or a .gguf file.")
+    raise CheckpointError(f"{path}: a file, but not a model; give a model folder, a run folder or a .gguf file.")
 
 
 def _what_it_is(folder: Path) -> str:
-    """Why a folder is no model, and what to give instead."""
+    """Why a folder is not a model, and what to give instead."""
     entries = sorted(folder.iterdir())
     if not entries:
         return "an empty folder; give a model folder, a run folder or a Hub id."
-    if (folder / "state.json").is_file() and folder.parent.name == "checkpoints":
+    if (folder / STATE_FILE).is_file() and folder.parent.name == CHECKPOINTS:
         return f"a training checkpoint; go on with it by `dtf train --resume {folder.parent.parent}`."
-    if (folder / "settings.toml").is_file():
+    if (folder / SETTINGS_FILE).is_file():
         return f"a run that has not finished; go on with it by `dtf train --resume {folder}`."
     gguf = [entry for entry in entries if entry.suffix == ".gguf"]
     if gguf:
         return f"a folder of .gguf files; name one, such as {gguf[0]}."
-    inside = [entry for entry in entries if (entry / "config.json").is_file() or (entry / "settings.toml").is_file()]
+    inside = [entry for entry in entries if (entry / "config.json").is_file() or (entry / SETTINGS_FILE).is_file()]
     if inside:
-        return f"no model itself; inside it are {', '.join(str(entry) for entry in inside[:3])}."
-    return "no model folder (it has no config.json); give a model folder, a run folder or a Hub id."
+        return f"not a model itself; inside it are {', '.join(str(entry) for entry in inside[:3])}."
+    return "not a model folder (it has no config.json); give a model folder, a run folder or a Hub id."
 
 
 def weights_hash(path: Path) -> str:

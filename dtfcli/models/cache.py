@@ -195,7 +195,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         self._parts, self.counts, self.is_initialized = [], [], False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last so many positions (a negative number, as in Transformers)."""
+        """Forget the last positions; their number is negative, as in Transformers."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative number of positions to remove")
         if tokens_to_remove == 0 or (entered := self.entered) is None:

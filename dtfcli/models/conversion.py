@@ -84,7 +84,7 @@ def routed_config(dense_config: Any, **config_fields: Any) -> Any:
         if name not in ROUTING_FIELD_NAMES:
             close = get_close_matches(name, ROUTING_FIELD_NAMES, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" The fields are: {', '.join(ROUTING_FIELD_NAMES)}"
-            raise ValueError(f"{name} is no field of a routed model.{hint}")
+            raise ValueError(f"{name} is not a field of a routed model.{hint}")
     set_fields = {name: value for name, value in config_fields.items() if value is not None}
     try:
         return FAMILIES[model_type].routed_config(**_config_values(dense_config), **set_fields)

@@ -61,7 +61,7 @@ class StoredKeys(OwnKeys):
     """Routed tokens attend to the stored ones of their row and to each other, and are stored themselves.
 
     Args:
-        store: the layer's part of the cache, already told which of the new positions are routed.
+        store: the layer's part of the cache, which knows already which of the new positions are routed.
         counts: new routed tokens of each row of the batch.
         rows: those of a group.
     """

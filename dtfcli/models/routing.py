@@ -296,7 +296,7 @@ def select_threshold(
 def share_threshold(scores: Tensor, capacity: float, real: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
     """The threshold that routes the share γ of the real tokens of these rows together, sinks counted in.
 
-    The (1 − γ) quantile of the scores of real tokens that are no sinks, taken midway between two scores. Without
+    The (1 − γ) quantile of the scores of real tokens that are not sinks, taken midway between two scores. Without
     host synchronization.
 
     Args:

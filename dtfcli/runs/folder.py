@@ -79,7 +79,7 @@ def run_settings(folder: Path) -> Settings:
     """The settings of an existing run, exactly as it was started: the environment has no say.
 
     Raises:
-        CheckpointError: this is no run folder, or its settings are damaged.
+        CheckpointError: this is not a run folder, or its settings are damaged.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():

@@ -22,7 +22,7 @@ class EvalSettings(Group):
         "", description="Suites or lm-eval tasks to run on the final model, with commas, such as general; empty: none."
     )
     tasks: list[str] = Field(default_factory=list, description="More tasks to run with them.", examples=['["sciq"]'])
-    limit: Count | None = Field(None, description="Score only the first so many items of each task; unset: all.")
+    limit: Count | None = Field(None, description="Score only the first N items of each task; unset: all.")
     data_dir: str = Field(
         "", description="Folder of datasets as OWNER/NAME/…, used instead of the Hub; empty: the Hub."
     )

@@ -56,7 +56,9 @@ class DataSettings(Group):
     validation_fraction: Share = Field(0.01, description="Share of the documents held out; 0: no validation.")
     validation_blocks: Count = Field(64, description="Held-out sequences used for each evaluation.")
     tokenizer: str = Field("", description="Hub id or folder; empty: the base model's, or one trained on the data.")
-    max_documents: Count | None = Field(None, description="Read only so many, from the sources in turns; unset: all.")
+    max_documents: Count | None = Field(
+        None, description="Read at most this many, from the sources in turns; unset: all."
+    )
     cache_dir: str = Field("", description="Where tokenized text is kept; empty: ~/.cache/dtf/tokens.")
     shuffle_buffer: Count = Field(1000, description="Documents of each source shuffled together when streaming.")
 

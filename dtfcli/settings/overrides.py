@@ -34,7 +34,7 @@ def parse_value(text: str) -> Any:
 
 
 def assign(values: dict[str, Any], parts: list[str], value: Any) -> None:
-    """Set the nested key `parts`, making tables (and replacing what is no table) on the way."""
+    """Set the nested key `parts`, making tables (and replacing what is not a table) on the way."""
     for part in parts[:-1]:
         if not isinstance(values.get(part), dict):
             values[part] = {}

@@ -58,7 +58,7 @@ class TrackioSettings(Group):
 
 
 class LoggingSettings(Group):
-    """`logging.*`: what a run shows, and who else is told its metrics."""
+    """`logging.*`: what a run shows, and where else its metrics go."""
 
     live: bool = Field(True, description="Draw progress in the terminal (never when stderr is none).")
     wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")

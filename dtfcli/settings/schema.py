@@ -86,7 +86,7 @@ class Settings(BaseSettings):
         """Micro-batches per optimizer step on each process.
 
         Raises:
-            ValueError: tokens_per_update is no multiple of what the processes take at a time.
+            ValueError: tokens_per_update is not a multiple of what the processes take at a time.
         """
         micro, length = self.training.micro_batch_size, self.data.seq_len
         unit = micro * length * processes

@@ -26,7 +26,7 @@ def _check_targets(targets: list[str]) -> list[str]:
         not unknown,
         "targets",
         targets,
-        f"{', '.join(unknown)} is no projection of the backbone; choose from {', '.join(LORA_TARGETS)}",
+        f"{', '.join(unknown)} is not a projection of the backbone; choose from {', '.join(LORA_TARGETS)}",
     )
     return targets
 
@@ -97,7 +97,7 @@ class TrainingSettings(Group):
         0.3, description="First share of the updates over which capacity_schedule runs."
     )
     router_warmup_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
-        0, description="First so many updates that train routers, priors and predictors alone, the backbone frozen."
+        0, description="First N updates train only routers, priors and predictors; the backbone is frozen."
     )
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from dtfcli.settings import Settings
 
 _EVALUATIONS = 10
 _EVALUATION_SHARE = 0.2
-"""Where the settings leave it open: so many evaluations in a run, unless they would take more than this share of the
+"""Where the settings leave it open: this many evaluations in a run, unless they would take more than this share of the
 time that training takes; and a checkpoint with each."""
 
 
@@ -45,7 +45,7 @@ class TrainPlan:
 
 
 def for_processes(settings: Settings, processes: int) -> Settings:
-    """The settings with an update for so many processes: where its size is open, a micro-batch of each.
+    """The settings with an update for a number of processes: where its size is open, a micro-batch of each.
 
     Raises:
         ConfigError: an update of the size that is set does not divide by what they take at a time.

@@ -2,7 +2,7 @@
 
 Choices: every process computes on its own rows and takes part in every collective call; the main one alone writes
 files and talks. Whatever decides how a run goes on (a folder, a checkpoint, a request to stop) is decided once and
-told to all, so that no process waits for one that has left.
+broadcast to all, so that no process waits for one that has left.
 """
 
 import datetime

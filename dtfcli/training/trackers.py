@@ -1,11 +1,11 @@
-"""Who else is told a run's metrics: Weights & Biases, TensorBoard and trackio, through accelerate's trackers.
+"""Sends a run's metrics to Weights & Biases, TensorBoard and trackio, through accelerate's trackers.
 
 Notable choices:
 
 - They get the lines of metrics.jsonl under the same names, and as configuration the settings that are fit for the
   public: no paths of this machine.
 - Which run of theirs this is stands in the run folder, so that a resumed run goes on in the same one.
-- They are told, not relied upon: one that fails on the way is left out with a warning, and training goes on.
+- A tracker that fails on the way is left out with a warning, and training goes on.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def check_trackers(settings: Settings) -> None:
     """
     for name in enabled_trackers(settings):
         found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name is no package
+        if found is None or found.origin is None:  # a folder of that name is not a package
             raise ConfigError(
                 f"logging.{name}.enabled = true: the package {name} is not installed; pip install 'dtfcli[{name}]'."
             )

@@ -23,7 +23,7 @@ def to_batch(rows: np.ndarray, device: torch.device) -> Tensor:
 
 
 def to_labels(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Rows [B, T] → labels, not shifted, an int64 tensor on the device; -100 is no target."""
+    """Rows [B, T] → labels, not shifted, an int64 tensor on the device; -100 is not a target."""
     return torch.from_numpy(target_labels(rows)).to(device)
 
 

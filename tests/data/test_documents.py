@@ -101,7 +101,7 @@ def test_unclear_text_field_lists_the_columns(
         (b'{"text": "cut', "broken JSON"),
         (b'["text"]', "expected an object"),
         (b'{"other": "x"}', "'text' is missing"),
-        (b'{"text": 5}', "'text' is no string (int)"),
+        (b'{"text": 5}', "'text' is not a string (int)"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b"[" * 200_000, "broken JSON"),
         (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "broken JSON"),

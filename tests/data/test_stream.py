@@ -224,7 +224,7 @@ def test_a_broken_row_ends_the_stream_with_its_place(make: Any, tokenizer: Any, 
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     stream = RowStream(streaming(make, tmp_path / "a.jsonl"), tokenizer, seed=SEED)
     for _ in range(2):  # whoever asks again is told again
-        with pytest.raises(DataError, match=r"a\.jsonl, line 2: the text field 'text' is no string"):
+        with pytest.raises(DataError, match=r"a\.jsonl, line 2: the text field 'text' is not a string"):
             stream.take(5)
     stream.close()
 
