@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 class TokenizedData:
     """Both sides of a text as blocks of tokens, and what evaluation needs to know about them."""
 
-    # int32 [N, seq_len], usually a read-only memory map; see `targets` for tokens that are not targets. Of a stream, where
-    # `Stream` gives the rows to train on, its beginning.
+    # int32 [N, seq_len], usually a read-only memory map; `targets` says which tokens are none. Of a stream, whose rows
+    # `RowStream` gives while training, it is the beginning.
     train: np.ndarray
     validation: np.ndarray  # int32 [M, seq_len]; M = 0 where data.validation_fraction = 0
     validation_bytes_per_token: float  # UTF-8 bytes of the held-out text per token; nan without any

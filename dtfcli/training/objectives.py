@@ -65,7 +65,7 @@ class Objective(nn.Module):
             input_ids: int64 [B, T].
             targets: targets in the whole update: every loss is a sum over it, the auxiliary ones scaled alike.
             output_routing: also return routing statistics.
-            labels: int64 [B, T], not shifted, -100 for what is not a target; None: each token but the first of a row is.
+            labels: int64 [B, T], not shifted, -100 where there is no target; None: each token but the first of a row.
         """
         labels = input_ids if labels is None else labels
         if not self.routed:
