@@ -1,4 +1,4 @@
-"""quality.md 4, 5 and 14: cached = uncached = chunked = decoded token by token, and the cache holds what it should."""
+"""Cached = uncached = chunked = decoded token by token, and the cache holds what it should."""
 
 from itertools import pairwise
 from typing import Any

@@ -1,4 +1,4 @@
-"""quality.md 6: `topk` routes exactly K tokens of each row; calibrated `threshold` routes the share asked for."""
+"""Capacity: `topk` routes exactly K tokens of each row; calibrated `threshold` routes the share asked for."""
 
 import pytest
 import torch

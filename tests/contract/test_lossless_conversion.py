@@ -1,4 +1,4 @@
-"""quality.md 1: at γ = 1 with the straight-through gate a converted model is the dense one, and back is exact."""
+"""Lossless conversion: at γ = 1 with the straight-through gate it is the dense model, and back is exact."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""quality.md 2: every weight arrives, or loading fails; a saved model opens without `dtfcli`."""
+"""Nothing lost on load: every weight arrives, or loading fails; a saved model opens without `dtfcli`."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""quality.md 7: the tensor functions equal the loops of `routing_naive`, in value and in gradient."""
+"""Optimized = naive: the tensor functions equal the loops of `routing_naive`, in value and in gradient."""
 
 import pytest
 import torch

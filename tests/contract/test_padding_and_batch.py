@@ -1,4 +1,4 @@
-"""quality.md 3 and 5: no look at the future, at neighbors or at padding (uncached, `topk` and `threshold`)."""
+"""No look at the future, at neighbors or at padding (uncached, `topk` and `threshold`)."""
 
 import pytest
 import torch

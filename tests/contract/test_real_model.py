@@ -1,4 +1,4 @@
-"""quality.md 4 to 6 on a real pretrained model: SmolLM2-135M routed at γ 0.5 and calibrated on novels, float32.
+"""Caching, batches and capacity on a real model: SmolLM2-135M routed at γ 0.5 and calibrated on novels, float32.
 
 What the cache writes, batched and one by one, is confirmed by one uncached forward over each finished text: its
 likeliest token at every place is the one that was written. Texts may part only where a routing score all but equals

@@ -1,4 +1,4 @@
-"""quality.md 8: a saved model is a model like any other to clients that have never heard of `dtfcli`."""
+"""Stock clients: a saved model is a model like any other to clients that have never heard of `dtfcli`."""
 
 import json
 import os

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli.evaluation.answers import AnswerStore, Batch
+from dtfcli.evaluation.answers import AnsweredBatch, AnswerStore
 from tests.conftest import Outcome
 from tests.evaluation.conftest import ITEMS
 from tests.tiny import routed_model
@@ -140,7 +140,7 @@ def test_another_capacity_or_limit_reuses_nothing(
 def test_half_a_line_is_no_answer(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     store = AnswerStore(path)
-    batches = [Batch([[-1.5 / 3, True]], {}, 0, 0.1), Batch([[-2.0, False]], {}, 1, 0.2)]
+    batches = [AnsweredBatch([[-1.5 / 3, True]], {}, 0, 0.1), AnsweredBatch([[-2.0, False]], {}, 1, 0.2)]
     keys = [store.key(content) for content in ("a", "b")]
     for key, batch in zip(keys, batches, strict=True):
         store.add(key, batch)
