@@ -64,8 +64,8 @@ def bench(
 ) -> None:
     """Measure training steps, prefill and decoding of DTF and MoD against their own dense backbone, in one process.
 
-    Models take turns; times are medians; ratios are to dense. Next to each time ratio stands what the computation alone
-    would give: FLOPs in training and prefill, weights read in decoding, at the share of tokens that was really routed.
+    Models take turns; times are medians; ratios are to dense. Next to each time ratio stands the ratio of the
+    computation alone: FLOPs in training and prefill, weights read in decoding, at the share of tokens really routed.
     A training step is forward and backward as `dtf train` runs them; the optimizer, equal for all, is timed apart.
 
     \b

@@ -33,7 +33,7 @@ Prompts = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--output", help="Where --prompts writes its .jsonl.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Recompute the prefix for every token; slow.")]
-Stats = Annotated[bool, typer.Option("--stats", help="Say on stderr how fast it was and what the cache holds.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")]
 
 
 def generate(
@@ -65,7 +65,7 @@ def generate(
       dtf generate outputs/2026-01-31/quickstart "def main("
       dtf generate MODEL "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
       dtf generate MODEL "import " --capacity 0.25      # route fewer tokens
-      echo "A sentence to go on with:" | dtf generate MODEL
+      echo "A sentence to continue:" | dtf generate MODEL
       dtf generate MODEL --prompts prompts.txt --output answers.jsonl
     """
     from dtfcli.cli import generate_view, render

@@ -30,7 +30,7 @@ File = Annotated[
     Path | None,
     typer.Option(
         "--file",
-        help="Read the text from this file; of a .jsonl or .parquet file or a folder, every document, added up.",
+        help="Read the text from this file. A .jsonl or .parquet file or a folder is summed up over its documents.",
         show_default=False,
     ),
 ]
@@ -47,7 +47,7 @@ Compare = Annotated[
     typer.Option(
         "--compare",
         metavar="MODEL",
-        help="Set a second model with the same tokenizer beside it, routed or dense.",
+        help="Compare with a second model, routed or dense, with the same tokenizer.",
         show_default=False,
     ),
 ]
@@ -80,7 +80,7 @@ def inspect_routing(
 
     The text appears colored by depth (how many routed layers took each token), then as a heat map, a row for each
     routed layer and a column for each token, then in tables: by layer, token class, frequency, position and loss, and
-    how far the causal mode and the training rule agree. A corpus is added up, in memory that does not grow with it.
+    how far the causal mode and the training rule agree. A corpus is summed up in constant memory.
 
     \b
     Examples:

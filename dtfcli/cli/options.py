@@ -28,13 +28,11 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Device = Annotated[
     str,
-    typer.Option("--device", help="auto (the best there is), cpu, cuda, cuda:1, mps or xpu.", rich_help_panel=COMMON),
+    typer.Option("--device", help="auto (the best available), cpu, cuda, cuda:1, mps or xpu.", rich_help_panel=COMMON),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(
-        "--dtype", help="Precision of the weights; auto is what the device does well.", rich_help_panel=COMMON
-    ),
+    typer.Option("--dtype", help="Precision of the weights; auto: what the device does well.", rich_help_panel=COMMON),
 ]
 AttnImplementation = Annotated[
     Literal["sdpa", "eager", "flash_attention_2"],
@@ -72,7 +70,7 @@ Capacity = Annotated[
     float | None,
     typer.Option(
         "--capacity",
-        help="Share γ of the tokens a routed layer processes, such as 0.25; unset: the checkpoint's own.",
+        help="Share γ of the tokens that a routed layer processes, such as 0.25; unset: the checkpoint's own.",
         metavar="γ",
         show_default=False,
         rich_help_panel=COMMON,

@@ -15,7 +15,7 @@ Model = Annotated[
 ]
 Repo = Annotated[
     str,
-    typer.Argument(metavar="REPO", help="Repository on the Hub: owner/name, or a name of yours.", show_default=False),
+    typer.Argument(metavar="REPO", help="Repository on the Hub: owner/name, or a bare name.", show_default=False),
 ]
 HfUsername = Annotated[
     str | None,

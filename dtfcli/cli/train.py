@@ -32,7 +32,7 @@ Config = Annotated[
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Go on with a run that was interrupted: the one named, else the newest."),
+    typer.Option("--resume", help="Continue an interrupted run: the one named, else the newest."),
 ]
 NumProcesses = Annotated[
     int | None,

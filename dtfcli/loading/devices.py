@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name: auto (the best there is), cpu, cuda, cuda:N, mps or xpu.
+    """The device of a name: auto (the best available), cpu, cuda, cuda:N, mps or xpu.
 
     Raises:
         ConfigError: this machine or this build of torch does not have it.

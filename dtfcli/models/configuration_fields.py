@@ -54,7 +54,7 @@ class RoutingFields:
     sink_tokens: int = _option(1, "Leading tokens of a row that are always routed (attention sinks); count towards γ.")
     kv_tokens: str = _option(
         "routed",
-        "Whose keys and values a routed layer offers: those of its routed tokens, or of all (no cache saving).",
+        "Keys and values that a routed layer offers: of its routed tokens, or of all (saves no cache).",
     )
     gate: str = _option(
         "straight_through",

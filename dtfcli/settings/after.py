@@ -32,6 +32,6 @@ class HubSettings(Group):
     """`hub.*`: where the finished model goes."""
 
     repo: Annotated[str, AfterValidator(_check_repo)] = Field(
-        "", description="Push the final model to this repository, owner/name or a name of yours; empty: nowhere."
+        "", description="Push the final model to this repository, owner/name or a bare name; empty: nowhere."
     )
     private: bool = Field(False, description="Make that repository private when it is new.")

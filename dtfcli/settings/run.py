@@ -31,7 +31,7 @@ class RunSettings(Group):
     output_dir: str = Field("outputs", min_length=1, description="Runs go to OUTPUT_DIR/<date>/<name>/.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of initialization, data order and dropout.")
     device: Annotated[str, AfterValidator(_check_device)] = Field(
-        "auto", description="auto (the best there is), cpu, cuda, cuda:N, mps or xpu."
+        "auto", description="auto (the best available), cpu, cuda, cuda:N, mps or xpu."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of computation; weights stay float32. auto: what the device does well."
@@ -60,7 +60,7 @@ class TrackioSettings(Group):
 class LoggingSettings(Group):
     """`logging.*`: what a run shows, and where else its metrics go."""
 
-    live: bool = Field(True, description="Draw progress in the terminal (never when stderr is none).")
+    live: bool = Field(True, description="Draw progress if stderr is a terminal.")
     wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")
     tensorboard: TensorboardSettings = Field(default_factory=TensorboardSettings, description="TensorBoard.")
     trackio: TrackioSettings = Field(default_factory=TrackioSettings, description="trackio.")

@@ -67,7 +67,7 @@ class TrainingSettings(Group):
     gradient_checkpointing: bool | Literal["selective"] = Field(
         False,
         description="Recompute activations to save memory: all of them, or (selective) the cheap ones, keeping what "
-        "matrix products and attention gave.",
+        "matrix products and attention computed.",
     )
     compile: bool = Field(False, description="Compile each layer with torch.compile.")
     kernels: Literal["torch", "liger"] = Field(
@@ -88,7 +88,7 @@ class TrainingSettings(Group):
         0.0, description="Last share of the updates that route by threshold, as inference does, instead of by top-K."
     )
     capacity_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How γ goes from capacity_start to model.capacity; constant: it is that from the start."
+        "constant", description="How γ goes from capacity_start to model.capacity; constant: model.capacity throughout."
     )
     capacity_start: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="γ of the first update under a capacity_schedule."
