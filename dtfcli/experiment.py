@@ -49,7 +49,7 @@ def train(
         ConfigError, DataError, CheckpointError, HubError: the input is wrong.
         DTFError: the run folder cannot be written.
     """
-    emit = on_event if on_event and is_main_process() else _tell_nobody
+    emit = on_event if on_event and is_main_process() else _ignore
     plan = plan_evaluation(settings)
     _check_login(settings.hub, emit)
     result = train_model(settings, resume=resume, rename=rename, emit=emit)
@@ -63,8 +63,8 @@ def train(
     return replace(result, hub_url=_push_final(settings.hub, pushed, emit))
 
 
-def _tell_nobody(event: TrainEvent) -> None:
-    """The listener of processes other than the main one."""
+def _ignore(event: TrainEvent) -> None:
+    """Ignore an event: the listener of all processes but the main one."""
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def _evaluate_final(settings: Settings, plan: "EvalPlan", run: Path, emit: Train
 
 
 def _check_login(hub: HubSettings, emit: TrainListener) -> None:
-    """Warn before training that the push at its end would be refused; asks nobody."""
+    """Warn before training if the push at its end would be refused. Sends no request."""
     if hub.repo:
         from huggingface_hub import get_token
 

@@ -227,7 +227,7 @@ def _open(where: str, source: Source, on_progress: OnProgress | None) -> SourceR
 
 
 def _check_not_a_lost_path(where: str, name: str, path: Path) -> None:
-    """Raise for a name that is meant as a local path, so that nobody waits for the Hub to deny it."""
+    """Raise for a name that is meant as a local path, so that the Hub is not asked for it."""
     if difflib.get_close_matches(name, [STDLIB], cutoff=0.8):
         raise DataError(f"{where}.path = '{name}': no such source. Did you mean '{STDLIB}'?")
     hint = similar_path(path)

@@ -57,7 +57,7 @@ def pack_documents(
     folder: Path | None,
     on_progress: OnProgress | None,
 ) -> Packed:
-    """The blocks of both sides and notes about them; the arrays are files in `folder`, if there is one."""
+    """The blocks of both sides and notes about them; with a `folder`, the arrays are files in it."""
     reports = [reader.new_report() for reader in readers]
     texts = read_documents(
         readers,
@@ -177,7 +177,7 @@ def _spool(
 def _write_blocks(spool: IO[bytes], table: _Table, order: list[int], seq_len: int, out: IO[bytes]) -> float:
     """Write the documents in this order as an .npy file of whole blocks; returns the bytes of their text.
 
-    Of a document that the last block cuts, the share of its bytes is that of its tokens.
+    A document that the last block cuts counts with the share of its bytes that its tokens have.
     """
     rows = int(table.tokens[order].sum()) // seq_len
     header = {"descr": np.lib.format.dtype_to_descr(_INT32), "fortran_order": False, "shape": (rows, seq_len)}
@@ -198,8 +198,8 @@ def _write_blocks(spool: IO[bytes], table: _Table, order: list[int], seq_len: in
 def split_documents(digests: Sequence[bytes], fraction: float, seed: int) -> np.ndarray:
     """Which documents are held out: bool [documents], a function of contents and seed, not of their order.
 
-    Exactly max(1, round(fraction · n)) of n are, copies of one text together; where that cannot come out
-    even, because texts have many copies, the count stays below, or is that of the text with the fewest.
+    Exactly max(1, round(fraction · n)) of n are held out, copies of one text together. If many copies make that
+    impossible, fewer are, or only the text with the fewest copies.
 
     Raises:
         DataError: There is a single text, which cannot be on both sides.

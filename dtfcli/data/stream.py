@@ -36,7 +36,7 @@ _GOODBYE_SECONDS = 5.0
 
 
 def stream_identity(data: DataSettings) -> dict[str, Any]:
-    """What decides the rows of a stream besides what decides those of whole sources."""
+    """What decides the rows of a stream, beyond what decides the rows of whole sources."""
     return {
         "weights": draw_weights(data.sources),
         "shuffle_buffer": data.shuffle_buffer,
@@ -316,7 +316,7 @@ class RowStream:
         return rows
 
     def state(self) -> dict[str, Any]:
-        """From which a stream goes on with the row after those taken; plain JSON."""
+        """The place from which a stream continues with the next row; plain JSON."""
         begin = self._batches[0].state if self._batches else self._saved
         return {**(begin or {}), "next": self._next}
 

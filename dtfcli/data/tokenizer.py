@@ -224,7 +224,7 @@ def encode_documents(
     """Every document with its ids and the end-of-text token, encoded in batches of bounded size.
 
     Args:
-        documents: Texts, and conversations where there is a `converse`.
+        documents: Texts; with a `converse`, also conversations.
         encode: Of texts.
         end_of_text: Id that follows a text.
         converse: Of conversations (`conversations.conversation_encoder`).

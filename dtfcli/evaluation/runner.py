@@ -115,7 +115,7 @@ def evaluate_and_save(
         report, kept = run_plan(plan, candidate, state=folder / UNFINISHED, on_event=emit)
         stores += kept
         results.append((report, save(report.to_dict(), folder) if output is None else None))
-    # Not earlier: a command with several models may be killed in the last one, too.
+    # Not earlier: a command with several models may be killed while it scores the last one.
     for store in stores:
         store.discard()
     return results

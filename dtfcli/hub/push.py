@@ -4,7 +4,7 @@
 - Large files are stored before the commit, invisibly. The commit makes all files visible at once.
 - Files of an earlier push that this one does not have (shards, code) are deleted by the same commit. All other files
   belong to the owner and stay.
-- A push that fails for good leaves a new repository empty. The next push uses it.
+- A push that fails leaves a new repository empty. The next push uses it.
 """
 
 import sys

@@ -198,7 +198,7 @@ def _adapters_base(folder: Path, run: Path | None) -> str:
     name, on_hub = public_name(read_adapter_config(folder)["base_model_name_or_path"], run)
     if not on_hub:
         raise CheckpointError(
-            f"{folder}: the base of this adapter is {name}, which nobody else has. "
+            f"{folder}: the base of this adapter is {name}, which exists only here. "
             "Push the adapter merged into its base: --merge."
         )
     if not (folder / "config.json").is_file():

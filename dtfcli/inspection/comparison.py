@@ -43,7 +43,7 @@ class Comparison:
         first, second: what each did; the tokens are the same.
         agreement: of their decisions in the layers that both route; no layers when they share none.
         depth_difference: [T], depth of A − depth of B, each over its number of routed layers.
-        loss_difference: [T], loss of A − loss of B, nats; NaN where there is none.
+        loss_difference: [T], loss of A − loss of B, nats; NaN if either has none.
         depth_correlation: Pearson's r of the two depths over tokens; None where one does not vary.
         groups: by token class.
     """

@@ -35,7 +35,7 @@ class TableData:
         key: a name for programs.
         title, note: for people; the note says what is counted.
         columns: title and kind of each.
-        rows: values, None where there is none; a share may be a pair of it and its standard error.
+        rows: values or None; a share may be a pair of value and standard error.
     """
 
     key: str

@@ -32,7 +32,7 @@ CLASSES = (
 - newline, space: nothing but white space, with a line end or without.
 - number: letters and digits of a run that begins with a digit, such as the tokens of "1914", "3.5e10" or "2nd".
 - punctuation: no letter and no digit.
-- word continuation: its first letter or digit goes on with a word that an earlier token began.
+- word continuation: its first letter or digit continues a word of an earlier token.
 - name-like: begins a capitalized word in the middle of a sentence.
 - word start: begins any other word.
 """

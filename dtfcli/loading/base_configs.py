@@ -23,7 +23,7 @@ _LARGE = _LONG | {"vocab_size": 152064, "tie_word_embeddings": False}
 def _qwen2_5(
     hidden: int, intermediate: int, layers: int, heads: tuple[int, int], **others: float | bool
 ) -> dict[str, Any]:
-    """A Qwen2.5 base model; `heads` are those of queries, and of keys and values."""
+    """A Qwen2.5 base model; `heads`: of queries, and of keys and values."""
     shape = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,

@@ -146,7 +146,7 @@ def _load_base(settings: Settings) -> PreTrainedModel:
 
 
 def _route(start: Any, settings: Settings) -> PreTrainedModel:
-    """Make `start` what `model.architecture` asks for; a base that is routed already goes on as it is."""
+    """Make `start` what `model.architecture` asks for; a base that is routed already stays as it is."""
     architecture, fields = settings.model.architecture, settings.model.routing_fields()
     if hasattr(start, "set_routing"):
         return _go_on(start, settings)

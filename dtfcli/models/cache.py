@@ -30,7 +30,7 @@ class SurpriseHistory:
     """float32 [B, S]."""
 
     def extend_surprise(self, static: Tensor) -> Tensor:
-        """Append D_st of new tokens [B, T]; returns that of all [B, S + T]."""
+        """Append D_st of new tokens [B, T]; return D_st of all tokens [B, S + T]."""
         past = self.surprise
         self.surprise = static.detach() if past is None else torch.cat([past, static.detach()], dim=1)
         return self.surprise

@@ -1,8 +1,8 @@
 """Whose keys and values the routed tokens of a layer attend to, and the mask that goes with them.
 
-    OwnKeys     those of the routed tokens of the same forward pass (no cache)
+    OwnKeys     of the routed tokens of the same forward pass (no cache)
     StoredKeys  the same, behind what the cache holds for their rows
-    EveryKey    those of all tokens, routed or not (`kv_tokens = "all"`)
+    EveryKey    of all tokens, routed or not (`kv_tokens = "all"`)
 
 The stock attention asks its cache for keys and values through `update`; these objects answer.
 
@@ -63,7 +63,7 @@ class StoredKeys(OwnKeys):
     Args:
         store: the layer's part of the cache, which knows already which of the new positions are routed.
         counts: new routed tokens of each row of the batch.
-        rows: those of a group.
+        rows: the rows of a group.
     """
 
     def __init__(self, store: RoutedLayerCache, counts: list[int], rows: list[int] | None = None) -> None:

@@ -115,7 +115,7 @@ class RoutedLayerMixin(StockLayer):
 
         `topk` never waits for the device: every row has the same number of slots. A causal mode looks once, because
         its number of slots depends on the scores. While training all rows go together and never without any slot:
-        every process of a distributed run has to enter every layer. Rows and counts are empty where nobody looked.
+        every process of a distributed run has to enter every layer. Rows and counts are empty if not looked at.
         """
         if frame.mode == "topk":
             width = topk_capacity(capacity, frame.shape[1])
@@ -146,7 +146,7 @@ class RoutedLayerMixin(StockLayer):
             frame: mode, padding and sinks of this pass.
             capacity: γ of this layer in this pass.
             position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
-            attention_mask, position_ids: those of the dense layers, not used: the slots have their own.
+            attention_mask, position_ids: unused; the slots have their own.
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
         """
         cache = kwargs.pop(CACHE_NAME, None)

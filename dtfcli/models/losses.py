@@ -93,7 +93,7 @@ class _TiedEmbedding(torch.autograd.Function):
     """(rows of the weight, the weight as the head's): one gradient instead of two that are added.
 
     An embedding's own gradient is as large as the head's and zero but for the rows of the tokens. The loss hands over
-    a gradient of the head that nobody else holds; these rows are added to it in place.
+    a fresh gradient of the head; these rows are added to it in place.
     """
 
     @staticmethod

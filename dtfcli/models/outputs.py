@@ -18,7 +18,7 @@ class RoutingRecord:
         scores: float32 [B, T], what is ranked and compared with the threshold: the router's scores, or in `predictor`
             mode the predictor's logits.
         selected: bool [B, T], True where the token entered the layer.
-        gate: float32 [B, T], the soft gate: G (DTF), σ(r) or r (MoD); None where nobody asked for it.
+        gate: float32 [B, T], the soft gate: G (DTF), σ(r) or r (MoD).
         threshold: float32 0-d, in the causal modes.
         static_surprise, change_surprise: float32 [B, T], D_st and D_ch (DTF).
         s_ce, s_cu: float32 [B, T], the two criteria after their sigmoids (DTF).

@@ -148,7 +148,7 @@ class Router(nn.Module):
 
     Attributes:
         thresholds: of the scores, for the layer's own γ and the grid.
-        predictor_thresholds: of the predictor's logits, likewise, where there is a predictor.
+        predictor_thresholds: the same for the predictor's logits, if there is a predictor.
     """
 
     thresholds: Tensor

@@ -44,7 +44,7 @@ class Surprise(NamedTuple):
 
 
 _SLICE_ELEMENTS = 2**16
-"""Of hidden states whose surprise a CPU works out at once: 256 KiB in float32, so that all steps stay in its cache."""
+"""Hidden states whose surprise a CPU computes at once: 256 KiB in float32, so that all steps stay in its cache."""
 
 
 class _Surprise(torch.autograd.Function):

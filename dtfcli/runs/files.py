@@ -1,4 +1,4 @@
-"""What is written to a run folder appears whole or not at all, and a full disk is explained."""
+"""Writes to a run folder: files appear whole or not at all, and a full disk is explained."""
 
 import errno
 import json
@@ -83,7 +83,7 @@ def tidy_folders(parent: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Bring what was written to the disk, before a rename says that it is there: power may fail, too."""
+    """Flush a file to the disk before it is renamed: power may fail in between."""
     for path in folder.rglob("*"):
         if not path.is_dir():
             _sync(path)

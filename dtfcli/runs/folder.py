@@ -94,7 +94,7 @@ def run_settings(folder: Path) -> Settings:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold a run while it is trained, so that nobody resumes it meanwhile; the system lets go when a process ends.
+    """Lock a run while it is trained, so that it is not resumed meanwhile. The system unlocks it when the process ends.
 
     Raises:
         ConfigError: another process holds it.

@@ -38,7 +38,7 @@ def _is_group(annotation: Any) -> bool:
 
 
 def field_at(schema: type[BaseModel], key: Sequence[str | int]) -> FieldInfo | None:
-    """The field of a nested key, or None where there is none (or the key is an item of a list)."""
+    """The field of a nested key; None if there is none, or if the key is an item of a list."""
     groups = [v for v in _variants(annotation_at(schema, key[:-1])) if _is_group(v)]
     return groups[0].model_fields.get(key[-1]) if groups else None
 

@@ -92,7 +92,7 @@ class Layers:
     def __init__(
         self, settings: type[BaseModel], preset: str | None, overrides: Sequence[str], config: Path | None
     ) -> None:
-        """Read all sources; raises ConfigError where one cannot be read at all."""
+        """Read all sources. Raises ConfigError if one cannot be read."""
         text = partial(describe.wants_text, settings)
         self.overrides = parse_overrides(overrides, text)
         self.environment = parse_environment(text)

@@ -137,6 +137,6 @@ def file_problems(config: Path) -> list[str]:
     """Every mistake in a settings file, one line each; an empty list when it is right.
 
     Raises:
-        ConfigError: it cannot be read at all.
+        ConfigError: it cannot be read.
     """
     return resolve(Settings, Layers(Settings, None, (), config))[1]

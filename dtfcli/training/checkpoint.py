@@ -28,7 +28,7 @@ class TrainingState:
         best_step, best_loss: of the best evaluation after the start; -1 and None: none yet.
         metrics_bytes: length of metrics.jsonl at this point.
         data: fingerprint of the tokenized data.
-        processes: how many trained; another number goes on from the same weights, but not bit for bit.
+        processes: their number. A run resumed with another number continues from the same weights, but not bit for bit.
         stream: position in sources that stream (`stream.RowStream.state`); None: none do.
     """
 

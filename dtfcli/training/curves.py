@@ -68,7 +68,7 @@ def _draw_losses(axis: Any, lines: list[Line]) -> None:
 
 
 def _draw_shares(axis: Any, lines: list[Line]) -> None:
-    """The causal share of each routed layer, at evaluations: training lines hold that of top-k, which is fixed."""
+    """The causal share of each routed layer, at evaluations. Training lines hold top-k's share, which is fixed."""
     import matplotlib
 
     evaluations = [line for line in lines if "val/loss" in line]

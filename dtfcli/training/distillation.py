@@ -1,4 +1,4 @@
-"""Learning from the dense parent: the divergence of the model's predictions from those of its base before routing.
+"""Learning from the dense parent: the divergence from the predictions of the base before it was routed.
 
 Logits of neither model are ever whole: as in the language-model loss, a few rows are formed, compared, turned into
 gradients and dropped. Shapes: N tokens with a target, D hidden size, V vocabulary.

@@ -58,7 +58,7 @@ class TrainResult:
         steps: updates done.
         metrics: of the last evaluation, by the names of metrics.jsonl, `val/unigram` included.
         best_step, best_val_loss: of the best evaluation.
-        prompt, sample: a few tokens of validation text and how the model goes on.
+        prompt, sample: a few tokens of validation text and the model's continuation.
         evaluation: the scores of `eval.after`.
         hub_url: of the repository that the final model was pushed to.
     """
@@ -228,7 +228,7 @@ def finish(run: Run) -> TrainResult:
 
 
 def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tuple[str, str]:
-    """The beginning of a validation row, and how the model goes on at a low temperature; both as text."""
+    """The beginning of a validation row, and the model's continuation at a low temperature; both as text."""
     rows = run.validation if len(run.validation) else run.data.train
     prompt = to_batch(np.asarray(rows[:1, :prompt_tokens]), run.accelerator.device)
     run.tell("phase", "Writing a sample")
@@ -241,7 +241,7 @@ def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tup
             max_new_tokens=new_tokens,
             do_sample=True,
             temperature=0.5,
-            synced_gpus=isinstance(run.states, Sharded),  # where each needs the others, nobody stops before them
+            synced_gpus=isinstance(run.states, Sharded),  # each process needs the others, so none stops early
         )[0]
     split = prompt.shape[1]
     return run.tokenizer.decode(written[:split]), run.tokenizer.decode(written[split:], skip_special_tokens=True)

@@ -1,7 +1,7 @@
-"""Several processes that train one model: who writes, what all of them agree on, and means over them.
+"""Several processes that train one model: which one writes, what they agree on, and means over them.
 
 Choices: every process computes on its own rows and takes part in every collective call; the main one alone writes
-files and talks. Whatever decides how a run goes on (a folder, a checkpoint, a request to stop) is decided once and
+files and prints. Whatever decides how a run continues (a folder, a checkpoint, a request to stop) is decided once and
 broadcast to all, so that no process waits for one that has left.
 """
 
@@ -117,7 +117,7 @@ class Processes:
             tensor /= self.count
 
     def share(self, tensors: list[Tensor]) -> None:
-        """Replace tensors by those of the main process."""
+        """Replace tensors by the main process's."""
         if self.count > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
@@ -168,7 +168,7 @@ def check_processes(settings: Settings, count: int) -> None:
     device, sharded = resolve_device(settings.run.device), settings.training.sharding == "fsdp2"
     if sharded and count == 1:
         raise ConfigError(
-            "training.sharding = 'fsdp2': one process has nobody to share with; add --num-processes N, or leave it out."
+            "training.sharding = 'fsdp2': one process cannot share; add --num-processes N, or leave it out."
         )
     if sharded and compute_dtype(settings.run.dtype, device) == torch.float16:
         raise ConfigError("training.sharding = 'fsdp2' does not go with run.dtype = 'float16'; use bfloat16.")

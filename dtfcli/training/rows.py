@@ -52,7 +52,7 @@ class StreamedRows:
         self._stream: RowStream | None = None
 
     def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
-        """The next rows, which are those of this step."""
+        """The rows of this step, which are the next ones."""
         if self._stream is None:
             self._stream = self._open(self._state)
         return self._stream.take(self._count, check)

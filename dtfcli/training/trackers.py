@@ -4,7 +4,7 @@ Notable choices:
 
 - They get the lines of metrics.jsonl under the same names, and as configuration the settings that are fit for the
   public: no paths of this machine.
-- Which run of theirs this is stands in the run folder, so that a resumed run goes on in the same one.
+- The run folder keeps the trackers' run ids, so that a resumed run continues in the same ones.
 - A tracker that fails on the way is left out with a warning, and training goes on.
 """
 
@@ -59,7 +59,7 @@ def check_trackers(settings: Settings) -> None:
 
 
 def _can_start_wandb() -> bool:
-    """Whether W&B is offline, or a key is at hand; asks nobody: `wandb.init` would, in the middle of a run's start."""
+    """Whether W&B is offline, or a key is at hand. Does not ask the user, as `wandb.init` would."""
     if os.environ.get("WANDB_MODE") in _OFFLINE_MODES or os.environ.get("WANDB_API_KEY"):
         return True
     import wandb

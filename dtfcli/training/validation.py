@@ -112,7 +112,7 @@ def validate(
 
 
 def _of_all(meter: ShareMeter, processes: Processes) -> ShareMeter:
-    """What the meters of all processes have counted; rows that all of them saw count alike in each."""
+    """The counts of all processes' meters together; rows that every process saw count once in each."""
     if processes.count == 1:
         return meter
     total = ShareMeter()

@@ -274,7 +274,7 @@ def test_an_adapter_goes_on_from_an_adapter(adapter: Path, tmp_path: Path) -> No
 
 
 def test_an_adapter_of_a_local_base_is_not_pushed_alone(adapter: Path, base: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"which nobody else has.* --merge") as error:
+    with pytest.raises(CheckpointError, match=r"which exists only here.* --merge") as error:
         prepare_upload(adapter, "me/new")
     assert str(base) not in str(error.value)
 
