@@ -57,10 +57,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrainResu
     return result
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "sharding"),
-    [("dtf", "ddp"), ("dtf", "fsdp2"), ("mod", "fsdp2"), ("dense", "ddp"), ("dense", "fsdp2")],
+    [
+        ("dtf", "ddp"),
+        pytest.param("dtf", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("mod", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("dense", "ddp", marks=pytest.mark.slow),
+        pytest.param("dense", "fsdp2", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_reach_the_losses_of_one(
     tmp_path: Path, alone: Callable[[str], TrainResult], architecture: str, sharding: str
