@@ -20,7 +20,19 @@ from dtfcli.runs.folder import CURVES_FILE
 
 _FEW_TOKENS = 1_000_000_000
 
-_LONG_NAMES = {"dtf": "Dynamic Transformer (DTF)", "mod": "Mixture-of-Depths (MoD)"}
+_LONG_NAMES = {
+    "dtf": "Dynamic Transformer (DTF)",
+    "mod": "Mixture-of-Depths (MoD)",
+    "random": "Mixture-of-Depths with a random router",
+    "layerdrop": "transformer with layers left out",
+}
+_HOW = {
+    "dtf": "A routed layer processes a token if the token surprised the decision layer below it: that layer's output "
+    "differs from its input more than a small prior network expected, or more than for the tokens before. The others",
+    "mod": "A routed layer processes a token if its linear router gives the token a high score. The others",
+    "random": "A control: a routed layer processes a token if a fixed random linear score of it is high. The others",
+    "layerdrop": "A control: of the routed layers, a share γ processes every token, and the others none. Left-out tokens",
+}
 _CITATIONS = {
     "dtf": """@mastersthesis{wieser2025dynamic,
   title  = {Dynamic Transformers},
@@ -161,13 +173,6 @@ def _how_it_routes(facts: ModelFacts) -> str:
         ),
         *((f"sha256 of {name}", f"`{digest}`") for name, digest in facts.weights_sha256.items()),
     ]
-    if facts.architecture == "dtf":
-        how = (
-            "A routed layer processes a token if the token surprised the decision layer below it: that layer's output "
-            "differs from its input more than a small prior network expected, or more than for the tokens before."
-        )
-    else:
-        how = "A routed layer processes a token if its linear router gives the token a high score."
     stored = "store no keys and values there" if config.get("kv_tokens") == "routed" else "store only keys and values"
     predictor = (
         "\n- `predictor` (causal): a small network predicts the training rule's choice from the layer's input."
@@ -176,7 +181,7 @@ def _how_it_routes(facts: ModelFacts) -> str:
     )
     return f"""## How it routes
 
-{how} The others pass through unchanged and {stored}.
+{_HOW[facts.architecture]} pass through unchanged and {stored}.
 
 {_table(["", ""], rows)}
 
@@ -302,7 +307,7 @@ def _limits(facts: ModelFacts) -> str:
 
 
 def _citation(facts: ModelFacts) -> str:
-    wanted = {"dtf": ["dtf", "mod"], "mod": ["mod"]}.get(facts.architecture, [])
+    wanted = {"dtf": ["dtf", "mod"], "mod": ["mod"], "random": ["mod"]}.get(facts.architecture, [])
     if not wanted:
         return ""
     entries = "\n\n".join(_CITATIONS[name] for name in wanted)

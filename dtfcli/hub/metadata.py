@@ -9,7 +9,7 @@ from dtfcli.evaluation.report import EvalReport, TaskScore
 from dtfcli.hub.facts import ModelFacts
 from dtfcli.loading.base_configs import base_license
 
-_TAGS = {"dtf": ["dtf", "dynamic-transformer"], "mod": ["mod"]}
+_TAGS = {"dtf": ["dtf", "dynamic-transformer"], "mod": ["mod"], "random": ["mod"], "layerdrop": ["layerdrop"]}
 _DATASET = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?: \(([\w.-]+)\))?")
 """owner/name (configuration), as reports name a data set of the Hub."""
 

@@ -24,7 +24,7 @@ from dtfcli.loading.adapters import read_adapter_config
 from dtfcli.loading.base_configs import BASE_CONFIGS
 from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weights
 from dtfcli.loading.paths import resolve_model_path
-from dtfcli.models.configuration_fields import DTF_ONLY, MOD_ONLY
+from dtfcli.models.configuration_fields import UNREAD
 from dtfcli.models.conversion import convert, routed_config
 from dtfcli.models.families import FAMILIES
 from dtfcli.settings import Settings
@@ -62,7 +62,7 @@ def build_model(
 
 
 def build_comparison(settings: Settings, *, dtype: torch.dtype = torch.float32) -> dict[str, PreTrainedModel]:
-    """A dense model of the settings' shape with random weights, and both routed models that share them: for timing.
+    """A dense model of the settings' shape with random weights, and routed models that share them: for timing.
 
     Routing fields of the settings hold for the architecture they belong to.
 
@@ -75,8 +75,10 @@ def build_comparison(settings: Settings, *, dtype: torch.dtype = torch.float32) 
         dense = dense.to(dtype).eval()
         models: dict[str, PreTrainedModel] = {"dense": dense}
         fields = settings.model.routing_fields()
-        for architecture, foreign in (("dtf", MOD_ONLY), ("mod", DTF_ONLY)):
-            chosen = {name: value for name, value in fields.items() if name not in foreign}
+        for architecture in dict.fromkeys(["dtf", "mod", settings.model.architecture]):
+            if architecture == "dense":
+                continue
+            chosen = {name: value for name, value in fields.items() if name not in UNREAD[architecture]}
             try:
                 models[architecture] = convert(dense, architecture, **chosen)
             except ValueError as error:

@@ -224,7 +224,7 @@ class RoutedCache(Cache):
     """
 
     def __init__(self, config: Any) -> None:
-        routed = set(config.routed_layer_indices) if config.kv_tokens == "routed" else set()
+        routed = set(config.routed_layer_indices) if not config.keeps_every_key else set()
         super().__init__(
             layers=[RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
         )

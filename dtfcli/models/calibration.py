@@ -24,6 +24,8 @@ _MOMENTUM = 0.9
 def track_thresholds(records: list[RoutingRecord], routers: Mapping[int, Router], frame: RoutingFrame) -> None:
     """Move each layer's own threshold toward this batch's; a first batch sets it."""
     for record in records:
+        if not routers[record.layer].by_token:
+            continue
         batch = share_threshold(record.scores, frame.capacities[record.layer], frame.real, frame.sinks)
         table = routers[record.layer].thresholds
         table[0] = torch.where(table[0].isnan(), batch, torch.lerp(batch, table[0], _MOMENTUM))

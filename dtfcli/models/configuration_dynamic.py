@@ -5,7 +5,7 @@ from dataclasses import fields
 from transformers import LlamaConfig, Qwen2Config
 from transformers.configuration_utils import strict
 
-from .configuration_fields import RoutingFields, check_routing_fields, resolve_routed_layers
+from .configuration_fields import RoutingFields, check_routing_fields, kept_layers, resolve_routed_layers
 from .stock import StockConfig
 
 
@@ -31,10 +31,28 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
         """Whether routed layers have a predictor, for `predictor` routing."""
         return self.predictor_loss_weight > 0
 
+    @property
+    def keeps_every_key(self) -> bool:
+        """Whether routed layers offer the keys and values of all tokens, routed or not."""
+        return self.kv_tokens == "all" and self.architecture != "layerdrop"
+
+    def layer_capacities(self, capacity: float | list[float] | None = None) -> dict[int, float]:
+        """γ of each routed layer, by its index; layerdrop's is 1 (kept) or 0 (left out).
+
+        Args:
+            capacity: in place of the model's own.
+        """
+        routed, share = self.routed_layer_indices, self.capacity if capacity is None else capacity
+        if self.architecture == "layerdrop":
+            kept = kept_layers(routed, float(share), self.layer_order)  # type: ignore[arg-type]  # checked: one number
+            return {layer: float(layer in kept) for layer in routed}
+        shares = share if isinstance(share, (list, tuple)) else [share] * len(routed)
+        return {layer: float(own) for layer, own in zip(routed, shares, strict=True)}
+
     def layer_capacity(self, layer: int) -> float:
         """γ of one routed layer."""
-        if isinstance(self.capacity, (list, tuple)):
-            return float(self.capacity[self.routed_layer_indices.index(layer)])
+        if isinstance(self.capacity, (list, tuple)) or self.architecture == "layerdrop":
+            return self.layer_capacities()[layer]
         return float(self.capacity)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-ARCHITECTURES = ("dtf", "mod")
+ARCHITECTURES = ("dtf", "mod", "random", "layerdrop")
 ROUTING_MODES = ("threshold", "predictor", "topk")
 CAUSAL_MODES = ("threshold", "predictor")
 GATES = ("straight_through", "soft")
@@ -30,7 +30,17 @@ DTF_ONLY = (
     "beta_ce_init",
     "beta_cu_init",
 )
-MOD_ONLY = ("mod_gate", "router_aux_loss_weight", "router_z_loss_weight")
+ROUTER_LOSSES = ("router_aux_loss_weight", "router_z_loss_weight")
+BY_TOKEN = ("sink_tokens", "kv_tokens", "gate", "mod_gate", "predictor_loss_weight")
+"""What only architectures that choose tokens read; layerdrop keeps or leaves out whole layers."""
+
+UNREAD: dict[str, tuple[str, ...]] = {
+    "dtf": ("mod_gate", *ROUTER_LOSSES, "layer_order"),
+    "mod": (*DTF_ONLY, "layer_order"),
+    "random": (*DTF_ONLY, *ROUTER_LOSSES, "layer_order"),
+    "layerdrop": (*DTF_ONLY, *ROUTER_LOSSES, *BY_TOKEN),
+}
+"""The fields that an architecture does not read."""
 
 Number = float | int
 
@@ -43,7 +53,11 @@ def _option(default: Any, text: str) -> Any:
 class RoutingFields:
     """What a routed model adds to its backbone's configuration."""
 
-    architecture: str = _option("dtf", "How tokens are chosen: dtf (surprise) or mod (a learned linear score).")
+    architecture: str = _option(
+        "dtf",
+        "How tokens are chosen: dtf (surprise), mod (a learned linear score), random (a fixed random one), or layerdrop "
+        "(all tokens of a share γ of the routed layers).",
+    )
     capacity: Number | list[Number] = _option(
         0.5, "γ, the share of tokens a routed layer processes; one number, or a list with one per routed layer."
     )
@@ -76,6 +90,10 @@ class RoutingFields:
     m_cu_init: Number = _option(1.1, "Initial m_cu, the multiplier of the moving average; positive (DTF, eq. 3.9).")
     beta_ce_init: Number = _option(-0.3, "Initial β_ce, before softplus: sharpness of S_CE (DTF, eq. 3.10).")
     beta_cu_init: Number = _option(-0.6, "Initial β_cu, before softplus: sharpness of S_CU (DTF, eq. 3.11).")
+    layer_order: str | list[int] = _option(
+        "spread",
+        "Which routed layers layerdrop keeps: 'spread' (evenly), or all routed layers, the most important first.",
+    )
     mod_gate: str = _option("sigmoid", "MoD's gate: sigmoid (of the score) or raw (the score itself).")
     router_aux_loss_weight: Number = _option(0.0, "Weight of MoD's cross-entropy against its own top-K mask.")
     router_z_loss_weight: Number = _option(0.0, "Weight of MoD's mean squared score.")
@@ -94,6 +112,14 @@ def resolve_routed_layers(routed_layers: str | list[int], dense_edges: int, num_
     if not isinstance(routed_layers, str):
         return list(routed_layers)
     return [i for i in range(1, num_layers, 2) if dense_edges <= i < num_layers - dense_edges]
+
+
+def kept_layers(routed: list[int], capacity: float, order: str | list[int]) -> set[int]:
+    """The layers that layerdrop keeps: ⌊γ · n + ½⌋ of n routed ones, at least one, evenly spread or the first of an order."""
+    count = max(1, int(capacity * len(routed) + 0.5))
+    if isinstance(order, str):
+        return {routed[int((i + 0.5) * len(routed) / count)] for i in range(count)}
+    return set(order[:count])
 
 
 def _one_of(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
@@ -131,6 +157,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "routed_layers": (
         lambda value: value == "alternate" or isinstance(value, (list, tuple)),
         "give 'alternate' or a list of layer indices such as [1, 3, 5]",
+    ),
+    "layer_order": (
+        lambda value: value == "spread" or isinstance(value, (list, tuple)),
+        "give 'spread' or a list of all routed layers, the most important first",
     ),
 }
 """Field → what a value must fulfill, and the remedy if it does not."""
@@ -192,3 +222,14 @@ def _check_layers(chosen: Mapping[str, Any], num_layers: int) -> None:
         capacity,
         f"a list needs one share for each of the {len(layers)} routed layers",
     )
+    if chosen["architecture"] == "layerdrop":
+        order = chosen["layer_order"]
+        _require(
+            not isinstance(capacity, (list, tuple)), "capacity", capacity, "layerdrop takes one share of all its layers"
+        )
+        _require(
+            order == "spread" or sorted(order) == layers,
+            "layer_order",
+            order,
+            f"must name each of the routed layers {layers} once",
+        )

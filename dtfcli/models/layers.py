@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cache import CACHE_NAME
 from .keys import EveryKey, OwnKeys, StoredKeys
-from .routers import LinearRouter, PredictiveRouter, Predictor, PriorFFN, RoutingFrame
+from .routers import ROUTERS, Predictor, PriorFFN, RoutingFrame
 from .routing import Scores, Surprise, gated_update, select_threshold, select_topk, surprise, topk_capacity
-from .slots import Slots, assign_group, assign_slots, gather_tokens, row_groups, scatter_tokens
+from .slots import Slots, assign_group, assign_slots, every_slot, gather_tokens, row_groups, scatter_tokens
 from .stock import StockLayer
 
 
@@ -66,7 +66,7 @@ class RoutedLayerMixin(StockLayer):
         self.config = config
         self.layer_idx = layer_idx
         self.by_surprise = config.architecture == "dtf"  # not by the router's class: peft may have wrapped it
-        self.router = (PredictiveRouter if self.by_surprise else LinearRouter)(config, layer_idx)
+        self.router = ROUTERS[config.architecture](config, layer_idx)
         self.predictor = Predictor(config) if config.has_predictor else None
 
     def score(
@@ -99,6 +99,10 @@ class RoutedLayerMixin(StockLayer):
 
     def select(self, ranked: Tensor, frame: RoutingFrame, capacity: float) -> tuple[Tensor, Tensor | None]:
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
+        if not self.router.by_token:
+            everyone = torch.ones_like(ranked, dtype=torch.bool) if frame.real is None else frame.real
+            chosen = everyone if capacity else torch.zeros_like(everyone)
+            return chosen, None if frame.mode == "topk" else self.router.threshold(frame.mode, capacity)
         if frame.mode == "topk":
             return select_topk(ranked, capacity, frame.real, frame.sinks), None
         if frame.thresholds is not None:
@@ -114,11 +118,16 @@ class RoutedLayerMixin(StockLayer):
         """Rows that go through the block together, with their slots; and how many tokens of each row enter.
 
         `topk` never waits for the device: every row has the same number of slots. A causal mode looks once, because
-        its number of slots depends on the scores. While training all rows go together and never without any slot:
+        its number of slots depends on the scores. At γ = 0 and γ = 1 nobody has to look. While training all rows go together and never without any slot:
         every process of a distributed run has to enter every layer. Rows and counts are empty if not looked at.
         """
+        rows, tokens = frame.shape
+        if capacity == 0.0:
+            return [], [0] * rows
+        if capacity == 1.0 and frame.real is None:
+            return [([], every_slot(rows, tokens, frame.device))], [tokens] * rows
         if frame.mode == "topk":
-            width = topk_capacity(capacity, frame.shape[1])
+            width = topk_capacity(capacity, tokens)
             slots = assign_slots(selected, width)
             return [([], slots if frame.real is not None else slots._replace(routed=None))], []  # K of T, in every row
         if self.training:
@@ -182,7 +191,7 @@ class RoutedLayerMixin(StockLayer):
         store: Any,
     ) -> OwnKeys:
         """Whose keys and values the routed tokens attend to; what the cache keeps is kept here."""
-        if self.config.kv_tokens == "all":
+        if self.config.keeps_every_key:
             attention = self.self_attn
             normed = self.input_layernorm(hidden_states)
             shape = (*normed.shape[:-1], -1, attention.head_dim)

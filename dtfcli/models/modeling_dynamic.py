@@ -239,6 +239,8 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             if capacity not in CAPACITY_GRID:
                 raise ValueError(f"capacities has {capacity!r}: choose from {', '.join(map(str, CAPACITY_GRID))}")
             grid.append(1 + CAPACITY_GRID.index(capacity))
+        if not all(router.by_token for router in self.model.routers.values()):
+            return  # layers kept or left out whole: there is nothing to measure
         columns = [("threshold", column) for column in (0, *grid)]
         if self.config.has_predictor:  # at the model's own capacity it has a rule of its own, σ(p) > 0.5
             columns += [("predictor", column) for column in grid]
@@ -250,7 +252,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
     def router_scalars(self) -> dict[int, dict[str, float]]:
         """For each routed layer its own threshold and, for DTF, o_ce, m_cu, beta_ce and beta_cu."""
         return {
-            index: router.scalars() | {"threshold": router.thresholds[0].item()}
+            index: router.scalars() | ({"threshold": router.thresholds[0].item()} if router.by_token else {})
             for index, router in self.model.routers.items()
         }
 

@@ -142,7 +142,7 @@ class Predictor(nn.Module):
 
 
 class Router(nn.Module):
-    """Thresholds of one routed layer, common to both architectures; always float32, whatever the model's dtype.
+    """Thresholds of one routed layer, common to all architectures; always float32, whatever the model's dtype.
 
     Calibrated thresholds lie close together: bfloat16 would merge them.
 
@@ -151,13 +151,16 @@ class Router(nn.Module):
         predictor_thresholds: the same for the predictor's logits, if there is a predictor.
     """
 
+    by_token = True
+    """Whether it chooses among the tokens of a layer; else it takes all or none, and needs no thresholds."""
+
     thresholds: Tensor
     predictor_thresholds: Tensor
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.tables = ["thresholds", "predictor_thresholds"][: 1 + config.has_predictor]
+        self.tables = ["thresholds", "predictor_thresholds"][: 1 + config.has_predictor] if self.by_token else []
         for name in self.tables:
             self.register_buffer(name, torch.empty(THRESHOLD_COLUMNS, dtype=torch.float32))
 
@@ -167,6 +170,10 @@ class Router(nn.Module):
             getattr(self, name).fill_(torch.nan)
         if "predictor_thresholds" in self.tables:
             self.predictor_thresholds[0] = 0.0
+
+    def scalars(self) -> dict[str, float]:
+        """Learned numbers for reports, by name; most routers have none."""
+        return {}
 
     @property
     def capacity(self) -> float:
@@ -261,6 +268,46 @@ class LinearRouter(Router):
         """[B, T, D] → scores [B, T]."""
         return mod_scores(hidden_states, self.weight, self.gate_kind)
 
-    def scalars(self) -> dict[str, float]:
-        """A linear router has none."""
-        return {}
+
+class RandomRouter(Router):
+    """The control of MoD: its linear score with a weight that stays as it was drawn."""
+
+    weight: Tensor
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.gate_kind = config.mod_gate
+        self.std = config.initializer_range
+        self.register_buffer("weight", torch.empty(config.hidden_size, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight.normal_(0.0, self.std)
+
+    def forward(self, hidden_states: Tensor) -> Scores:
+        """[B, T, D] → scores [B, T]."""
+        return mod_scores(hidden_states, self.weight, self.gate_kind)
+
+
+class LayerSwitch(Router):
+    """layerdrop: every token scores 0; a kept layer's threshold lies below that, another's above."""
+
+    by_token = False
+
+    def forward(self, hidden_states: Tensor) -> Scores:
+        """[B, T, D] → scores [B, T]."""
+        zero = torch.zeros(hidden_states.shape[:2], dtype=torch.float32, device=hidden_states.device)
+        return Scores(zero, zero + 1.0)
+
+    def threshold(self, mode: str, capacity: float | None = None, column: int | None = None) -> Tensor:
+        """−1 for a layer that is kept, 1 for one that is left out, on the CPU: the same for every mode."""
+        return torch.tensor(-1.0 if (self.capacity if capacity is None else capacity) else 1.0)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "dtf": PredictiveRouter,
+    "mod": LinearRouter,
+    "random": RandomRouter,
+    "layerdrop": LayerSwitch,
+}
+"""By architecture."""

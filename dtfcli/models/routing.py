@@ -242,8 +242,8 @@ def _capacity_table(capacity: float, tokens: int, device: torch.device) -> Tenso
 
 
 def topk_capacity(capacity: float, length: int) -> int:
-    """K = max(1, ⌊γ · L⌋) routed tokens for a row of L real ones; 0 for a row of padding alone."""
-    return max(1, int(capacity * length)) if length else 0
+    """K = max(1, ⌊γ · L⌋) routed tokens for a row of L real ones; 0 at γ = 0 and for a row of padding alone."""
+    return max(1, int(capacity * length)) if length and capacity else 0
 
 
 def select_topk(scores: Tensor, capacity: float, real: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:

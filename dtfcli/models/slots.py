@@ -50,6 +50,11 @@ def row_groups(counts: list[int], padding: float = 0.03, small: int = 256) -> li
     return [sorted(group) for group in groups]
 
 
+def every_slot(rows: int, tokens: int, device: torch.device) -> Slots:
+    """Slots for all tokens of all rows."""
+    return Slots(torch.arange(tokens, device=device).expand(rows, tokens), whole=True)
+
+
 def assign_slots(selected: Tensor, width: int) -> Slots:
     """Slots for the selected tokens of all rows, some of them free.
 

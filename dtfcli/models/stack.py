@@ -208,8 +208,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         """γ of each routed layer in the next pass."""
         if self.training and self.training_capacities is not None:
             return self.training_capacities
-        override = None if self.training else self.capacity_override
-        return {i: self.config.layer_capacity(i) if override is None else override for i in self.routed}
+        return self.config.layer_capacities(None if self.training else self.capacity_override)
 
     def enter(
         self,

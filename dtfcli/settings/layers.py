@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dtfcli.models.configuration_fields import DTF_ONLY, MOD_ONLY, RoutingFields
+from dtfcli.models.configuration_fields import UNREAD, RoutingFields
 from dtfcli.settings import describe
 from dtfcli.settings.overrides import environment_name, lookup, merge, parse_environment, parse_overrides, remove
 from dtfcli.settings.presets import preset_names, read_preset, read_toml
@@ -30,6 +30,22 @@ _SWITCHED = {
 S = TypeVar("S", bound=BaseModel)
 
 
+_ROUTER_KEYS = tuple(f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "router_warmup_steps"))
+_TOKEN_KEYS = ("training.calibration_tokens", "training.threshold_fraction")
+_NO_ROUTER = {"random": _ROUTER_KEYS, "layerdrop": (*_ROUTER_KEYS, *_TOKEN_KEYS)}
+
+
+def _not_read_by(architecture: str) -> list[str]:
+    """The keys of settings that an architecture does not read."""
+    if architecture == "dense":
+        routing = [f"model.{name}" for name in ROUTING_NAMES]
+        rates = ["training.learning_rates.prior", "training.capacity_schedule"]
+        return [*routing, *rates, *_ROUTER_KEYS, *_TOKEN_KEYS]
+    fields = [f"model.{name}" for name in UNREAD.get(architecture, ())]
+    prior = [] if architecture == "dtf" else ["training.learning_rates.prior"]
+    return [*fields, *prior, *_NO_ROUTER.get(architecture, ())]
+
+
 def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     """Keys that nothing would read under these settings, each with the reason.
 
@@ -43,13 +59,7 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     if not lookup(values, "model.predictor_loss_weight"):
         unread["training.learning_rates.predictor"] = "model.predictor_loss_weight is 0"
 
-    dtf_only = [f"model.{name}" for name in DTF_ONLY] + ["training.learning_rates.prior"]
-    mod_only = [f"model.{name}" for name in MOD_ONLY]
-    routed = [f"model.{name}" for name in ROUTING_NAMES]
-    routed += [f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "calibration_tokens")]
-    routed += [f"training.{name}" for name in ("threshold_fraction", "capacity_schedule", "router_warmup_steps")]
-    absent = {"dtf": mod_only, "mod": dtf_only, "dense": [*routed, *dtf_only]}.get(str(architecture), [])
-    unread |= dict.fromkeys(absent, f"model.architecture is {architecture}")
+    unread |= dict.fromkeys(_not_read_by(str(architecture)), f"model.architecture is {architecture}")
 
     if base:
         unread["model.scratch"] = f"the model starts from model.base = {base}"

@@ -14,7 +14,7 @@ from dtfcli.models.configuration_fields import RoutingFields, check_routing_fiel
 from dtfcli.settings.group import Count, Group, require
 from dtfcli.settings.layers import ROUTING_NAMES
 
-Architecture = Literal["dtf", "mod", "dense"]
+Architecture = Literal["dtf", "mod", "random", "layerdrop", "dense"]
 
 
 class ScratchSettings(Group):
@@ -77,7 +77,9 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
     """`model.*`: what to start from and how to route it."""
 
     architecture: Architecture = Field(
-        "dtf", description="dtf (routes by surprise), mod (Mixture-of-Depths) or dense (the stock model)."
+        "dtf",
+        description="dtf (routes by surprise), mod (Mixture-of-Depths), dense (the stock model), or a control: random (a "
+        "fixed random score), layerdrop (routed layers kept or left out whole).",
     )
     base: str = Field("", description="Hub id, model folder or .gguf file to start from; empty: from scratch.")
     revision: str = Field("", description="Branch, tag or commit of a Hub base; empty: its default branch.")

@@ -39,8 +39,9 @@ def annealed_capacity(model: Any, left: float, start: float) -> Iterator[float]:
     Yields:
         The mean γ over the routed layers.
     """
-    stack = model.model
-    capacities = {i: left * start + (1.0 - left) * router.capacity for i, router in stack.routers.items()}
+    stack, own = model.model, model.config.capacity
+    mixed = [left * start + (1.0 - left) * share for share in (own if isinstance(own, (list, tuple)) else [own])]
+    capacities = model.config.layer_capacities(mixed if len(mixed) > 1 else mixed[0])
     stack.training_capacities = capacities
     try:
         yield sum(capacities.values()) / len(capacities)

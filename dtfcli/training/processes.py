@@ -149,8 +149,10 @@ def connect(settings: Settings) -> tuple[Accelerator, Processes]:
     _forget_accelerate()
     handlers: list[Any] = []
     if count > 1:
-        # The loop averages the only buffers that change, once per update.
-        handlers = [InitProcessGroupKwargs(timeout=_PATIENCE), DistributedDataParallelKwargs(broadcast_buffers=False)]
+        # The loop averages the only buffers that change, once per update. layerdrop leaves parameters out.
+        skips_layers = settings.model.architecture == "layerdrop"
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=skips_layers)
+        handlers = [InitProcessGroupKwargs(timeout=_PATIENCE), ddp]
         if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # accelerate warns without
     accelerator = Accelerator(
