@@ -27,6 +27,7 @@ LEVELS = [
         "evaluation bench",
         "hub",
         "experiment",
+        "studies",
         "__init__",
         "cli",
         "__main__",

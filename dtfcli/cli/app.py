@@ -14,6 +14,7 @@ import typer
 from dtfcli import __version__
 from dtfcli.cli import env, presets
 from dtfcli.cli.bench import bench
+from dtfcli.cli.compare import compare
 from dtfcli.cli.eval import evaluate
 from dtfcli.cli.generate import generate
 from dtfcli.cli.inspect_routing import inspect_routing
@@ -58,6 +59,7 @@ def root(
 
 
 app.command("train")(train)
+app.command("compare")(compare)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect-routing")(inspect_routing)

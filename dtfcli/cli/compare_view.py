@@ -1,0 +1,102 @@
+"""The tables of `dtf compare`: the plan, what runs at the moment, and the report."""
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dtfcli.cli import render
+
+if TYPE_CHECKING:
+    from dtfcli.studies.execute import Progress
+    from dtfcli.studies.grid import PlannedRun
+    from dtfcli.studies.report import StudyReport
+
+
+class StudyProgress:
+    """One live table for all runs of a study."""
+
+    def __init__(self, runs: "list[PlannedRun]") -> None:
+        """Show nothing yet."""
+        from rich.live import Live
+
+        self._runs = {run.settings.run.name: (run, "waiting", 0, 0, None) for run in runs}
+        self._started = time.monotonic()
+        self._live = Live(console=render.err, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "StudyProgress":
+        if render.err.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def __call__(self, progress: "Progress") -> None:
+        """Take note of what a run does."""
+        name = progress.run.settings.run.name
+        before = self._runs[name][1]
+        self._runs[name] = (progress.run, progress.state, progress.step, progress.total_steps, progress.loss)
+        if self._live.is_started:
+            self._live.update(self._table())
+        elif progress.state != before:
+            render.note(f"{progress.run.cell.name}, seed {progress.run.seed}: {progress.state}")
+
+    def _table(self) -> Any:
+        rows, done = [], 0.0
+        for run, state, step, total, loss in self._runs.values():
+            share = 1.0 if state in ("finished", "reused") else step / total if total else 0.0
+            done += share / len(self._runs)
+            rows.append([run.cell.name, run.seed, state, f"{step}/{total}" if total else "", _loss(loss)])
+        left = (time.monotonic() - self._started) * (1 - done) / done if done else None
+        title = "study" if left is None else f"study, about {left / 60:.0f} min left"
+        return render.table(["point", "seed", "", "step", "loss"], rows, title=title)
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.3f}"
+
+
+def show_plan(runs: "list[PlannedRun]") -> None:
+    """Print what the study would run."""
+    from dtfcli.experiment import preview
+    from dtfcli.studies.execute import is_finished
+
+    rows, tokens, flops, disk = [], 0, 0.0, 0.0
+    for run in runs:
+        seen = preview(run.settings)
+        steps = seen.plan.total_steps if seen.plan is not None else run.settings.training.max_steps or 0
+        own = steps * run.settings.tokens_per_update
+        size = seen.account.parameters * 4 * 8 / 2**20  # final and best model, two checkpoints with AdamW's moments
+        state = "finished" if is_finished(run) else ""
+        rows.append([run.cell.name, run.seed, run.settings.run.name, f"{own:,}", f"{size:,.0f}", state])
+        if not state:
+            tokens, disk = tokens + own, disk + size
+            flops += 3.0 * own * seen.account.flops_per_token
+    columns = ["point", "seed", "run", "tokens", "MiB", ""]
+    render.out.print(render.table(columns, rows, title=f"{len(runs)} runs"))
+    render.out.print(f"to train: {tokens:,} tokens, about {flops / _rate() / 60:.0f} min, {disk:,.0f} MiB")
+
+
+def _rate() -> float:
+    """FLOP/s that training reaches here: half of a large matrix product's."""
+    import torch
+
+    from dtfcli.cost.peak import matmul_peak
+
+    return 0.5 * (matmul_peak(torch.device("cpu"), torch.float32) or 1e11)
+
+
+def show_report(report: "StudyReport") -> None:
+    """Print the points, then what follows."""
+    rows = []
+    for row in report.rows:
+        timing = ["", ""] if row.timing is None else [f"{row.timing.prefill:.3f}", f"{row.timing.decode:.3f}"]
+        spread = "" if row.sd is None else f" ± {row.sd:.4f}"
+        share = "" if row.routed_share is None else f"{row.routed_share:.3f}"
+        flops = "" if row.flop_ratio is None else f"{row.flop_ratio:.3f}"
+        rows.append([row.name, row.seeds, f"{row.loss:.4f}{spread}", share, flops, *timing])
+    columns = ["point", "seeds", "val/loss", "routed", "FLOPs", "prefill", "decode"]
+    render.out.print(render.table(columns, rows, title=f"{report.title}; ratios are to dense"))
+    for difference in report.differences:
+        render.out.print(difference.sentence)

@@ -1,0 +1,155 @@
+"""Trains what is missing of a study: finished runs are reused, runs that were stopped go on from their checkpoint.
+
+A run is found by its name, which holds a hash of its settings. One run at a time trains in this process; several at once
+are processes of `dtf train`, whose logs lie in `logs/` beside the runs.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dtfcli.errors import DTFError
+from dtfcli.experiment import train
+from dtfcli.runs.files import read_metrics
+from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, list_checkpoints
+from dtfcli.studies.grid import PlannedRun
+from dtfcli.training.tracking import TrainEvent
+
+State = Literal["waiting", "training", "finished", "reused"]
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run of the study does at the moment; `loss` is the latest of training, in nats."""
+
+    run: PlannedRun
+    state: State
+    step: int = 0
+    total_steps: int = 0
+    loss: float | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def folder_of(run: PlannedRun) -> Path | None:
+    """The run's folder, of whatever day; None if it was never started."""
+    settings = run.settings.run
+    found = sorted(Path(settings.output_dir).expanduser().glob(f"*/{settings.name}"))
+    return found[-1] if found else None
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Whether the run has its final model."""
+    folder = folder_of(run)
+    return folder is not None and (folder / FINAL_MODEL).is_dir()
+
+
+def execute(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgress) -> dict[str, Path]:
+    """Train every run that is not finished; returns the folder of each by its name.
+
+    Args:
+        runs: in the order in which they start.
+        parallel: runs at once.
+        on_progress: called whenever a run starts, moves on or ends.
+
+    Raises:
+        DTFError: a run failed; the others are stopped and go on when the study is started again.
+    """
+    missing = []
+    for run in runs:
+        if is_finished(run):
+            on_progress(Progress(run, "reused"))
+        else:
+            missing.append(run)
+    if parallel == 1:
+        for run in missing:
+            _train_here(run, on_progress)
+    else:
+        _train_apart(missing, parallel, on_progress)
+    folders = {run.settings.run.name: folder_of(run) for run in runs}
+    return {name: folder for name, folder in folders.items() if folder is not None}
+
+
+def _started(run: PlannedRun) -> Path | None:
+    """The folder of a run that can go on; None: it has to begin."""
+    folder = folder_of(run)
+    return folder if folder is not None and list_checkpoints(folder) else None
+
+
+def _train_here(run: PlannedRun, on_progress: OnProgress) -> None:
+    on_progress(Progress(run, "training"))
+    loss: float | None = None
+
+    def listen(event: TrainEvent) -> None:
+        nonlocal loss
+        loss = event.metrics.get("train/loss", loss)
+        if event.kind in ("step", "evaluation"):
+            on_progress(Progress(run, "training", event.step, event.total_steps, loss))
+
+    train(run.settings, resume=_started(run), rename=True, on_event=listen)
+    on_progress(Progress(run, "finished", loss=loss))
+
+
+@dataclass
+class _Worker:
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def _train_apart(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgress) -> None:
+    waiting, workers = list(runs), list[_Worker]()
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < parallel:
+                workers.append(_start(waiting.pop(0), parallel))
+                on_progress(Progress(workers[-1].run, "training"))
+            time.sleep(_POLL_SECONDS)
+            for worker in list(workers):
+                code = worker.process.poll()
+                if code is None:
+                    on_progress(_look_at(worker.run))
+                    continue
+                workers.remove(worker)
+                if code != 0 or not is_finished(worker.run):
+                    last = worker.log.read_text("utf-8", errors="replace").strip().splitlines()[-3:]
+                    raise DTFError(f"{worker.run.settings.run.name} failed (log: {worker.log}). " + " ".join(last))
+                on_progress(Progress(worker.run, "finished"))
+    finally:
+        for worker in workers:
+            worker.process.terminate()  # each saves a checkpoint
+        for worker in workers:
+            worker.process.wait()
+
+
+def _start(run: PlannedRun, parallel: int) -> _Worker:
+    output = Path(run.settings.run.output_dir).expanduser()
+    for name in ("configs", "logs"):
+        (output / name).mkdir(parents=True, exist_ok=True)
+    config, log = output / "configs" / f"{run.settings.run.name}.toml", output / "logs" / f"{run.settings.run.name}.txt"
+    config.write_text(run.settings.to_toml(), "utf-8")
+    started = _started(run)
+    what = ["--resume", str(started)] if started is not None else ["--config", str(config)]
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dtfcli", "train", *what],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))},
+        )
+    return _Worker(run, process, log)
+
+
+def _look_at(run: PlannedRun) -> Progress:
+    folder = folder_of(run)
+    lines = read_metrics(folder / METRICS_FILE) if folder is not None and (folder / METRICS_FILE).is_file() else []
+    last = next((line for line in reversed(lines) if "train/loss" in line), {})
+    return Progress(run, "training", int(last.get("step", 0)), run.settings.training.max_steps or 0, last.get("train/loss"))

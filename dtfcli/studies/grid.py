@@ -1,0 +1,226 @@
+"""Which runs a study consists of: one for each point of the grid and each seed, equal in everything else.
+
+A point that does not read an axis collapses: `model=dense` with two capacities is one point. Runs of one seed share the
+initial backbone, the order of the data and what is held out, because these follow from the settings that they share.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtfcli.errors import ConfigError, did_you_mean
+from dtfcli.settings import Settings, load_settings
+from dtfcli.settings.describe import show_value, walk
+from dtfcli.settings.layers import Layers, unread_keys
+from dtfcli.settings.overrides import lookup
+from dtfcli.settings.schema import Settings as Schema
+
+_OWN_KEYS = ("run.name", "run.output_dir", "run.seed")
+"""Keys that the study sets for each run."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that varies: a key of the settings and its values, as typed."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the grid.
+
+    Attributes:
+        name: for tables, such as "dtf 0.25".
+        choices: its value on each axis that it reads.
+        overrides: all KEY=VALUE of its runs but the seed's.
+    """
+
+    name: str
+    choices: dict[str, str]
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of the study.
+
+    Attributes:
+        cell: the point of the grid.
+        seed: run.seed.
+        settings: resolved.
+        key: hash of the settings, wherever and under whatever name they run.
+    """
+
+    cell: Cell
+    seed: int
+    settings: Settings
+    key: str
+
+
+def parse_axes(texts: Iterable[str]) -> list[Axis]:
+    """Axes from `KEY=A,B,…`.
+
+    Raises:
+        ConfigError: not of that form, a key that does not exist, fewer than two values, or one of them twice.
+    """
+    axes: list[Axis] = []
+    known = [key for key, _ in walk(Schema) if "[]" not in key]
+    for text in texts:
+        key, equals, values = text.partition("=")
+        key = "model.architecture" if key.strip() == "model" else key.strip()
+        if not equals or not key:
+            raise ConfigError(f"--vary {text}: write KEY=A,B,…, such as model=dtf,mod or model.capacity=0.25,0.5.")
+        if key in _OWN_KEYS:
+            remedy = "use --seeds" if key == "run.seed" else "each run gets its own"
+            raise ConfigError(f"--vary {text}: {key} is not an axis; {remedy}.")
+        if key not in known:
+            raise ConfigError(f"--vary {text}: there is no setting '{key}'.{did_you_mean(key, known)}")
+        parts = _split(values)
+        if len(parts) < 2:
+            raise ConfigError(f"--vary {text}: one value is nothing to compare; give two or more, with commas.")
+        if len(set(parts)) < len(parts):
+            raise ConfigError(f"--vary {text}: a value is named twice; name each once.")
+        if key in [axis.key for axis in axes]:
+            raise ConfigError(f"--vary {text}: {key} is an axis already; give all its values in one --vary.")
+        axes.append(Axis(key, tuple(parts)))
+    if not axes:
+        raise ConfigError("--vary: name at least one axis, such as --vary model=dtf,mod,random,layerdrop,dense.")
+    return axes
+
+
+def _split(text: str) -> list[str]:
+    """The parts of a text between commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`3` stands for 1, 2, 3; `1,7` for these two.
+
+    Raises:
+        ConfigError: not whole numbers, none, or one twice.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    seeds = list(range(1, numbers[0] + 1)) if len(numbers) == 1 and "," not in text else numbers
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text}: give their number, at least 1, or different seeds such as 1,2,3.")
+    return seeds
+
+
+def plan_grid(
+    preset: str, axes: Sequence[Axis], seeds: Sequence[int], overrides: Sequence[str] = (), output: Path | None = None
+) -> list[PlannedRun]:
+    """The runs of a study: for each seed, each point of the grid.
+
+    Args:
+        preset: name of a preset.
+        axes: what varies.
+        seeds: a run of each point for each.
+        overrides: KEY=VALUE for all runs. A point that does not read one goes without it.
+        output: folder of the runs; None: that of the settings.
+
+    Raises:
+        ConfigError: settings are wrong, no run reads one of the overrides, or runs differ in more than the axes.
+    """
+    cells: dict[str, Cell] = {}
+    unread: dict[str, str] = {}
+    for point in itertools.product(*(axis.values for axis in axes)):
+        choices = dict(zip((axis.key for axis in axes), point, strict=True))
+        cell, left_out = _cell(preset, choices, overrides)
+        unread = left_out if not cells else {item: why for item, why in unread.items() if item in left_out}
+        cells.setdefault(json.dumps(sorted(cell.overrides)), cell)
+    if unread:
+        item, reason = next(iter(unread.items()))
+        raise ConfigError(f"{item}: no run of this study reads it, since {reason}. Leave it out.")
+    if len(cells) < 2:
+        raise ConfigError("--vary: all points of this grid are the same run; nothing that varies is read.")
+    runs = [_run(preset, cell, seed, output) for seed in seeds for cell in cells.values()]
+    check_equal_terms([run.settings for run in runs], [axis.key for axis in axes])
+    return runs
+
+
+def _cell(preset: str, choices: Mapping[str, str], overrides: Sequence[str]) -> tuple[Cell, dict[str, str]]:
+    """A point with what it reads; and the overrides that it does not read, with the reason."""
+    everything = [*overrides, *(f"{key}={value}" for key, value in choices.items())]
+    unread = unread_keys(Layers(Schema, preset, everything, None).merged())
+    left_out = {}
+    for item in everything:
+        key = _key_of(item)
+        reason = next((why for name, why in unread.items() if key == name or key.startswith(f"{name}.")), None)
+        if reason is not None:
+            left_out[item] = reason
+    kept = {key: value for key, value in choices.items() if f"{key}={value}" not in left_out}
+    read = tuple(item for item in everything if item not in left_out)
+    return Cell(" ".join(kept.values()) or preset, kept, read), {i: w for i, w in left_out.items() if i in overrides}
+
+
+def _key_of(override: str) -> str:
+    key = override.partition("=")[0].strip()
+    return "model.architecture" if key == "model" else key
+
+
+def _run(preset: str, cell: Cell, seed: int, output: Path | None) -> PlannedRun:
+    place = [f"run.output_dir={output}"] if output is not None else []
+    settings = load_settings(preset, [*cell.overrides, f"run.seed={seed}", *place])
+    key = settings_key(settings)
+    name = "-".join(part for part in (*cell.choices.values(), f"s{seed}") if part.replace(".", "").isalnum())
+    return PlannedRun(cell, seed, load_settings(preset, [*_settings_of(cell, seed, place), f"run.name={name}-{key[:8]}"]), key)
+
+
+def _settings_of(cell: Cell, seed: int, place: list[str]) -> list[str]:
+    return [*cell.overrides, f"run.seed={seed}", *place]
+
+
+def settings_key(settings: Settings) -> str:
+    """What a finished run is found by: a hash of its settings without name and place."""
+    values = settings.model_dump(mode="json")
+    values["run"] = {key: value for key, value in values["run"].items() if key not in ("name", "output_dir")}
+    values.pop("logging"), values.pop("hub")
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def check_equal_terms(runs: Sequence[Settings], varied: Sequence[str]) -> None:
+    """Refuse runs that differ in a setting that both read and that is not an axis.
+
+    Raises:
+        ConfigError: names the setting and both values.
+    """
+    first = runs[0]
+    a, unread_by_a = _flat(first.model_dump(mode="json")), unread_keys(first.model_dump(exclude_none=True))
+    for other in runs[1:]:
+        b, unread_by_b = _flat(other.model_dump(mode="json")), unread_keys(other.model_dump(exclude_none=True))
+        excused = (*varied, *_OWN_KEYS, *unread_by_a, *unread_by_b, "logging", "hub")
+        for key in {**a, **b}:
+            if a.get(key) != b.get(key) and not any(key == name or key.startswith(f"{name}.") for name in excused):
+                raise ConfigError(
+                    f"{key}: runs are not on equal terms, {first.run.name} has {show_value(a.get(key))} and "
+                    f"{other.run.name} {show_value(b.get(key))}; make it equal, or vary it with --vary {key}=…"
+                )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+__all__ = ["Axis", "Cell", "PlannedRun", "check_equal_terms", "lookup", "parse_axes", "parse_seeds", "plan_grid"]

@@ -1,0 +1,43 @@
+"""Measured time of a study's models next to dense: `dtf bench` on the first run of each point."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtfcli.bench.report import BenchOptions
+from dtfcli.bench.run import bench
+from dtfcli.loading.load import load_model
+from dtfcli.models.conversion import to_dense
+from dtfcli.runs.folder import FINAL_MODEL
+from dtfcli.studies.report import Timing
+
+_NEW_TOKENS = 32
+
+
+def time_models(runs: Mapping[str, Path], tell: Callable[[str], None]) -> dict[str, Timing]:
+    """Prefill and decoding of routed models over their own dense backbone.
+
+    Args:
+        runs: a run folder of each point.
+        tell: called with what is measured next.
+    """
+    found: dict[str, Timing] = {}
+    for name, run in runs.items():
+        model: Any = load_model(run / FINAL_MODEL, device="cpu", dtype=torch.float32)
+        if not hasattr(model, "set_routing"):
+            found[name] = Timing(1.0, 1.0)
+            continue
+        longest = model.config.max_position_embeddings
+        models = {"dense": to_dense(model), model.config.architecture: model}
+        what = BenchOptions(
+            capacities=[model.capacity if isinstance(model.capacity, float) else 0.5],
+            phases=("prefill", "decode"),
+            seq_len=min(1024, (longest - _NEW_TOKENS) // 2),
+            new_tokens=_NEW_TOKENS,
+            repeats=5,
+        )
+        times = {r.phase: r.time_ratio for r in bench(lambda dtype, models=models: dict(models), what, tell).results}
+        found[name] = Timing(times["prefill"], times["decode"])
+    return found
