@@ -23,7 +23,9 @@ Arguments = Annotated[
 ]
 Vary = Annotated[
     list[str] | None,
-    typer.Option("--vary", metavar="KEY=A,B,…", help="An axis of the grid; may be given several times.", show_default=False),
+    typer.Option(
+        "--vary", metavar="KEY=A,B,…", help="An axis of the grid; may be given several times.", show_default=False
+    ),
 ]
 Seeds = Annotated[str, typer.Option("--seeds", metavar="N|A,B,…", help="Seeds of each point: their number, or a list.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Show the runs, their tokens, time and disk, and stop.")]
@@ -32,7 +34,10 @@ Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of
 Against = Annotated[
     str | None,
     typer.Option(
-        "--against", metavar="POINT", help="Control of the differences. Default: random, else dense.", show_default=False
+        "--against",
+        metavar="POINT",
+        help="Control of the differences. Default: random, else dense.",
+        show_default=False,
     ),
 ]
 From = Annotated[
@@ -142,4 +147,6 @@ def _report(title: str, done: "list[Finished]", against: str | None, no_bench: b
 
 def _check_control(control: str, cells: list[str]) -> None:
     if control not in cells:
-        raise ConfigError(f"--against {control}: not a point of this study; choose from {', '.join(dict.fromkeys(cells))}.")
+        raise ConfigError(
+            f"--against {control}: not a point of this study; choose from {', '.join(dict.fromkeys(cells))}."
+        )

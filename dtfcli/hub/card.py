@@ -31,7 +31,7 @@ _HOW = {
     "differs from its input more than a small prior network expected, or more than for the tokens before. The others",
     "mod": "A routed layer processes a token if its linear router gives the token a high score. The others",
     "random": "A control: a routed layer processes a token if a fixed random linear score of it is high. The others",
-    "layerdrop": "A control: of the routed layers, a share γ processes every token, and the others none. Left-out tokens",
+    "layerdrop": "A control: of the routed layers, a share γ processes all tokens, the rest none. Left-out tokens",
 }
 _CITATIONS = {
     "dtf": """@mastersthesis{wieser2025dynamic,

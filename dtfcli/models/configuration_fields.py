@@ -55,8 +55,8 @@ class RoutingFields:
 
     architecture: str = _option(
         "dtf",
-        "How tokens are chosen: dtf (surprise), mod (a learned linear score), random (a fixed random one), or layerdrop "
-        "(all tokens of a share γ of the routed layers).",
+        "How tokens are chosen: dtf (surprise), mod (a learned linear score), random (a fixed random one), or "
+        "layerdrop (all tokens of a share γ of the routed layers).",
     )
     capacity: Number | list[Number] = _option(
         0.5, "γ, the share of tokens a routed layer processes; one number, or a list with one per routed layer."
@@ -115,7 +115,7 @@ def resolve_routed_layers(routed_layers: str | list[int], dense_edges: int, num_
 
 
 def kept_layers(routed: list[int], capacity: float, order: str | list[int]) -> set[int]:
-    """The layers that layerdrop keeps: ⌊γ · n + ½⌋ of n routed ones, at least one, evenly spread or the first of an order."""
+    """Layerdrop keeps ⌊γ · n + ½⌋ of n routed layers, at least one: evenly spread, or the first of an order."""
     count = max(1, int(capacity * len(routed) + 0.5))
     if isinstance(order, str):
         return {routed[int((i + 0.5) * len(routed) / count)] for i in range(count)}

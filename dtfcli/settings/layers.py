@@ -30,7 +30,9 @@ _SWITCHED = {
 S = TypeVar("S", bound=BaseModel)
 
 
-_ROUTER_KEYS = tuple(f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "router_warmup_steps"))
+_ROUTER_KEYS = tuple(
+    f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "router_warmup_steps")
+)
 _TOKEN_KEYS = ("training.calibration_tokens", "training.threshold_fraction")
 _NO_ROUTER = {"random": _ROUTER_KEYS, "layerdrop": (*_ROUTER_KEYS, *_TOKEN_KEYS)}
 

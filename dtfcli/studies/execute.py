@@ -1,7 +1,7 @@
 """Trains what is missing of a study: finished runs are reused, runs that were stopped go on from their checkpoint.
 
-A run is found by its name, which holds a hash of its settings. One run at a time trains in this process; several at once
-are processes of `dtf train`, whose logs lie in `logs/` beside the runs.
+A run is found by its name, which holds a hash of its settings. One run at a time trains in this process; several at
+once are processes of `dtf train`, whose logs lie in `logs/` beside the runs.
 """
 
 import os
@@ -152,4 +152,6 @@ def _look_at(run: PlannedRun) -> Progress:
     folder = folder_of(run)
     lines = read_metrics(folder / METRICS_FILE) if folder is not None and (folder / METRICS_FILE).is_file() else []
     last = next((line for line in reversed(lines) if "train/loss" in line), {})
-    return Progress(run, "training", int(last.get("step", 0)), run.settings.training.max_steps or 0, last.get("train/loss"))
+    return Progress(
+        run, "training", int(last.get("step", 0)), run.settings.training.max_steps or 0, last.get("train/loss")
+    )

@@ -16,8 +16,6 @@ from dtfcli.errors import ConfigError, did_you_mean
 from dtfcli.settings import Settings, load_settings
 from dtfcli.settings.describe import show_value, walk
 from dtfcli.settings.layers import Layers, unread_keys
-from dtfcli.settings.overrides import lookup
-from dtfcli.settings.schema import Settings as Schema
 
 _OWN_KEYS = ("run.name", "run.output_dir", "run.seed")
 """Keys that the study sets for each run."""
@@ -70,7 +68,7 @@ def parse_axes(texts: Iterable[str]) -> list[Axis]:
         ConfigError: not of that form, a key that does not exist, fewer than two values, or one of them twice.
     """
     axes: list[Axis] = []
-    known = [key for key, _ in walk(Schema) if "[]" not in key]
+    known = [key for key, _ in walk(Settings) if "[]" not in key]
     for text in texts:
         key, equals, values = text.partition("=")
         key = "model.architecture" if key.strip() == "model" else key.strip()
@@ -157,7 +155,7 @@ def plan_grid(
 def _cell(preset: str, choices: Mapping[str, str], overrides: Sequence[str]) -> tuple[Cell, dict[str, str]]:
     """A point with what it reads; and the overrides that it does not read, with the reason."""
     everything = [*overrides, *(f"{key}={value}" for key, value in choices.items())]
-    unread = unread_keys(Layers(Schema, preset, everything, None).merged())
+    unread = unread_keys(Layers(Settings, preset, everything, None).merged())
     left_out = {}
     for item in everything:
         key = _key_of(item)
@@ -175,22 +173,20 @@ def _key_of(override: str) -> str:
 
 
 def _run(preset: str, cell: Cell, seed: int, output: Path | None) -> PlannedRun:
-    place = [f"run.output_dir={output}"] if output is not None else []
-    settings = load_settings(preset, [*cell.overrides, f"run.seed={seed}", *place])
-    key = settings_key(settings)
+    fixed = [*cell.overrides, f"run.seed={seed}"]
+    if output is not None:
+        fixed.append(f"run.output_dir={output}")
+    key = settings_key(load_settings(preset, fixed))
     name = "-".join(part for part in (*cell.choices.values(), f"s{seed}") if part.replace(".", "").isalnum())
-    return PlannedRun(cell, seed, load_settings(preset, [*_settings_of(cell, seed, place), f"run.name={name}-{key[:8]}"]), key)
-
-
-def _settings_of(cell: Cell, seed: int, place: list[str]) -> list[str]:
-    return [*cell.overrides, f"run.seed={seed}", *place]
+    return PlannedRun(cell, seed, load_settings(preset, [*fixed, f"run.name={name}-{key[:8]}"]), key)
 
 
 def settings_key(settings: Settings) -> str:
     """What a finished run is found by: a hash of its settings without name and place."""
     values = settings.model_dump(mode="json")
     values["run"] = {key: value for key, value in values["run"].items() if key not in ("name", "output_dir")}
-    values.pop("logging"), values.pop("hub")
+    for group in ("logging", "hub"):
+        del values[group]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -221,6 +217,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-__all__ = ["Axis", "Cell", "PlannedRun", "check_equal_terms", "lookup", "parse_axes", "parse_seeds", "plan_grid"]

@@ -8,7 +8,8 @@ from dtfcli.studies.report import StudyReport
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d1b18;--soft:#6a655c;--edge:#dcd7cd;--paper:#fbfaf7}
 @media(prefers-color-scheme:dark){:root{--ink:#ece7dd;--soft:#a39c8f;--edge:#3a362f;--paper:#191713}}
-body{margin:2rem auto;max-width:62rem;padding:0 1rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)}
+body{margin:2rem auto;max-width:62rem;padding:0 1rem;font:16px/1.5 system-ui,sans-serif}
+body{color:var(--ink);background:var(--paper)}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .8rem;border-bottom:1px solid var(--edge);text-align:right}
@@ -50,14 +51,15 @@ def render_study(report: StudyReport, picture: bytes) -> str:
     image = base64.b64encode(picture).decode()
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body><h1>{escape(report.title)}</h1>"
         f"<ul>{sentences}</ul>{_table(columns, rows)}"
         '<p class="soft">Causal validation loss in nats per token; standard deviation over seeds.</p>'
         f"<h2>Differences</h2>{_table(heads, intervals)}"
-        f'<h2>Figure</h2><img alt="Differences, learning curves, loss against cost" src="data:image/png;base64,{image}">'
+        '<h2>Figure</h2><img alt="Differences, learning curves, loss against cost" '
+        f'src="data:image/png;base64,{image}">'
         f"<h2>Runs</h2><ul>{runs}</ul></body></html>\n"
     )
 

@@ -112,7 +112,9 @@ def make_report(
     for run in runs:
         by_cell.setdefault(run.cell, []).append(run)
     if len(by_cell) < 2:
-        raise ConfigError(f"{title}: all runs are of one point, {next(iter(by_cell), '')}; there is nothing to compare.")
+        raise ConfigError(
+            f"{title}: all runs are of one point, {next(iter(by_cell), '')}; there is nothing to compare."
+        )
     dense = [run.measured.flops for run in runs if run.measured.routed_share is None]
     losses = {cell: {run.seed: run.measured.losses for run in own} for cell, own in by_cell.items()}
     rows = [_row(cell, own, dense[0] if dense else None, (timings or {}).get(cell)) for cell, own in by_cell.items()]

@@ -1,9 +1,9 @@
 """Paired differences between the points of a study, with 95 % intervals, by scipy and statsmodels.
 
-Two sources of chance are kept apart. *By seed*: another seed gives another initialization of the routers, order and
-held-out text; the t-interval over paired seeds covers that. *By document*: another validation text gives another loss;
-the bootstrap over paired documents covers that, for these seeds. Two seeds are too few for a t-interval to say anything,
-so below three the verdict rests on documents alone, and says so.
+Two sources of chance are kept apart. *By seed*: another seed gives other routers, another order and other held-out
+text; the t-interval over paired seeds covers that. *By document*: another validation text gives another loss; the
+bootstrap over paired documents covers that, for these seeds. Two seeds are too few for a t-interval, so below three
+the verdict rests on documents alone, and says so.
 """
 
 from collections.abc import Sequence
@@ -78,12 +78,11 @@ class Difference:
             verdict = "worse" if self.value > 0 else "better"
         error = self.sd if self.sd is not None else (self.by_document[1] - self.by_document[0]) / 2
         chance = f"{self.seeds} seeds" if self.seeds >= _ENOUGH_SEEDS else f"documents of {self.seeds} seeds only"
-        return f"{self.name} − {self.control}: {self.value:+.3f} ± {error:.3f} nats, p {self.p_holm:.2g} ({chance}): {verdict}"
+        what = f"{self.name} − {self.control}: {self.value:+.3f} ± {error:.3f} nats, p {self.p_holm:.2g}"
+        return f"{what} ({chance}): {verdict}"
 
 
-def differences(
-    losses: dict[str, dict[int, Losses]], control: str, random_state: int = 0
-) -> list[Difference]:
+def differences(losses: dict[str, dict[int, Losses]], control: str, random_state: int = 0) -> list[Difference]:
     """Differences of every point to the control, paired by seed and document, Holm-corrected together.
 
     Args:

@@ -1,0 +1,72 @@
+"""The grid: collapsed points, equal terms, keys by which finished runs are found, and wrong input."""
+
+from pathlib import Path
+
+import pytest
+
+from dtfcli.errors import ConfigError
+from dtfcli.settings import load_settings
+from dtfcli.studies.grid import check_equal_terms, parse_axes, parse_seeds, plan_grid, settings_key
+
+AXES = ["model=dtf,mod,dense", "model.capacity=0.25,0.5"]
+
+
+def test_a_point_that_does_not_read_an_axis_collapses(tmp_path: Path) -> None:
+    runs = plan_grid("quickstart", parse_axes(AXES), [1, 2], ["training.max_steps=60"], tmp_path)
+    assert [run.cell.name for run in runs[:5]] == ["dtf 0.25", "dtf 0.5", "mod 0.25", "mod 0.5", "dense"]
+    assert len(runs) == 10
+    assert {run.seed for run in runs} == {1, 2}
+    assert len({run.settings.run.name for run in runs}) == 10
+
+
+def test_a_setting_for_some_is_left_out_for_others(tmp_path: Path) -> None:
+    runs = plan_grid("quickstart", parse_axes(["model=dtf,dense"]), [1], ["model.capacity=0.25"], tmp_path)
+    assert [run.settings.model.routing_fields().get("capacity") for run in runs] == [0.25, None]
+
+
+def test_the_key_is_that_of_the_settings_alone(tmp_path: Path) -> None:
+    one = load_settings("quickstart", ["run.name=a", f"run.output_dir={tmp_path}"])
+    other = load_settings("quickstart", ["run.name=b"])
+    assert settings_key(one) == settings_key(other)
+    assert settings_key(one) != settings_key(load_settings("quickstart", ["run.seed=7"]))
+
+
+def test_seeds() -> None:
+    assert parse_seeds("3") == [1, 2, 3]
+    assert parse_seeds("1,7") == [1, 7]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ([], "--vary: name at least one axis"),
+        (["model"], "write KEY=A,B"),
+        (["model=dtf"], "one value is nothing to compare"),
+        (["model=dtf,dtf"], "named twice"),
+        (["modle=dtf,mod"], "there is no setting 'modle'"),
+        (["run.seed=1,2"], "use --seeds"),
+        (["run.name=a,b"], "each run gets its own"),
+        (["model=dtf,mod", "model=dense,random"], "an axis already"),
+    ],
+)
+def test_wrong_axes(axes: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_axes(axes)
+
+
+@pytest.mark.parametrize("text", ["0", "x", "1,1", "", "-1"])
+def test_wrong_seeds(text: str) -> None:
+    with pytest.raises(ConfigError, match="--seeds"):
+        parse_seeds(text)
+
+
+def test_what_no_run_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prior_factor=0\.1: no run of this study reads it"):
+        plan_grid("quickstart", parse_axes(["model=mod,dense"]), [1], ["model.prior_factor=0.1"], tmp_path)
+
+
+def test_unequal_runs_are_refused() -> None:
+    one = load_settings("quickstart", ["model=dtf"])
+    other = load_settings("quickstart", ["model=mod", "data.seq_len=64"])
+    with pytest.raises(ConfigError, match=r"data\.seq_len: runs are not on equal terms"):
+        check_equal_terms([one, other], ["model.architecture"])

@@ -1,0 +1,83 @@
+"""Intervals agree with scipy; planted differences are found, planted nulls are not called differences."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dtfcli.errors import ConfigError
+from dtfcli.studies.statistics import Losses, differences, t_test
+
+
+def study(rng: np.random.Generator, effect: float, seeds: int, documents: int = 120) -> dict[str, dict[int, Losses]]:
+    """Two points with common documents: a document's difference scatters by 0.2, a seed's by 0.01."""
+    losses: dict[str, dict[int, Losses]] = {"control": {}, "other": {}}
+    for seed in range(seeds):
+        targets = rng.integers(20, 200, documents)
+        own = rng.normal(4.5, 0.6, documents)
+        shift = effect + rng.normal(0, 0.01) + rng.normal(0, 0.2, documents)
+        losses["control"][seed] = Losses(own * targets, targets)
+        losses["other"][seed] = Losses((own + shift) * targets, targets)
+    return losses
+
+
+def test_the_interval_by_seed_is_scipys() -> None:
+    values = np.array([0.02, 0.031, 0.012, 0.027, 0.04])
+    (low, high), p = t_test(values)
+    center, error = values.mean(), stats.sem(values)
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 4, center, error))
+    assert p == pytest.approx(stats.ttest_rel(values, np.zeros(5)).pvalue)
+
+
+def test_the_interval_by_document_covers_the_ratio() -> None:
+    (found,) = differences(study(np.random.default_rng(0), 0.05, 5), "control")
+    low, high = found.by_document
+    assert low < found.value < high
+    assert (found.seeds, found.documents) == (5, 600)
+    # Close to the normal approximation of a weighted mean of 600 documents.
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / np.sqrt(600) * 1.15, rel=0.25)
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_planted_differences_and_nulls(seeds: int) -> None:
+    found = dict.fromkeys((0.0, 0.05), 0)
+    for effect in found:
+        for number in range(100):
+            losses = study(np.random.default_rng([seeds, number, int(effect > 0)]), effect, seeds, 250)
+            found[effect] += differences(losses, "control")[0].is_found
+    assert found[0.05] >= 95
+    assert found[0.0] <= 7
+
+
+def test_holm_is_applied_to_all_together() -> None:
+    rng = np.random.default_rng(1)
+    losses = study(rng, 0.05, 3)
+    for number in range(3):
+        losses[f"null {number}"] = study(rng, 0.0, 3)["other"] | {}
+        for seed, own in losses["null " + str(number)].items():
+            targets = losses["control"][seed].targets
+            losses[f"null {number}"][seed] = Losses(
+                losses["control"][seed].nats + rng.normal(0, 5, len(targets)), targets
+            )
+            del own
+    found = differences(losses, "control")
+    assert [d.name for d in found] == ["other", "null 0", "null 1", "null 2"]
+    assert all(d.p_holm >= d.p for d in found)
+    smallest = min(found, key=lambda d: d.p)
+    assert smallest.p_holm == pytest.approx(min(1.0, 4 * smallest.p))
+
+
+def test_what_cannot_be_paired_is_refused() -> None:
+    losses = study(np.random.default_rng(2), 0.05, 2)
+    with pytest.raises(ConfigError, match="not among the points"):
+        differences(losses, "nobody")
+    with pytest.raises(ConfigError, match="no seed in common"):
+        differences({"control": losses["control"], "other": {9: losses["other"][0]}}, "control")
+    shorter = Losses(losses["other"][0].nats[1:], losses["other"][0].targets[1:])
+    with pytest.raises(ConfigError, match="other held-out documents"):
+        differences({"control": losses["control"], "other": {0: shorter}}, "control")
+
+
+def test_a_sentence_says_what_follows_with_its_error() -> None:
+    (found,) = differences(study(np.random.default_rng(3), 0.08, 3), "control")
+    assert found.sentence.startswith(f"other − control: {found.value:+.3f} ± ")
+    assert found.sentence.endswith("(3 seeds): worse")
