@@ -119,7 +119,8 @@ class RoutedLayerMixin(StockLayer):
 
         `topk` never waits for the device: every row has the same number of slots. A causal mode looks once, because
         its number of slots depends on the scores; at γ = 0 and γ = 1 it does not. While training all rows go together,
-        and never without any slot: every process of a distributed run has to enter every layer. Rows and counts are empty if not looked at.
+        and never without any slot: every process of a distributed run has to enter every layer. Rows and counts are
+        empty if not looked at.
         """
         rows, tokens = frame.shape
         if capacity == 0.0:
