@@ -126,7 +126,7 @@ class RoutedLayerMixin(StockLayer):
         if capacity == 0.0:
             return [], [0] * rows
         if capacity == 1.0 and frame.real is None:
-            return [([], every_slot(rows, tokens, frame.device))], [tokens] * rows
+            return [(list(range(rows)), every_slot(rows, tokens, frame.device))], [tokens] * rows
         if frame.mode == "topk":
             width = topk_capacity(capacity, tokens)
             slots = assign_slots(selected, width)
