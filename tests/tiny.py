@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -20,6 +21,9 @@ from dtfcli.models.conversion import convert
 VOCABULARY = 97
 FAMILIES = ("llama", "qwen2")
 ARCHITECTURES = ("dtf", "mod")
+CONTROLS = ("random", "layerdrop")
+EVERY_ARCHITECTURE = (*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in CONTROLS))
+"""The controls keep every promise, too; `make test` tries them on none."""
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -69,7 +69,13 @@ def decode(model, input_ids: list[int]) -> Tensor:
                 if hasattr(walker.layer, "prior"):
                     below = routing_naive.surprise(original, x, original + walker.layer.prior(original))
                 continue
-            if config.architecture == "mod":
+            capacity = config.layer_capacities(stack.capacity_override)[index]
+            if config.architecture == "layerdrop":
+                if capacity:
+                    walker.remember(x, cos, sin)
+                    x = walker.block(x, cos, sin)
+                continue
+            if config.architecture in ("mod", "random"):
                 score = x @ router.weight
                 gate = torch.sigmoid(score)
             else:

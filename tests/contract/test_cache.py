@@ -14,13 +14,13 @@ from dtfcli.models.slots import row_groups
 from tests.budget import examples
 from tests.contract.naive_decoder import decode
 from tests.near import near_tie
-from tests.tiny import ARCHITECTURES, FAMILIES, pad, routed_model, shared_routed_model, tokens
+from tests.tiny import EVERY_ARCHITECTURE, FAMILIES, pad, routed_model, shared_routed_model, tokens
 
 KV_TOKENS = ("routed", "all")
 CAPACITIES = (0.125, 0.25, 0.5, 0.75, 1.0)
 every_model = [
     pytest.mark.parametrize("family", FAMILIES),
-    pytest.mark.parametrize("architecture", ARCHITECTURES),
+    pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE),
     pytest.mark.parametrize("kv_tokens", KV_TOKENS),
 ]
 
@@ -134,7 +134,7 @@ def test_reset_starts_afresh(family: str, architecture: str, kv_tokens: str) -> 
     assert torch.equal(model(row, past_key_values=cache).logits, model(row, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["dtf", "mod", "random"])
 def test_thresholds_follow_capacity_and_calibration(architecture: str) -> None:
     """A cache keeps nothing of the routers, which may change while a text is continued."""
     model, ids = routed_model("llama", architecture), tokens(1, 40)
@@ -164,7 +164,7 @@ def test_thresholds_follow_capacity_and_calibration(architecture: str) -> None:
         assert torch.equal(ours.scores, theirs.scores)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("batch", [1, 4])
 @torch.no_grad()
 def test_bytes_are_those_of_the_routed_tokens(architecture: str, batch: int) -> None:
@@ -243,7 +243,7 @@ def test_long_rows_go_through_the_block_in_groups(family: str, architecture: str
         cache = RoutedCache(model.config)
         records = model(input_ids, attention_mask=mask, past_key_values=cache, output_routing=True)
         groups = {len(row_groups(record.selected.sum(1).tolist())) for record in records.routing}
-        assert min(groups) > 1, "these rows were chosen to fall apart"
+        assert min(groups - {0}) > 1, "these rows were chosen to fall apart"
         parts = []
         for t in range(6):
             seen = torch.cat([mask, torch.ones(5, t + 1, dtype=torch.long)], 1)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from dtfcli.models.conversion import convert, load_dense, to_dense
-from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, pad, shared_routed_model, tokens
+from tests.tiny import EVERY_ARCHITECTURE, FAMILIES, dense_model, pad, shared_routed_model, tokens
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("mode", ["threshold", "topk"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_capacity_one_is_the_dense_model(family: str, architecture: str, mode: str, tied: bool) -> None:
     dense = dense_model(family, tie_word_embeddings=tied)
@@ -21,7 +21,7 @@ def test_capacity_one_is_the_dense_model(family: str, architecture: str, mode: s
     assert difference <= 1e-5
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_capacity_one_with_padding_agrees_on_real_tokens(family: str, architecture: str) -> None:
     dense = dense_model(family)
@@ -35,7 +35,7 @@ def test_capacity_one_with_padding_agrees_on_real_tokens(family: str, architectu
 
 
 @pytest.mark.parametrize("capacity", [0.25, 1.0])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_is_bit_identical(family: str, architecture: str, capacity: float) -> None:
     dense = dense_model(family)
@@ -63,7 +63,7 @@ def test_conversion_shares_tensors_and_leaves_the_dense_model_intact() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_real_model_from_gguf(architecture: str, smollm2_gguf: str) -> None:
     dense = load_dense(smollm2_gguf).eval()
     routed = convert(dense, architecture, capacity=1.0, gate="straight_through")

@@ -16,7 +16,7 @@ from dtfcli.models.slots import (
     scatter_tokens,
 )
 from tests.budget import examples
-from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, pad, shared_routed_model, tokens
+from tests.tiny import EVERY_ARCHITECTURE, FAMILIES, dense_model, pad, shared_routed_model, tokens
 
 
 def rows_and_mask(data: st.DataObject, most: int = 14) -> tuple[torch.Tensor, list[list[int]]]:
@@ -207,14 +207,14 @@ def test_rows_in_groups(data: st.DataObject, padding: float, small: int) -> None
 
 @pytest.mark.parametrize("mode", ["topk", "threshold"])
 @pytest.mark.parametrize("gate", ["soft", "straight_through"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("family", FAMILIES)
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=3), seed=st.integers(0, 999))
 @settings(max_examples=examples(4))
 def test_routed_layer(family: str, architecture: str, gate: str, mode: str, lengths: list[int], seed: int) -> None:
     """A whole routed layer, rows padded on either side, against one row at a time and token by token."""
     model = shared_routed_model(family, architecture, gate=gate)
-    stack, index = model.model, 3
+    stack, index = model.model, 5 if architecture == "layerdrop" else 3
     layer = stack.layers[index]
     width = max(lengths) + 1
     padded = [
@@ -232,13 +232,15 @@ def test_routed_layer(family: str, architecture: str, gate: str, mode: str, leng
 
     cos, sin = passing.layer_inputs["position_embeddings"]
     stock = type(layer).__mro__[2]  # the backbone's own decoder layer
-    threshold = float(layer.router.thresholds[0])
+    threshold = float(layer.router.threshold("threshold"))
     weight = torch.randn_like(out) * mask.unsqueeze(-1)
     total = torch.zeros(())
     for b in range(len(lengths)):
         real = mask[b].nonzero().flatten()
         row_scores = scores[b, real].tolist()
-        if mode == "topk":
+        if architecture == "layerdrop":  # a layer that it keeps
+            chosen = list(range(len(real)))
+        elif mode == "topk":
             chosen = routing_naive.select_topk(row_scores, 0.5, sinks=1)
         else:
             chosen = routing_naive.select_threshold(row_scores, threshold, sinks=1)

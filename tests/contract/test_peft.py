@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from tests.tiny import ARCHITECTURES, FAMILIES, routed_model, tokens
+from tests.tiny import EVERY_ARCHITECTURE, FAMILIES, routed_model, tokens
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -37,7 +37,7 @@ def logits(model: Any, mode: str = "threshold") -> Tensor:
         return model(input_ids=tokens(3, 40, seed=9)).logits
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("saved", [None, ["router", "prior"]], ids=["adapters", "routing in full"])
 def test_train_and_merge(family: str, architecture: str, saved: list[str] | None) -> None:
@@ -63,7 +63,7 @@ def test_train_and_merge(family: str, architecture: str, saved: list[str] | None
         assert (logits(merged, mode) - expected).abs().max() <= 1e-5, mode
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_saved_and_loaded_by_peft(architecture: str, tmp_path: Path) -> None:
     saved = ["router", "prior"] if architecture == "dtf" else ["router"]
     model = routed_model(architecture=architecture)

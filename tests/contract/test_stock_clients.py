@@ -13,7 +13,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import ARCHITECTURES, FAMILIES, routed_model, shared_routed_model, tokens
+from tests.tiny import EVERY_ARCHITECTURE, FAMILIES, routed_model, shared_routed_model, tokens
 
 TASK = """
 task: letters
@@ -36,7 +36,7 @@ runpy.run_module("lm_eval", run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_stock_lm_eval_agrees_with_itself_at_any_batch_size(
     architecture: str, tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -83,7 +83,7 @@ def test_stock_lm_eval_agrees_with_itself_at_any_batch_size(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_adapts_and_merges(family: str, architecture: str) -> None:
     model = routed_model(family, architecture)
@@ -111,7 +111,7 @@ def test_peft_adapts_and_merges(family: str, architecture: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_weights_that_accelerate_keeps_elsewhere(architecture: str) -> None:
     """`cpu_offload` holds parameters on the meta device and brings each module's when it is called."""
     model = routed_model("llama", architecture)
