@@ -41,7 +41,16 @@ def test_commands(chat_parts: tuple[Any, Any], capsys: pytest.CaptureFixture[str
         "/help\n/stats\n/routing\na b\n/reset\n/nonsense\n/set temprature 1\n/set seed x\n/set top_p 7\n/quit\n",
     )
     err = capsys.readouterr().err
-    for expected in ("/routing", "decode", "Forgotten", "no command", "'temperature'", "number such as 0", "--top-p 7"):
+    expected_texts = (
+        "/routing",
+        "decode",
+        "Forgotten",
+        "not a command",
+        "'temperature'",
+        "number such as 0",
+        "--top-p 7",
+    )
+    for expected in expected_texts:
         assert expected in err, expected
     assert chat.context == ""
     assert chat.sampling == Sampling(max_new_tokens=3)

@@ -104,7 +104,7 @@ TRAIN = [
     ("train quickstart distill.temperature=2", ["distill.temperature = 2", "nothing reads it"]),
     ("train dtf-qwen2.5-0.5b-lora lora.r=0", ["lora.r = 0", "at least 1"]),
     ("train dtf-qwen2.5-0.5b-lora lora.dropout=1", ["lora.dropout = 1", "less than 1"]),
-    ("train dtf-qwen2.5-0.5b-lora 'lora.targets=[\"w_in\"]'", ["lora.targets", "w_in is no projection", "gate_proj"]),
+    ("train dtf-qwen2.5-0.5b-lora 'lora.targets=[\"w_in\"]'", ["lora.targets", "not a projection", "gate_proj"]),
     ("train dtf-qwen2.5-0.5b-lora 'lora.targets=[]'", ["lora.targets = []", "must not be empty", "q_proj"]),
     ("train dtf-qwen2.5-0.5b distill.enabled=true distill.temperature=0", ["distill.temperature", "greater than 0"]),
     ("train quickstart training.capacity_schedule=step", ["training.capacity_schedule", "linear, cosine"]),
@@ -229,7 +229,7 @@ DATA = [
 GENERATE = [
     ("generate", ["MODEL", "--help"]),
     ("generate folder x", ["folder", "empty folder"]),
-    ("generate taken.toml x", ["taken.toml", "no model"]),
+    ("generate taken.toml x", ["taken.toml", "not a model"]),
     ("generate nowhere/at/all x", ["nowhere/at/all", "no such file or folder"]),
     ("generate notes.gguf x", ["notes.gguf", "not a GGUF file"]),
     ("generate {orphan} x", ["{orphan}", "base model of this adapter", "gone/base: no such file"]),
