@@ -26,18 +26,21 @@ _WITHOUT_SWITCH = (
 
 
 @contextmanager
-def quiet_libraries(*, bars: bool = False, verbose: bool = False) -> Iterator[None]:
+def quiet_libraries(*, bars: bool = False, verbose: bool = False, prints: bool = False) -> Iterator[None]:
     """Silence the libraries that are loaded; nothing that they print reaches stdout, which holds results alone.
 
     Args:
         bars: let them draw their progress bars.
         verbose: let them write everything, what they print to stderr.
+        prints: let prints through, where a caller's own listener may print.
     """
     if verbose:
         with redirect_stdout(sys.stderr):
             yield
         return
-    with ExitStack() as undo, redirect_stdout(io.StringIO()):
+    with ExitStack() as undo:
+        if not prints:
+            undo.enter_context(redirect_stdout(io.StringIO()))
         for logger in map(logging.getLogger, _LOGGERS):
             undo.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)

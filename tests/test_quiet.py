@@ -35,6 +35,12 @@ def test_bars_can_be_kept() -> None:
         assert datasets.is_progress_bar_enabled() == before
 
 
+def test_prints_of_a_listener_can_be_let_through(capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet_libraries(prints=True):
+        sys.stdout.write("ours\n")
+    assert capsys.readouterr() == ("ours\n", "")
+
+
 def test_prints_go_to_stderr_when_verbose(capsys: pytest.CaptureFixture[str]) -> None:
     with quiet_libraries(verbose=True):
         sys.stdout.write("noise\n")

@@ -71,7 +71,7 @@ def compare(
       dtf compare --from outputs/2026-01-31/dtf-1 --from outputs/2026-01-31/mod-1
     """
     from dtfcli.cli import compare_view, render
-    from dtfcli.studies.report import write_report
+    from dtfcli.studies.output import write_report
 
     if from_runs:
         if vary or arguments:

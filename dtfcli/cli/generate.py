@@ -26,7 +26,7 @@ Temperature = Annotated[
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this share.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from the K likeliest tokens only; 0: from all.")]
 Seed = Annotated[int, typer.Option("--seed", help="Repeats a sample.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the tokenizer's chat template.")]
+AsChat = Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the tokenizer's chat template.")]
 Prompts = Annotated[
     Path | None,
     typer.Option("--prompts", help="A file with a prompt on each line, or .jsonl with a 'prompt' each."),
@@ -44,7 +44,7 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = 0,
-    chat: Chat = False,
+    chat: AsChat = False,
     prompts: Prompts = None,
     output: Output = None,
     no_cache: NoCache = False,

@@ -37,12 +37,11 @@ class AnswerStore:
 
     Attributes:
         path: of the file; None: keep them in memory only.
-        reused, computed: requests with a stored answer, and with a new one.
+        reused: requests with a stored answer.
     """
 
     path: Path | None = None
     reused: int = 0
-    computed: int = 0
     _known: dict[str, AnsweredBatch] = field(default_factory=dict)
     _asked: Counter[str] = field(default_factory=Counter)
     _file: IO[str] | None = None
@@ -74,7 +73,6 @@ class AnswerStore:
 
     def add(self, key: str, batch: AnsweredBatch) -> None:
         """Store a batch; it survives the end of the process, but not a power failure."""
-        self.computed += len(batch.answers)
         if self.path is None:
             return
         if self._file is None:

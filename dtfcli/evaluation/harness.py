@@ -115,14 +115,15 @@ def score(
         results[name] = _group_score(name, group, [results[member] for member in members], found)
         items[name] = _group_items(group, [items[member] for member in members])
     # The job's own score says how its answers came about; a tag has none, so its first member does.
-    place = own if own in results else next(iter(tasks))
-    results[place] = replace(
-        results[place],
-        routed_share=shares_of(lm.meter),
-        truncated=lm.truncated,
-        seconds=round(lm.seconds, 3),
-        notes=_notes(tasks, lm),
-    )
+    places = {own if own in results else next(iter(tasks)), *(tasks if len(tasks) == 1 else ())}
+    for place in places:
+        results[place] = replace(
+            results[place],
+            routed_share=shares_of(lm.meter),
+            truncated=lm.truncated,
+            seconds=round(lm.seconds, 3),
+            notes=_notes(tasks, lm),
+        )
     return results, {name: item for name, item in items.items() if item is not None}
 
 

@@ -166,6 +166,9 @@ class EvalReport:
         if not document["results"]:
             raise ConfigError(f'{label}: its "results" hold no figure; run `dtf eval` again.')
         document.pop("items", None)
+        document = {name: _without_none(value) for name, value in document.items() if value is not None}
+        if not isinstance(document.get("routed_share"), dict):
+            document.pop("routed_share", None)
         try:
             report = TypeAdapter(cls).validate_python(document)
         except ValidationError as error:
@@ -173,6 +176,13 @@ class EvalReport:
             place = ".".join(map(str, first["loc"]))
             raise ConfigError(f"{label}: {place}: {first['msg']}; run `dtf eval` again.") from error
         return replace(report, causal=report.causal and is_causal(report.routing))
+
+
+def _without_none(value: Any) -> Any:
+    """A table without its empty entries, which then take their defaults."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_none(item) for name, item in value.items() if item is not None}
 
 
 def _read_json(path: Path, label: str) -> dict[str, Any]:
@@ -219,7 +229,7 @@ def _from_lm_eval(document: dict[str, Any]) -> dict[str, Any]:
         path, part = config.get("dataset_path"), config.get("dataset_name")
         results[name] = {
             "metrics": metrics,
-            "n": counts.get("effective", 0),
+            "n": counts.get("effective") or 0,
             "n_total": counts.get("original"),
             "shots": shots.get(name) if isinstance(shots, dict) else None,
             "dataset": f"{path} ({part})" if path and part else path,
@@ -239,9 +249,10 @@ def _model_argument(document: dict[str, Any], name: str) -> str | None:
     config = document.get("config")
     arguments = config.get("model_args") if isinstance(config, dict) else None
     if isinstance(arguments, dict):
-        return arguments.get(name)
-    found = re.search(rf"(?:^|,){name}=([^,]+)", arguments) if isinstance(arguments, str) else None
-    return found.group(1) if found else None
+        found = arguments.get(name)
+        return found if isinstance(found, str) else None
+    match = re.search(rf"(?:^|,){name}=([^,]+)", arguments) if isinstance(arguments, str) else None
+    return match.group(1) if match else None
 
 
 def _number(value: Any) -> float | None:

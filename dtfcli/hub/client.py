@@ -4,6 +4,7 @@ A request is repeated a few times if that can help. A commit names its parent, s
 commits: after a lost answer the Hub refuses the second, and the next push finds nothing to change.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -70,7 +71,9 @@ class HubClient:
 
     def __init__(self, tell: OnProgress) -> None:
         """`tell` is called with each step and each repeated request."""
-        self.api = HfApi(library_name="dtfcli", library_version=metadata.version("dtfcli"))
+        # huggingface_hub takes an empty HF_ENDPOINT at its word.
+        endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT or "https://huggingface.co"
+        self.api = HfApi(endpoint=endpoint, library_name="dtfcli", library_version=metadata.version("dtfcli"))
         self.tell = tell
 
     def owned_id(self, repo: str, username: str | None) -> str:

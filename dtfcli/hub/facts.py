@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -25,7 +26,7 @@ from dtfcli.runs.public import (
 
 
 @dataclass(frozen=True)
-class Source:
+class LocalModel:
     """A model on this machine.
 
     Attributes:
@@ -99,7 +100,7 @@ class ModelFacts:
 
 
 def gather_facts(
-    source: Source, repo: str, revision: str | None, results: EvalReport | None, has_curves: bool
+    source: LocalModel, repo: str, revision: str | None, results: EvalReport | None, has_curves: bool
 ) -> ModelFacts:
     """Everything that a card can say about a model.
 
@@ -134,7 +135,7 @@ def gather_facts(
     )
 
 
-def choose_results(source: Source, given: EvalReport | None, label: str) -> tuple[EvalReport | None, list[str]]:
+def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> tuple[EvalReport | None, list[str]]:
     """The evaluation for the card, and warnings.
 
     Args:
@@ -170,10 +171,11 @@ def choose_results(source: Source, given: EvalReport | None, label: str) -> tupl
 
 
 def _digest(report: EvalReport) -> str | None:
-    return report.model_hash and report.model_hash.removeprefix("sha256:").lower()
+    digest = (report.model_hash or "").removeprefix("sha256:").lower()
+    return digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None
 
 
-def _same_weights(source: Source) -> list[Path]:
+def _same_weights(source: LocalModel) -> list[Path]:
     """Folders whose evaluations measured these weights: a merged model was measured as its adapter."""
     run, folder = source.run, source.named
     adapter = [run / FINAL_MODEL] if run is not None and folder.name == MERGED_MODEL else []

@@ -9,6 +9,8 @@ from dtfcli.evaluation.report import EvalReport, TaskScore
 from dtfcli.hub.facts import ModelFacts
 from dtfcli.loading.base_configs import base_license
 
+_DATASETS: dict[str, tuple[str, str | None]] = {"mmlu": ("cais/mmlu", "all")}
+"""Data sets of groups, for which lm-eval names none."""
 _TAGS = {"dtf": ["dtf", "dynamic-transformer"], "mod": ["mod"], "random": ["mod"], "layerdrop": ["layerdrop"]}
 _DATASET = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?: \(([\w.-]+)\))?")
 """owner/name (configuration), as reports name a data set of the Hub."""
@@ -61,7 +63,7 @@ def _model_index(facts: ModelFacts) -> list[EvalResult]:
     for task, score in report.results.items():
         # A task without a data set on the Hub stands for its data set.
         found = _DATASET.fullmatch(score.dataset or "")
-        dataset, configuration = found.groups() if found else (task, None)
+        dataset, configuration = found.groups() if found else _DATASETS.get(task, (task, None))
         for name, metric in score.metrics.items():
             entries.append(
                 EvalResult(

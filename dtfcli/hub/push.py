@@ -88,21 +88,25 @@ def push(
     model_folder(model)
     if get_token() is None:
         raise HubAccessError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN.")
-    with quiet_libraries(bars=sys.stderr.isatty()), tempfile.TemporaryDirectory() as scratch:
+    with quiet_libraries(bars=sys.stderr.isatty(), prints=True), tempfile.TemporaryDirectory() as scratch:
         hub = HubClient(on_progress)
         on_progress("asking the Hub who you are")
         target = hub.find(hub.owned_id(repo, options.username), options.revision or MAIN, private=options.private)
         upload = _prepare(model, target.repo, options, Path(scratch), on_progress)
         hub.check_card(upload)
         message = options.commit_message or f"Upload {upload.architecture} model with dtf {metadata.version('dtfcli')}"
+        created = hub.create(target, private=options.private)
+        left = f"{target.repo} may exist now, without the model; the next push uses it."
         try:
-            commit = hub.commit(upload, hub.create(target, private=options.private), message)
+            commit = hub.commit(upload, created, message)
         except DTFError as error:
             if target.exists:
                 raise
-            raise type(error)(
-                f"{error} {target.repo} may exist now, without the model; the next push uses it."
-            ) from error
+            raise type(error)(f"{error} {left}") from error
+        except KeyboardInterrupt:
+            if not target.exists:
+                on_progress(left)
+            raise
     url = f"{hub.api.endpoint}/{target.repo}" + (f"/tree/{target.branch}" if target.branch != MAIN else "")
     return PushResult(target.repo, url, commit, list(upload.files), upload.left_out, upload.warnings)
 

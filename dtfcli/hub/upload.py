@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.card import model_card
-from dtfcli.hub.facts import Source, choose_results, gather_facts
+from dtfcli.hub.facts import LocalModel, choose_results, gather_facts
 from dtfcli.hub.leaks import find_leaks
 from dtfcli.loading.adapters import read_adapter_config
 from dtfcli.loading.load import load_model, load_tokenizer
@@ -77,10 +77,14 @@ class Upload:
                     shutil.copyfile(item, partial / name)
 
 
+_FORMER_CODE = {"products.py"}
+"""Files of `models/` that earlier versions uploaded."""
+
+
 def is_replaced_by_a_push(name: str) -> bool:
     """Whether pushes write a file of this name, so that one of an earlier push is stale."""
     code = {path.name for path in (Path(__file__).parents[1] / "models").glob("*.py")}
-    known = {CARD_FILE, CURVES_FILE, _ADAPTER_CONFIG, *_CONFIGS, *_TOKENIZER, *code}
+    known = {CARD_FILE, CURVES_FILE, _ADAPTER_CONFIG, *_CONFIGS, *_TOKENIZER, *code, *_FORMER_CODE}
     return name in known or bool(_STALE_WEIGHTS.fullmatch(name))
 
 
@@ -148,7 +152,7 @@ def model_folder(model: str | Path) -> Path:
     return Path(source.path)
 
 
-def _open(named: Path, merge_into: Path | None, tell: OnProgress) -> Source:
+def _open(named: Path, merge_into: Path | None, tell: OnProgress) -> LocalModel:
     """Read a model folder, and merge its adapter into the base if `merge_into` asks for it."""
     run = _run_of(named)
     folder, base = named, None
@@ -162,10 +166,10 @@ def _open(named: Path, merge_into: Path | None, tell: OnProgress) -> Source:
         base = _adapters_base(named, run)
     config = _read_json(folder / "config.json")
     weights = _weight_files(folder) if base is None else [folder / _ADAPTER_WEIGHTS]
-    return Source(named, folder, run, base, config, weights)
+    return LocalModel(named, folder, run, base, config, weights)
 
 
-def _files(source: Source) -> dict[str, bytes | Path]:
+def _files(source: LocalModel) -> dict[str, bytes | Path]:
     """The files of the model, without the card."""
     folder, run = source.folder, source.run
     files: dict[str, bytes | Path] = {
@@ -277,7 +281,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _check_leaks(files: dict[str, bytes | Path], source: Source) -> None:
+def _check_leaks(files: dict[str, bytes | Path], source: LocalModel) -> None:
     folder, run = source.named, source.run
     places = (folder.resolve(), *([run.resolve()] if run is not None else []))
     for name, item in files.items():

@@ -94,7 +94,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     @property
     def entered(self) -> Tensor | None:
-        """Joined on demand: decoding a token does not need it."""
+        """Joined now and then, and on demand: decoding a token does not need it."""
         return torch.cat(self._parts, dim=1) if self._parts else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -108,6 +108,8 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     def advance(self, selected: Tensor) -> None:
         """Count new positions, bool [B, T], True where the token is being stored."""
         self._parts.append(selected)
+        if len(self._parts) > _SPARE_SLOTS:
+            self._parts = [torch.cat(self._parts, dim=1)]
         if not self.counts:
             self.counts = [0] * selected.shape[0]
 

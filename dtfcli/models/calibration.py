@@ -43,7 +43,12 @@ def calibrate_columns(stack: Any, batches: Sequence[Mapping[str, Tensor]], colum
         stack: a routed stack in eval mode.
         batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
         columns: causal mode and column of its table, in the order in which they are measured.
+
+    Raises:
+        ValueError: a mask that does not cover its tokens.
     """
+    for batch in batches:
+        stack.check_inputs(batch["input_ids"], None, batch.get("attention_mask"), None)
     first, last = min(stack.routers), max(stack.routers)
     entering = [stack.enter(stack.embed_tokens(b["input_ids"]), b.get("attention_mask")) for b in batches]
     for index in range(first):

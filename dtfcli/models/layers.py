@@ -133,7 +133,8 @@ class RoutedLayerMixin(StockLayer):
             return [([], slots if frame.real is not None else slots._replace(routed=None))], []  # K of T, in every row
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
-        counts = [sum(row) for row in selected.tolist()]  # the one look at the device
+        # The one look at the device. A sum of one column would be an operation for nothing.
+        counts = [int(row[0]) for row in selected.tolist()] if selected.shape[1] == 1 else selected.sum(1).tolist()
         rows_together = row_groups(counts)
         return [(rows, assign_group(selected, rows, [counts[row] for row in rows])) for rows in rows_together], counts
 

@@ -148,7 +148,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache and not self.training and self.config.routing != "topk":
             cache = RoutedCache(self.config)
-        self._check_inputs(input_ids, inputs_embeds, attention_mask, cache)
+        self.check_inputs(input_ids, inputs_embeds, attention_mask, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         passing = self.enter(inputs_embeds, attention_mask, position_ids, cache)
@@ -169,7 +169,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             **{CACHE_NAME: cache},
         )
 
-    def _check_inputs(
+    def check_inputs(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, cache: Any
     ) -> None:
         """Raise ValueError for inputs that cannot be routed, with the remedy."""

@@ -1,6 +1,5 @@
 """The report of a study as data: means over seeds, differences to a control, cost; as JSON and as Markdown."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +9,6 @@ from typing import Any
 from dtfcli.errors import ConfigError
 from dtfcli.studies.measure import Measured
 from dtfcli.studies.statistics import Difference, differences
-
-JSON_FILE, MARKDOWN_FILE, FIGURE_FILE, PAGE_FILE = "report.json", "report.md", "report.png", "report.html"
 
 
 @dataclass(frozen=True)
@@ -149,16 +146,3 @@ def default_control(cells: Sequence[str]) -> str:
             if cell.split()[0] == wanted:
                 return cell
     return cells[0]
-
-
-def write_report(report: StudyReport, folder: Path) -> list[Path]:
-    """Write JSON, Markdown, figure and page into a folder; returns the files."""
-    from dtfcli.studies.figure import draw_study
-    from dtfcli.studies.page import render_study
-
-    files = [folder / name for name in (JSON_FILE, MARKDOWN_FILE, FIGURE_FILE, PAGE_FILE)]
-    files[0].write_text(json.dumps(report.to_dict(), indent=1) + "\n", "utf-8")
-    files[1].write_text(report.to_markdown(), "utf-8")
-    draw_study(report, files[2])
-    files[3].write_text(render_study(report, files[2].read_bytes()), "utf-8")
-    return files

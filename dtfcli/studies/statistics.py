@@ -3,7 +3,7 @@
 Two sources of chance are kept apart. *By seed*: another seed gives other routers, another order and other held-out
 text; the t-interval over paired seeds covers that. *By document*: another validation text gives another loss; the
 bootstrap over paired documents covers that, for these seeds. Two seeds are too few for a t-interval, so below three
-the verdict rests on documents alone, and says so.
+the verdict rests on the larger of the two standard errors, and says how few seeds there were.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Difference:
         sd: their standard deviation over seeds; None with one seed.
         by_seed: t-interval of the mean; None with one seed.
         by_document: bootstrap interval over the documents of all seeds.
-        p: two-sided: t-test over seeds, or the bootstrap's with fewer than three seeds.
+        p: two-sided: t-test over seeds; with two, by the larger standard error; with one, the bootstrap's.
         p_holm: corrected for all differences of the study.
         seeds, documents: how many pairs.
     """
@@ -77,7 +77,7 @@ class Difference:
         if self.is_found:
             verdict = "worse" if self.value > 0 else "better"
         error = self.sd if self.sd is not None else (self.by_document[1] - self.by_document[0]) / 2
-        chance = f"{self.seeds} seeds" if self.seeds >= _ENOUGH_SEEDS else f"documents of {self.seeds} seeds only"
+        chance = f"{self.seeds} seeds" if self.seeds >= _ENOUGH_SEEDS else f"only {self.seeds}, too few for a t-test"
         what = f"{self.name} − {self.control}: {self.value:+.3f} ± {error:.3f} nats, p {self.p_holm:.2g}"
         return f"{what} ({chance}): {verdict}"
 
@@ -116,11 +116,11 @@ def _difference(
     nats = np.concatenate([ours[seed].nats - theirs[seed].nats for seed in seeds])
     targets = np.concatenate([ours[seed].targets for seed in seeds])
     by_seed = np.array([ours[seed].mean - theirs[seed].mean for seed in seeds])
-    interval, p = _bootstrap(nats, targets, random_state)
+    interval, p, error = _bootstrap(nats, targets, random_state)
     t_interval = None
     if len(seeds) > 1:
         t_interval, p_of_seeds = t_test(by_seed)
-        p = p_of_seeds if len(seeds) >= _ENOUGH_SEEDS else p
+        p = p_of_seeds if len(seeds) >= _ENOUGH_SEEDS else _larger_error(by_seed, error)
     return {
         "name": name,
         "control": control,
@@ -145,8 +145,8 @@ def t_test(values: NDArray[np.float64]) -> tuple[tuple[float, float], float]:
 
 def _bootstrap(
     nats: NDArray[np.float64], targets: NDArray[np.int64], random_state: int
-) -> tuple[tuple[float, float], float]:
-    """95 % interval of Σ nats / Σ targets over resampled documents, and the two-sided p of its being 0."""
+) -> tuple[tuple[float, float], float, float]:
+    """95 % interval of Σ nats / Σ targets over resampled documents, the two-sided p of its being 0, its error."""
     from scipy import stats
 
     def per_target(d: Any, n: Any, axis: int = -1) -> Any:
@@ -166,7 +166,15 @@ def _bootstrap(
     low, high = result.confidence_interval
     drawn = result.bootstrap_distribution
     p = 2 * min((drawn <= 0).mean(), (drawn >= 0).mean())
-    return (float(low), float(high)), float(min(1.0, max(p, 1 / _RESAMPLES)))
+    return (float(low), float(high)), float(min(1.0, max(p, 1 / _RESAMPLES))), float(result.standard_error)
+
+
+def _larger_error(by_seed: NDArray[np.float64], error: float) -> float:
+    """Two-sided p of a mean over two seeds, by the larger of its standard errors: over documents, or over seeds."""
+    from scipy import stats
+
+    larger = max(error, float(stats.sem(by_seed)))
+    return float(2 * stats.norm.sf(abs(by_seed.mean()) / larger))
 
 
 def _holm(p_values: Sequence[float]) -> list[float]:

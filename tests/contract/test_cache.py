@@ -122,6 +122,19 @@ def test_rows_can_be_reordered_repeated_selected_and_cropped(
     continued(lambda cache: cache.crop(0), rows, more)
 
 
+@torch.no_grad()
+def test_what_a_long_text_costs_to_count_stays_bounded() -> None:
+    """One entry for each decoded token would make every step slower than the one before."""
+    model = routed_model("llama", "mod", routed_layers=[0, 2, 4])
+    cache, ids = RoutedCache(model.config), tokens(1, 200)
+    for t in range(200):
+        model(ids[:, t : t + 1], past_key_values=cache)
+    assert cache.get_seq_length() == 200
+    for layer in (0, 2, 4):
+        assert cache.layers[layer].entered.shape == (1, 200)
+        assert len(cache.layers[layer]._parts) <= 32
+
+
 @for_every_model
 @torch.no_grad()
 def test_reset_starts_afresh(family: str, architecture: str, kv_tokens: str) -> None:

@@ -90,6 +90,16 @@ def test_uncalibrated_threshold_routing_is_refused() -> None:
         model(tokens(1, 8))
 
 
+@pytest.mark.parametrize("shape", [(2, 32), (1, 64), (2, 80), (2, 1, 64, 64)])
+def test_calibration_refuses_a_mask_that_does_not_cover_the_tokens(shape: tuple[int, ...]) -> None:
+    model = routed_model()
+    before = {index: router.thresholds.clone() for index, router in model.model.routers.items()}
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model.calibrate([{"input_ids": tokens(2, 64), "attention_mask": torch.ones(shape, dtype=torch.long)}])
+    for index, router in model.model.routers.items():
+        assert torch.equal(router.thresholds, before[index]), index
+
+
 def test_training_tracks_thresholds() -> None:
     from dtfcli.models.conversion import convert
     from tests.tiny import dense_model

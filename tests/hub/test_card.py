@@ -177,6 +177,27 @@ def test_results_of_lm_eval(tmp_path: Path) -> None:
     assert card_errors(str(card)) == []
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"routing": None, "device": None, "versions": {"torch": None}},
+        {"routed_share": 0.5},
+        {"model_hash": ""},
+    ],
+)
+def test_what_a_file_does_not_know_is_left_out(changes: dict[str, Any], tmp_path: Path) -> None:
+    results = _results(OWN | changes, tmp_path)
+    assert results.results
+    assert card_errors(str(model_card(_facts(results=results)))) == []
+
+
+def test_a_group_of_lm_eval_names_its_data_set(tmp_path: Path) -> None:
+    counts = {"n-samples": {"mmlu": {"original": None, "effective": None}}}
+    results = _results({"results": {"mmlu": {"acc,none": 0.25, "acc_stderr,none": 0.01}}, **counts}, tmp_path)
+    (entry,) = _metadata(model_card(_facts(results=results)))["model-index"][0]["results"]
+    assert (entry["dataset"]["type"], entry["dataset"]["config"]) == ("cais/mmlu", "all")
+
+
 @pytest.mark.parametrize("changes", [{"routing": "topk"}, {"causal": False}])
 def test_results_that_are_not_causal_say_so_everywhere(changes: dict[str, Any], tmp_path: Path) -> None:
     card = model_card(_facts(results=_results(OWN | changes, tmp_path)))

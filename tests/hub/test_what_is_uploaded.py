@@ -15,7 +15,7 @@ import pytest
 from dtfcli.errors import CheckpointError
 from dtfcli.experiment import train
 from dtfcli.hub.leaks import find_leaks
-from dtfcli.hub.upload import prepare_upload
+from dtfcli.hub.upload import is_replaced_by_a_push, prepare_upload
 from dtfcli.runs.public import without_local_traces
 from tests.conftest import Outcome
 from tests.training.small_runs import small_settings
@@ -245,3 +245,21 @@ def test_a_dry_run_that_fails_leaves_no_folder(model: Path, tmp_path: Path, dtf:
     result = dtf("push", str(model), "me/new", "--dry-run", str(tmp_path / "preview"))
     assert result.code == 2
     assert not (tmp_path / "preview").exists()
+
+
+def test_pixels_are_not_searched() -> None:
+    """Compressed pixels look like a path now and then; the text of a picture is searched all the same."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + bytes(4)
+
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(13))
+    assert find_leaks("curves.png", start + chunk(b"IDAT", b"x ~/\xfd y") + chunk(b"IEND", b"")) == []
+    told = start + chunk(b"tEXt", b"Source\0/home/someone/run") + chunk(b"IEND", b"")
+    assert find_leaks("curves.png", told) == ["the path /home/someone"]
+    assert find_leaks("curves.png", start + chunk(b"IEND", b"") + b"/home/someone") == ["the path /home/someone"]
+
+
+def test_code_of_an_earlier_version_is_replaced() -> None:
+    assert is_replaced_by_a_push("products.py")
+    assert not is_replaced_by_a_push("mine.py")

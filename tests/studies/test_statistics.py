@@ -9,12 +9,12 @@ from dtfcli.studies.statistics import Losses, differences, t_test
 
 
 def study(rng: np.random.Generator, effect: float, seeds: int, documents: int = 120) -> dict[str, dict[int, Losses]]:
-    """Two points with common documents: a document's difference scatters by 0.2, a seed's by 0.01."""
+    """Two points with common documents: a document's difference scatters by 0.2, a seed's by 0.006."""
     losses: dict[str, dict[int, Losses]] = {"control": {}, "other": {}}
     for seed in range(seeds):
         targets = rng.integers(20, 200, documents)
         own = rng.normal(4.5, 0.6, documents)
-        shift = effect + rng.normal(0, 0.01) + rng.normal(0, 0.2, documents)
+        shift = effect + rng.normal(0, 0.006) + rng.normal(0, 0.2, documents)
         losses["control"][seed] = Losses(own * targets, targets)
         losses["other"][seed] = Losses((own + shift) * targets, targets)
     return losses
