@@ -19,7 +19,9 @@ class StudyProgress:
         """Show nothing yet."""
         from rich.live import Live
 
-        self._runs = {run.settings.run.name: (run, "waiting", 0, 0, None) for run in runs}
+        from dtfcli.studies.execute import Progress
+
+        self._runs: dict[str, Progress] = {run.settings.run.name: Progress(run, "waiting") for run in runs}
         self._started = time.monotonic()
         self._live = Live(console=render.err, refresh_per_second=2, transient=True)
 
@@ -37,8 +39,8 @@ class StudyProgress:
     def __call__(self, progress: "Progress") -> None:
         """Take note of what a run does."""
         name = progress.run.settings.run.name
-        before = self._runs[name][1]
-        self._runs[name] = (progress.run, progress.state, progress.step, progress.total_steps, progress.loss)
+        before = self._runs[name].state
+        self._runs[name] = progress
         if self._live.is_started:
             self._live.update(self._table())
         elif progress.state != before:
@@ -46,17 +48,14 @@ class StudyProgress:
 
     def _table(self) -> Any:
         rows, done = [], 0.0
-        for run, state, step, total, loss in self._runs.values():
-            share = 1.0 if state in ("finished", "reused") else step / total if total else 0.0
-            done += share / len(self._runs)
-            rows.append([run.cell.name, run.seed, state, f"{step}/{total}" if total else "", _loss(loss)])
+        for at in self._runs.values():
+            share = at.step / at.total_steps if at.total_steps else 0.0
+            done += (1.0 if at.state in ("finished", "reused") else share) / len(self._runs)
+            steps = f"{at.step}/{at.total_steps}" if at.total_steps else ""
+            rows.append([at.run.cell.name, at.run.seed, at.state, steps, "" if at.loss is None else f"{at.loss:.3f}"])
         left = (time.monotonic() - self._started) * (1 - done) / done if done else None
         title = "study" if left is None else f"study, about {left / 60:.0f} min left"
         return render.table(["point", "seed", "", "step", "loss"], rows, title=title)
-
-
-def _loss(loss: float | None) -> str:
-    return "" if loss is None else f"{loss:.3f}"
 
 
 def show_plan(runs: "list[PlannedRun]") -> None:

@@ -5,13 +5,14 @@ once are processes of `dtf train`, whose logs lie in `logs/` beside the runs.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dtfcli.errors import DTFError
 from dtfcli.experiment import train
@@ -78,9 +79,12 @@ def execute(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgress) 
 
 
 def _started(run: PlannedRun) -> Path | None:
-    """The folder of a run that can go on; None: it has to begin."""
+    """The folder of a run that can go on; None: it has to begin. A folder without a checkpoint is cleared away."""
     folder = folder_of(run)
-    return folder if folder is not None and list_checkpoints(folder) else None
+    if folder is None or list_checkpoints(folder):
+        return folder
+    shutil.rmtree(folder)
+    return None
 
 
 def _train_here(run: PlannedRun, on_progress: OnProgress) -> None:
@@ -93,7 +97,7 @@ def _train_here(run: PlannedRun, on_progress: OnProgress) -> None:
         if event.kind in ("step", "evaluation"):
             on_progress(Progress(run, "training", event.step, event.total_steps, loss))
 
-    train(run.settings, resume=_started(run), rename=True, on_event=listen)
+    train(run.settings, resume=_started(run), rename=False, on_event=listen)
     on_progress(Progress(run, "finished", loss=loss))
 
 
@@ -151,7 +155,7 @@ def _start(run: PlannedRun, parallel: int) -> _Worker:
 def _look_at(run: PlannedRun) -> Progress:
     folder = folder_of(run)
     lines = read_metrics(folder / METRICS_FILE) if folder is not None and (folder / METRICS_FILE).is_file() else []
-    last = next((line for line in reversed(lines) if "train/loss" in line), {})
+    last: dict[str, Any] = next((line for line in reversed(lines) if "train/loss" in line), {})
     return Progress(
         run, "training", int(last.get("step", 0)), run.settings.training.max_steps or 0, last.get("train/loss")
     )

@@ -1,8 +1,8 @@
 """What a finished run is worth: its causal loss document by document, and what its model computes for a token."""
 
 import json
-import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ def measure(run: Path, on_progress: Callable[[float], None] | None = None) -> Me
     tokenizer = load_tokenizer(run / FINAL_MODEL)
     rows = held_out_rows(run, tokenizer, None).rows
     nats, targets = [], []
-    with measured_shares(model) as meter:
+    routed = hasattr(model, "set_routing")
+    with measured_shares(model) if routed else nullcontext() as meter:
         for number, row in enumerate(rows):
             for nat, count in _documents(model, row, tokenizer.eos_token_id):
                 nats.append(nat)
@@ -108,13 +109,8 @@ def _documents(model: Any, row: Any, end: int | None) -> list[tuple[float, int]]
     labels = torch.from_numpy(target_labels(row[None])).to(model.device)[0, 1:]
     logits = model(ids, use_cache=False).logits[0, :-1].float()
     losses = cross_entropy(logits, labels, ignore_index=-100, reduction="none").double()
-    place = (ids[0, :-1] == end).long().cumsum(0)
+    place = torch.eq(ids[0, :-1], -1 if end is None else end).long().cumsum(0)
     count = int(place[-1]) + 1
     nats = torch.zeros(count, dtype=torch.float64, device=losses.device).index_add(0, place, losses)
     targets = torch.zeros(count, dtype=torch.long, device=losses.device).index_add(0, place, (labels != -100).long())
     return [(float(n), int(t)) for n, t in zip(nats, targets, strict=True) if t]
-
-
-def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation where there are two or more."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

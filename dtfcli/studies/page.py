@@ -1,6 +1,7 @@
 """A study as one self-contained HTML page: no script, no network."""
 
 import base64
+from collections.abc import Sequence
 from html import escape
 
 from dtfcli.studies.report import StudyReport
@@ -29,8 +30,8 @@ def render_study(report: StudyReport, picture: bytes) -> str:
             str(row.seeds),
             _figure(row.routed_share),
             _figure(row.flop_ratio),
-            _figure(row.timing and row.timing.prefill),
-            _figure(row.timing and row.timing.decode),
+            _figure(None if row.timing is None else row.timing.prefill),
+            _figure(None if row.timing is None else row.timing.decode),
         )
         for row in report.rows
     ]
@@ -64,7 +65,7 @@ def render_study(report: StudyReport, picture: bytes) -> str:
     )
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -42,14 +42,15 @@ def evaluation_thresholds(run: Run) -> Iterator[None]:
     if not (run.objective.routed and len(run.validation) and run.state.step < run.plan.total_steps):
         yield
         return
-    tracked = {layer: router.thresholds[0].clone() for layer, router in run.model.model.routers.items()}
+    routers = run.model.model.routers
+    tracked = {layer: router.thresholds[0].clone() for layer, router in routers.items() if router.by_token}
     try:
         calibrate(run, capacities=(), tokens=QUICK_CALIBRATION_TOKENS)
         yield
     finally:
         if run.state.step:  # before the first update nothing was tracked
-            for layer, router in run.model.model.routers.items():
-                router.thresholds[0] = tracked[layer]
+            for layer, threshold in tracked.items():
+                routers[layer].thresholds[0] = threshold
 
 
 def complete_best_model(run: Run) -> None:

@@ -119,7 +119,9 @@ def _choose_training_routing(run: Run) -> None:
 def _average_thresholds(run: Run) -> None:
     """Give all processes the mean of the thresholds that each has tracked on its own rows."""
     if run.processes.count > 1:
-        tracked = [router.thresholds for router in run.model.model.routers.values()]
+        tracked = [router.thresholds for router in run.model.model.routers.values() if router.by_token]
+        if not tracked:
+            return
         together = torch.stack([thresholds[0] for thresholds in tracked])
         run.processes.average(together)
         for thresholds, mean in zip(tracked, together, strict=True):
