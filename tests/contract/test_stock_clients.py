@@ -28,10 +28,11 @@ metric_list: [{metric: acc}]
 """
 
 STOCK = """
-import runpy, sys
+import json, runpy, sys
 sys.modules["dtfcli"] = None  # importing it fails
-sys.argv = ["lm_eval", *sys.argv[1:]]
-runpy.run_module("lm_eval", run_name="__main__")
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["lm_eval", *arguments]
+    runpy.run_module("lm_eval", run_name="__main__")
 """
 
 
@@ -60,19 +61,19 @@ def test_stock_lm_eval_agrees_with_itself_at_any_batch_size(
         "HF_HUB_OFFLINE": "1",
     }
 
+    def arguments(batch_size: int) -> list[str]:
+        given = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},trust_remote_code=True"]
+        given += ["--tasks", "letters", "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--log_samples"]
+        return [*given, "--batch_size", str(batch_size), "--output_path", str(tmp_path / f"batch-{batch_size}")]
+
     def scores(batch_size: int) -> list[list[float]]:
-        out = tmp_path / f"batch-{batch_size}"
-        arguments = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},trust_remote_code=True"]
-        arguments += ["--tasks", "letters", "--include_path", str(tmp_path / "tasks"), "--device", "cpu"]
-        arguments += ["--batch_size", str(batch_size), "--output_path", str(out), "--log_samples"]
-        result = subprocess.run(
-            [sys.executable, "-c", STOCK, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        (samples,) = out.rglob("samples_letters_*.jsonl")
+        (samples,) = (tmp_path / f"batch-{batch_size}").rglob("samples_letters_*.jsonl")
         rows: list[Any] = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
         return [[float(answer[0][0]) for answer in row["resps"]] for row in rows]
 
+    command = [sys.executable, "-c", STOCK, json.dumps([arguments(1), arguments(8)])]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
     one, eight = scores(1), scores(8)
     assert len(one) == 24
     torch.testing.assert_close(torch.tensor(one), torch.tensor(eight), atol=1e-4, rtol=0)

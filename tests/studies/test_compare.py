@@ -46,6 +46,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 VARY = ["--vary", "model=dtf,mod,random,layerdrop,dense"]
 
 
+@pytest.mark.slow
 def test_five_outputs_and_nothing_done_twice(dtf: Dtf, command: list[str], tmp_path: Path) -> None:
     result = dtf(*command, *VARY, "--seeds", "2")
     assert result.code == 0, result.stderr
