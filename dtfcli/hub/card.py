@@ -96,6 +96,8 @@ def _summary(facts: ModelFacts) -> str:
 
 def _routed(facts: ModelFacts) -> str:
     layers = f"{len(facts.routed_layers)} of {facts.config['num_hidden_layers']} layers"
+    if facts.architecture == "layerdrop":
+        return f"Of {layers}, {_capacity(facts)} is kept; the rest is left out."
     return f"{layers} process only some of the tokens, {_capacity(facts)}."
 
 
@@ -136,7 +138,8 @@ def _usage(facts: ModelFacts) -> str:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))",
     ]
     if facts.routed_layers:
-        lines += ["", 'model.set_routing("threshold", capacity=0.25)  # route fewer tokens, without retraining']
+        less = "keep fewer layers" if facts.architecture == "layerdrop" else "route fewer tokens"
+        lines += ["", f'model.set_routing("threshold", capacity=0.25)  # {less}, without retraining']
     at = f"@{facts.revision}" if facts.revision else ""
     command = f'dtf generate {facts.repo}{at} "Once upon a time"'
     code = "\n".join(lines)
@@ -179,15 +182,20 @@ def _how_it_routes(facts: ModelFacts) -> str:
         if config.get("predictor_loss_weight")
         else ""
     )
+    if facts.architecture == "layerdrop":
+        modes = "Nothing depends on a token: every routing mode is causal and does the same."
+    else:
+        modes = f"""- `threshold` (causal): a token is routed if its score exceeds the layer's calibrated threshold,
+  for any γ.{predictor}
+- `topk` (**not causal**): the training rule routes the tokens with the highest scores in the whole text. It is for
+  training and comparisons only, and its figures are marked."""
     return f"""## How it routes
 
 {_HOW[facts.architecture]} pass through unchanged and {stored}.
 
 {_table(["", ""], rows)}
 
-- `threshold` (causal): a token is routed if its score exceeds the layer's calibrated threshold, for any γ.{predictor}
-- `topk` (**not causal**): the training rule routes the tokens with the highest scores in the whole text. It is for
-  training and comparisons only, and its figures are marked."""
+{modes}"""
 
 
 def _training(facts: ModelFacts) -> str:

@@ -305,3 +305,12 @@ def test_local_places_are_called_by_their_kind(
     (tmp_path / "project" / "beside" / "novels").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "cwd")
     assert public_name(text, tmp_path / "project" / "outputs" / "day" / "run") == (name, on_hub)
+
+
+@pytest.mark.parametrize(("architecture", "words"), [("random", "fixed random linear score"), ("layerdrop", "is kept")])
+def test_a_control_says_what_it_is(architecture: str, words: str) -> None:
+    text = str(model_card(_facts(config=CONFIG | {"architecture": architecture})))
+    assert words in text
+    assert ("process only some of the tokens" in text) == (architecture == "random")
+    assert ("not causal" in text) == (architecture == "random")
+    assert card_errors(text) == []
