@@ -81,7 +81,7 @@ def compare(
     else:
         runs = _grid(arguments, vary, seeds, output)
         if plan:
-            compare_view.show_plan(runs)
+            compare_view.show_plan(runs, json)
             return
         report = _train_and_report(runs, parallel, against, no_bench, output)
     files = write_report(report, output)

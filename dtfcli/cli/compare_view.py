@@ -58,25 +58,33 @@ class StudyProgress:
         return render.table(["point", "seed", "", "step", "loss"], rows, title=title)
 
 
-def show_plan(runs: "list[PlannedRun]") -> None:
-    """Print what the study would run."""
+def show_plan(runs: "list[PlannedRun]", json: bool) -> None:
+    """Print what the study would run, as a table or as JSON."""
     from dtfcli.experiment import preview
     from dtfcli.studies.execute import is_finished
 
-    rows, tokens, flops, disk = [], 0, 0.0, 0.0
+    entries, flops = [], 0.0
     for run in runs:
-        seen = preview(run.settings)
+        seen, finished = preview(run.settings), is_finished(run)
         steps = seen.plan.total_steps if seen.plan is not None else run.settings.training.max_steps or 0
-        own = steps * run.settings.tokens_per_update
-        size = seen.account.parameters * 4 * 8 / 2**20  # final and best model, two checkpoints with AdamW's moments
-        state = "finished" if is_finished(run) else ""
-        rows.append([run.cell.name, run.seed, run.settings.run.name, f"{own:,}", f"{size:,.0f}", state])
-        if not state:
-            tokens, disk = tokens + own, disk + size
-            flops += 3.0 * own * seen.account.flops_per_token
-    columns = ["point", "seed", "run", "tokens", "MiB", ""]
-    render.out.print(render.table(columns, rows, title=f"{len(runs)} runs"))
-    render.out.print(f"to train: {tokens:,} tokens, about {flops / _rate() / 60:.0f} min, {disk:,.0f} MiB")
+        tokens = steps * run.settings.tokens_per_update
+        # Final and best model, and two checkpoints with AdamW's moments, all in float32.
+        size = seen.account.parameters * 4 * (2 + 2 * 3)
+        flops += 0.0 if finished else 3.0 * tokens * seen.account.flops_per_token
+        own = {"point": run.cell.name, "seed": run.seed, "run": run.settings.run.name}
+        entries.append({**own, "tokens": tokens, "bytes": size, "finished": finished})
+    missing = [entry for entry in entries if not entry["finished"]]
+    tokens, size = (sum(entry[name] for entry in missing) for name in ("tokens", "bytes"))
+    minutes = flops / _rate() / 60
+    if json:
+        render.emit_json({"runs": entries, "tokens": tokens, "bytes": size, "minutes": minutes})
+        return
+    rows = [
+        [e["point"], e["seed"], e["run"], f"{e['tokens']:,}", f"{e['bytes'] / 2**20:,.0f}", "finished" * e["finished"]]
+        for e in entries
+    ]
+    render.out.print(render.table(["point", "seed", "run", "tokens", "MiB", ""], rows, title=f"{len(runs)} runs"))
+    render.out.print(f"to train: {tokens:,} tokens, about {minutes:.0f} min, {size / 2**20:,.0f} MiB")
 
 
 def _rate() -> float:
@@ -92,12 +100,14 @@ def show_report(report: "StudyReport") -> None:
     """Print the points, then what follows."""
     rows = []
     for row in report.rows:
-        timing = ["", ""] if row.timing is None else [f"{row.timing.prefill:.3f}", f"{row.timing.decode:.3f}"]
+        timing = ["", ""] if row.timing is None else row.timing.cells
         spread = "" if row.sd is None else f" ± {row.sd:.4f}"
         share = "" if row.routed_share is None else f"{row.routed_share:.3f}"
         flops = "" if row.flop_ratio is None else f"{row.flop_ratio:.3f}"
         rows.append([row.name, row.seeds, f"{row.loss:.4f}{spread}", share, flops, *timing])
     columns = ["point", "seeds", "val/loss", "routed", "FLOPs", "prefill", "decode"]
-    render.out.print(render.table(columns, rows, title=f"{report.title}; ratios are to dense"))
+    render.out.print(
+        render.table(columns, rows, title=f"{report.title}; ratios are to dense, times at the share routed in them")
+    )
     for difference in report.differences:
         render.out.print(difference.sentence)

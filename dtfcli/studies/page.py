@@ -30,8 +30,7 @@ def render_study(report: StudyReport, picture: bytes) -> str:
             str(row.seeds),
             _figure(row.routed_share),
             _figure(row.flop_ratio),
-            _figure(None if row.timing is None else row.timing.prefill),
-            _figure(None if row.timing is None else row.timing.decode),
+            *(("", "") if row.timing is None else row.timing.cells),
         )
         for row in report.rows
     ]
@@ -57,7 +56,8 @@ def render_study(report: StudyReport, picture: bytes) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body><h1>{escape(report.title)}</h1>"
         f"<ul>{sentences}</ul>{_table(columns, rows)}"
-        '<p class="soft">Causal validation loss in nats per token; standard deviation over seeds.</p>'
+        '<p class="soft">Causal validation loss in nats per token; standard deviation over seeds. Times are '
+        "of random tokens, at the share routed there.</p>"
         f"<h2>Differences</h2>{_table(heads, intervals)}"
         '<h2>Figure</h2><img alt="Differences, learning curves, loss against cost" '
         f'src="data:image/png;base64,{image}">'

@@ -23,10 +23,23 @@ class Finished:
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of a trained model over dense, from `dtf bench`: one forward pass of a prompt, and a decoded token."""
+    """Time of a trained model over dense, from `dtf bench`, on random tokens.
+
+    Attributes:
+        prefill, decode: of one forward pass of a prompt, and of a decoded token.
+        prefill_share, decode_share: of tokens routed meanwhile; None for dense.
+    """
 
     prefill: float
     decode: float
+    prefill_share: float | None = None
+    decode_share: float | None = None
+
+    @property
+    def cells(self) -> list[str]:
+        """Both times for a table, each with the share it was measured at."""
+        pairs = ((self.prefill, self.prefill_share), (self.decode, self.decode_share))
+        return [f"{time:.3f}" + ("" if share is None else f" at {share:.2f}") for time, share in pairs]
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class StudyReport:
 
 def _cells(row: Row) -> list[str]:
     spread = "" if row.sd is None else f" ± {row.sd:.3f}"
-    times = ["", ""] if row.timing is None else [f"{row.timing.prefill:.3f}", f"{row.timing.decode:.3f}"]
+    times = ["", ""] if row.timing is None else row.timing.cells
     share = "" if row.routed_share is None else f"{row.routed_share:.3f}"
     return [f"{row.loss:.3f}{spread}", share, "" if row.flop_ratio is None else f"{row.flop_ratio:.3f}", *times]
 

@@ -35,15 +35,18 @@ def time_models(runs: Mapping[str, Path], tell: Callable[[str], None]) -> dict[s
         if not hasattr(model, "set_routing"):
             found[name] = Timing(1.0, 1.0)
             continue
+        if not isinstance(model.capacity, float):
+            tell(f"{name}: its time is not measured, since each layer has a capacity of its own")
+            continue
         longest = model.config.max_position_embeddings
         models = {"dense": to_dense(model), model.config.architecture: model}
         what = BenchOptions(
-            capacities=[model.capacity if isinstance(model.capacity, float) else 0.5],
+            capacities=[model.capacity],
             phases=("prefill", "decode"),
             seq_len=min(1024, (longest - _NEW_TOKENS) // 2),
             new_tokens=_NEW_TOKENS,
             repeats=5,
         )
-        times = {r.phase: r.time_ratio for r in bench(partial(_copy, models), what, tell).results}
-        found[name] = Timing(times["prefill"], times["decode"])
+        prefill, decode = bench(partial(_copy, models), what, tell).results
+        found[name] = Timing(prefill.time_ratio, decode.time_ratio, prefill.routed_share, decode.routed_share)
     return found

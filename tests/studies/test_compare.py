@@ -84,6 +84,8 @@ def test_the_plan_trains_nothing(dtf: Dtf, command: list[str], tmp_path: Path) -
     assert result.code == 0, result.stderr
     for text in ("6 runs", "dtf 0.25", "dense", "tokens", "min", "MiB"):
         assert text in result.stdout
+    planned = dtf(*command, "--vary", "model=dtf,dense", "--seeds", "1", "--plan", "--json")
+    assert [run["point"] for run in json.loads(planned.stdout)["runs"]] == ["dtf", "dense"]
     assert not Path("study").exists()
 
 
