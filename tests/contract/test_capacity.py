@@ -1,13 +1,16 @@
 """Capacity: `topk` routes exactly K tokens of each row; calibrated `threshold` routes the share asked for."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dtfcli.models.conversion import convert
 from dtfcli.models.routing import select_topk, sink_mask
 from tests.budget import examples
-from tests.tiny import ARCHITECTURES, routed_model, tokens
+from tests.tiny import ARCHITECTURES, dense_model, routed_model, tokens
 
 
 @given(
@@ -125,3 +128,22 @@ def test_a_capacity_of_the_grid_needs_no_other() -> None:
     model.set_routing("threshold", 0.2)
     with pytest.raises(ValueError, match=r"0\.2"):
         model(tokens(1, 8))
+
+
+def test_layerdrop_keeps_the_share_of_layers_that_is_asked_for() -> None:
+    """Evenly spread, or the first of an order; any γ afterwards, without calibration."""
+    spread = convert(dense_model(), "layerdrop", 0.5)
+    assert spread.config.layer_capacities() == {1: 1.0, 3: 0.0, 5: 1.0}
+    assert spread.config.layer_capacities(0.01) == {1: 0.0, 3: 1.0, 5: 0.0}
+    ordered = convert(dense_model(), "layerdrop", 0.34, layer_order=[5, 1, 3])
+    assert ordered.config.layer_capacities() == {1: 0.0, 3: 0.0, 5: 1.0}
+    assert ordered.is_calibrated
+    with torch.no_grad(), ordered.routing_mode("threshold", 0.67):
+        records = ordered(tokens(2, 9), output_routing=True).routing
+    assert [float(record.selected.float().mean()) for record in records] == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("fields", [{"layer_order": [1, 3]}, {"layer_order": "first"}, {"capacity": [0.5, 0.5, 0.5]}])
+def test_what_layerdrop_cannot_be_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        convert(dense_model(), "layerdrop", **fields)
