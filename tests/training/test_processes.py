@@ -65,6 +65,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrainResu
         pytest.param("mod", "fsdp2", marks=pytest.mark.slow),
         pytest.param("dense", "ddp", marks=pytest.mark.slow),
         pytest.param("dense", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("layerdrop", "ddp", marks=pytest.mark.slow),
+        pytest.param("layerdrop", "fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_reach_the_losses_of_one(

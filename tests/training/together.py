@@ -68,7 +68,8 @@ def _train(
         note = {"sharded": sharded, "whole": [n for n, _ in named if n not in sharded], "elements": held}
         Path(folder, f"model-{rank}.json").write_text(json.dumps(note))
         fit(run)
-        thresholds = {str(i): r.thresholds.tolist() for i, r in getattr(run.model.model, "routers", {}).items()}
+        routers = getattr(run.model.model, "routers", {}).items()
+        thresholds = {str(i): r.thresholds.tolist() for i, r in routers if hasattr(r, "thresholds")}
         Path(folder, f"thresholds-{rank}.json").write_text(json.dumps(thresholds))
 
     loop.fit = noting
