@@ -63,7 +63,7 @@ def show_plan(runs: "list[PlannedRun]", json: bool) -> None:
     from dtfcli.experiment import preview
     from dtfcli.studies.execute import is_finished
 
-    entries, flops = [], 0.0
+    entries, flops = list[dict[str, Any]](), 0.0
     for run in runs:
         seen, finished = preview(run.settings), is_finished(run)
         steps = seen.plan.total_steps if seen.plan is not None else run.settings.training.max_steps or 0
