@@ -1,5 +1,6 @@
 """`dtf compare`: the same training at every point of a grid, and what differs, with error bars."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ from dtfcli.cli import options
 from dtfcli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dtfcli.studies.grid import PlannedRun
+    from dtfcli.studies.grid import Cell, PlannedRun
     from dtfcli.studies.report import Finished, StudyReport
 
 Arguments = Annotated[
@@ -32,11 +33,12 @@ Plan = Annotated[bool, typer.Option("--plan", help="Show the runs, their tokens,
 Parallel = Annotated[int, typer.Option("--parallel", min=1, help="Runs at once.")]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the runs and of the report.")]
 Against = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--against",
         metavar="POINT",
-        help="Control of the differences. Default: random, else dense.",
+        help="Control of the differences: a point, or a value such as random, which stands for the point that has it "
+        "and is like the other in the rest. May be given several times. Default: random, else dense.",
         show_default=False,
     ),
 ]
@@ -104,49 +106,47 @@ def _grid(arguments: list[str] | None, vary: list[str] | None, seeds: str, outpu
 
 
 def _train_and_report(
-    runs: "list[PlannedRun]", parallel: int, against: str | None, no_bench: bool, output: Path
+    runs: "list[PlannedRun]", parallel: int, against: list[str] | None, no_bench: bool, output: Path
 ) -> "StudyReport":
     from dtfcli.cli import compare_view
     from dtfcli.studies.execute import execute
     from dtfcli.studies.measure import measure
+    from dtfcli.studies.pairs import pair_up
     from dtfcli.studies.report import Finished
 
-    if against is not None:
-        _check_control(against, [run.cell.name for run in runs])
+    pair_up(_different(run.cell for run in runs), against or ())
     with compare_view.StudyProgress(runs) as show:
         folders = execute(runs, parallel, show)
     done = []
     for run in runs:
         folder = folders[run.settings.run.name]
-        done.append(Finished(run.cell.name, run.seed, folder, measure(folder)))
-    title = f"{', '.join(dict.fromkeys(run.cell.name for run in runs))}"
-    return _report(title, done, against, no_bench)
+        done.append(Finished(run.cell, run.seed, folder, measure(folder)))
+    return _report(done, against, no_bench)
 
 
-def _report_on(folders: list[Path], against: str | None, no_bench: bool) -> "StudyReport":
+def _report_on(folders: list[Path], against: list[str] | None, no_bench: bool) -> "StudyReport":
     from dtfcli.studies.existing import finished_runs
 
-    done = finished_runs(folders)
-    return _report(", ".join(dict.fromkeys(run.cell for run in done)), done, against, no_bench)
+    return _report(finished_runs(folders), against, no_bench)
 
 
-def _report(title: str, done: "list[Finished]", against: str | None, no_bench: bool) -> "StudyReport":
-    from dtfcli.studies.report import default_control, make_report
+def _report(done: "list[Finished]", against: list[str] | None, no_bench: bool) -> "StudyReport":
+    from dtfcli.studies.pairs import pair_up
+    from dtfcli.studies.report import make_report
 
-    cells = list(dict.fromkeys(run.cell for run in done))
-    control = against or default_control(cells)
-    _check_control(control, cells)
+    cells = _different(run.cell for run in done)
+    if len(cells) < 2:
+        raise ConfigError(f"--from: all runs are of one point, {cells[0].name}; there is nothing to compare.")
+    pairs = pair_up(cells, against or ())
     timings: dict[str, Any] = {}
     if not no_bench:
         from dtfcli.cli import render
         from dtfcli.studies.timing import time_models
 
-        timings = time_models({run.cell: run.folder for run in reversed(done)}, render.note)
-    return make_report(title, done, control, timings)
+        timings = time_models({run.cell.name: run.folder for run in reversed(done)}, render.note)
+    return make_report(", ".join(cell.name for cell in cells), done, pairs, timings)
 
 
-def _check_control(control: str, cells: list[str]) -> None:
-    if control not in cells:
-        raise ConfigError(
-            f"--against {control}: not a point of this study; choose from {', '.join(dict.fromkeys(cells))}."
-        )
+def _different(cells: "Iterable[Cell]") -> "list[Cell]":
+    """Each point once, in the order of the study."""
+    return list({cell.name: cell for cell in cells}.values())

@@ -97,17 +97,14 @@ def _rate() -> float:
 
 
 def show_report(report: "StudyReport") -> None:
-    """Print the points, then what follows."""
-    rows = []
-    for row in report.rows:
-        timing = ["", ""] if row.timing is None else row.timing.cells
-        spread = "" if row.sd is None else f" ± {row.sd:.4f}"
-        share = "" if row.routed_share is None else f"{row.routed_share:.3f}"
-        flops = "" if row.flop_ratio is None else f"{row.flop_ratio:.3f}"
-        rows.append([row.name, row.seeds, f"{row.loss:.4f}{spread}", share, flops, *timing])
-    columns = ["point", "seeds", "val/loss", "routed", "FLOPs", "prefill", "decode"]
-    render.out.print(
-        render.table(columns, rows, title=f"{report.title}; ratios are to dense, times at the share routed in them")
-    )
+    """Print the points, who routes the same tokens, then what follows."""
+    from dtfcli.studies.report import AGREEMENT_LEGEND, COLUMNS, LEGEND
+
+    render.out.print(render.table(COLUMNS, [row.cells for row in report.rows], title="study"))
+    render.out.print(LEGEND, style="dim")
+    heads, rows = report.agreement_table()
+    if rows:
+        render.out.print(render.table(heads, rows, title="who is routed"))
+        render.out.print(AGREEMENT_LEGEND, style="dim")
     for difference in report.differences:
         render.out.print(difference.sentence)

@@ -6,7 +6,7 @@ from pathlib import Path
 from dtfcli.errors import ConfigError
 from dtfcli.runs.folder import run_settings
 from dtfcli.settings import Settings
-from dtfcli.studies.grid import check_equal_terms
+from dtfcli.studies.grid import Cell, check_equal_terms
 from dtfcli.studies.measure import measure
 from dtfcli.studies.report import Finished
 
@@ -25,11 +25,13 @@ def finished_runs(folders: Sequence[Path]) -> list[Finished]:
     settings = [run_settings(folder) for folder in folders]
     check_equal_terms(settings, _POINTS)
     return [
-        Finished(_name(own), own.run.seed, folder, measure(folder))
+        Finished(_cell(own), own.run.seed, folder, measure(folder))
         for own, folder in zip(settings, folders, strict=True)
     ]
 
 
-def _name(settings: Settings) -> str:
+def _cell(settings: Settings) -> Cell:
+    """The point of a run: its architecture, and its capacity where it has one."""
     architecture, capacity = settings.model.architecture, settings.model.routing_fields().get("capacity")
-    return architecture if architecture == "dense" or capacity is None else f"{architecture} {capacity:g}"
+    values = [architecture] if architecture == "dense" or capacity is None else [architecture, f"{capacity:g}"]
+    return Cell(" ".join(values), dict(zip(_POINTS, values, strict=False)), ())

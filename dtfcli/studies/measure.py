@@ -1,14 +1,16 @@
-"""What a finished run is worth: its causal loss document by document, and what its model computes for a token."""
+"""What a finished run is worth: causal loss and accuracy document by document, who was routed, what a token costs."""
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from dtfcli.cost.accounting import forward_flops_per_token
@@ -18,10 +20,12 @@ from dtfcli.evaluation.validation_text import held_out_rows
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE
-from dtfcli.shares import measured_shares
 from dtfcli.studies.statistics import Losses
 
-_FILE = "measured.json"
+_FILE, _ROUTED_FILE = "measured.json", "measured-routed.npz"
+
+Curve = list[tuple[int, float]]
+"""(step, value)."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,24 @@ class Measured:
     """A finished run, measured.
 
     Attributes:
-        nats, targets: of each held-out document, in order.
+        nats, targets, correct: of each held-out document, in order; targets that were the likeliest token are correct.
         routed_share: share of tokens that routed layers took on the held-out text; None for a dense model.
         flops: of a forward pass, for each token, at that share.
-        curve: (step, causal validation loss) during the run.
-        trained_tokens: tokens of training.
+        curve: causal validation loss during the run.
+        share_curve: causal routed share on held-out text during the run; empty for a dense model.
+        spread_curve: standard deviation of a router's scores over tokens, mean over layers; empty if it has none.
+        routed: by layer, bool [held-out tokens], who entered.
     """
 
     nats: list[float]
     targets: list[int]
+    correct: list[int]
     routed_share: float | None
     flops: float
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    trained_tokens: int = 0
+    curve: Curve
+    share_curve: Curve
+    spread_curve: Curve
+    routed: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def losses(self) -> Losses:
@@ -52,6 +61,11 @@ class Measured:
     def loss(self) -> float:
         """Nats per token."""
         return self.losses.mean
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the targets that were the likeliest token."""
+        return sum(self.correct) / sum(self.targets)
 
 
 def measure(run: Path, on_progress: Callable[[float], None] | None = None) -> Measured:
@@ -65,52 +79,99 @@ def measure(run: Path, on_progress: Callable[[float], None] | None = None) -> Me
         CheckpointError: the run has no final model, or no validation loss.
         DataError: its held-out text is not available any more.
     """
-    kept = run / _FILE
-    if kept.is_file():
-        values = json.loads(kept.read_text("utf-8"))
-        return Measured(**values | {"curve": [tuple(point) for point in values["curve"]]})
+    if (run / _FILE).is_file():
+        return _read(run)
     if not (run / FINAL_MODEL).is_dir():
         raise CheckpointError(f"{run}: this run has no {FINAL_MODEL}; go on with it by `dtf train --resume {run}`.")
     lines = read_metrics(run / METRICS_FILE)
-    curve = [(int(line["step"]), float(line["val/loss"])) for line in lines if "val/loss" in line]
+    curve = _curve(lines, "val/loss")
     if not curve:
         raise CheckpointError(f"{run}: its metrics have no val/loss; train it with data.validation_fraction above 0.")
     model: Any = load_model(run / FINAL_MODEL)
     tokenizer = load_tokenizer(run / FINAL_MODEL)
     rows = held_out_rows(run, tokenizer, None).rows
-    nats, targets = [], []
-    routed = hasattr(model, "set_routing")
-    with measured_shares(model) if routed else nullcontext() as meter:
+    documents: list[tuple[float, int, int]] = []
+    with _watched(model) as seen:
         for number, row in enumerate(rows):
-            for nat, count in _documents(model, row, tokenizer.eos_token_id):
-                nats.append(nat)
-                targets.append(count)
+            documents += _documents(model, row, tokenizer.eos_token_id)
             if on_progress is not None:
                 on_progress((number + 1) / len(rows))
-    shares = meter.read() if meter is not None else None
+    routed = {layer: np.concatenate(parts) for layer, parts in seen.items()}
+    shares = {layer: float(selected.mean()) for layer, selected in routed.items()}
+    nats, targets, correct = (list(column) for column in zip(*documents, strict=True))
     measured = Measured(
         nats,
         targets,
-        routed_share=None if shares is None else shares.overall,
-        flops=forward_flops_per_token(model, rows.shape[1], shares=None if shares is None else shares.by_layer),
+        correct,
+        routed_share=statistics.fmean(shares.values()) if shares else None,
+        flops=forward_flops_per_token(model, rows.shape[1], shares=shares or None),
         curve=curve,
-        trained_tokens=max((int(line.get("tokens", 0)) for line in lines), default=0),
+        share_curve=_curve(lines, "val/routed_share"),
+        spread_curve=_spread(lines),
+        routed=routed,
     )
-    partial = run / f".{_FILE}.partial"
-    partial.write_text(json.dumps(asdict(measured)), "utf-8")
-    partial.replace(kept)
+    _write(run, measured)
     return measured
 
 
+def _write(run: Path, measured: Measured) -> None:
+    """Keep what was measured; the file that `_read` looks for comes last, so that half a measurement is none."""
+    layers, selected = list(measured.routed), np.array(list(measured.routed.values()), dtype=bool)
+    count = selected.shape[-1]
+    np.savez_compressed(run / _ROUTED_FILE, layers=layers, count=count, packed=np.packbits(selected, axis=-1))
+    partial = run / f".{_FILE}.partial"
+    partial.write_text(json.dumps(asdict(replace(measured, routed={}))), "utf-8")
+    partial.replace(run / _FILE)
+
+
+def _read(run: Path) -> Measured:
+    values = json.loads((run / _FILE).read_text("utf-8"))
+    for name in ("curve", "share_curve", "spread_curve"):
+        values[name] = [tuple(point) for point in values[name]]
+    with np.load(run / _ROUTED_FILE) as packed:
+        selected = np.unpackbits(packed["packed"], axis=-1, count=int(packed["count"])).astype(bool)
+        values["routed"] = dict(zip(packed["layers"].tolist(), selected, strict=True))
+    return Measured(**values)
+
+
+def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
+    return [(int(line["step"]), float(line[name])) for line in lines if name in line]
+
+
+def _spread(lines: list[dict[str, Any]]) -> Curve:
+    """Mean over layers of the scores' standard deviations."""
+    found = []
+    for line in lines:
+        values = [value for name, value in line.items() if name.endswith("/score_std")]
+        if values:
+            found.append((int(line["step"]), statistics.fmean(values)))
+    return found
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[dict[int, list[NDArray[np.bool_]]]]:
+    """Collect who enters each routed layer in the forward passes of a `with` block; nothing for a dense model."""
+    seen: dict[int, list[NDArray[np.bool_]]] = {}
+
+    def look(module: Any, arguments: Any, output: Any) -> None:
+        for record in getattr(output, "routing", None) or ():
+            seen.setdefault(record.layer, []).append(record.selected.flatten().cpu().numpy())
+
+    hook = model.model.register_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 @torch.inference_mode()
-def _documents(model: Any, row: Any, end: int | None) -> list[tuple[float, int]]:
-    """Nats and number of targets of each document's part in a row: a document ends with its end-of-text token."""
+def _documents(model: Any, row: Any, end: int | None) -> list[tuple[float, int, int]]:
+    """Nats, targets and correct ones of each document's part in a row: a document ends with its end-of-text token."""
     ids = torch.from_numpy(token_ids(row[None])).to(model.device)
     labels = torch.from_numpy(target_labels(row[None])).to(model.device)[0, 1:]
     logits = model(ids, use_cache=False).logits[0, :-1].float()
     losses = cross_entropy(logits, labels, ignore_index=-100, reduction="none").double()
     place = torch.eq(ids[0, :-1], -1 if end is None else end).long().cumsum(0)
-    count = int(place[-1]) + 1
-    nats = torch.zeros(count, dtype=torch.float64, device=losses.device).index_add(0, place, losses)
-    targets = torch.zeros(count, dtype=torch.long, device=losses.device).index_add(0, place, (labels != -100).long())
-    return [(float(n), int(t)) for n, t in zip(nats, targets, strict=True) if t]
+    each = torch.stack([losses, (labels != -100).double(), (logits.argmax(-1) == labels).double()], dim=1)
+    sums = torch.zeros(int(place[-1]) + 1, 3, dtype=torch.float64, device=each.device).index_add(0, place, each)
+    return [(nats, int(targets), int(correct)) for nats, targets, correct in sums.tolist() if targets]

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from dtfcli.studies.report import StudyReport
+from dtfcli.studies.report import AGREEMENT_LEGEND, COLUMNS, LEGEND, StudyReport
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d1b18;--soft:#6a655c;--edge:#dcd7cd;--paper:#fbfaf7}
@@ -21,22 +21,9 @@ p,li{max-width:46rem}.soft{color:var(--soft)}img{width:100%;background:#fff;bord
 
 def render_study(report: StudyReport, picture: bytes) -> str:
     """The page, with the figure inside."""
-    columns = ("", "val/loss", "sd", "seeds", "routed", "FLOPs / dense", "prefill / dense", "decode / dense")
-    rows = [
-        (
-            row.name,
-            f"{row.loss:.4f}",
-            _figure(row.sd),
-            str(row.seeds),
-            _figure(row.routed_share),
-            _figure(row.flop_ratio),
-            *(("", "") if row.timing is None else row.timing.cells),
-        )
-        for row in report.rows
-    ]
     intervals = [
         (
-            f"{d.name} − {d.control}",
+            d.title,
             f"{d.value:+.4f}",
             _interval(d.by_seed),
             _interval(d.by_document),
@@ -55,24 +42,26 @@ def render_study(report: StudyReport, picture: bytes) -> str:
         "style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body><h1>{escape(report.title)}</h1>"
-        f"<ul>{sentences}</ul>{_table(columns, rows)}"
-        '<p class="soft">Causal validation loss in nats per token; standard deviation over seeds. Times are '
-        "of random tokens, at the share routed there.</p>"
+        f"<ul>{sentences}</ul>{_table(COLUMNS, [row.cells for row in report.rows])}"
+        f'<p class="soft">{escape(LEGEND)}</p>'
         f"<h2>Differences</h2>{_table(heads, intervals)}"
+        f"{_agreement(report)}"
         '<h2>Figure</h2><img alt="Differences, learning curves, loss against cost" '
         f'src="data:image/png;base64,{image}">'
         f"<h2>Runs</h2><ul>{runs}</ul></body></html>\n"
     )
 
 
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _agreement(report: StudyReport) -> str:
+    heads, rows = report.agreement_table()
+    legend = f'<p class="soft">{escape(AGREEMENT_LEGEND)}</p>'
+    return f"<h2>Who is routed</h2>{_table(heads, rows)}{legend}" if rows else ""
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:

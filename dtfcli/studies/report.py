@@ -1,13 +1,16 @@
 """The report of a study as data: means over seeds, differences to a control, cost; as JSON and as Markdown."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from dtfcli.errors import ConfigError
-from dtfcli.studies.measure import Measured
+from dtfcli.inspection.agreement import Overlap, agreement_of
+from dtfcli.studies.grid import Cell
+from dtfcli.studies.measure import Curve, Measured
+from dtfcli.studies.pairs import Pair
 from dtfcli.studies.statistics import Difference, differences
 
 
@@ -15,7 +18,7 @@ from dtfcli.studies.statistics import Difference, differences
 class Finished:
     """A finished run of a study: its point, seed and folder, and what it is worth."""
 
-    cell: str
+    cell: Cell
     seed: int
     folder: Path
     measured: Measured
@@ -50,6 +53,7 @@ class Row:
         name: of the point.
         seeds: how many.
         loss, sd: mean and standard deviation of the causal validation loss, nats per token.
+        accuracy, accuracy_sd: the same of the share of held-out tokens that were the likeliest one.
         routed_share: mean; None for dense.
         flop_ratio: FLOPs of a forward pass over the dense model's, at the realized share.
         timing: None where it was not measured.
@@ -59,9 +63,50 @@ class Row:
     seeds: int
     loss: float
     sd: float | None
+    accuracy: float
+    accuracy_sd: float | None
     routed_share: float | None
     flop_ratio: float | None
     timing: Timing | None
+
+    @property
+    def cells(self) -> list[str]:
+        """A line of a table, under `COLUMNS`."""
+        return [
+            self.name,
+            str(self.seeds),
+            _with_spread(self.loss, self.sd, 4),
+            _with_spread(self.accuracy, self.accuracy_sd, 3),
+            _number(self.routed_share),
+            _number(self.flop_ratio),
+            *(["", ""] if self.timing is None else self.timing.cells),
+        ]
+
+
+COLUMNS = ("", "seeds", "val/loss", "accuracy", "routed", "FLOPs", "prefill", "decode")
+"""Heads of `Row.cells`."""
+
+LEGEND = (
+    "Causal validation loss in nats per token and share of held-out tokens that were the likeliest one, mean ± "
+    "standard deviation over seeds. FLOPs and times are over dense; times on random tokens, at the share routed there."
+)
+AGREEMENT_LEGEND = "Agreement of routed tokens on the same text: Cohen's κ, mean over layers and seeds; 0 is chance."
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """How far two points route the same tokens of the same held-out text.
+
+    Attributes:
+        first, second: of the two points.
+        kappa: Cohen's κ, mean over layers and seeds: 1 the same tokens, 0 as many as by chance; None: not defined.
+        jaccard: tokens routed by both over tokens routed by either, over all layers and seeds.
+    """
+
+    first: str
+    second: str
+    kappa: float | None
+    jaccard: float
 
 
 @dataclass(frozen=True)
@@ -71,15 +116,20 @@ class StudyReport:
     Attributes:
         title: what was compared.
         rows: one for each point, in the order of the grid.
-        differences: of every other point to the control.
-        curves: point → list over seeds of (step, causal validation loss).
+        differences: of points to their controls.
+        agreement: of any two points in the tokens that they route.
+        curves: point → list over seeds of causal validation losses during the run.
+        share_curves, spread_curves: the same of the routed share, and of the standard deviation of a router's scores.
         runs: folder of each run, by point and seed.
     """
 
     title: str
     rows: list[Row]
     differences: list[Difference]
-    curves: dict[str, list[list[tuple[int, float]]]]
+    agreement: list[Agreed]
+    curves: dict[str, list[Curve]]
+    share_curves: dict[str, list[Curve]]
+    spread_curves: dict[str, list[Curve]]
     runs: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,56 +139,85 @@ class StudyReport:
 
     def to_markdown(self) -> str:
         """The tables and sentences."""
-        lines = [f"# {self.title}", "", "| | val/loss | routed | FLOPs / dense | prefill / dense | decode / dense |"]
-        lines += ["|---|---|---|---|---|---|"]
-        lines += ["| " + " | ".join([row.name, *_cells(row)]) + " |" for row in self.rows]
-        lines += ["", "Causal validation loss in nats per token, mean ± standard deviation over seeds.", ""]
-        lines += [f"- {difference.sentence}" for difference in self.differences]
-        return "\n".join(lines) + "\n"
+        parts = [f"# {self.title}", _markdown(COLUMNS, [row.cells for row in self.rows]), LEGEND]
+        parts.append("\n".join(f"- {difference.sentence}" for difference in self.differences))
+        heads, rows = self.agreement_table()
+        if rows:
+            parts += [AGREEMENT_LEGEND, _markdown(heads, rows)]
+        return "\n\n".join(parts) + "\n"
+
+    def agreement_table(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows of a table of κ, a row and a column for each point that routes."""
+        names = list(dict.fromkeys(name for pair in self.agreement for name in (pair.first, pair.second)))
+        kappas = {(pair.first, pair.second): pair.kappa for pair in self.agreement}
+        kappas |= {(second, first): kappa for (first, second), kappa in kappas.items()}
+        return ["κ", *names], [[row, *(_number(kappas.get((row, column)), 2) for column in names)] for row in names]
 
 
-def _cells(row: Row) -> list[str]:
-    spread = "" if row.sd is None else f" ± {row.sd:.3f}"
-    times = ["", ""] if row.timing is None else row.timing.cells
-    share = "" if row.routed_share is None else f"{row.routed_share:.3f}"
-    return [f"{row.loss:.3f}{spread}", share, "" if row.flop_ratio is None else f"{row.flop_ratio:.3f}", *times]
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _with_spread(mean: float, sd: float | None, digits: int) -> str:
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
 def make_report(
-    title: str, runs: Sequence[Finished], control: str, timings: dict[str, Timing] | None = None
+    title: str, runs: Sequence[Finished], pairs: Sequence[Pair], timings: dict[str, Timing] | None = None
 ) -> StudyReport:
     """Put a report together.
 
     Args:
         title: what was compared.
         runs: all finished.
-        control: the point that the others are compared with.
+        pairs: points and their controls, by name.
         timings: by point.
 
     Raises:
-        ConfigError: fewer than two points, or an unknown control.
+        ConfigError: two points have no seed, or not the same held-out documents.
     """
     by_cell: dict[str, list[Finished]] = {}
     for run in runs:
-        by_cell.setdefault(run.cell, []).append(run)
-    if len(by_cell) < 2:
-        raise ConfigError(
-            f"{title}: all runs are of one point, {next(iter(by_cell), '')}; there is nothing to compare."
-        )
+        by_cell.setdefault(run.cell.name, []).append(run)
     dense = [run.measured.flops for run in runs if run.measured.routed_share is None]
     losses = {cell: {run.seed: run.measured.losses for run in own} for cell, own in by_cell.items()}
     rows = [_row(cell, own, dense[0] if dense else None, (timings or {}).get(cell)) for cell, own in by_cell.items()]
     return StudyReport(
         title,
         rows,
-        differences(losses, control),
+        differences(losses, pairs),
+        _agreement(by_cell),
         {cell: [run.measured.curve for run in own] for cell, own in by_cell.items()},
-        {f"{run.cell}, seed {run.seed}": str(run.folder) for run in runs},
+        {cell: [run.measured.share_curve for run in own] for cell, own in by_cell.items()},
+        {cell: [run.measured.spread_curve for run in own] for cell, own in by_cell.items()},
+        {f"{run.cell.name}, seed {run.seed}": str(run.folder) for run in runs},
     )
+
+
+def _agreement(by_cell: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
+    """Of every two points that route the same layers of the same text, by seed."""
+    found = []
+    for (first, ours), (second, theirs) in combinations(by_cell.items(), 2):
+        others = {run.seed: run.measured.routed for run in theirs}
+        parts = [
+            agreement_of(first, run.measured.routed, second, others[run.seed]) for run in ours if run.seed in others
+        ]
+        overlaps = [overlap for part in parts for overlap in part.layers.values()]
+        if overlaps:
+            kappas = [overlap.kappa for overlap in overlaps if overlap.kappa is not None]
+            kappa = statistics.fmean(kappas) if kappas else None
+            found.append(Agreed(first, second, kappa, sum(overlaps, Overlap()).jaccard))
+    return found
 
 
 def _row(cell: str, runs: list[Finished], dense_flops: float | None, timing: Timing | None) -> Row:
     losses = [run.measured.loss for run in runs]
+    correct = [run.measured.accuracy for run in runs]
     shares = [run.measured.routed_share for run in runs if run.measured.routed_share is not None]
     flops = statistics.fmean(run.measured.flops for run in runs)
     return Row(
@@ -146,16 +225,9 @@ def _row(cell: str, runs: list[Finished], dense_flops: float | None, timing: Tim
         len(runs),
         statistics.fmean(losses),
         statistics.stdev(losses) if len(losses) > 1 else None,
+        statistics.fmean(correct),
+        statistics.stdev(correct) if len(correct) > 1 else None,
         statistics.fmean(shares) if shares else None,
         None if dense_flops is None else flops / dense_flops,
         timing,
     )
-
-
-def default_control(cells: Sequence[str]) -> str:
-    """The point that others are compared with unless told: random, else dense, else the first."""
-    for wanted in ("random", "dense"):
-        for cell in cells:
-            if cell.split()[0] == wanted:
-                return cell
-    return cells[0]

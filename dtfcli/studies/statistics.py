@@ -6,7 +6,7 @@ bootstrap over paired documents covers that, for these seeds. Two seeds are too 
 the verdict rests on the larger of the two standard errors, and says how few seeds there were.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,11 @@ class Difference:
         return self.p_holm < 1 - LEVEL and (low > 0 or high < 0)
 
     @property
+    def title(self) -> str:
+        """Which two points."""
+        return f"{self.name} − {self.control}"
+
+    @property
     def sentence(self) -> str:
         """What follows, with its uncertainty."""
         verdict = "no difference found"
@@ -78,34 +83,30 @@ class Difference:
             verdict = "worse" if self.value > 0 else "better"
         error = self.sd if self.sd is not None else (self.by_document[1] - self.by_document[0]) / 2
         chance = f"{self.seeds} seeds" if self.seeds >= _ENOUGH_SEEDS else f"only {self.seeds}, too few for a t-test"
-        what = f"{self.name} − {self.control}: {self.value:+.3f} ± {error:.3f} nats, p {self.p_holm:.2g}"
+        what = f"{self.title}: {self.value:+.3f} ± {error:.3f} nats, p {self.p_holm:.2g}"
         return f"{what} ({chance}): {verdict}"
 
 
-def differences(losses: dict[str, dict[int, Losses]], control: str, random_state: int = 0) -> list[Difference]:
-    """Differences of every point to the control, paired by seed and document, Holm-corrected together.
+def differences(
+    losses: Mapping[str, Mapping[int, Losses]], pairs: Sequence[tuple[str, str]], random_state: int = 0
+) -> list[Difference]:
+    """Differences of points to their controls, paired by seed and document, Holm-corrected together.
 
     Args:
         losses: point → seed → losses.
-        control: name of a point.
+        pairs: names of a point and of its control.
         random_state: of the bootstrap.
 
     Raises:
-        ConfigError: the control is not among the points, or a pair has no seed or other documents in common.
+        ConfigError: a pair has no seed or other documents in common.
     """
-    if control not in losses:
-        raise ConfigError(f"--against {control}: not among the points of this study: {', '.join(losses)}.")
-    found = [
-        _difference(name, control, own, losses[control], random_state)
-        for name, own in losses.items()
-        if name != control
-    ]
+    found = [_difference(name, control, losses[name], losses[control], random_state) for name, control in pairs]
     corrected = _holm([difference["p"] for difference in found])
     return [Difference(**difference, p_holm=p) for difference, p in zip(found, corrected, strict=True)]
 
 
 def _difference(
-    name: str, control: str, ours: dict[int, Losses], theirs: dict[int, Losses], random_state: int
+    name: str, control: str, ours: Mapping[int, Losses], theirs: Mapping[int, Losses], random_state: int
 ) -> dict[str, Any]:
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
