@@ -99,8 +99,8 @@ def write_texts(novels: Path, folder: Path) -> dict[str, Path]:
         return files
     folder.mkdir(parents=True, exist_ok=True)
     documents = {
-        "parent": [text for text in _passages(novels / "train.parquet") if _is_chosen(text, 4)],
-        "study": list(_passages(novels / "validation.parquet")),
+        "parent": [text for text in _passages(novels / "train.parquet", "\n\n") if _is_chosen(text, 4)],
+        "study": list(_passages(novels / "validation.parquet", "\n")),
     }
     for text in _modules():
         documents["study" if _is_chosen(text, 5) else "parent"].append(text)
@@ -137,12 +137,12 @@ def _modules() -> Iterator[str]:
         yield text
 
 
-def _passages(file: Path) -> Iterator[str]:
-    """Paragraphs of each book, put together to passages."""
+def _passages(file: Path, separator: str) -> Iterator[str]:
+    """Parts of each book between separators, put together to passages; a book without separators stays whole."""
     for book in pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist():
         passage = ""
-        for paragraph in book.split("\n\n"):
-            passage += paragraph + "\n\n"
+        for paragraph in book.split(separator):
+            passage += paragraph + separator
             if len(passage) >= PASSAGE:
                 yield passage
                 passage = ""

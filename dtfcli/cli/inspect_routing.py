@@ -54,6 +54,14 @@ Compare = Annotated[
 Limit = Annotated[
     int | None, typer.Option("--limit", help="Documents of a corpus to read.", metavar="N", show_default=False)
 ]
+Oracle = Annotated[
+    bool,
+    typer.Option(
+        "--against-oracle",
+        help="Compare the router with the tokens that each layer would change most, and with the loss if those were "
+        "routed.",
+    ),
+]
 TextField = Annotated[str, typer.Option("--text-field", help="Column or key of a corpus that holds the text.")]
 
 
@@ -65,6 +73,7 @@ def inspect_routing(
     png: Png = None,
     output: Output = None,
     compare: Compare = None,
+    against_oracle: Oracle = False,
     limit: Limit = None,
     text_field: TextField = "text",
     routing: options.Routing = "auto",
@@ -89,6 +98,7 @@ def inspect_routing(
       dtf inspect-routing MODEL --file module.py --html routing.html --png routing.png
       dtf inspect-routing MODEL --file novels.parquet --limit 100 --output routing.json
       dtf inspect-routing MODEL --file page.txt --compare OTHER_MODEL
+      dtf inspect-routing MODEL --file novels.parquet --limit 20 --against-oracle
     """
     from dtfcli.cli import render
 
@@ -99,11 +109,11 @@ def inspect_routing(
     loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
     if is_corpus:
         assert file is not None
-        found = _route_corpus(model, loading, file, limit, text_field)
+        found = _route_corpus(model, loading, file, limit, text_field, against_oracle)
     else:
         content = _read(file) if file is not None else SAMPLE if text is None else text
         python = content == SAMPLE or (file is not None and file.suffix.lower() == ".py")
-        found = _route_text(model, loading, content, python, compare)
+        found = _route_text(model, loading, content, python, compare, against_oracle)
     found.write(output, html, png)
     if json:
         render.emit_json(found.document())
@@ -121,11 +131,13 @@ class _Found:
 
     def document(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        agreement = self.summary.agreement
+        agreement, oracle = self.summary.agreement, self.summary.oracle
         document = self.report.to_dict() | {
-            "summary": self.summary,
+            "summary": replace(self.summary, oracle=None),
             "agreement": None if agreement is None else agreement.to_dict(),
         }
+        if oracle is not None:
+            document["oracle"] = oracle.to_dict()
         return document if self.comparison is None else document | {"comparison": self.comparison.to_dict()}
 
     def write(self, output: Path | None, html: Path | None, png: Path | None) -> None:
@@ -155,7 +167,9 @@ class _Found:
             inspect_view.show_corpus(self.report)
 
 
-def _route_corpus(model: str, loading: options.Loading, file: Path, limit: int | None, text_field: str) -> _Found:
+def _route_corpus(
+    model: str, loading: options.Loading, file: Path, limit: int | None, text_field: str, oracle: bool
+) -> _Found:
     """Add up what the model does with every document of a file or folder."""
     from dtfcli.cli import inspect_view, render
     from dtfcli.inspection.corpus import inspect_corpus
@@ -165,14 +179,23 @@ def _route_corpus(model: str, loading: options.Loading, file: Path, limit: int |
     require_routed(loaded, model)
     with inspect_view.progress(limit) as on_document:
         report = inspect_corpus(
-            loaded, tokenizer, file, name=model, limit=limit, text_field=text_field, on_document=on_document
+            loaded,
+            tokenizer,
+            file,
+            name=model,
+            limit=limit,
+            text_field=text_field,
+            oracle=oracle,
+            on_document=on_document,
         )
     if report.cut_documents:
         render.note(f"{report.cut_documents} documents are longer than the model's positions: cut into windows.")
     return _Found(report, report.summary)
 
 
-def _route_text(model: str, loading: options.Loading, text: str, python: bool, compare: str | None) -> _Found:
+def _route_text(
+    model: str, loading: options.Loading, text: str, python: bool, compare: str | None, oracle: bool
+) -> _Found:
     """What the model does with one text, and what a second model does with the same tokens."""
     from dtfcli.cli import render
     from dtfcli.inspection.comparison import compare_routing
@@ -181,7 +204,7 @@ def _route_text(model: str, loading: options.Loading, text: str, python: bool, c
 
     loaded, tokenizer = loading.open(model)
     require_routed(loaded, model)
-    report = inspect_text(loaded, tokenizer, text, name=model, python=python)
+    report = inspect_text(loaded, tokenizer, text, name=model, python=python, oracle=oracle)
     if len(report.windows) > 1:
         render.note(_cut_note(len(report.source), len(report.windows), loaded.config.max_position_embeddings))
     comparison = None

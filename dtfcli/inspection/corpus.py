@@ -62,6 +62,7 @@ def inspect_corpus(
     name: str = "",
     limit: int | None = None,
     text_field: str = "text",
+    oracle: bool = False,
     on_document: OnDocument | None = None,
 ) -> CorpusRouting:
     """Run the documents of a corpus through a routed model.
@@ -71,6 +72,7 @@ def inspect_corpus(
         file: .jsonl or .parquet, a document in each row, or a folder of texts.
         limit: documents to read; None: all.
         text_field: column or key that holds the text.
+        oracle: as for `inspect_text`.
         on_document: called with the number of documents done and the share of the work, where it is known.
 
     Raises:
@@ -86,7 +88,7 @@ def inspect_corpus(
     with _named_as_option():
         source = Source(path=str(file), text_field=text_field)
         for document in documents([source], seed=0, max_documents=limit, on_progress=on_progress):
-            report = inspect_text(model, tokenizer, document.text, name=name)
+            report = inspect_text(model, tokenizer, document.text, name=name, oracle=oracle)
             statistics.add(report)
             cut += len(report.windows) > 1
             done += 1

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtfcli.inspection.agreement import Agreement
+from dtfcli.inspection.oracle import OracleRouting
 from dtfcli.inspection.text import MEASURES, TextRouting
 from dtfcli.inspection.token_classes import CLASSES, PYTHON_CLASSES
 from dtfcli.shares import POSITION_NAMES, POSITION_STARTS
@@ -99,6 +100,7 @@ class Summary:
         depth_with_loss, depth_with_next_loss: Pearson's r of a token's depth with its own loss, and with the loss of
             the token after it, which it helps to predict; None where one of them does not vary.
         agreement: of the causal mode and `topk`; None unless every text has it.
+        oracle: the router against the oracle, over the texts that have it; None: no text has.
     """
 
     texts: int
@@ -113,6 +115,7 @@ class Summary:
     depth_with_loss: float | None
     depth_with_next_loss: float | None
     agreement: Agreement | None
+    oracle: OracleRouting | None
 
 
 @dataclass
@@ -140,6 +143,7 @@ class RoutingStatistics:
         self._own_loss, self._next_loss = np.zeros(6), np.zeros(6)
         self._agreement: Agreement | None = None
         self._agreed_texts = 0
+        self._oracle: OracleRouting | None = None
 
     def add(self, report: TextRouting) -> None:
         """Count one text."""
@@ -170,6 +174,8 @@ class RoutingStatistics:
             before = self._agreement
             self._agreement = report.agreement if before is None else before + report.agreement
             self._agreed_texts += 1
+        if report.oracle is not None:
+            self._oracle = report.oracle if self._oracle is None else self._oracle + report.oracle
 
     def _add_layer(self, layer: Any, counted: NDArray[np.bool_], positions: NDArray[np.int64]) -> None:
         total = self._layers.setdefault(layer.layer, _Layer(layer.threshold))
@@ -240,6 +246,7 @@ class RoutingStatistics:
             depth_with_loss=_pearson(self._own_loss),
             depth_with_next_loss=_pearson(self._next_loss),
             agreement=self._agreement if self._agreed_texts == self._texts else None,
+            oracle=self._oracle,
         )
 
 

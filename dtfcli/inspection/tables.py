@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from dtfcli.inspection.agreement import Agreement
 from dtfcli.inspection.comparison import Comparison
+from dtfcli.inspection.oracle import CHOOSERS, OracleRouting
 from dtfcli.inspection.statistics import POSITIONS, GroupRow, Summary
 
 Kind = Literal["text", "count", "share", "number", "difference"]
@@ -63,6 +64,8 @@ def all_tables(summary: Summary, comparison: Comparison | None = None) -> list[T
         tables.append(positions_table(summary))
     if summary.agreement is not None:
         tables.append(agreement_table(summary.agreement, "modes"))
+    if summary.oracle is not None:
+        tables += oracle_tables(summary.oracle)
     if comparison is not None:
         tables.append(difference_table(comparison))
         if comparison.agreement.layers:
@@ -148,6 +151,31 @@ def agreement_table(agreement: Agreement, key: str) -> TableData:
         title = f"{first} against {second}"
         note = "same text, same γ; topk sees the whole text and is not causal"
     return TableData(key, title, note, columns, rows)
+
+
+def oracle_tables(oracle: OracleRouting) -> list[TableData]:
+    """By layer, how far the router agrees with the oracle; and the loss while router, oracle, chance or all choose."""
+    columns: list[tuple[str, Kind]] = [("layer", "count"), ("ρ", "number"), ("Jaccard", "number"), ("κ", "number")]
+    layers = TableData(
+        "oracle",
+        "Against the oracle",
+        "the oracle takes the tokens that the layer would change most, as many as the router; ρ: Spearman's, of scores "
+        "with sizes",
+        columns,
+        [
+            [index, layer.rank_correlation, layer.overlap.jaccard, layer.overlap.kappa]
+            for index, layer in oracle.layers.items()
+        ],
+    )
+    columns = [("chosen by", "text"), ("loss", "number"), ("− router's", "difference")]
+    losses = TableData(
+        "ceiling",
+        "Who chooses",
+        "nats per token while somebody else chooses as many tokens; ± standard error over documents",
+        columns,
+        [[name, oracle.loss(name), list(oracle.difference(name)) if name != "router" else None] for name in CHOOSERS],
+    )
+    return [layers, losses]
 
 
 def difference_table(comparison: Comparison) -> TableData:

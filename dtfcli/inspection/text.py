@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dtfcli.errors import ConfigError
 from dtfcli.inspection.agreement import Agreement, agreement_of
+from dtfcli.inspection.oracle import OracleRouting, against_oracle
 from dtfcli.inspection.token_classes import classify, classify_python
 from dtfcli.inspection.tokens import TokenizedText, tokenize
 
@@ -74,6 +75,7 @@ class TextRouting:
         classes: one of `token_classes.CLASSES` for each token.
         python: one of `token_classes.PYTHON_CLASSES` for each, when the text is Python.
         agreement: of this mode with the other one, causal and `topk`; None where one of them is not available.
+        oracle: the router against the tokens with the largest update, where it was asked for.
     """
 
     model: str
@@ -88,6 +90,7 @@ class TextRouting:
     classes: list[str]
     python: list[str] | None = None
     agreement: Agreement | None = None
+    oracle: OracleRouting | None = None
     _depth: Floats = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -190,6 +193,7 @@ def inspect_text(
     python: bool = False,
     agreement: bool = True,
     dense: bool = False,
+    oracle: bool = False,
 ) -> TextRouting:
     """Run a text through a routed model, in the model's routing mode, and keep every decision.
 
@@ -203,17 +207,22 @@ def inspect_text(
         python: the text is Python source; its tokens get Python's classes too.
         agreement: route once more in the other mode (`topk` for a causal one and the reverse) and compare.
         dense: take a dense model too; it has no layers here, but a loss for each token.
+        oracle: compare the router with the tokens whose update is largest.
 
     Raises:
-        ConfigError: the model is dense, or not calibrated for its mode and capacity, or the text is empty.
+        ConfigError: the model is dense, or not calibrated for its mode and capacity, or the text is empty; or there is
+            no choice of tokens to compare with the oracle's.
     """
     routed = hasattr(model, "set_routing")
     if not dense:
         require_routed(model, name)
+    if oracle:
+        _require_choice(model)
     source = tokenize(tokenizer, text)
     size = model.config.max_position_embeddings
     windows = list(range(0, len(source), size))
-    passes = [_forward(model, source.ids[start : start + size]) for start in windows]
+    rows = [source.ids[start : start + size] for start in windows]
+    passes = [_forward(model, row) for row in rows]
     layers = [_layer(model, [records[i] for records, _, _ in passes]) for i in range(len(passes[0][0]))]
     return TextRouting(
         model=name,
@@ -228,6 +237,7 @@ def inspect_text(
         classes=classify(source),
         python=classify_python(source) if python else None,
         agreement=_other_mode(model, source.ids, size, layers) if agreement and routed else None,
+        oracle=against_oracle(model, rows, _losses) if oracle else None,
     )
 
 
@@ -242,20 +252,32 @@ def require_routed(model: Any, name: str = "") -> None:
         raise ConfigError(f"{which} model is dense: every token takes every layer, so there is no routing to show.")
 
 
+def _require_choice(model: Any) -> None:
+    if model.config.architecture == "layerdrop":
+        raise ConfigError(
+            "--against-oracle: layerdrop leaves out whole layers, so there is no choice of tokens to compare; name a "
+            "dtf, mod or random model."
+        )
+
+
 def _forward(model: Any, ids: list[int]) -> tuple[Any, Floats, Flags]:
     """Routing records, loss [T] and sinks [T] of one window."""
     row = torch.tensor([ids], device=model.device)
     out = _stack(model, row)
+    sinks = getattr(out, "sinks", None)
+    always = np.zeros(len(ids), dtype=bool) if sinks is None else sinks[0].cpu().numpy()
+    return getattr(out, "routing", None) or (), _losses(model, out.last_hidden_state[0], row[0]), always
+
+
+def _losses(model: Any, hidden: torch.Tensor, ids: torch.Tensor) -> Floats:
+    """Hidden states [T, D] and ids [T] of a window → nats of each token, [T]; NaN for the first."""
     loss = np.full(len(ids), np.nan)
-    hidden = out.last_hidden_state[0]
     for start in range(0, len(ids) - 1, _LOGITS_AT_ONCE):
-        targets = row[0, start + 1 : start + 1 + _LOGITS_AT_ONCE]
+        targets = ids[start + 1 : start + 1 + _LOGITS_AT_ONCE]
         logits = model.lm_head(hidden[start : start + len(targets)]).float()
         chunk = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         loss[start + 1 : start + 1 + len(targets)] = chunk.cpu().numpy()
-    sinks = getattr(out, "sinks", None)
-    always = np.zeros(len(ids), dtype=bool) if sinks is None else sinks[0].cpu().numpy()
-    return getattr(out, "routing", None) or (), loss, always
+    return loss
 
 
 def _stack(model: Any, row: torch.Tensor) -> Any:

@@ -99,6 +99,8 @@ class RoutedLayerMixin(StockLayer):
 
     def select(self, ranked: Tensor, frame: RoutingFrame, capacity: float) -> tuple[Tensor, Tensor | None]:
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
+        if frame.chosen is not None and self.layer_idx in frame.chosen:
+            return frame.chosen[self.layer_idx], None
         if not self.router.by_token:
             everyone = torch.ones_like(ranked, dtype=torch.bool) if frame.real is None else frame.real
             chosen = everyone if capacity else torch.zeros_like(everyone)

@@ -46,6 +46,7 @@ class RoutingFrame:
         past: S.
         column: the threshold column to use instead of the capacity's (calibration).
         thresholds: of each routed layer, where they must not be the router's own; None: they are.
+        chosen: who enters, bool [B, T], in layers whose router is not to choose (as many of each row in `topk`).
     """
 
     config: Any
@@ -57,6 +58,7 @@ class RoutingFrame:
     past: int = 0
     column: int | None = None
     thresholds: Mapping[int, Tensor] | None = None
+    chosen: Mapping[int, Tensor] | None = None
 
     @cached_property
     def real(self) -> Tensor | None:

@@ -71,5 +71,10 @@ def test_corpus(dtf: Callable[..., Outcome], folder: Path, tmp_path: Path) -> No
     assert document["cut_documents"] == 1
     assert "windows" in result.stderr
     assert "tokens" not in document
+    against = dtf("inspect-routing", str(folder / "dtf"), "--file", str(file), "--against-oracle", "--json")
+    oracle = json.loads(against.stdout)["oracle"]
+    assert oracle["texts"] == 3
+    assert oracle["loss"]["router"] == pytest.approx(document["summary"]["loss"], rel=1e-5)
+    assert len(oracle["difference"]["oracle"]) == 2
     limited = dtf("inspect-routing", str(folder / "dtf"), "--file", str(file), "--limit", "2")
     assert "2 documents" in limited.stdout
