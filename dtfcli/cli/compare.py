@@ -1,6 +1,7 @@
 """`dtf compare`: the same training at every point of a grid, and what differs, with error bars."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +31,29 @@ Vary = Annotated[
 ]
 Seeds = Annotated[str, typer.Option("--seeds", metavar="N|A,B,…", help="Seeds of each point: their number, or a list.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Show the runs, their tokens, time and disk, and stop.")]
-Parallel = Annotated[int, typer.Option("--parallel", min=1, help="Runs at once.")]
+Parallel = Annotated[
+    int | None,
+    typer.Option("--parallel", min=1, help="Runs at once. Default: 1; all on a cluster.", show_default=False),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="slurm|local",
+        help="Submit the runs as jobs and leave; the same command asks again, and reports when all are finished. "
+        "local: processes of this machine.",
+        show_default=False,
+    ),
+]
+ClusterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cluster-option",
+        metavar="KEY=VALUE",
+        help="partition, account, qos, constraint, gpus (of a run), cpus, memory (GB), time (H:MM:SS).",
+        show_default=False,
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the runs and of the report.")]
 Against = Annotated[
     list[str] | None,
@@ -54,7 +77,9 @@ def compare(
     vary: Vary = None,
     seeds: Seeds = "3",
     plan: Plan = False,
-    parallel: Parallel = 1,
+    parallel: Parallel = None,
+    cluster: Cluster = None,
+    cluster_option: ClusterOption = None,
     output: Output = Path("study"),
     against: Against = None,
     from_runs: From = None,
@@ -64,34 +89,61 @@ def compare(
     """Train a grid of runs on equal terms and report what differs: is routing worth it, and whose?
 
     Runs of one seed share the initial backbone, the order of the data and what is held out. Start the command again
-    to go on after a stop; finished runs are reused. The last line on stdout is the page with the report.
+    to go on after a stop, or to ask a cluster; finished runs are reused. The last line on stdout is the page with the
+    report.
 
     \b
     Examples:
       dtf compare quickstart --vary model=dtf,mod,random,layerdrop,dense --seeds 2 training.max_steps=60
       dtf compare quickstart --vary model=dtf,mod --vary model.capacity=0.25,0.5 --plan
       dtf compare --from outputs/2026-01-31/dtf-1 --from outputs/2026-01-31/mod-1
+      dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm --cluster-option partition=gpu
     """
     from dtfcli.cli import compare_view, render
     from dtfcli.studies.output import write_report
+    from dtfcli.studies.pairs import pair_up
 
     if from_runs:
-        if vary or arguments:
-            raise ConfigError("--from: reports on runs that exist; leave PRESET, settings and --vary out.")
+        if vary or arguments or cluster:
+            raise ConfigError("--from: reports on runs that exist; leave PRESET, settings, --vary and --cluster out.")
         report = _report_on(from_runs, against, no_bench)
         output.mkdir(parents=True, exist_ok=True)
     else:
+        jobs = _jobs(cluster, cluster_option)
         runs = _grid(arguments, vary, seeds, output)
+        pair_up(_different(run.cell for run in runs), against or ())
         if plan:
             compare_view.show_plan(runs, json)
             return
-        report = _train_and_report(runs, parallel, against, no_bench, output)
+        if not _trained(runs, parallel, jobs, output, json):
+            return
+        report = _report_of_grid(runs, against, no_bench)
     files = write_report(report, output)
     if json:
         render.emit_json(report.to_dict())
         return
     compare_view.show_report(report)
     render.emit(str(files[-1]))
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """Where jobs go, and with which parameters."""
+
+    cluster: str
+    options: dict[str, Any]
+
+
+def _jobs(cluster: str | None, options: list[str] | None) -> _Jobs | None:
+    if cluster is None:
+        if options:
+            raise ConfigError(
+                f"--cluster-option {options[0]}: without --cluster nothing reads it; add --cluster slurm."
+            )
+        return None
+    from dtfcli.studies.cluster import parse_options
+
+    return _Jobs(cluster, parse_options(cluster, options or []))
 
 
 def _grid(arguments: list[str] | None, vary: list[str] | None, seeds: str, output: Path) -> "list[PlannedRun]":
@@ -105,21 +157,35 @@ def _grid(arguments: list[str] | None, vary: list[str] | None, seeds: str, outpu
     return plan_grid(preset, parse_axes(vary or []), parse_seeds(seeds), overrides, output)
 
 
-def _train_and_report(
-    runs: "list[PlannedRun]", parallel: int, against: list[str] | None, no_bench: bool, output: Path
-) -> "StudyReport":
-    from dtfcli.cli import compare_view
-    from dtfcli.studies.execute import execute
+def _trained(runs: "list[PlannedRun]", parallel: int | None, jobs: "_Jobs | None", output: Path, json: bool) -> bool:
+    """Train what is missing: here, and wait; or on a cluster, and leave. Returns whether all runs are finished."""
+    from dtfcli.cli import compare_view, render
+
+    if jobs is None:
+        from dtfcli.studies.execute import execute
+
+        with compare_view.StudyProgress(runs) as show:
+            execute(runs, parallel or 1, show)
+        return True
+    from dtfcli.studies.cluster import submit
+
+    states = submit(runs, jobs.cluster, jobs.options, output, parallel)
+    if all(state.state == "reused" for state in states):
+        return True
+    compare_view.show_jobs(states, json)
+    render.note("Start the same command again to ask how far they are; it reports when all are finished.")
+    return False
+
+
+def _report_of_grid(runs: "list[PlannedRun]", against: list[str] | None, no_bench: bool) -> "StudyReport":
+    from dtfcli.studies.execute import folder_of
     from dtfcli.studies.measure import measure
-    from dtfcli.studies.pairs import pair_up
     from dtfcli.studies.report import Finished
 
-    pair_up(_different(run.cell for run in runs), against or ())
-    with compare_view.StudyProgress(runs) as show:
-        folders = execute(runs, parallel, show)
     done = []
     for run in runs:
-        folder = folders[run.settings.run.name]
+        folder = folder_of(run.settings)
+        assert folder is not None, "trained above"
         done.append(Finished(run.cell, run.seed, folder, measure(folder)))
     return _report(done, against, no_bench)
 

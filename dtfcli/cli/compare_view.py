@@ -58,6 +58,36 @@ class StudyProgress:
         return render.table(["point", "seed", "", "step", "loss"], rows, title=title)
 
 
+def show_jobs(states: "list[Progress]", json: bool) -> None:
+    """Print how far the runs of a study are that train as jobs."""
+    entries = [
+        {
+            "point": at.run.cell.name,
+            "seed": at.run.seed,
+            "run": at.run.settings.run.name,
+            "state": "finished" if at.state == "reused" else at.state,
+            "step": at.step,
+            "total_steps": at.total_steps,
+            "loss": at.loss,
+        }
+        for at in states
+    ]
+    if json:
+        render.emit_json({"runs": entries})
+        return
+    rows = [
+        [
+            e["point"],
+            e["seed"],
+            e["state"],
+            f"{e['step']}/{e['total_steps']}" if e["step"] else "",
+            "" if e["loss"] is None else f"{e['loss']:.3f}",
+        ]
+        for e in entries
+    ]
+    render.out.print(render.table(["point", "seed", "", "step", "loss"], rows, title=f"{len(entries)} runs"))
+
+
 def show_plan(runs: "list[PlannedRun]", json: bool) -> None:
     """Print what the study would run, as a table or as JSON."""
     from dtfcli.experiment import preview

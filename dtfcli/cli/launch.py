@@ -25,12 +25,14 @@ def launch(arguments: list[str], processes: int) -> int:
     """Run `dtf ARGUMENTS` in several processes; returns the exit code of the first that failed, or 0."""
     from torch.multiprocessing import start_processes
 
+    from dtfcli.training.interrupt import STOP_SIGNALS
+
     with tempfile.TemporaryDirectory(prefix="dtf-") as folder:
         context: Any = start_processes(
             _work, (arguments, processes, _free_port(), folder), nprocs=processes, join=False, start_method="spawn"
         )
         workers = context.processes
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in previous:
             signal.signal(number, lambda number, frame: _pass_on(workers, number))
         try:

@@ -18,10 +18,11 @@ from dtfcli.errors import DTFError
 from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, list_checkpoints
+from dtfcli.settings import Settings
 from dtfcli.studies.grid import PlannedRun
 from dtfcli.training.tracking import TrainEvent
 
-State = Literal["waiting", "training", "finished", "reused"]
+State = Literal["waiting", "submitted", "training", "finished", "reused"]
 _POLL_SECONDS = 1.0
 
 
@@ -39,16 +40,15 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def folder_of(run: PlannedRun) -> Path | None:
-    """The run's folder, of whatever day; None if it was never started."""
-    settings = run.settings.run
-    found = sorted(Path(settings.output_dir).expanduser().glob(f"*/{settings.name}"))
+def folder_of(settings: Settings) -> Path | None:
+    """The folder of a study's run, of whatever day; None if it was never started."""
+    found = sorted(Path(settings.run.output_dir).expanduser().glob(f"*/{settings.run.name}"))
     return found[-1] if found else None
 
 
 def is_finished(run: PlannedRun) -> bool:
     """Whether the run has its final model."""
-    folder = folder_of(run)
+    folder = folder_of(run.settings)
     return folder is not None and (folder / FINAL_MODEL).is_dir()
 
 
@@ -74,13 +74,13 @@ def execute(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgress) 
             _train_here(run, on_progress)
     else:
         _train_apart(missing, parallel, on_progress)
-    folders = {run.settings.run.name: folder_of(run) for run in runs}
+    folders = {run.settings.run.name: folder_of(run.settings) for run in runs}
     return {name: folder for name, folder in folders.items() if folder is not None}
 
 
-def _started(run: PlannedRun) -> Path | None:
+def _started(settings: Settings) -> Path | None:
     """The folder of a run that can go on; None: it has to begin. A folder without a checkpoint is cleared away."""
-    folder = folder_of(run)
+    folder = folder_of(settings)
     if folder is None or list_checkpoints(folder):
         return folder
     shutil.rmtree(folder)
@@ -97,7 +97,7 @@ def _train_here(run: PlannedRun, on_progress: OnProgress) -> None:
         if event.kind in ("step", "evaluation"):
             on_progress(Progress(run, "training", event.step, event.total_steps, loss))
 
-    train(run.settings, resume=_started(run), rename=False, on_event=listen)
+    train(run.settings, resume=_started(run.settings), rename=False, on_event=listen)
     on_progress(Progress(run, "finished", loss=loss))
 
 
@@ -119,7 +119,7 @@ def _train_apart(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgr
             for worker in list(workers):
                 code = worker.process.poll()
                 if code is None:
-                    on_progress(_look_at(worker.run))
+                    on_progress(look_at(worker.run))
                     continue
                 workers.remove(worker)
                 if code != 0 or not is_finished(worker.run):
@@ -134,17 +134,12 @@ def _train_apart(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgr
 
 
 def _start(run: PlannedRun, parallel: int) -> _Worker:
-    output = Path(run.settings.run.output_dir).expanduser()
-    for name in ("configs", "logs"):
-        (output / name).mkdir(parents=True, exist_ok=True)
-    config, log = output / "configs" / f"{run.settings.run.name}.toml", output / "logs" / f"{run.settings.run.name}.txt"
-    config.write_text(run.settings.to_toml(), "utf-8")
-    started = _started(run)
-    what = ["--resume", str(started)] if started is not None else ["--config", str(config)]
+    log = Path(run.settings.run.output_dir).expanduser() / "logs" / f"{run.settings.run.name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // parallel)
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dtfcli", "train", *what],
+            train_command(run.settings),
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))},
@@ -152,8 +147,20 @@ def _start(run: PlannedRun, parallel: int) -> _Worker:
     return _Worker(run, process, log)
 
 
-def _look_at(run: PlannedRun) -> Progress:
-    folder = folder_of(run)
+def train_command(settings: Settings) -> list[str]:
+    """The command that begins a run, or goes on with it from its checkpoint."""
+    started = _started(settings)
+    if started is not None:
+        return [sys.executable, "-m", "dtfcli", "train", "--resume", str(started)]
+    config = Path(settings.run.output_dir).expanduser() / "configs" / f"{settings.run.name}.toml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(settings.to_toml(), "utf-8")
+    return [sys.executable, "-m", "dtfcli", "train", "--config", str(config)]
+
+
+def look_at(run: PlannedRun) -> Progress:
+    """How far a run is that trains elsewhere, by its metrics."""
+    folder = folder_of(run.settings)
     lines = read_metrics(folder / METRICS_FILE) if folder is not None and (folder / METRICS_FILE).is_file() else []
     last: dict[str, Any] = next((line for line in reversed(lines) if "train/loss" in line), {})
     return Progress(

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: the first asks the run to stop at a safe place, a Ctrl-C after it stops it at once.
 
-A second SIGTERM does not: schedulers send it to all processes, and a launcher then passes its own on.
+A second SIGTERM does not: schedulers send it to all processes, and a launcher then passes its own on. SIGUSR2 is a
+scheduler's warning that time runs out (Slurm's `--signal`), and counts as SIGTERM.
 """
 
 import contextlib
@@ -12,13 +13,15 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+
 
 class StopRequested(Exception):
     """The run should save and end; raised between batches."""
 
 
 class StopSignal:
-    """Catches SIGINT and SIGTERM inside a `with` block, in the main thread; elsewhere it never asks to stop."""
+    """Catches `STOP_SIGNALS` inside a `with` block, in the main thread; elsewhere it never asks to stop."""
 
     def __init__(self, on_request: Callable[[], Any]) -> None:
         self.requested = False
@@ -29,7 +32,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
