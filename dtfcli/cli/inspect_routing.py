@@ -1,5 +1,6 @@
 """`dtf inspect-routing`: which tokens enter which layers, and why."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +11,9 @@ from dtfcli.cli import options
 
 if TYPE_CHECKING:
     from dtfcli.inspection.comparison import Comparison
-    from dtfcli.inspection.corpus import CorpusRouting
+    from dtfcli.inspection.corpus import Corpus, CorpusRouting
     from dtfcli.inspection.statistics import Summary
-    from dtfcli.inspection.text import TextRouting
+    from dtfcli.inspection.text import Against, TextRouting
 
 SAMPLE = '''def factorial(n):
     """Return n!, the product 1 * 2 * ... * n."""
@@ -107,13 +108,16 @@ def inspect_routing(
         _check_target(option, path, suffix)
     _check_distinct([html, png, output])
     loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
+    against: list[Against] = ["mode", *(["oracle"] if against_oracle else [])]
     if is_corpus:
+        from dtfcli.inspection.corpus import Corpus
+
         assert file is not None
-        found = _route_corpus(model, loading, file, limit, text_field, against_oracle)
+        found = _route_corpus(model, loading, Corpus(file, limit, text_field), against)
     else:
         content = _read(file) if file is not None else SAMPLE if text is None else text
         python = content == SAMPLE or (file is not None and file.suffix.lower() == ".py")
-        found = _route_text(model, loading, content, python, compare, against_oracle)
+        found = _route_text(model, loading, content, python, compare, against)
     found.write(output, html, png)
     if json:
         render.emit_json(found.document())
@@ -167,9 +171,7 @@ class _Found:
             inspect_view.show_corpus(self.report)
 
 
-def _route_corpus(
-    model: str, loading: options.Loading, file: Path, limit: int | None, text_field: str, oracle: bool
-) -> _Found:
+def _route_corpus(model: str, loading: options.Loading, corpus: "Corpus", against: "Collection[Against]") -> _Found:
     """Add up what the model does with every document of a file or folder."""
     from dtfcli.cli import inspect_view, render
     from dtfcli.inspection.corpus import inspect_corpus
@@ -177,24 +179,20 @@ def _route_corpus(
 
     loaded, tokenizer = loading.open(model)
     require_routed(loaded, model)
-    with inspect_view.progress(limit) as on_document:
-        report = inspect_corpus(
-            loaded,
-            tokenizer,
-            file,
-            name=model,
-            limit=limit,
-            text_field=text_field,
-            oracle=oracle,
-            on_document=on_document,
-        )
+    with inspect_view.progress(corpus.limit) as on_document:
+        report = inspect_corpus(loaded, tokenizer, corpus, name=model, against=against, on_document=on_document)
     if report.cut_documents:
         render.note(f"{report.cut_documents} documents are longer than the model's positions: cut into windows.")
     return _Found(report, report.summary)
 
 
 def _route_text(
-    model: str, loading: options.Loading, text: str, python: bool, compare: str | None, oracle: bool
+    model: str,
+    loading: options.Loading,
+    text: str,
+    python: bool,
+    compare: str | None,
+    against: "Collection[Against]",
 ) -> _Found:
     """What the model does with one text, and what a second model does with the same tokens."""
     from dtfcli.cli import render
@@ -204,14 +202,14 @@ def _route_text(
 
     loaded, tokenizer = loading.open(model)
     require_routed(loaded, model)
-    report = inspect_text(loaded, tokenizer, text, name=model, python=python, oracle=oracle)
+    report = inspect_text(loaded, tokenizer, text, name=model, python=python, against=against)
     if len(report.windows) > 1:
         render.note(_cut_note(len(report.source), len(report.windows), loaded.config.max_position_embeddings))
     comparison = None
     if compare is not None:
         del loaded
         other, other_tokenizer = replace(loading, routing=None, capacity=None, revision=None).open(compare)
-        second = inspect_text(other, other_tokenizer, text, name=compare, agreement=False, dense=True)
+        second = inspect_text(other, other_tokenizer, text, name=compare, dense=True, against=())
         comparison = compare_routing(report, second)
     return _Found(report, summarize(report), comparison)
 

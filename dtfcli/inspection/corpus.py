@@ -1,6 +1,6 @@
 """Routing over the documents of a file or folder: read one at a time, added up, and forgotten."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,68 +11,60 @@ from transformers import PreTrainedTokenizerBase
 from dtfcli.data.documents import documents
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.inspection.statistics import RoutingStatistics, Summary
-from dtfcli.inspection.text import inspect_text
+from dtfcli.inspection.text import Against, Inspected, inspect_text, inspected
 from dtfcli.settings.data import Source
 
 OnDocument = Callable[[int, float | None], None]
 
 
 @dataclass(frozen=True)
-class CorpusRouting:
+class Corpus:
+    """Documents to read.
+
+    Attributes:
+        file: .jsonl or .parquet, a document in each row, or a folder of texts.
+        limit: documents to read; None: all.
+        text_field: column or key that holds the text.
+    """
+
+    file: Path
+    limit: int | None = None
+    text_field: str = "text"
+
+
+@dataclass(frozen=True)
+class CorpusRouting(Inspected):
     """What a model does with the documents of a corpus.
 
     Attributes:
-        model, architecture, routing, capacity: as in `TextRouting`.
         file: what was read.
         cut_documents: documents longer than the model's positions, routed in windows.
         summary: the sums.
     """
 
-    model: str
-    architecture: str
-    routing: str
-    capacity: Any
     file: str
     cut_documents: int
     summary: Summary
 
-    @property
-    def causal(self) -> bool:
-        """Whether a token's path depends on nothing after it."""
-        return self.routing != "topk"
-
     def to_dict(self) -> dict[str, Any]:
         """Everything but the sums, for JSON."""
-        return {
-            "model": self.model,
-            "architecture": self.architecture,
-            "routing": self.routing,
-            "causal": self.causal,
-            "capacity": self.capacity,
-            "file": self.file,
-            "cut_documents": self.cut_documents,
-        }
+        return self.heading() | {"file": self.file, "cut_documents": self.cut_documents}
 
 
 def inspect_corpus(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    file: Path,
+    corpus: Corpus,
     *,
     name: str = "",
-    limit: int | None = None,
-    text_field: str = "text",
-    oracle: bool = False,
+    against: Collection[Against] = ("mode",),
     on_document: OnDocument | None = None,
 ) -> CorpusRouting:
     """Run the documents of a corpus through a routed model.
 
     Args:
-        model, tokenizer, name: as for `inspect_text`.
-        file: .jsonl or .parquet, a document in each row, or a folder of texts.
-        limit: documents to read; None: all.
-        text_field: column or key that holds the text.
-        oracle: as for `inspect_text`.
+        model, tokenizer, name, against: as for `inspect_text`.
+        corpus: the documents.
         on_document: called with the number of documents done and the share of the work, where it is known.
 
     Raises:
@@ -86,20 +78,17 @@ def inspect_corpus(
         share = fraction or share
 
     with _named_as_option():
-        source = Source(path=str(file), text_field=text_field)
-        for document in documents([source], seed=0, max_documents=limit, on_progress=on_progress):
-            report = inspect_text(model, tokenizer, document.text, name=name, oracle=oracle)
+        source = Source(path=str(corpus.file), text_field=corpus.text_field)
+        for document in documents([source], seed=0, max_documents=corpus.limit, on_progress=on_progress):
+            report = inspect_text(model, tokenizer, document.text, name=name, against=against)
             statistics.add(report)
             cut += len(report.windows) > 1
             done += 1
             if on_document is not None:
                 on_document(done, share)
     return CorpusRouting(
-        model=name,
-        architecture=model.config.architecture,
-        routing=model.routing,
-        capacity=model.capacity,
-        file=str(file),
+        **vars(inspected(model, name)),
+        file=str(corpus.file),
         cut_documents=cut,
         summary=statistics.result(),
     )

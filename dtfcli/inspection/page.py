@@ -41,12 +41,7 @@ def page_data(
     report: TextRouting | CorpusRouting, summary: Summary, comparison: Comparison | None = None
 ) -> dict[str, Any]:
     """What the page's script reads."""
-    data: dict[str, Any] = {
-        "model": report.model,
-        "architecture": report.architecture,
-        "routing": report.routing,
-        "causal": report.causal,
-        "capacity": report.capacity,
+    data: dict[str, Any] = report.heading() | {
         "summary": {
             "texts": summary.texts,
             "windows": summary.windows,

@@ -1,8 +1,9 @@
 """One text through a routed model: for every token the layers that took it, why, and how well it was predicted."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,13 +61,52 @@ class LayerRouting:
         return {name: values for name, values in found.items() if values is not None}
 
 
+Against = Literal["mode", "oracle"]
+"""What a model's routing is compared with: the other mode (causal or `topk`), the tokens whose update is largest."""
+
+
 @dataclass(frozen=True)
-class TextRouting:
-    """A text, token by token, and what each routed layer did with it.
+class Inspected:
+    """Which model was looked at, and how it routed.
 
     Attributes:
         model: what the model is called.
-        architecture, routing, capacity: "dtf", "mod" or "dense"; the mode; γ, or one for each routed layer.
+        architecture, routing, capacity: such as "dtf" or "dense"; the mode; γ, or one for each routed layer.
+    """
+
+    model: str
+    architecture: str
+    routing: str
+    capacity: Any
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's path depends on nothing after it."""
+        return self.routing != "topk"
+
+    def heading(self) -> dict[str, Any]:
+        """The above, for JSON and the page."""
+        return {
+            "model": self.model,
+            "architecture": self.architecture,
+            "routing": self.routing,
+            "causal": self.causal,
+            "capacity": self.capacity,
+        }
+
+
+def inspected(model: Any, name: str) -> Inspected:
+    """What is said about a model that is looked at."""
+    if not hasattr(model, "set_routing"):
+        return Inspected(name, "dense", "dense", 1.0)
+    return Inspected(name, model.config.architecture, model.routing, model.capacity)
+
+
+@dataclass(frozen=True)
+class TextRouting(Inspected):
+    """A text, token by token, and what each routed layer did with it.
+
+    Attributes:
         source: the text and its tokens.
         layers: one entry for each routed layer.
         loss: [T] nats, −ln p(token | the tokens before it in its window); NaN for the first of a window.
@@ -78,10 +118,6 @@ class TextRouting:
         oracle: the router against the tokens with the largest update, where it was asked for.
     """
 
-    model: str
-    architecture: str
-    routing: str
-    capacity: Any
     source: TokenizedText
     layers: list[LayerRouting]
     loss: Floats
@@ -95,11 +131,6 @@ class TextRouting:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_depth", self.selected.sum(0).astype(np.float64))
-
-    @property
-    def causal(self) -> bool:
-        """Whether a token's path depends on nothing after it."""
-        return self.routing != "topk"
 
     @property
     def tokens(self) -> list[str]:
@@ -136,12 +167,7 @@ class TextRouting:
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON: per token and layer."""
         source = self.source
-        return {
-            "model": self.model,
-            "architecture": self.architecture,
-            "routing": self.routing,
-            "causal": self.causal,
-            "capacity": self.capacity,
+        return self.heading() | {
             "routed_share": self.routed_share,
             "text": source.text,
             "tokens": self.tokens,
@@ -191,9 +217,8 @@ def inspect_text(
     *,
     name: str = "",
     python: bool = False,
-    agreement: bool = True,
     dense: bool = False,
-    oracle: bool = False,
+    against: Collection[Against] = ("mode",),
 ) -> TextRouting:
     """Run a text through a routed model, in the model's routing mode, and keep every decision.
 
@@ -205,18 +230,16 @@ def inspect_text(
         text: any text.
         name: what to call the model.
         python: the text is Python source; its tokens get Python's classes too.
-        agreement: route once more in the other mode (`topk` for a causal one and the reverse) and compare.
         dense: take a dense model too; it has no layers here, but a loss for each token.
-        oracle: compare the router with the tokens whose update is largest.
+        against: route again in other ways, and compare.
 
     Raises:
         ConfigError: the model is dense, or not calibrated for its mode and capacity, or the text is empty; or there is
             no choice of tokens to compare with the oracle's.
     """
-    routed = hasattr(model, "set_routing")
     if not dense:
         require_routed(model, name)
-    if oracle:
+    if "oracle" in against:
         _require_choice(model)
     source = tokenize(tokenizer, text)
     size = model.config.max_position_embeddings
@@ -225,10 +248,7 @@ def inspect_text(
     passes = [_forward(model, row) for row in rows]
     layers = [_layer(model, [records[i] for records, _, _ in passes]) for i in range(len(passes[0][0]))]
     return TextRouting(
-        model=name,
-        architecture=model.config.architecture if routed else "dense",
-        routing=model.routing if routed else "dense",
-        capacity=model.capacity if routed else 1.0,
+        **vars(inspected(model, name)),
         source=source,
         layers=layers,
         loss=np.concatenate([loss for _, loss, _ in passes]),
@@ -236,8 +256,8 @@ def inspect_text(
         windows=windows,
         classes=classify(source),
         python=classify_python(source) if python else None,
-        agreement=_other_mode(model, source.ids, size, layers) if agreement and routed else None,
-        oracle=against_oracle(model, rows, _losses) if oracle else None,
+        agreement=_other_mode(model, source.ids, size, layers) if "mode" in against and layers else None,
+        oracle=against_oracle(model, rows, _losses) if "oracle" in against else None,
     )
 
 

@@ -99,7 +99,7 @@ def test_a_router_that_is_the_oracle_agrees_and_loses_nothing(monkeypatch: pytes
 
 def test_texts_add_up(model: Any, words: Any) -> None:
     texts = [TEXT, TEXT[:40], "q r s t u v w30 w31 w32 w33 w34 a b"]
-    reports = [inspect_text(model, words, text, oracle=True) for text in texts]
+    reports = [inspect_text(model, words, text, against=["oracle"]) for text in texts]
     statistics = RoutingStatistics()
     for report in reports:
         statistics.add(report)
@@ -136,4 +136,4 @@ def test_the_error_of_a_difference_is_that_of_a_jackknife() -> None:
 
 def test_there_must_be_a_choice(words: Any) -> None:
     with pytest.raises(ConfigError, match="name a dtf, mod or random model"):
-        inspect_text(routed_model(architecture="layerdrop"), words, TEXT, oracle=True)
+        inspect_text(routed_model(architecture="layerdrop"), words, TEXT, against=["oracle"])

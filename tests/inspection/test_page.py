@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dtfcli.inspection.comparison import compare_routing
-from dtfcli.inspection.corpus import inspect_corpus
+from dtfcli.inspection.corpus import Corpus, inspect_corpus
 from dtfcli.inspection.figure import draw_figure
 from dtfcli.inspection.page import page_data, render_page
 from dtfcli.inspection.palette import DIVERGING, SEQUENTIAL, contrast, luminance, readable_on, shades
@@ -98,7 +98,7 @@ def test_the_page_of_a_comparison_and_of_a_corpus(words: PreTrainedTokenizerFast
     assert {"layers", "class", "difference", "models", "modes"} <= {table["key"] for table in data["tables"]}
     file = tmp_path / "texts.jsonl"
     file.write_text(json.dumps({"text": TEXT}))
-    corpus = inspect_corpus(routed_model(), words, file)
+    corpus = inspect_corpus(routed_model(), words, Corpus(file))
     data = page_data(corpus, corpus.summary)
     assert "text" not in data
     assert "texts.jsonl" in render_page(corpus, corpus.summary)

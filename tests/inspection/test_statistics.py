@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.inspection.comparison import compare_routing
-from dtfcli.inspection.corpus import inspect_corpus
+from dtfcli.inspection.corpus import Corpus, inspect_corpus
 from dtfcli.inspection.statistics import RoutingStatistics, summarize
 from dtfcli.inspection.text import inspect_text
 from tests.inspection.conftest import TEXT
@@ -24,7 +24,7 @@ def test_a_corpus_is_its_texts_pooled(model: Any, words: PreTrainedTokenizerFast
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     calls: list[int] = []
-    corpus = inspect_corpus(model, words, file, on_document=lambda done, share: calls.append(done))
+    corpus = inspect_corpus(model, words, Corpus(file), on_document=lambda done, share: calls.append(done))
     reports = [inspect_text(model, words, text) for text in TEXTS]
     summary = corpus.summary
     assert calls == [1, 2, 3]
@@ -98,9 +98,9 @@ def test_memory_does_not_grow_with_the_corpus(dtf_model: Any, words: PreTrainedT
 def test_limit_and_field(dtf_model: Any, words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
-    assert inspect_corpus(dtf_model, words, file, limit=2, text_field="body").summary.texts == 2
+    assert inspect_corpus(dtf_model, words, Corpus(file, limit=2, text_field="body")).summary.texts == 2
     with pytest.raises(DataError, match="--text-field"):
-        inspect_corpus(dtf_model, words, file)
+        inspect_corpus(dtf_model, words, Corpus(file))
 
 
 def test_two_models(words: PreTrainedTokenizerFast) -> None:
