@@ -108,7 +108,7 @@ def inspect_routing(
         _check_target(option, path, suffix)
     _check_distinct([html, png, output])
     loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
-    against: list[Against] = ["mode", *(["oracle"] if against_oracle else [])]
+    against: list[Against] = ["mode", "oracle"] if against_oracle else ["mode"]
     if is_corpus:
         from dtfcli.inspection.corpus import Corpus
 

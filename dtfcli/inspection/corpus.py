@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dtfcli.data.documents import documents
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.inspection.statistics import RoutingStatistics, Summary
-from dtfcli.inspection.text import Against, Inspected, inspect_text, inspected
+from dtfcli.inspection.text import OTHER_MODE, Against, Inspected, inspect_text, inspected
 from dtfcli.settings.data import Source
 
 OnDocument = Callable[[int, float | None], None]
@@ -57,7 +57,7 @@ def inspect_corpus(
     corpus: Corpus,
     *,
     name: str = "",
-    against: Collection[Against] = ("mode",),
+    against: Collection[Against] = OTHER_MODE,
     on_document: OnDocument | None = None,
 ) -> CorpusRouting:
     """Run the documents of a corpus through a routed model.

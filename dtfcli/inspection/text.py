@@ -63,6 +63,7 @@ class LayerRouting:
 
 Against = Literal["mode", "oracle"]
 """What a model's routing is compared with: the other mode (causal or `topk`), the tokens whose update is largest."""
+OTHER_MODE: tuple[Against, ...] = ("mode",)
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def inspect_text(
     name: str = "",
     python: bool = False,
     dense: bool = False,
-    against: Collection[Against] = ("mode",),
+    against: Collection[Against] = OTHER_MODE,
 ) -> TextRouting:
     """Run a text through a routed model, in the model's routing mode, and keep every decision.
 
