@@ -12,6 +12,7 @@ from dtfcli.cli import options
 if TYPE_CHECKING:
     from dtfcli.inspection.comparison import Comparison
     from dtfcli.inspection.corpus import Corpus, CorpusRouting
+    from dtfcli.inspection.sensitivity import Sensitivity
     from dtfcli.inspection.statistics import Summary
     from dtfcli.inspection.text import Against, TextRouting
 
@@ -63,6 +64,14 @@ Oracle = Annotated[
         "routed.",
     ),
 ]
+SensitivityOption = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity",
+        help="Measure instead what each layer of the model, dense or routed, costs to leave out, and print the order "
+        "that model.layer_order takes.",
+    ),
+]
 TextField = Annotated[str, typer.Option("--text-field", help="Column or key of a corpus that holds the text.")]
 
 
@@ -75,6 +84,7 @@ def inspect_routing(
     output: Output = None,
     compare: Compare = None,
     against_oracle: Oracle = False,
+    sensitivity: SensitivityOption = False,
     limit: Limit = None,
     text_field: TextField = "text",
     routing: options.Routing = "auto",
@@ -100,6 +110,7 @@ def inspect_routing(
       dtf inspect-routing MODEL --file novels.parquet --limit 100 --output routing.json
       dtf inspect-routing MODEL --file page.txt --compare OTHER_MODEL
       dtf inspect-routing MODEL --file novels.parquet --limit 20 --against-oracle
+      dtf inspect-routing DENSE_MODEL --file novels.parquet --limit 20 --sensitivity
     """
     from dtfcli.cli import render
 
@@ -107,15 +118,22 @@ def inspect_routing(
     for option, path, suffix in (("--html", html, ".html"), ("--png", png, ".png"), ("--output", output, "")):
         _check_target(option, path, suffix)
     _check_distinct([html, png, output])
+    if sensitivity:
+        ways = {"--compare": compare, "--against-oracle": against_oracle, "--html": html, "--png": png}
+        _refuse_with_sensitivity(ways)
     loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
     against: list[Against] = ["mode", "oracle"] if against_oracle else ["mode"]
+    content = "" if is_corpus else _read(file) if file is not None else SAMPLE if text is None else text
+    found: _Found | _FoundSensitivity
     if is_corpus:
         from dtfcli.inspection.corpus import Corpus
 
         assert file is not None
-        found = _route_corpus(model, loading, Corpus(file, limit, text_field), against)
+        corpus = Corpus(file, limit, text_field)
+        found = _leave_out(model, loading, corpus) if sensitivity else _route_corpus(model, loading, corpus, against)
+    elif sensitivity:
+        found = _leave_out(model, loading, content)
     else:
-        content = _read(file) if file is not None else SAMPLE if text is None else text
         python = content == SAMPLE or (file is not None and file.suffix.lower() == ".py")
         found = _route_text(model, loading, content, python, compare, against)
     found.write(output, html, png)
@@ -169,6 +187,52 @@ class _Found:
             inspect_view.show_text(self.report, self.summary, self.comparison)
         else:
             inspect_view.show_corpus(self.report)
+
+
+@dataclass(frozen=True)
+class _FoundSensitivity:
+    """What each layer costs to leave out."""
+
+    report: "Sensitivity"
+
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        return self.report.to_dict()
+
+    def write(self, output: Path | None, html: Path | None, png: Path | None) -> None:
+        """Write the JSON file, if one was asked for."""
+        from dtfcli.cli import render
+
+        if output is not None:
+            render.write_json(self.document(), output)
+            render.note(f"everything in {output}")
+
+    def show(self) -> None:
+        """Print it."""
+        from dtfcli.cli import inspect_view
+
+        inspect_view.show_sensitivity(self.report)
+
+
+def _leave_out(model: str, loading: options.Loading, what: "str | Corpus") -> _FoundSensitivity:
+    """Measure what each layer costs to leave out, on a text or a corpus."""
+    from dtfcli.cli import inspect_view
+    from dtfcli.inspection.corpus import read
+    from dtfcli.inspection.sensitivity import sensitivity
+
+    loaded, tokenizer = loading.open(model)
+    limit = 1 if isinstance(what, str) else what.limit
+    with inspect_view.progress(limit) as on_document:
+        texts = [what] if isinstance(what, str) else read(what, on_document)
+        return _FoundSensitivity(sensitivity(loaded, tokenizer, texts, name=model))
+
+
+def _refuse_with_sensitivity(given: dict[str, Any]) -> None:
+    from dtfcli.errors import ConfigError
+
+    for option, value in given.items():
+        if value:
+            raise ConfigError(f"{option}: --sensitivity leaves out layers and routes nothing; ask for one of the two.")
 
 
 def _route_corpus(model: str, loading: options.Loading, corpus: "Corpus", against: "Collection[Against]") -> _Found:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from dtfcli.inspection.comparison import Comparison
     from dtfcli.inspection.corpus import CorpusRouting
+    from dtfcli.inspection.sensitivity import Sensitivity
     from dtfcli.inspection.statistics import Summary
     from dtfcli.inspection.tables import TableData
     from dtfcli.inspection.text import TextRouting
@@ -44,6 +45,24 @@ def show_corpus(report: "CorpusRouting") -> None:
     """Print what was added up over a corpus."""
     _headline(report, report.summary)
     _show_tables(report.summary, None)
+
+
+def show_sensitivity(found: "Sensitivity") -> None:
+    """Print what each layer costs to leave out, and the order of the routed ones."""
+    from rich.text import Text
+
+    from dtfcli.inspection.tables import sensitivity_table
+
+    data = sensitivity_table(found)
+    texts, tokens = len(found.losses.targets), int(found.losses.targets.sum())
+    render.out.print(
+        Text(f"{texts:,} texts, {tokens:,} tokens, loss {found.loss:.3f} nats with all layers", "dim"),
+        Text(f"\n{data.title}  ", "bold").append(data.note, "not bold dim"),
+        _table(data),
+        sep="\n",
+    )
+    order = ",".join(map(str, found.order))
+    render.out.print(f"\nrouted layers, the costliest first: model.layer_order=[{order}]", markup=False)
 
 
 @contextmanager

@@ -71,7 +71,30 @@ def inspect_corpus(
         DataError: the file cannot be read, or holds no document.
         ConfigError: as `inspect_text`.
     """
-    statistics, done, cut, share = RoutingStatistics(), 0, 0, 0.0
+    statistics, cut = RoutingStatistics(), 0
+    for text in read(corpus, on_document):
+        report = inspect_text(model, tokenizer, text, name=name, against=against)
+        statistics.add(report)
+        cut += len(report.windows) > 1
+    return CorpusRouting(
+        **vars(inspected(model, name)),
+        file=str(corpus.file),
+        cut_documents=cut,
+        summary=statistics.result(),
+    )
+
+
+def read(corpus: Corpus, on_document: OnDocument | None = None) -> Iterator[str]:
+    """The texts of a corpus, one at a time.
+
+    Args:
+        corpus: the documents.
+        on_document: called when a text was dealt with, with the number done and the share of the work, where known.
+
+    Raises:
+        DataError: the file cannot be read, or holds no document.
+    """
+    share = 0.0
 
     def on_progress(message: str, fraction: float | None) -> None:
         nonlocal share
@@ -79,19 +102,11 @@ def inspect_corpus(
 
     with _named_as_option():
         source = Source(path=str(corpus.file), text_field=corpus.text_field)
-        for document in documents([source], seed=0, max_documents=corpus.limit, on_progress=on_progress):
-            report = inspect_text(model, tokenizer, document.text, name=name, against=against)
-            statistics.add(report)
-            cut += len(report.windows) > 1
-            done += 1
+        found = documents([source], seed=0, max_documents=corpus.limit, on_progress=on_progress)
+        for done, document in enumerate(found, 1):
+            yield document.text
             if on_document is not None:
                 on_document(done, share)
-    return CorpusRouting(
-        **vars(inspected(model, name)),
-        file=str(corpus.file),
-        cut_documents=cut,
-        summary=statistics.result(),
-    )
 
 
 @contextmanager

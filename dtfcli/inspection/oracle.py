@@ -9,16 +9,15 @@ Two things are measured. *Agreement*: along the router's own pass, how far its s
 layers; also while a random choice does, and when every token enters.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dtfcli.inspection.agreement import Overlap
+from dtfcli.inspection.losses import PairedLosses, next_token_losses
 from dtfcli.models.routers import RoutingFrame
 
 CHOOSERS = ("router", "oracle", "random", "every token")
@@ -58,36 +57,19 @@ class OracleRouting:
 
     Attributes:
         layers: by layer index.
-        nats: by chooser, the loss of each text, summed over its targets; float64 [texts].
-        targets: int64 [texts].
+        losses: of each text, by who chose (`CHOOSERS`).
     """
 
     layers: dict[int, OracleLayer]
-    nats: dict[str, NDArray[np.float64]]
-    targets: NDArray[np.int64]
+    losses: PairedLosses
 
     def __add__(self, other: "OracleRouting") -> "OracleRouting":
-        return OracleRouting(
-            {layer: own + other.layers[layer] for layer, own in self.layers.items()},
-            {chooser: np.append(own, other.nats[chooser]) for chooser, own in self.nats.items()},
-            np.append(self.targets, other.targets),
-        )
-
-    def loss(self, chooser: str) -> float:
-        """Nats per target while `chooser` chose."""
-        return float(self.nats[chooser].sum() / max(1, self.targets.sum()))
+        layers = {layer: own + other.layers[layer] for layer, own in self.layers.items()}
+        return OracleRouting(layers, self.losses + other.losses)
 
     def difference(self, chooser: str) -> tuple[float, float | None]:
-        """Loss of `chooser` minus the router's, and its standard error over texts (None for a single text).
-
-        The error is that of a ratio of sums, by linearization: Σ(d − r·n)² of the texts' differences d and targets n.
-        """
-        difference, count = self.nats[chooser] - self.nats["router"], len(self.targets)
-        ratio = float(difference.sum() / max(1, self.targets.sum()))
-        if count < 2:
-            return ratio, None
-        residual = difference - ratio * self.targets
-        return ratio, float(np.sqrt(count / (count - 1) * (residual**2).sum()) / self.targets.sum())
+        """Loss of `chooser` minus the router's, nats per token, and its standard error over texts."""
+        return self.losses.difference(chooser, CHOOSERS[0])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -96,20 +78,19 @@ class OracleRouting:
                 {"layer": index, "rank_correlation": layer.rank_correlation} | layer.overlap.to_dict()
                 for index, layer in self.layers.items()
             ],
-            "loss": {chooser: self.loss(chooser) for chooser in CHOOSERS},
+            "loss": {chooser: self.losses.mean(chooser) for chooser in CHOOSERS},
             "difference": {chooser: self.difference(chooser) for chooser in CHOOSERS[1:]},
-            "texts": len(self.targets),
+            "texts": len(self.losses.targets),
         }
 
 
 @torch.inference_mode()
-def against_oracle(model: Any, windows: list[list[int]], losses: Callable[[Any, Tensor, Tensor], Any]) -> OracleRouting:
+def against_oracle(model: Any, windows: list[list[int]]) -> OracleRouting:
     """Measure a router on one text.
 
     Args:
         model: routes tokens, in eval mode and calibrated for its mode.
         windows: token ids of each stretch that the model sees apart.
-        losses: (model, hidden states [T, D], ids [T]) → nats of each token, NaN where there is none, [T].
     """
     layers: dict[int, OracleLayer] = {}
     nats, targets = dict.fromkeys(CHOOSERS, 0.0), 0
@@ -119,9 +100,10 @@ def against_oracle(model: Any, windows: list[list[int]], losses: Callable[[Any, 
         hidden = {"router": walk.along_router(layers)}
         hidden |= {chooser: walk.chosen_by(chooser) for chooser in CHOOSERS[1:]}
         for chooser, states in hidden.items():
-            nats[chooser] += float(np.nansum(losses(model, states[0], row[0])))
+            nats[chooser] += float(np.nansum(next_token_losses(model, states[0], row[0])))
         targets += len(ids) - 1
-    return OracleRouting(layers, {name: np.array([value]) for name, value in nats.items()}, np.array([targets]))
+    losses = PairedLosses({name: np.array([value]) for name, value in nats.items()}, np.array([targets]))
+    return OracleRouting(layers, losses)
 
 
 class _Walk:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from dtfcli.inspection.agreement import Agreement
 from dtfcli.inspection.comparison import Comparison
 from dtfcli.inspection.oracle import CHOOSERS, OracleRouting
+from dtfcli.inspection.sensitivity import Sensitivity
 from dtfcli.inspection.statistics import POSITIONS, GroupRow, Summary
 
 Kind = Literal["text", "count", "share", "number", "difference"]
@@ -173,9 +174,20 @@ def oracle_tables(oracle: OracleRouting) -> list[TableData]:
         "Who chooses",
         "nats per token while somebody else chooses as many tokens; ± standard error over documents",
         columns,
-        [[name, oracle.loss(name), list(oracle.difference(name)) if name != "router" else None] for name in CHOOSERS],
+        [
+            [name, oracle.losses.mean(name), list(oracle.difference(name)) if name != "router" else None]
+            for name in CHOOSERS
+        ],
     )
     return [layers, losses]
+
+
+def sensitivity_table(found: Sensitivity) -> TableData:
+    """What each layer costs to leave out."""
+    columns: list[tuple[str, Kind]] = [("layer", "count"), ("routed", "text"), ("cost", "difference")]
+    rows = [[layer, "yes" if layer in found.routed else "", list(found.cost(layer))] for layer in found.layers]
+    note = "loss without the layer minus that with all, nats per token; ± standard error over documents"
+    return TableData("sensitivity", "Without a layer", note, columns, rows)
 
 
 def difference_table(comparison: Comparison) -> TableData:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dtfcli.errors import ConfigError
 from dtfcli.inspection.agreement import Agreement, agreement_of
+from dtfcli.inspection.losses import next_token_losses
 from dtfcli.inspection.oracle import OracleRouting, against_oracle
 from dtfcli.inspection.token_classes import classify, classify_python
 from dtfcli.inspection.tokens import TokenizedText, tokenize
@@ -19,8 +20,6 @@ from dtfcli.inspection.tokens import TokenizedText, tokenize
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-_LOGITS_AT_ONCE = 256
-"""Positions whose logits are held together: a whole text's would take T · V floats."""
 MEASURES = ("score", "gate", "static_surprise", "change_surprise", "s_ce", "s_cu", "ce_part")
 """Per-token fields of a `LayerRouting`; all but the first two are DTF's."""
 
@@ -258,7 +257,7 @@ def inspect_text(
         classes=classify(source),
         python=classify_python(source) if python else None,
         agreement=_other_mode(model, source.ids, size, layers) if "mode" in against and layers else None,
-        oracle=against_oracle(model, rows, _losses) if "oracle" in against else None,
+        oracle=against_oracle(model, rows) if "oracle" in against else None,
     )
 
 
@@ -287,18 +286,7 @@ def _forward(model: Any, ids: list[int]) -> tuple[Any, Floats, Flags]:
     out = _stack(model, row)
     sinks = getattr(out, "sinks", None)
     always = np.zeros(len(ids), dtype=bool) if sinks is None else sinks[0].cpu().numpy()
-    return getattr(out, "routing", None) or (), _losses(model, out.last_hidden_state[0], row[0]), always
-
-
-def _losses(model: Any, hidden: torch.Tensor, ids: torch.Tensor) -> Floats:
-    """Hidden states [T, D] and ids [T] of a window → nats of each token, [T]; NaN for the first."""
-    loss = np.full(len(ids), np.nan)
-    for start in range(0, len(ids) - 1, _LOGITS_AT_ONCE):
-        targets = ids[start + 1 : start + 1 + _LOGITS_AT_ONCE]
-        logits = model.lm_head(hidden[start : start + len(targets)]).float()
-        chunk = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        loss[start + 1 : start + 1 + len(targets)] = chunk.cpu().numpy()
-    return loss
+    return getattr(out, "routing", None) or (), next_token_losses(model, out.last_hidden_state[0], row[0]), always
 
 
 def _stack(model: Any, row: torch.Tensor) -> Any:

@@ -1,0 +1,132 @@
+"""What each layer costs to leave out: the loss of a text without it, all other layers in place, for every token.
+
+The layers are those of the dense model, or of the backbone of a routed one. Their order, the costliest first, is what
+`model.layer_order` takes for `layerdrop`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dtfcli.inspection.losses import PairedLosses, next_token_losses
+from dtfcli.inspection.tokens import tokenize
+from dtfcli.models.configuration_fields import resolve_routed_layers
+from dtfcli.models.conversion import to_dense
+
+_WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What each layer costs to leave out.
+
+    Attributes:
+        model: what the model is called.
+        layers: those that were left out, one at a time.
+        routed: those of them that route; for a dense model, that would by default.
+        losses: of each text, with all layers ("whole") and without each (its index as text).
+    """
+
+    model: str
+    layers: list[int]
+    routed: list[int]
+    losses: PairedLosses
+
+    def cost(self, layer: int) -> tuple[float, float | None]:
+        """Loss without a layer minus that with it, nats per token, and the standard error over texts."""
+        return self.losses.difference(str(layer), _WHOLE)
+
+    @property
+    def loss(self) -> float:
+        """With all layers, nats per token."""
+        return self.losses.mean(_WHOLE)
+
+    @property
+    def order(self) -> list[int]:
+        """The routed layers, the costliest first: `model.layer_order`."""
+        return sorted(self.routed, key=lambda layer: -self.cost(layer)[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        costs = {layer: self.cost(layer) for layer in self.layers}
+        return {
+            "model": self.model,
+            "loss": self.loss,
+            "texts": len(self.losses.targets),
+            "tokens": int(self.losses.targets.sum()),
+            "layers": [
+                {"layer": layer, "routed": layer in self.routed, "cost": cost, "stderr": error}
+                for layer, (cost, error) in costs.items()
+            ],
+            "layer_order": self.order,
+        }
+
+
+@torch.inference_mode()
+def sensitivity(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    name: str = "",
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Sensitivity:
+    """Measure what each layer costs to leave out.
+
+    Args:
+        model: dense or routed, in eval mode.
+        tokenizer: its tokenizer.
+        texts: one or more; longer ones are cut into windows of the model's positions.
+        name: what to call the model.
+        on_layer: called after each pass with passes done and passes of this text.
+
+    Raises:
+        ConfigError: a text is empty.
+    """
+    routed = getattr(getattr(model, "model", None), "routed", None)
+    dense = model if routed is None else to_dense(model)
+    count = dense.config.num_hidden_layers
+    conditions: list[int | None] = [None, *range(count)]
+    losses: PairedLosses | None = None
+    for text in texts:
+        ids, size = tokenize(tokenizer, text).ids, dense.config.max_position_embeddings
+        windows = [torch.tensor([ids[at : at + size]], device=dense.device) for at in range(0, len(ids), size)]
+        nats = {}
+        for done, layer in enumerate(conditions, 1):
+            with _left_out(dense, layer):
+                nats[_WHOLE if layer is None else str(layer)] = np.array([sum(_nats(dense, row) for row in windows)])
+            if on_layer is not None:
+                on_layer(done, len(conditions))
+        own = PairedLosses(nats, np.array([len(ids) - len(windows)]))
+        losses = own if losses is None else losses + own
+    assert losses is not None, "no text"
+    by_default = resolve_routed_layers("alternate", 0, count)
+    return Sensitivity(name, list(range(count)), by_default if routed is None else list(routed), losses)
+
+
+def _nats(model: Any, row: Tensor) -> float:
+    hidden = model.model(input_ids=row, use_cache=False).last_hidden_state
+    return float(np.nansum(next_token_losses(model, hidden[0], row[0])))
+
+
+@contextmanager
+def _left_out(model: Any, layer: int | None) -> Iterator[None]:
+    """The stock model without one layer: what enters it, leaves it."""
+    if layer is None:
+        yield
+        return
+
+    def skip(module: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        return arguments[0] if arguments else named["hidden_states"]
+
+    hook = model.model.layers[layer].register_forward_hook(skip, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
