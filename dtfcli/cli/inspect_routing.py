@@ -115,27 +115,20 @@ def inspect_routing(
     from dtfcli.cli import render
 
     is_corpus = _check_input(text, file, compare, limit, text_field)
-    for option, path, suffix in (("--html", html, ".html"), ("--png", png, ".png"), ("--output", output, "")):
-        _check_target(option, path, suffix)
-    _check_distinct([html, png, output])
+    _check_targets(html, png, output)
     if sensitivity:
-        ways = {"--compare": compare, "--against-oracle": against_oracle, "--html": html, "--png": png}
-        _refuse_with_sensitivity(ways)
+        _refuse_with_sensitivity(compare, against_oracle, html, png)
     loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
     against: list[Against] = ["mode", "oracle"] if against_oracle else ["mode"]
-    content = "" if is_corpus else _read(file) if file is not None else SAMPLE if text is None else text
+    what = _corpus(file, limit, text_field) if is_corpus else _content(text, file)
     found: _Found | _FoundSensitivity
-    if is_corpus:
-        from dtfcli.inspection.corpus import Corpus
-
-        assert file is not None
-        corpus = Corpus(file, limit, text_field)
-        found = _leave_out(model, loading, corpus) if sensitivity else _route_corpus(model, loading, corpus, against)
-    elif sensitivity:
-        found = _leave_out(model, loading, content)
+    if sensitivity:
+        found = _leave_out(model, loading, what)
+    elif isinstance(what, str):
+        python = what == SAMPLE or (file is not None and file.suffix.lower() == ".py")
+        found = _route_text(model, loading, what, python, compare, against)
     else:
-        python = content == SAMPLE or (file is not None and file.suffix.lower() == ".py")
-        found = _route_text(model, loading, content, python, compare, against)
+        found = _route_corpus(model, loading, what, against)
     found.write(output, html, png)
     if json:
         render.emit_json(found.document())
@@ -227,9 +220,10 @@ def _leave_out(model: str, loading: options.Loading, what: "str | Corpus") -> _F
         return _FoundSensitivity(sensitivity(loaded, tokenizer, texts, name=model))
 
 
-def _refuse_with_sensitivity(given: dict[str, Any]) -> None:
+def _refuse_with_sensitivity(compare: str | None, against_oracle: bool, html: Path | None, png: Path | None) -> None:
     from dtfcli.errors import ConfigError
 
+    given = {"--compare": compare, "--against-oracle": against_oracle, "--html": html, "--png": png}
     for option, value in given.items():
         if value:
             raise ConfigError(f"{option}: --sensitivity leaves out layers and routes nothing; ask for one of the two.")
@@ -308,8 +302,27 @@ def _check_input(text: str | None, file: Path | None, compare: str | None, limit
     return corpus
 
 
+def _corpus(file: Path | None, limit: int | None, text_field: str) -> "Corpus":
+    from dtfcli.inspection.corpus import Corpus
+
+    assert file is not None, "`_check_input` found documents in it"
+    return Corpus(file, limit, text_field)
+
+
+def _content(text: str | None, file: Path | None) -> str:
+    if file is not None:
+        return _read(file)
+    return SAMPLE if text is None else text
+
+
+def _check_targets(html: Path | None, png: Path | None, output: Path | None) -> None:
+    """Refuse, before anything is loaded, files that could not be written or would be overwritten."""
+    for option, path, suffix in (("--html", html, ".html"), ("--png", png, ".png"), ("--output", output, "")):
+        _check_target(option, path, suffix)
+    _check_distinct([html, png, output])
+
+
 def _check_target(option: str, path: Path | None, suffix: str) -> None:
-    """Refuse, before anything is loaded, a file that could not be written or would be overwritten."""
     import os
 
     from dtfcli.errors import ConfigError
