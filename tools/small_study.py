@@ -56,7 +56,7 @@ base = 3e-3
 STUDY = {
     "data.seq_len": 256,
     "data.validation_fraction": 0.1,
-    "data.validation_blocks": 128,
+    "data.validation_blocks": 64,
     "training.max_steps": 75,
     "training.micro_batch_size": 8,
     "training.tokens_per_update": 2048,
