@@ -24,6 +24,8 @@ ARCHITECTURES = ("dtf", "mod")
 CONTROLS = ("random", "layerdrop")
 EVERY_ARCHITECTURE = (*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in CONTROLS))
 """The controls keep every promise, too; `make test` tries them on none."""
+TOKENWISE = (*ARCHITECTURES, pytest.param("random", marks=pytest.mark.slow))
+"""Those that choose tokens; `layerdrop` has neither thresholds nor predictors."""
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dtfcli.models.conversion import convert
 from dtfcli.models.routing import select_topk, sink_mask
 from tests.budget import examples
-from tests.tiny import ARCHITECTURES, dense_model, routed_model, tokens
+from tests.tiny import TOKENWISE, dense_model, routed_model, tokens
 
 
 @given(
@@ -45,7 +45,7 @@ def test_k_is_pythons_floor_where_float32_differs() -> None:
     assert int(select_topk(scores, 0.29, torch.ones(1, 100, dtype=torch.bool)).sum()) == 28
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TOKENWISE)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @torch.no_grad()
 def test_thresholds_route_the_share_asked_for_on_other_text(family: str, architecture: str) -> None:

@@ -12,9 +12,9 @@ from dtfcli.models.cache import RoutedCache
 from dtfcli.models.conversion import convert
 from tests.budget import examples
 from tests.near import near_tie
-from tests.tiny import ARCHITECTURES, FAMILIES, VOCABULARY, dense_model, pad, shared_routed_model, tokens
+from tests.tiny import FAMILIES, TOKENWISE, VOCABULARY, dense_model, pad, shared_routed_model, tokens
 
-every_model = [pytest.mark.parametrize("family", FAMILIES), pytest.mark.parametrize("architecture", ARCHITECTURES)]
+every_model = [pytest.mark.parametrize("family", FAMILIES), pytest.mark.parametrize("architecture", TOKENWISE)]
 
 
 def for_every_model(function: Any) -> Any:
@@ -70,7 +70,7 @@ def test_cached_padded_and_batched_agree(
             assert (cached[b][mask[b].bool()] - reference).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TOKENWISE)
 def test_learns_the_mask_and_leaves_the_model_alone(architecture: str) -> None:
     model = convert(dense_model(), architecture, predictor_loss_weight=0.01).train()
     input_ids = tokens(8, 32)

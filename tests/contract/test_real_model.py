@@ -19,7 +19,7 @@ from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.conversion import convert, load_dense, to_dense
 from dtfcli.shares import POSITION_NAMES, measured_shares
 from tests.near import NEAR
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, CONTROLS
 
 LENGTHS = (512, 512, 384, 256, 160, 96, 64, 48)
 """Of the rows that thresholds are calibrated on."""
@@ -115,7 +115,9 @@ def confirm(model: Any, prompts: list[torch.Tensor], new_tokens: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.long) for name in CONTROLS)]
+)
 def test_cached_text_is_confirmed(architecture: str, smollm2_gguf: str, novels: Path) -> None:
     model, tokenizer = smollm2(smollm2_gguf, novels, architecture)
     confirm(model, prompts_of(tokenizer, novels, 3), 24)
@@ -134,7 +136,7 @@ def test_long_cached_texts_are_confirmed(architecture: str, smollm2_gguf: str, n
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "random"])
 def test_shares_on_other_text_of_the_same_kind(architecture: str, smollm2_gguf: str, novels: Path) -> None:
     """512 rows of other novels, as long as those that were calibrated on: γ ± 0.02 over all layers, ± 0.03 in each."""
     torch.manual_seed(0)

@@ -67,34 +67,16 @@ def test_wrong_commands(dtf: Dtf, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_submitted_left_and_asked_again(dtf: Dtf, command: list[str]) -> None:
-    arguments = [*command, "--vary", "model=mod,dense", "--seeds", "1", "--no-bench", "--cluster", "local"]
-    first = dtf(*arguments, "--json")
+def test_submitted_left_put_back_and_asked_again(dtf: Dtf, command: list[str]) -> None:
+    """With the signal that Slurm sends before a time limit or a preemption: save, queue again, go on from there."""
+    longer = [item.replace("max_steps=4", "max_steps=200").replace("every=1", "every=100") for item in command]
+    arguments = [*longer, "--vary", "model=mod,dense", "--seeds", "1", "--no-bench", "--cluster", "local", "--json"]
+    first = dtf(*arguments)
     assert first.code == 0, first.stderr
     assert [run["state"] for run in json.loads(first.stdout)["runs"]] == ["submitted", "submitted"]
     assert "Start the same command again" in first.stderr
     jobs = json.loads(Path("study/jobs/jobs.json").read_text())
-    states = []
-    for _ in range(240):
-        asked = dtf(*arguments, "--json")
-        assert asked.code == 0, asked.stderr
-        document = json.loads(asked.stdout)
-        if "rows" in document:
-            break
-        states += [run["state"] for run in document["runs"]]
-        time.sleep(0.5)
-    assert [row["name"] for row in document["rows"]] == ["mod", "dense"]
-    assert set(states) <= {"waiting", "training", "finished"}
-    assert json.loads(Path("study/jobs/jobs.json").read_text()) == jobs, "nothing was submitted twice"
-
-
-@pytest.mark.slow
-def test_a_job_that_is_put_back_continues(dtf: Dtf, command: list[str]) -> None:
-    """The signal that Slurm sends before a time limit or a preemption: save, queue again, go on from the checkpoint."""
-    longer = [item.replace("max_steps=4", "max_steps=400").replace("every=1", "every=100") for item in command]
-    arguments = [*longer, "--vary", "model=mod,dense", "--seeds", "1", "--no-bench", "--cluster", "local"]
-    assert dtf(*arguments).code == 0
-    name, number = next(iter(json.loads(Path("study/jobs/jobs.json").read_text()).items()))
+    name, number = next(iter(jobs.items()))
     assert name.startswith("mod")
 
     def metrics() -> list[dict[str, float]]:
@@ -105,14 +87,20 @@ def test_a_job_that_is_put_back_continues(dtf: Dtf, command: list[str]) -> None:
     (task,) = psutil.Process(int(number)).children()
     task.send_signal(signal.SIGUSR2)
     task.wait(60)
-    stopped = max(line["step"] for line in metrics())
-    assert stopped < 400
-    log = next(Path(f"study/jobs/{number}").glob("*.err"))
-    wait_for(lambda: max(line["step"] for line in metrics()) == 400)
-    assert "preempted" in log.read_text()
+    assert max(line["step"] for line in metrics()) < 200
+    asked = json.loads(dtf(*arguments).stdout)
+    assert {run["state"] for run in asked["runs"]} <= {"waiting", "training", "finished"}
+
+    def ask_until_reported() -> bool:
+        asked.update(json.loads(dtf(*arguments).stdout))
+        return "rows" in asked
+
+    wait_for(ask_until_reported)
+    assert [row["name"] for row in asked["rows"]] == ["mod", "dense"]
+    assert "preempted" in next(Path(f"study/jobs/{number}").glob("*.err")).read_text()
     steps = [line["step"] for line in metrics() if "train/loss" in line]
     assert steps == sorted(set(steps)), "no step was done twice: the checkpoint was of the moment of the signal"
-    wait_for(lambda: "rows" in json.loads(dtf(*arguments, "--json").stdout))
+    assert json.loads(Path("study/jobs/jobs.json").read_text()) == jobs, "nothing was submitted twice"
 
 
 @pytest.mark.slow
@@ -120,11 +108,7 @@ def test_a_job_that_failed_is_named_with_its_log(dtf: Dtf, command: list[str]) -
     arguments = [*command, "--vary", "model=mod,dense", "--seeds", "1", "--no-bench", "--cluster", "local"]
     assert dtf(*arguments).code == 0
     jobs = json.loads(Path("study/jobs/jobs.json").read_text())
-    for number in jobs.values():
-        controller = psutil.Process(int(number))
-        for process in (controller, *controller.children(recursive=True)):
-            process.kill()
-            process.wait(30)
+    kill(jobs)
     failed = dtf(*arguments)
     assert failed.code == 1
     assert "ended before it was finished" in failed.stderr
@@ -132,7 +116,15 @@ def test_a_job_that_failed_is_named_with_its_log(dtf: Dtf, command: list[str]) -
     again = dtf(*arguments, "--json")
     assert again.code == 0, again.stderr
     assert {run["state"] for run in json.loads(again.stdout)["runs"]} == {"submitted"}
-    wait_for(lambda: "rows" in json.loads(dtf(*arguments, "--json").stdout))
+    kill(json.loads(Path("study/jobs/jobs.json").read_text()))
+
+
+def kill(jobs: dict[str, str]) -> None:
+    for number in jobs.values():
+        controller = psutil.Process(int(number))
+        for process in (controller, *controller.children(recursive=True)):
+            process.kill()
+            process.wait(30)
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = 180.0) -> None:
