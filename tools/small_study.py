@@ -1,10 +1,11 @@
-"""The small study of docs/results.md: a parent of 7 M parameters, then `dtf compare` from it. About 90 minutes.
+"""The small study of docs/results.md: a parent of 7 M parameters, then two grids of `dtf compare`. About 90 minutes.
 
 python -m tools.small_study --novels FOLDER [--output DIR] [--rehearse]
 
 FOLDER holds train.parquet and validation.parquet, books in a column `text`. The parent reads a quarter of the passages
 of the train books and four of five modules of the standard library; the study reads the other books and the fifth
-module, so nothing that it holds out was seen by the parent. Started again, it goes on where it was stopped.
+module, so nothing that it holds out was seen by the parent. Started again, it goes on where it was stopped. The
+reports are written to `main/` (who chooses, and how many) and `keys/` (the same routers with keys of all tokens).
 """
 
 import argparse
@@ -80,16 +81,14 @@ def main() -> None:
     texts = write_texts(options.novels, options.output / "texts")
     parent = train_parent(options.output, texts["parent"], ["training.max_steps=4"] * options.rehearse)
     values = STUDY | ({"training.max_steps": 4, "data.validation_blocks": 8} if options.rehearse else {})
-    _dtf(
-        "compare",
-        "quickstart",
-        *("--vary", "model=dtf,mod,random,layerdrop,dense", "--vary", "model.capacity=0.25,0.5"),
-        *("--seeds", "2" if options.rehearse else "5", "--parallel", str(options.parallel)),
-        *("--against", "random", "--against", "layerdrop", "--output", str(options.output / "study")),
-        f"model.base={parent}",
-        f'data.sources=[{{path = "{texts["study"]}"}}]',
-        *(f"{key}={value}" for key, value in values.items()),
-    )
+    common = [f"model.base={parent}", f'data.sources=[{{path = "{texts["study"]}"}}]']
+    common += [f"{key}={value}" for key, value in values.items()]
+    common += ["--seeds", "2" if options.rehearse else "5", "--parallel", str(options.parallel)]
+    common += ["--against", "random", "--against", "layerdrop"]
+    who = ["--vary", "model=dtf,mod,random,layerdrop,dense"]
+    compare(options.output, "main", [*who, "--vary", "model.capacity=0.25,0.5", *common])
+    keys = ["--vary", "model.kv_tokens=routed,all", "model.capacity=0.25", "--no-bench"]
+    compare(options.output, "keys", [*who, *keys, *common])
 
 
 def write_texts(novels: Path, folder: Path) -> dict[str, Path]:
@@ -120,6 +119,14 @@ def train_parent(output: Path, text: Path, overrides: Iterable[str] = ()) -> Pat
     elif not (runs[-1] / FINAL_MODEL).is_dir():
         _dtf("train", "--resume", str(runs[-1]))
     return sorted(output.glob("parent/*/parent"))[-1] / FINAL_MODEL
+
+
+def compare(output: Path, name: str, arguments: list[str]) -> None:
+    """Run a grid; grids share their runs in `study/`, each report gets a folder of its own."""
+    _dtf("compare", "quickstart", *arguments, "--output", str(output / "study"))
+    (output / name).mkdir(exist_ok=True)
+    for file in (output / "study").glob("report.*"):
+        file.replace(output / name / file.name)
 
 
 def _dtf(*arguments: str) -> None:

@@ -1,7 +1,7 @@
 """Trains what is missing of a study: finished runs are reused, runs that were stopped go on from their checkpoint.
 
-A run is found by its name, which holds a hash of its settings. One run at a time trains in this process; several at
-once are processes of `dtf train`, whose logs lie in `logs/` beside the runs.
+A run is found by the end of its name, which is a hash of its settings. One run at a time trains in this process;
+several at once are processes of `dtf train`, whose logs lie in `logs/` beside the runs.
 """
 
 import os
@@ -19,7 +19,7 @@ from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, list_checkpoints
 from dtfcli.settings import Settings
-from dtfcli.studies.grid import PlannedRun
+from dtfcli.studies.grid import KEY_LENGTH, PlannedRun
 from dtfcli.training.tracking import TrainEvent
 
 State = Literal["waiting", "submitted", "training", "finished", "reused"]
@@ -41,8 +41,8 @@ OnProgress = Callable[[Progress], None]
 
 
 def folder_of(settings: Settings) -> Path | None:
-    """The folder of a study's run, of whatever day; None if it was never started."""
-    found = sorted(Path(settings.run.output_dir).expanduser().glob(f"*/{settings.run.name}"))
+    """The folder of a study's run, of whatever day, also of another grid; None if it was never started."""
+    found = sorted(Path(settings.run.output_dir).expanduser().glob(f"*/*-{settings.run.name[-KEY_LENGTH:]}"))
     return found[-1] if found else None
 
 

@@ -8,15 +8,18 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dtfcli.errors import ConfigError, did_you_mean
+from dtfcli.models.configuration_fields import RoutingFields
 from dtfcli.settings import Settings, load_settings
 from dtfcli.settings.describe import show_value, walk
 from dtfcli.settings.layers import Layers, unread_keys
 
+KEY_LENGTH = 8
+"""Of the part of a run's key that its name ends with."""
 _OWN_KEYS = ("run.name", "run.output_dir", "run.seed")
 """Keys that the study sets for each run."""
 
@@ -178,16 +181,24 @@ def _run(preset: str, cell: Cell, seed: int, output: Path | None) -> PlannedRun:
         fixed.append(f"run.output_dir={output}")
     key = settings_key(load_settings(preset, fixed))
     name = "-".join(part for part in (*cell.choices.values(), f"s{seed}") if part.replace(".", "").isalnum())
-    return PlannedRun(cell, seed, load_settings(preset, [*fixed, f"run.name={name}-{key[:8]}"]), key)
+    return PlannedRun(cell, seed, load_settings(preset, [*fixed, f"run.name={name}-{key[:KEY_LENGTH]}"]), key)
 
 
 def settings_key(settings: Settings) -> str:
     """What a finished run is found by: a hash of its settings without name and place."""
-    values = settings.model_dump(mode="json")
+    values = _resolved(settings)
     values["run"] = {key: value for key, value in values["run"].items() if key not in ("name", "output_dir")}
     for group in ("logging", "hub"):
         del values[group]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _resolved(settings: Settings) -> dict[str, Any]:
+    """All values, with the architecture's defaults where nothing is set: both mean the same run."""
+    values = settings.model_dump(mode="json")
+    defaults = {field.name: field.default for field in fields(RoutingFields)}
+    values["model"] = {key: defaults.get(key) if value is None else value for key, value in values["model"].items()}
+    return values
 
 
 def check_equal_terms(runs: Sequence[Settings], varied: Sequence[str]) -> None:
@@ -197,9 +208,9 @@ def check_equal_terms(runs: Sequence[Settings], varied: Sequence[str]) -> None:
         ConfigError: names the setting and both values.
     """
     first = runs[0]
-    a, unread_by_a = _flat(first.model_dump(mode="json")), unread_keys(first.model_dump(exclude_none=True))
+    a, unread_by_a = _flat(_resolved(first)), unread_keys(first.model_dump(exclude_none=True))
     for other in runs[1:]:
-        b, unread_by_b = _flat(other.model_dump(mode="json")), unread_keys(other.model_dump(exclude_none=True))
+        b, unread_by_b = _flat(_resolved(other)), unread_keys(other.model_dump(exclude_none=True))
         excused = (*varied, *_OWN_KEYS, *unread_by_a, *unread_by_b, "logging", "hub")
         for key in {**a, **b}:
             if a.get(key) != b.get(key) and not any(key == name or key.startswith(f"{name}.") for name in excused):

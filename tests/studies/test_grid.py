@@ -6,6 +6,7 @@ import pytest
 
 from dtfcli.errors import ConfigError
 from dtfcli.settings import load_settings
+from dtfcli.studies.execute import folder_of
 from dtfcli.studies.grid import check_equal_terms, parse_axes, parse_seeds, plan_grid, settings_key
 
 AXES = ["model=dtf,mod,dense", "model.capacity=0.25,0.5"]
@@ -29,6 +30,20 @@ def test_the_key_is_that_of_the_settings_alone(tmp_path: Path) -> None:
     other = load_settings("quickstart", ["run.name=b"])
     assert settings_key(one) == settings_key(other)
     assert settings_key(one) != settings_key(load_settings("quickstart", ["run.seed=7"]))
+    assert settings_key(one) == settings_key(load_settings("quickstart", ["model.kv_tokens=routed"])), "the default"
+
+
+def test_a_run_of_another_grid_is_found(tmp_path: Path) -> None:
+    one, other = (
+        plan_grid("quickstart", parse_axes(axes), [1], ["model.capacity=0.25"], tmp_path)
+        for axes in (["model=mod,dtf"], ["model=mod,dtf", "model.kv_tokens=routed,all"])
+    )
+    mod, same = one[0].settings, other[0].settings
+    assert mod.run.name != same.run.name
+    folder = tmp_path / "2026-01-31" / mod.run.name
+    folder.mkdir(parents=True)
+    assert folder_of(same) == folder
+    assert folder_of(other[1].settings) is None
 
 
 def test_seeds() -> None:
