@@ -104,8 +104,11 @@ def compare(
     from dtfcli.studies.pairs import pair_up
 
     if from_runs:
-        if vary or arguments or cluster:
-            raise ConfigError("--from: reports on runs that exist; leave PRESET, settings, --vary and --cluster out.")
+        if vary or arguments or cluster or cluster_option or plan or parallel:
+            raise ConfigError(
+                "--from: reports on runs that exist; leave PRESET, settings, --vary, --plan, --parallel and --cluster "
+                "out."
+            )
         report = _report_on(from_runs, against, no_bench)
         output.mkdir(parents=True, exist_ok=True)
     else:

@@ -48,8 +48,8 @@ class Overlap:
 
     @property
     def same(self) -> float:
-        """Share of tokens with the same decision."""
-        return (self.both + self.neither) / self.tokens
+        """Share of tokens with the same decision; 1 without tokens."""
+        return (self.both + self.neither) / self.tokens if self.tokens else 1.0
 
     @property
     def jaccard(self) -> float:
@@ -59,7 +59,9 @@ class Overlap:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Routed share of each way."""
+        """Routed share of each way; 0 without tokens."""
+        if not self.tokens:
+            return 0.0, 0.0
         return (self.both + self.first_only) / self.tokens, (self.both + self.second_only) / self.tokens
 
     @property

@@ -9,6 +9,7 @@ Two things are measured. *Agreement*: along the router's own pass, how far its s
 layers; also while a random choice does, and when every token enters.
 """
 
+import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +97,7 @@ def against_oracle(model: Any, windows: list[list[int]]) -> OracleRouting:
     nats, targets = dict.fromkeys(CHOOSERS, 0.0), 0
     for number, ids in enumerate(windows):
         row = torch.tensor([ids], device=model.device)
-        walk = _Walk(model, row, np.random.default_rng(number))
+        walk = _Walk(model, row, np.random.default_rng([number, zlib.crc32(np.array(ids).tobytes())]))
         hidden = {"router": walk.along_router(layers)}
         hidden |= {chooser: walk.chosen_by(chooser) for chooser in CHOOSERS[1:]}
         for chooser, states in hidden.items():
@@ -143,7 +144,7 @@ class _Walk:
             passing.frame = replace(passing.frame, capacities={**passing.frame.capacities, index: 1.0})
             return torch.ones_like(self.row[0], dtype=torch.bool)
         if chooser == "random":
-            sizes = torch.from_numpy(self.random.random(self.row.shape[1])).to(self.row.device)
+            sizes = torch.from_numpy(self.random.random(self.row.shape[1], dtype=np.float32)).to(self.row.device)
         else:
             sizes = self._sizes(index, passing)
         return _largest(sizes, self.counts[index], passing.frame)

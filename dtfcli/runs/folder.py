@@ -99,16 +99,26 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    with (run / SETTINGS_FILE).open("rb") as file:
+    busy = f"{run}: another process is training or saving this run; stop it first, or wait until it ends."
+    with locked_file(run / SETTINGS_FILE, busy):
+        yield
+
+
+@contextmanager
+def locked_file(path: Path, busy: str) -> Iterator[None]:
+    """Lock a file that exists; the system unlocks it when the process ends. A file system without locks has none.
+
+    Raises:
+        ConfigError: another process holds it; the text is `busy`.
+    """
+    with path.open("rb") as file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(
-                f"{run}: another process is training or saving this run; stop it first, or wait until it ends."
-            ) from error
+            raise ConfigError(busy) from error
         except OSError:
-            pass  # a file system without locks
+            pass
         yield
 
 

@@ -12,15 +12,17 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dtfcli.errors import ConfigError, DTFError, did_you_mean
+from dtfcli.runs.folder import locked_file
 from dtfcli.settings import Settings
 from dtfcli.studies.execute import Progress, is_finished, look_at, train_command
 from dtfcli.studies.grid import PlannedRun
+from dtfcli.training.loop import TrainingInterrupted
 
 Cluster = Literal["slurm", "local"]
 
@@ -39,10 +41,17 @@ OPTIONS = {
 _POLL_SECONDS = 1.0
 _SAVE_SECONDS = 60.0
 """How long training may take to save; Slurm kills the job 90 seconds after the warning."""
+_PREEMPTION_SECONDS = 120.0
+"""Between Slurm's SIGTERM and the signal that puts a job back into the queue."""
 _REQUEUES = 20
 
 _DEFAULTS = {"slurm": {"gpus": "1", "time": "24:00:00"}, "local": {"time": "24:00:00"}}
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+_ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"),
+    *("PREEMPTED", "REVOKED"),  # what is put back into the queue is PENDING again
+)
+_UNKNOWN_SECONDS = 600.0
+"""Slurm's accounting takes a while to know a job; one that it does not know after this has long ended."""
 
 
 class TrainJob:
@@ -51,6 +60,7 @@ class TrainJob:
     def __init__(self, settings: str, processes: int) -> None:
         """Args: settings of the run as JSON; processes that train it together, one for each GPU."""
         self.settings, self.processes = settings, processes
+        self.devices = os.environ.get("CUDA_VISIBLE_DEVICES")
 
     def __call__(self) -> None:
         """Train the run, or go on with it.
@@ -59,11 +69,22 @@ class TrainJob:
             RuntimeError: training failed; the job's log says how.
         """
         several = ["--num-processes", str(self.processes)] if self.processes > 1 else []
-        _Child.process = subprocess.Popen([*train_command(Settings.model_validate_json(self.settings)), *several])
+        command = [*train_command(Settings.model_validate_json(self.settings)), *several]
+        _Child.process = subprocess.Popen(command, env=self._environment())
         while (code := _Child.process.poll()) is None:  # `wait` would hold a lock that `checkpoint` needs
             time.sleep(_POLL_SECONDS)
+        if code == TrainingInterrupted.exit_code:  # by the same SIGTERM that Slurm sends before it preempts this job
+            time.sleep(_PREEMPTION_SECONDS)  # its signal to go back into the queue interrupts this
         if code:
             raise RuntimeError(f"dtf train ended with exit code {code}")
+
+    def _environment(self) -> dict[str, str]:
+        """Submitit hides all devices from a local job; it shall see those of whoever submitted it."""
+        here = dict(os.environ)
+        if here.get("SUBMITIT_EXECUTOR") == "local":
+            del here["CUDA_VISIBLE_DEVICES"]
+            here |= {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
+        return here
 
     def checkpoint(self) -> Any:
         """Before the job is put back into the queue: training saves what it has; the next try begins with that."""
@@ -73,7 +94,9 @@ class TrainJob:
             _Child.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 _Child.process.wait(_SAVE_SECONDS)
-        return DelayedSubmission(TrainJob(self.settings, self.processes))
+        again = TrainJob(self.settings, self.processes)
+        again.devices = self.devices
+        return DelayedSubmission(again)
 
 
 class _Child:
@@ -99,6 +122,8 @@ def parse_options(cluster: str, texts: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--cluster-option {text}: there is no option '{key}'.{did_you_mean(key, OPTIONS)}")
         if key in given:
             raise ConfigError(f"--cluster-option {text}: {key} is named twice; name it once.")
+        if cluster == "local" and key != "time":
+            raise ConfigError(f"--cluster-option {text}: local jobs have no {key}; only time is read.")
         given[key] = value
     return {OPTIONS[key]: _read(key, value) for key, value in (_DEFAULTS[cluster] | given).items()}
 
@@ -117,6 +142,44 @@ def _read(key: str, value: str) -> Any:
     return value
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A job that was submitted.
+
+    Attributes:
+        name: of its run.
+        cluster: where it went.
+        number: there; of a local one that of its process.
+        submitted: seconds since 1970.
+    """
+
+    name: str
+    cluster: str
+    number: str
+    submitted: float
+
+    def handle(self, folder: Path) -> Any:
+        """What submitit knows of it."""
+        submitit = _submitit()
+        kind = submitit.SlurmJob if self.cluster == "slurm" else submitit.LocalJob
+        return kind(folder=folder / "%j", job_id=self.number)
+
+    def is_alive(self, folder: Path) -> bool:
+        """Whether it waits or runs."""
+        handle = self.handle(folder)
+        if self.cluster == "slurm":
+            state = str(handle.state)
+            unknown = state == "UNKNOWN" and time.time() - self.submitted > _UNKNOWN_SECONDS
+            return not (unknown or state.startswith(_ENDED))
+        if handle.paths.result_pickle.exists():
+            return False
+        try:
+            os.kill(int(self.number), 0)
+        except (ProcessLookupError, PermissionError):  # it ended, and its number may be another user's by now
+            return False
+        return True
+
+
 def submit(
     runs: Sequence[PlannedRun], cluster: str, options: Mapping[str, Any], output: Path, at_once: int | None = None
 ) -> list[Progress]:
@@ -130,30 +193,45 @@ def submit(
         at_once: how many jobs may run at a time; None: as many as the cluster lets.
 
     Raises:
-        ConfigError: submitit is missing, or the cluster's commands are.
+        ConfigError: submitit or the cluster's commands are missing, or another process looks at the same jobs.
         DTFError: a job ended without its run being finished. It is submitted again the next time.
     """
+    if cluster == "local" and at_once is not None:
+        raise ConfigError("--parallel: local jobs start at once; leave --cluster local out to train a few at a time.")
     folder = (output / "jobs").absolute()
+    lock = folder / "lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    with locked_file(lock, f"{folder}: another `dtf compare` is looking at these jobs; wait until it ends."):
+        return _look_and_submit(runs, folder, lambda missing: _submit_all(missing, cluster, options, folder, at_once))
+
+
+def _look_and_submit(
+    runs: Sequence[PlannedRun], folder: Path, submit_all: Callable[[Sequence[PlannedRun]], dict[str, _Job]]
+) -> list[Progress]:
     file = folder / "jobs.json"
-    jobs: dict[str, str] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    jobs = {key: _Job(**job) for key, job in known.items()}
     states, missing, failed = [], [], []
     for run in runs:
-        name = run.settings.run.name
-        if is_finished(run):
+        job = jobs.get(run.key)
+        alive = job is not None and job.is_alive(folder)
+        if is_finished(run):  # asked after the job: it may have finished meanwhile
             states.append(Progress(run, "reused"))
-        elif name not in jobs:
+        elif job is None:
             missing.append(run)
             states.append(Progress(run, "submitted"))
-        elif _is_alive(cluster, folder, jobs[name]):
+        elif alive:
             seen = look_at(run)
             states.append(seen if seen.step else replace(seen, state="waiting"))
         else:
-            failed.append(f"{name} (log: {_log(cluster, folder, jobs.pop(name))})")
-    if missing:
-        jobs |= _submit_all(missing, cluster, options, folder, at_once)
-    if missing or failed:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(jobs, indent=1) + "\n", "utf-8")
+            failed.append(f"{job.name} (log: {job.handle(folder).paths.stderr})")
+            del jobs[run.key]
+    try:
+        if missing:
+            jobs |= submit_all(missing)
+    finally:
+        file.write_text(json.dumps({key: asdict(job) for key, job in jobs.items()}, indent=1) + "\n", "utf-8")
     if failed:
         raise DTFError(f"{', '.join(failed)}: ended before it was finished. Start the study again to submit it again.")
     return states
@@ -161,41 +239,23 @@ def submit(
 
 def _submit_all(
     runs: Sequence[PlannedRun], cluster: str, options: Mapping[str, Any], folder: Path, at_once: int | None
-) -> dict[str, str]:
-    """One array of all runs; returns the number of each run's job."""
+) -> dict[str, _Job]:
+    """One array of all runs; returns the job of each run by the run's key."""
     submitit = _submitit()
     try:
         executor = submitit.AutoExecutor(folder=folder / "%j", cluster=cluster, slurm_max_num_timeout=_REQUEUES)
+        executor.update_parameters(name="dtf-compare", slurm_array_parallelism=at_once or len(runs), **options)
+        processes = max(1, options.get("gpus_per_node", 1))
+        with executor.batch():
+            jobs = [executor.submit(TrainJob(run.settings.model_dump_json(), processes)) for run in runs]
+    except submitit.core.utils.FailedJobError as error:
+        raise DTFError(f"--cluster {cluster}: the jobs were refused. {error}") from error
     except RuntimeError as error:
         raise ConfigError(f"--cluster {cluster}: {error}. Start it on a machine that can submit jobs.") from error
-    executor.update_parameters(name="dtf-compare", slurm_array_parallelism=at_once or len(runs), **options)
-    processes = max(1, options.get("gpus_per_node", 1))
-    with executor.batch():
-        jobs = [executor.submit(TrainJob(run.settings.model_dump_json(), processes)) for run in runs]
-    return {run.settings.run.name: job.job_id for run, job in zip(runs, jobs, strict=True)}
-
-
-def _job(cluster: str, folder: Path, number: str) -> Any:
-    submitit = _submitit()
-    return (submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob)(folder=folder / "%j", job_id=number)
-
-
-def _log(cluster: str, folder: Path, number: str) -> Path:
-    return Path(_job(cluster, folder, number).paths.stderr)
-
-
-def _is_alive(cluster: str, folder: Path, number: str) -> bool:
-    """Whether a job waits or runs. The number of a local one is that of its process."""
-    job = _job(cluster, folder, number)
-    if cluster == "slurm":
-        return not str(job.state).startswith(_ENDED)
-    if job.paths.result_pickle.exists():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return {
+        run.key: _Job(run.settings.run.name, cluster, job.job_id, time.time())
+        for run, job in zip(runs, jobs, strict=True)
+    }
 
 
 def _submitit() -> Any:

@@ -5,7 +5,6 @@ several at once are processes of `dtf train`, whose logs lie in `logs/` beside t
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from dtfcli.errors import DTFError
 from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
-from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, list_checkpoints
+from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, SETTINGS_FILE
 from dtfcli.settings import Settings
 from dtfcli.studies.grid import KEY_LENGTH, PlannedRun
 from dtfcli.training.tracking import TrainEvent
@@ -43,7 +42,7 @@ OnProgress = Callable[[Progress], None]
 def folder_of(settings: Settings) -> Path | None:
     """The folder of a study's run, of whatever day, also of another grid; None if it was never started."""
     found = sorted(Path(settings.run.output_dir).expanduser().glob(f"*/*-{settings.run.name[-KEY_LENGTH:]}"))
-    return found[-1] if found else None
+    return max(found, key=lambda folder: (folder / FINAL_MODEL).is_dir(), default=None)
 
 
 def is_finished(run: PlannedRun) -> bool:
@@ -79,12 +78,12 @@ def execute(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgress) 
 
 
 def _started(settings: Settings) -> Path | None:
-    """The folder of a run that can go on; None: it has to begin. A folder without a checkpoint is cleared away."""
+    """The folder of a run that can go on, if only from its beginning; None: it has none.
+
+    Whether another process trains it is for `--resume` to see, which locks it.
+    """
     folder = folder_of(settings)
-    if folder is None or list_checkpoints(folder):
-        return folder
-    shutil.rmtree(folder)
-    return None
+    return folder if folder is not None and (folder / SETTINGS_FILE).is_file() else None
 
 
 def _train_here(run: PlannedRun, on_progress: OnProgress) -> None:

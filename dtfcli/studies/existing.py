@@ -6,7 +6,7 @@ from pathlib import Path
 from dtfcli.errors import ConfigError
 from dtfcli.runs.folder import run_settings
 from dtfcli.settings import Settings
-from dtfcli.studies.grid import Cell, check_equal_terms
+from dtfcli.studies.grid import Cell, check_equal_terms, resolved
 from dtfcli.studies.measure import measure
 from dtfcli.studies.report import Finished
 
@@ -20,18 +20,27 @@ def finished_runs(folders: Sequence[Path]) -> list[Finished]:
         ConfigError: one is named twice, or they differ in more than architecture, capacity and seed.
         CheckpointError: a folder is not a run, or has no final model or validation loss.
     """
-    if len(set(folders)) < len(folders):
+    if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("--from: a run is named twice; name each once.")
     settings = [run_settings(folder) for folder in folders]
     check_equal_terms(settings, _POINTS)
+    cells = [_cell(own) for own in settings]
+    seen: dict[tuple[str, int], Path] = {}
+    for cell, own, folder in zip(cells, settings, folders, strict=True):
+        other = seen.setdefault((cell.name, own.run.seed), folder)
+        if other is not folder:
+            raise ConfigError(f"--from: {other} and {folder} are both {cell.name} with seed {own.run.seed}; name one.")
     return [
-        Finished(_cell(own), own.run.seed, folder, measure(folder))
-        for own, folder in zip(settings, folders, strict=True)
+        Finished(cell, own.run.seed, folder, measure(folder))
+        for cell, own, folder in zip(cells, settings, folders, strict=True)
     ]
 
 
 def _cell(settings: Settings) -> Cell:
-    """The point of a run: its architecture, and its capacity where it has one."""
-    architecture, capacity = settings.model.architecture, settings.model.routing_fields().get("capacity")
-    values = [architecture] if architecture == "dense" or capacity is None else [architecture, f"{capacity:g}"]
+    """The point of a run: its architecture, and its capacity unless it is dense."""
+    values: list[str] = [settings.model.architecture]
+    if values != ["dense"]:
+        capacity = resolved(settings)["model"]["capacity"]
+        shares = capacity if isinstance(capacity, list) else [capacity]
+        values.append(",".join(f"{share:g}" for share in shares))
     return Cell(" ".join(values), dict(zip(_POINTS, values, strict=False)), ())

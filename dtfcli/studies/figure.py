@@ -40,6 +40,13 @@ def _looks(names: Iterable[str]) -> dict[str, _Look]:
 
 def draw_study(report: StudyReport, path: Path) -> None:
     """Draw into a .png file."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # names are no formulas
+        _draw(report, path)
+
+
+def _draw(report: StudyReport, path: Path) -> None:
     from matplotlib.figure import Figure
 
     looks = _looks(row.name for row in report.rows)

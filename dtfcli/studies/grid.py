@@ -186,14 +186,14 @@ def _run(preset: str, cell: Cell, seed: int, output: Path | None) -> PlannedRun:
 
 def settings_key(settings: Settings) -> str:
     """What a finished run is found by: a hash of its settings without name and place."""
-    values = _resolved(settings)
+    values = resolved(settings)
     values["run"] = {key: value for key, value in values["run"].items() if key not in ("name", "output_dir")}
     for group in ("logging", "hub"):
         del values[group]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _resolved(settings: Settings) -> dict[str, Any]:
+def resolved(settings: Settings) -> dict[str, Any]:
     """All values, with the architecture's defaults where nothing is set: both mean the same run."""
     values = settings.model_dump(mode="json")
     defaults = {field.name: field.default for field in fields(RoutingFields)}
@@ -207,16 +207,18 @@ def check_equal_terms(runs: Sequence[Settings], varied: Sequence[str]) -> None:
     Raises:
         ConfigError: names the setting and both values.
     """
-    first = runs[0]
-    a, unread_by_a = _flat(_resolved(first)), unread_keys(first.model_dump(exclude_none=True))
-    for other in runs[1:]:
-        b, unread_by_b = _flat(_resolved(other)), unread_keys(other.model_dump(exclude_none=True))
-        excused = (*varied, *_OWN_KEYS, *unread_by_a, *unread_by_b, "logging", "hub")
-        for key in {**a, **b}:
-            if a.get(key) != b.get(key) and not any(key == name or key.startswith(f"{name}.") for name in excused):
+    excused = (*varied, *_OWN_KEYS, "logging", "hub")
+    first: dict[str, tuple[str, Any]] = {}  # by key: the first run that reads it, and its value
+    for run in runs:
+        unread = (*excused, *unread_keys(run.model_dump(exclude_none=True)))
+        for key, value in _flat(resolved(run)).items():
+            if any(key == name or key.startswith(f"{name}.") for name in unread):
+                continue
+            other, its = first.setdefault(key, (run.run.name, value))
+            if value != its:
                 raise ConfigError(
-                    f"{key}: runs are not on equal terms, {first.run.name} has {show_value(a.get(key))} and "
-                    f"{other.run.name} {show_value(b.get(key))}; make it equal, or vary it with --vary {key}=…"
+                    f"{key}: runs are not on equal terms, {other} has {show_value(its)} and {run.run.name} "
+                    f"{show_value(value)}; make it equal, or vary it with --vary {key}=…"
                 )
 
 

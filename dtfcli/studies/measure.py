@@ -18,11 +18,14 @@ from dtfcli.data.targets import target_labels, token_ids
 from dtfcli.errors import CheckpointError
 from dtfcli.evaluation.validation_text import held_out_rows
 from dtfcli.loading.load import load_model, load_tokenizer
+from dtfcli.models.conversion import to_dense
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE
 from dtfcli.studies.statistics import Losses
 
 _FILE, _ROUTED_FILE = "measured.json", "measured-routed.npz"
+_VERSION = 1
+"""Of what is kept; raise it whenever the meaning or the fields of `Measured` change."""
 
 Curve = list[tuple[int, float]]
 """(step, value)."""
@@ -35,7 +38,7 @@ class Measured:
     Attributes:
         nats, targets, correct: of each held-out document, in order; targets that were the likeliest token are correct.
         routed_share: share of tokens that routed layers took on the held-out text; None for a dense model.
-        flops: of a forward pass, for each token, at that share.
+        flops, dense_flops: of a forward pass, for each token, at that share; and of its own dense backbone.
         curve: causal validation loss during the run.
         share_curve: causal routed share on held-out text during the run; empty for a dense model.
         spread_curve: standard deviation of a router's scores over tokens, mean over layers; empty if it has none.
@@ -47,6 +50,7 @@ class Measured:
     correct: list[int]
     routed_share: float | None
     flops: float
+    dense_flops: float
     curve: Curve
     share_curve: Curve
     spread_curve: Curve
@@ -79,8 +83,8 @@ def measure(run: Path, on_progress: Callable[[float], None] | None = None) -> Me
         CheckpointError: the run has no final model, or no validation loss.
         DataError: its held-out text is not available any more.
     """
-    if (run / _FILE).is_file():
-        return _read(run)
+    if (before := _read(run)) is not None:
+        return before
     if not (run / FINAL_MODEL).is_dir():
         raise CheckpointError(f"{run}: this run has no {FINAL_MODEL}; go on with it by `dtf train --resume {run}`.")
     lines = read_metrics(run / METRICS_FILE)
@@ -99,12 +103,15 @@ def measure(run: Path, on_progress: Callable[[float], None] | None = None) -> Me
     routed = {layer: np.concatenate(parts) for layer, parts in seen.items()}
     shares = {layer: float(selected.mean()) for layer, selected in routed.items()}
     nats, targets, correct = (list(column) for column in zip(*documents, strict=True))
+    if not np.isfinite(nats).all():
+        raise CheckpointError(f"{run}: its validation loss is no number any more; train it with lower learning rates.")
     measured = Measured(
         nats,
         targets,
         correct,
         routed_share=statistics.fmean(shares.values()) if shares else None,
         flops=forward_flops_per_token(model, rows.shape[1], shares=shares or None),
+        dense_flops=forward_flops_per_token(to_dense(model) if shares else model, rows.shape[1]),
         curve=curve,
         share_curve=_curve(lines, "val/routed_share"),
         spread_curve=_spread(lines),
@@ -118,14 +125,21 @@ def _write(run: Path, measured: Measured) -> None:
     """Keep what was measured; the file that `_read` looks for comes last, so that half a measurement is none."""
     layers, selected = list(measured.routed), np.array(list(measured.routed.values()), dtype=bool)
     count = selected.shape[-1]
-    np.savez_compressed(run / _ROUTED_FILE, layers=layers, count=count, packed=np.packbits(selected, axis=-1))
+    with (run / f".{_ROUTED_FILE}.partial").open("wb") as file:
+        np.savez_compressed(file, layers=layers, count=count, packed=np.packbits(selected, axis=-1))
     partial = run / f".{_FILE}.partial"
-    partial.write_text(json.dumps(asdict(replace(measured, routed={}))), "utf-8")
+    partial.write_text(json.dumps({"version": _VERSION, **asdict(replace(measured, routed={}))}), "utf-8")
+    (run / f".{_ROUTED_FILE}.partial").replace(run / _ROUTED_FILE)
     partial.replace(run / _FILE)
 
 
-def _read(run: Path) -> Measured:
+def _read(run: Path) -> Measured | None:
+    """What was measured before; None: nothing, or by another version of this file."""
+    if not (run / _FILE).is_file() or not (run / _ROUTED_FILE).is_file():
+        return None
     values = json.loads((run / _FILE).read_text("utf-8"))
+    if values.pop("version", None) != _VERSION:
+        return None
     for name in ("curve", "share_curve", "spread_curve"):
         values[name] = [tuple(point) for point in values[name]]
     with np.load(run / _ROUTED_FILE) as packed:
@@ -135,14 +149,14 @@ def _read(run: Path) -> Measured:
 
 
 def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
-    return [(int(line["step"]), float(line[name])) for line in lines if name in line]
+    return [(int(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]
 
 
 def _spread(lines: list[dict[str, Any]]) -> Curve:
-    """Mean over layers of the scores' standard deviations."""
+    """Mean over layers of the scores' standard deviations, where they vary at all."""
     found = []
     for line in lines:
-        values = [value for name, value in line.items() if name.endswith("/score_std")]
+        values = [value for name, value in line.items() if name.endswith("/score_std") and value]
         if values:
             found.append((int(line["step"]), statistics.fmean(values)))
     return found

@@ -18,24 +18,29 @@ def pair_up(cells: Sequence[Cell], against: Sequence[str] = ()) -> list[Pair]:
 
     Args:
         cells: different points.
-        against: controls; none: random, else dense, else the first point.
+        against: controls; none: random, for points without one like them dense, then the first point.
 
     Raises:
-        ConfigError: an unknown control, or one that no other point is like.
+        ConfigError: an unknown control, or a point that has none like it.
     """
     pairs: dict[frozenset[str], Pair] = {}
-    for control in against or [_default(cells)]:
-        found = _pairs_of(control, cells)
-        if not found:
-            raise ConfigError(f"--against {control}: no other point is like it in the rest; name one point whole.")
-        for pair in found:
-            pairs.setdefault(frozenset(pair), pair)
+    for control in against or _default(cells):
+        alone = {cell.name for cell in cells} - {name for pair in pairs.values() for name in pair}
+        for pair in _pairs_of(control, cells):
+            if against or alone & {*pair}:
+                pairs.setdefault(frozenset(pair), pair)
+    alone = {cell.name for cell in cells} - {name for pair in pairs.values() for name in pair}
+    if alone:
+        raise ConfigError(
+            f"--against {' '.join(against)}: no control is like {sorted(alone)[0]} in the rest; name a point whole, "
+            f"such as --against '{cells[0].name}'."
+        )
     return list(pairs.values())
 
 
-def _default(cells: Sequence[Cell]) -> str:
+def _default(cells: Sequence[Cell]) -> list[str]:
     values = [value for cell in cells for value in cell.choices.values()]
-    return next((name for name in ("random", "dense") if name in values), cells[0].name)
+    return [*(name for name in ("random", "dense") if name in values), cells[0].name]
 
 
 def _pairs_of(control: str, cells: Sequence[Cell]) -> list[Pair]:

@@ -55,7 +55,7 @@ class Row:
         loss, sd: mean and standard deviation of the causal validation loss, nats per token.
         accuracy, accuracy_sd: the same of the share of held-out tokens that were the likeliest one.
         routed_share: mean; None for dense.
-        flop_ratio: FLOPs of a forward pass over the dense model's, at the realized share.
+        flop_ratio: FLOPs of a forward pass over those of its own dense backbone, at the realized share.
         timing: None where it was not measured.
     """
 
@@ -66,7 +66,7 @@ class Row:
     accuracy: float
     accuracy_sd: float | None
     routed_share: float | None
-    flop_ratio: float | None
+    flop_ratio: float
     timing: Timing | None
 
     @property
@@ -184,9 +184,8 @@ def make_report(
     by_cell: dict[str, list[Finished]] = {}
     for run in runs:
         by_cell.setdefault(run.cell.name, []).append(run)
-    dense = [run.measured.flops for run in runs if run.measured.routed_share is None]
     losses = {cell: {run.seed: run.measured.losses for run in own} for cell, own in by_cell.items()}
-    rows = [_row(cell, own, dense[0] if dense else None, (timings or {}).get(cell)) for cell, own in by_cell.items()]
+    rows = [_row(cell, own, (timings or {}).get(cell)) for cell, own in by_cell.items()]
     return StudyReport(
         title,
         rows,
@@ -203,9 +202,11 @@ def _agreement(by_cell: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
     """Of every two points that route the same layers of the same text, by seed."""
     found = []
     for (first, ours), (second, theirs) in combinations(by_cell.items(), 2):
-        others = {run.seed: run.measured.routed for run in theirs}
+        others = {run.seed: run.measured for run in theirs}
         parts = [
-            agreement_of(first, run.measured.routed, second, others[run.seed]) for run in ours if run.seed in others
+            agreement_of(first, run.measured.routed, second, others[run.seed].routed)
+            for run in ours
+            if run.seed in others and run.measured.targets == others[run.seed].targets
         ]
         overlaps = [overlap for part in parts for overlap in part.layers.values()]
         if overlaps:
@@ -215,11 +216,10 @@ def _agreement(by_cell: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
     return found
 
 
-def _row(cell: str, runs: list[Finished], dense_flops: float | None, timing: Timing | None) -> Row:
+def _row(cell: str, runs: list[Finished], timing: Timing | None) -> Row:
     losses = [run.measured.loss for run in runs]
     correct = [run.measured.accuracy for run in runs]
     shares = [run.measured.routed_share for run in runs if run.measured.routed_share is not None]
-    flops = statistics.fmean(run.measured.flops for run in runs)
     return Row(
         cell,
         len(runs),
@@ -228,6 +228,6 @@ def _row(cell: str, runs: list[Finished], dense_flops: float | None, timing: Tim
         statistics.fmean(correct),
         statistics.stdev(correct) if len(correct) > 1 else None,
         statistics.fmean(shares) if shares else None,
-        None if dense_flops is None else flops / dense_flops,
+        statistics.fmean(run.measured.flops / run.measured.dense_flops for run in runs),
         timing,
     )

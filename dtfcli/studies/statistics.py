@@ -114,6 +114,8 @@ def _difference(
     for seed in seeds:
         if not np.array_equal(ours[seed].targets, theirs[seed].targets):
             raise ConfigError(f"{name} and {control}, seed {seed}: other held-out documents; they cannot be paired.")
+    if sum(len(ours[seed].nats) for seed in seeds) < 2:
+        raise ConfigError(f"{name} and {control}: a single held-out document has no interval; hold out more text.")
     nats = np.concatenate([ours[seed].nats - theirs[seed].nats for seed in seeds])
     targets = np.concatenate([ours[seed].targets for seed in seeds])
     by_seed = np.array([ours[seed].mean - theirs[seed].mean for seed in seeds])
@@ -139,6 +141,8 @@ def t_test(values: NDArray[np.float64]) -> tuple[tuple[float, float], float]:
     """95 % interval of the mean of paired differences, and the two-sided p of its being 0."""
     from scipy import stats
 
+    if not np.ptp(values):  # such as two points that are the same function
+        return (float(values[0]), float(values[0])), 1.0 if values[0] == 0 else 0.0
     result = stats.ttest_1samp(values, 0.0)
     low, high = result.confidence_interval(LEVEL)
     return (float(low), float(high)), float(result.pvalue)
@@ -175,6 +179,8 @@ def _larger_error(by_seed: NDArray[np.float64], error: float) -> float:
     from scipy import stats
 
     larger = max(error, float(stats.sem(by_seed)))
+    if larger == 0:
+        return 1.0 if by_seed.mean() == 0 else 0.0
     return float(2 * stats.norm.sf(abs(by_seed.mean()) / larger))
 
 

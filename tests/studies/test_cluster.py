@@ -2,15 +2,19 @@
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import submitit
 
 from dtfcli.errors import ConfigError
 from dtfcli.runs.files import read_metrics
+from dtfcli.settings import load_settings
+from dtfcli.studies import cluster
 from dtfcli.studies.cluster import parse_options
 from tests.conftest import Outcome
 from tests.studies.test_compare import command
@@ -36,7 +40,7 @@ def test_times(text: str, minutes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "option", "message"),
+    ("where", "option", "message"),
     [
         ("slrm", "", "--cluster slrm: choose from slurm, local"),
         ("slurm", "partition", "write KEY=VALUE"),
@@ -44,11 +48,12 @@ def test_times(text: str, minutes: int) -> None:
         ("slurm", "partitoin=gpu", "Did you mean 'partition'?"),
         ("slurm", "gpus=two", "a whole number"),
         ("slurm", "time=soon", "H:MM:SS"),
+        ("local", "gpus=1", "local jobs have no gpus"),
     ],
 )
-def test_wrong_options(cluster: str, option: str, message: str) -> None:
+def test_wrong_options(where: str, option: str, message: str) -> None:
     with pytest.raises(ConfigError) as found:
-        parse_options(cluster, [option] if option else [])
+        parse_options(where, [option] if option else [])
     assert message in str(found.value)
 
 
@@ -60,10 +65,47 @@ def test_wrong_commands(dtf: Dtf, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (("--cluster-option", "partition=gpu"), "without --cluster nothing reads it"),
         (("--cluster", "slurm", "--cluster-option", "gpus=1", "--cluster-option", "gpus=2"), "named twice"),
         (("--cluster", "slurm"), "Start it on a machine that can submit jobs"),
+        (("--cluster", "local", "--parallel", "2"), "local jobs start at once"),
     ):
         result = dtf(*vary, *arguments)
         assert result.code == 2
         assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("state", "minutes", "alive"),
+    [
+        ("PENDING", 900, True),
+        ("RUNNING", 900, True),
+        ("REQUEUED", 0, True),
+        ("UNKNOWN", 1, True),
+        ("UNKNOWN", 11, False),
+        ("CANCELLED by 1000", 1, False),
+        ("COMPLETED", 1, False),
+        ("NODE_FAIL", 1, False),
+    ],
+)
+def test_what_slurm_says_of_a_job(
+    state: str, minutes: int, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submitit.SlurmJob, "state", state)
+    job = cluster._Job("mod-s1", "slurm", "4567_0", time.time() - 60 * minutes)
+    assert job.is_alive(tmp_path) is alive
+
+
+def test_a_job_stopped_by_sigterm_waits_for_the_signal_to_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm sends SIGTERM to all processes before it preempts a job; submitit's signal comes after it."""
+    waits: list[float] = []
+    monkeypatch.setattr(cluster, "train_command", lambda settings: [sys.executable, "-c", "raise SystemExit(130)"])
+    monkeypatch.setattr(cluster.time, "sleep", waits.append)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    job = cluster.TrainJob(load_settings("quickstart").model_dump_json(), 1)
+    with pytest.raises(RuntimeError, match="exit code 130"):
+        job()
+    assert waits[-1] > 90
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what submitit's local executor does
+    assert job._environment()["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 @pytest.mark.slow
@@ -76,7 +118,7 @@ def test_submitted_left_put_back_and_asked_again(dtf: Dtf, command: list[str]) -
     assert [run["state"] for run in json.loads(first.stdout)["runs"]] == ["submitted", "submitted"]
     assert "Start the same command again" in first.stderr
     jobs = json.loads(Path("study/jobs/jobs.json").read_text())
-    name, number = next(iter(jobs.items()))
+    name, number = (next(iter(jobs.values()))[key] for key in ("name", "number"))
     assert name.startswith("mod")
 
     def metrics() -> list[dict[str, float]]:
@@ -112,16 +154,16 @@ def test_a_job_that_failed_is_named_with_its_log(dtf: Dtf, command: list[str]) -
     failed = dtf(*arguments)
     assert failed.code == 1
     assert "ended before it was finished" in failed.stderr
-    assert all(name in "".join(failed.stderr.split()) for name in jobs)
+    assert all(job["name"] in "".join(failed.stderr.split()) for job in jobs.values())
     again = dtf(*arguments, "--json")
     assert again.code == 0, again.stderr
     assert {run["state"] for run in json.loads(again.stdout)["runs"]} == {"submitted"}
     kill(json.loads(Path("study/jobs/jobs.json").read_text()))
 
 
-def kill(jobs: dict[str, str]) -> None:
-    for number in jobs.values():
-        controller = psutil.Process(int(number))
+def kill(jobs: dict[str, dict[str, str]]) -> None:
+    for job in jobs.values():
+        controller = psutil.Process(int(job["number"]))
         for process in (controller, *controller.children(recursive=True)):
             process.kill()
             process.wait(30)

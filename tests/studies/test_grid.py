@@ -6,7 +6,7 @@ import pytest
 
 from dtfcli.errors import ConfigError
 from dtfcli.settings import load_settings
-from dtfcli.studies.execute import folder_of
+from dtfcli.studies.execute import folder_of, train_command
 from dtfcli.studies.grid import check_equal_terms, parse_axes, parse_seeds, plan_grid, settings_key
 
 AXES = ["model=dtf,mod,dense", "model.capacity=0.25,0.5"]
@@ -44,6 +44,28 @@ def test_a_run_of_another_grid_is_found(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     assert folder_of(same) == folder
     assert folder_of(other[1].settings) is None
+
+
+def test_a_run_that_another_process_may_train_is_not_cleared_away(tmp_path: Path) -> None:
+    run = plan_grid("quickstart", parse_axes(["model=mod,dtf"]), [1], (), tmp_path)[0]
+    folder = tmp_path / "2026-01-31" / run.settings.run.name
+    folder.mkdir(parents=True)
+    assert "--config" in train_command(run.settings), "a folder without settings was never begun"
+    (folder / "settings.toml").write_text("")
+    assert train_command(run.settings)[-2:] == ["--resume", str(folder)]
+    twin = tmp_path / "2026-02-01" / f"other-{run.key[:8]}"
+    twin.mkdir(parents=True)
+    (folder / "final_model").mkdir()
+    assert folder_of(run.settings) == folder, "the finished one, though it is older"
+
+
+def test_equal_terms_hold_between_runs_that_do_read_a_setting() -> None:
+    runs = [
+        load_settings("quickstart", [f"model={name}", *more])
+        for name, more in (("dense", []), ("dtf", []), ("random", ["model.sink_tokens=4"]))
+    ]
+    with pytest.raises(ConfigError, match="sink_tokens"):
+        check_equal_terms(runs, ["model.architecture"])
 
 
 def test_seeds() -> None:

@@ -46,6 +46,13 @@ def test_the_default(names: str, control: str) -> None:
 def test_what_is_no_control_is_refused() -> None:
     with pytest.raises(ConfigError, match="not a point of this study; choose from dtf"):
         pair_up(grid("dtf random", ".25 .5"), ["randm"])
-    lonely = [*grid("dtf", ".5"), *grid("random", ".25")]
-    with pytest.raises(ConfigError, match="no other point is like it"):
+    lonely = [*grid("dtf", ".5 .25"), *grid("random", ".25")]
+    with pytest.raises(ConfigError, match="no control is like dtf"):
         pair_up(lonely, ["random"])
+
+
+def test_without_a_control_like_it_a_point_is_compared_with_dense() -> None:
+    lonely = [*grid("dtf", ".5 .25"), *grid("random", ".25"), *grid("dense")]
+    assert pair_up(lonely) == [("dtf .25", "random .25"), ("dense", "random .25"), ("dtf .5", "dense")]
+    found = pair_up(lonely[:3])
+    assert found == [("dtf .25", "random .25"), ("dtf .25", "dtf .5"), ("random .25", "dtf .5")]

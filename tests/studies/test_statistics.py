@@ -77,6 +77,19 @@ def test_what_cannot_be_paired_is_refused() -> None:
         differences({"control": losses["control"], "other": {0: shorter}}, PAIRS)
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_points_that_are_the_same_function_do_not_differ(seeds: int) -> None:
+    losses = study(np.random.default_rng(4), 0.05, seeds)
+    (found,) = differences({"control": losses["control"], "other": losses["control"]}, PAIRS)
+    assert (found.value, found.p, found.is_found) == (0.0, 1.0, False)
+
+
+def test_a_single_document_is_refused() -> None:
+    one = {0: Losses(np.array([40.0]), np.array([10]))}
+    with pytest.raises(ConfigError, match="a single held-out document has no interval"):
+        differences({"control": one, "other": one}, PAIRS)
+
+
 def test_a_sentence_says_what_follows_with_its_error() -> None:
     (found,) = differences(study(np.random.default_rng(3), 0.08, 3), PAIRS)
     assert found.sentence.startswith(f"other − control: {found.value:+.3f} ± ")
