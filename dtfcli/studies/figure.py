@@ -17,7 +17,7 @@ _INK = "#1d1b18"
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """How a point is drawn."""
 
     family: str
@@ -26,7 +26,8 @@ class _Look:
     marker: str
 
 
-def _looks(names: Iterable[str]) -> dict[str, _Look]:
+def looks_of(names: Iterable[str]) -> dict[str, Look]:
+    """Colors by the first word of each name, lines and markers by the rest."""
     families: dict[str, str] = {}
     rests: dict[str, int] = {}
     looks = {}
@@ -34,43 +35,45 @@ def _looks(names: Iterable[str]) -> dict[str, _Look]:
         family, _, rest = name.partition(" ")
         color = families.setdefault(family, _COLORS[len(families) % len(_COLORS)])
         place = rests.setdefault(rest, len(rests)) if rest else 0
-        looks[name] = _Look(family, color, _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)])
+        looks[name] = Look(family, color, _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)])
     return looks
 
 
 def draw_study(report: StudyReport, path: Path) -> None:
     """Draw into a .png file."""
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):  # names are no formulas
-        _draw(report, path)
-
-
-def _draw(report: StudyReport, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    looks = _looks(row.name for row in report.rows)
-    figure = Figure(figsize=(12, 17), layout="constrained", dpi=110)
-    axes = figure.subplots(4, 2)
-    figure.suptitle(report.title, x=0.01, ha="left", fontweight="bold", fontsize=10, wrap=True)
-    _differences(axes[0][0], report, looks)
-    _curves(axes[0][1], report.curves, looks, "causal val/loss, nats")
+    looks = looks_of(row.name for row in report.rows)
+    first = 1.2 + 0.28 * len(report.differences)
+    figure = Figure(figsize=(12, first + 18), layout="constrained", dpi=100)
+    places: list[Any] = [["differences"] * 2, *(["loss", "loss 2"], ["accuracy", "accuracy 2"], ["curves", "routers"])]
+    axes = figure.subplot_mosaic([*places, ["agreement"] * 2], height_ratios=[first, 4.5, 4.5, 4.5, 4.5])
+    figure.suptitle(_plain(report.title), x=0.01, ha="left", fontweight="bold", fontsize=10, wrap=True)
+    _differences(axes["differences"], report, looks)
     costs = (
         ("FLOPs of a forward pass / dense", lambda row: row.flop_ratio),
         ("measured time of a decoded token / dense", lambda row: row.timing and row.timing.decode),
     )
-    for column, (label, cost) in enumerate(costs):
-        _pareto(axes[1][column], report.rows, looks, label, cost)
-        _pareto(axes[2][column], report.rows, looks, label, cost, accuracy=True)
-    _curves(axes[3][0], report.share_curves, looks, "routed share, held-out text", report.spread_curves)
-    _agreement(axes[3][1], report)
-    for axis in axes.flat[:-1]:
-        axis.grid(alpha=0.25)
-        axis.spines[["top"]].set_visible(False)
+    for (label, cost), number in zip(costs, ("", " 2"), strict=True):
+        draw_pareto(axes[f"loss{number}"], report.rows, looks, label, cost)
+        draw_pareto(axes[f"accuracy{number}"], report.rows, looks, label, cost, accuracy=True)
+    axes["loss"].legend(fontsize=8)
+    _curves(axes["curves"], report.curves, looks, "causal val/loss, nats")
+    _curves(axes["routers"], report.share_curves, looks, "routed share, held-out text", report.spread_curves)
+    _agreement(axes["agreement"], report)
+    for name, axis in axes.items():
+        if name != "agreement":
+            axis.grid(alpha=0.25)
+            axis.spines[["top"]].set_visible(False)
     figure.savefig(path, format="png")
 
 
-def _differences(axis: Any, report: StudyReport, looks: Mapping[str, _Look]) -> None:
+def _plain(name: str) -> str:
+    """A name is no formula."""
+    return name.replace("$", r"\$")
+
+
+def _differences(axis: Any, report: StudyReport, looks: Mapping[str, Look]) -> None:
     for place, difference in enumerate(reversed(report.differences)):
         look = looks[difference.name]
         low, high = difference.by_document
@@ -78,7 +81,7 @@ def _differences(axis: Any, report: StudyReport, looks: Mapping[str, _Look]) -> 
         if difference.by_seed is not None:
             axis.plot(list(difference.by_seed), [place + 0.12] * 2, color=look.color, linewidth=1.5)
         axis.plot([difference.value], [place], look.marker, color=look.color)
-    axis.set_yticks(range(len(report.differences)), [d.title for d in reversed(report.differences)], fontsize=8)
+    axis.set_yticks(range(len(report.differences)), [_plain(d.title) for d in reversed(report.differences)], fontsize=8)
     axis.axvline(0.0, color=_INK, linewidth=1)
     axis.set_xlabel("difference in val/loss, nats (left: better)\nband: 95 % by document, line: 95 % by seed")
 
@@ -86,7 +89,7 @@ def _differences(axis: Any, report: StudyReport, looks: Mapping[str, _Look]) -> 
 def _curves(
     axis: Any,
     curves: Mapping[str, list[Curve]],
-    looks: Mapping[str, _Look],
+    looks: Mapping[str, Look],
     label: str,
     second: Mapping[str, list[Curve]] | None = None,
 ) -> None:
@@ -97,7 +100,7 @@ def _curves(
             look = looks[name]
             for number, curve in enumerate(own):
                 if curve:
-                    text = name if number == 0 and where is axis else None
+                    text = _plain(name) if number == 0 and where is axis else None
                     where.plot(*zip(*curve, strict=True), look.line, color=look.color, linewidth=width, label=text)
     axis.set_xlabel("updates")
     axis.set_ylabel(label)
@@ -108,10 +111,10 @@ def _curves(
         axis.legend(fontsize=7, ncols=2)
 
 
-def _pareto(
+def draw_pareto(
     axis: Any,
     rows: list[Row],
-    looks: Mapping[str, _Look],
+    looks: Mapping[str, Look],
     label: str,
     cost: Callable[[Row], float | None],
     accuracy: bool = False,
@@ -127,8 +130,7 @@ def _pareto(
         if paid is None:
             continue
         lines.setdefault(look.family, []).append((paid, value))
-        axis.errorbar([paid], [value], yerr=sd, fmt=look.marker, color=look.color, capsize=3)
-        axis.annotate(row.name, (paid, value), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        axis.errorbar([paid], [value], yerr=sd, fmt=look.marker, color=look.color, capsize=3, label=_plain(row.name))
     for family, points in lines.items():
         color = next(look.color for look in looks.values() if look.family == family)
         axis.plot(*zip(*sorted(points), strict=True), color=color, linewidth=0.8, alpha=0.6)
@@ -148,5 +150,5 @@ def _agreement(axis: Any, report: StudyReport) -> None:
     for y, row in enumerate(rows):
         for x, cell in enumerate(row[1:]):
             axis.text(x, y, cell, ha="center", va="center", fontsize=7)
-    axis.set_xticks(range(len(rows)), heads[1:], rotation=45, ha="right", fontsize=7)
-    axis.set_yticks(range(len(rows)), heads[1:], fontsize=7)
+    axis.set_xticks(range(len(rows)), [_plain(name) for name in heads[1:]], rotation=30, ha="right", fontsize=7)
+    axis.set_yticks(range(len(rows)), [_plain(name) for name in heads[1:]], fontsize=7)
