@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from dtfcli.models.conversion import convert, load_dense, to_dense
-from tests.tiny import EVERY_ARCHITECTURE, FAMILIES, dense_model, pad, shared_routed_model, tokens
+from tests.tiny import (
+    ARCHITECTURES,
+    CONTROLS,
+    EVERY_ARCHITECTURE,
+    FAMILIES,
+    dense_model,
+    pad,
+    shared_routed_model,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -63,15 +72,15 @@ def test_conversion_shares_tensors_and_leaves_the_dense_model_intact() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-def test_real_model_from_gguf(architecture: str, smollm2_gguf: str) -> None:
+def test_real_model_from_gguf(smollm2_gguf: str) -> None:
     dense = load_dense(smollm2_gguf).eval()
-    routed = convert(dense, architecture, capacity=1.0, gate="straight_through")
     input_ids = torch.arange(400, 464).unsqueeze(0)
     with torch.no_grad():
         theirs = dense(input_ids).logits
-        assert (routed(input_ids).logits - theirs).abs().max() <= 1e-5
-        assert torch.equal(to_dense(routed)(input_ids).logits, theirs)
+        for architecture in (*ARCHITECTURES, *CONTROLS):
+            routed = convert(dense, architecture, capacity=1.0, gate="straight_through")
+            assert (routed(input_ids).logits - theirs).abs().max() <= 1e-5, architecture
+            assert torch.equal(to_dense(routed)(input_ids).logits, theirs), architecture
 
 
 @pytest.mark.parametrize("mode", ["threshold", "topk"])

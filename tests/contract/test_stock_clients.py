@@ -13,7 +13,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import EVERY_ARCHITECTURE, FAMILIES, routed_model, shared_routed_model, tokens
+from tests.tiny import ARCHITECTURES, CONTROLS, EVERY_ARCHITECTURE, FAMILIES, routed_model, shared_routed_model, tokens
 
 TASK = """
 task: letters
@@ -37,15 +37,17 @@ for arguments in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_stock_lm_eval_agrees_with_itself_at_any_batch_size(
-    architecture: str, tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model = routed_model("qwen2", architecture)
-    model.config.eos_token_id = 25
-    model.save_pretrained(tmp_path / "model")
+    """All architectures in one process of lm_eval, which takes long to import."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer.backend_tokenizer, eos_token="z")
-    tokenizer.save_pretrained(tmp_path / "model")
+    models: dict[str, Any] = {}
+    for architecture in (*ARCHITECTURES, *CONTROLS):
+        models[architecture] = routed_model("qwen2", architecture)
+        models[architecture].config.eos_token_id = 25
+        models[architecture].save_pretrained(tmp_path / architecture)
+        tokenizer.save_pretrained(tmp_path / architecture)
     generator = torch.Generator().manual_seed(3)
     lines = []
     for n in range(24):  # questions of all lengths: in batches the harness pads them, and passes no mask
@@ -61,26 +63,31 @@ def test_stock_lm_eval_agrees_with_itself_at_any_batch_size(
         "HF_HUB_OFFLINE": "1",
     }
 
-    def arguments(batch_size: int) -> list[str]:
-        given = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'},trust_remote_code=True"]
-        given += ["--tasks", "letters", "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--log_samples"]
-        return [*given, "--batch_size", str(batch_size), "--output_path", str(tmp_path / f"batch-{batch_size}")]
+    def output(architecture: str, batch_size: int) -> Path:
+        return tmp_path / f"{architecture}-batch-{batch_size}"
 
-    def scores(batch_size: int) -> list[list[float]]:
-        (samples,) = (tmp_path / f"batch-{batch_size}").rglob("samples_letters_*.jsonl")
+    def arguments(architecture: str, batch_size: int) -> list[str]:
+        given = ["--model", "hf", "--model_args", f"pretrained={tmp_path / architecture},trust_remote_code=True"]
+        given += ["--tasks", "letters", "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--log_samples"]
+        return [*given, "--batch_size", str(batch_size), "--output_path", str(output(architecture, batch_size))]
+
+    def scores(architecture: str, batch_size: int) -> list[list[float]]:
+        (samples,) = output(architecture, batch_size).rglob("samples_letters_*.jsonl")
         rows: list[Any] = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
         return [[float(answer[0][0]) for answer in row["resps"]] for row in rows]
 
-    command = [sys.executable, "-c", STOCK, json.dumps([arguments(1), arguments(8)])]
+    runs = [arguments(architecture, batch_size) for architecture in models for batch_size in (1, 8)]
+    command = [sys.executable, "-c", STOCK, json.dumps(runs)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    one, eight = scores(1), scores(8)
-    assert len(one) == 24
-    torch.testing.assert_close(torch.tensor(one), torch.tensor(eight), atol=1e-4, rtol=0)
     row = tokenizer(json.loads(lines[5])["question"] + " c", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        expected = model(row).logits[0, -2].log_softmax(0)[row[0, -1]]
-    assert one[5][1] == pytest.approx(float(expected), abs=1e-4)
+    for architecture, model in models.items():
+        one, eight = scores(architecture, 1), scores(architecture, 8)
+        assert len(one) == 24
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(eight), atol=1e-4, rtol=0)
+        with torch.no_grad():
+            expected = model(row).logits[0, -2].log_softmax(0)[row[0, -1]]
+        assert one[5][1] == pytest.approx(float(expected), abs=1e-4)
 
 
 @pytest.mark.slow

@@ -65,7 +65,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrainResu
         pytest.param("mod", "fsdp2", marks=pytest.mark.slow),
         pytest.param("dense", "ddp", marks=pytest.mark.slow),
         pytest.param("dense", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("layerdrop", "ddp", marks=pytest.mark.slow),
         pytest.param("layerdrop", "fsdp2", marks=pytest.mark.slow),
     ],
 )
