@@ -45,7 +45,7 @@ def test_the_interval_by_document_covers_the_ratio() -> None:
 def test_planted_differences_and_nulls(seeds: int, request: pytest.FixtureRequest) -> None:
     found = dict.fromkeys((0.0, 0.05), 0)
     request.addfinalizer(gc.unfreeze)
-    gc.freeze()  # statsmodels collects garbage in each call, which takes 0.3 s in a process full of other tests' objects
+    gc.freeze()  # statsmodels collects garbage in each call: 0.3 s in a process full of other tests' objects
     for effect in found:
         for number in range(100):
             losses = study(np.random.default_rng([seeds, number, int(effect > 0)]), effect, seeds, 250)
