@@ -29,7 +29,15 @@ Vary = Annotated[
         "--vary", metavar="KEY=A,B,…", help="An axis of the grid; may be given several times.", show_default=False
     ),
 ]
-Seeds = Annotated[str, typer.Option("--seeds", metavar="N|A,B,…", help="Seeds of each point: their number, or a list.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds",
+        metavar="N|A,B,…",
+        help="Seeds of each point: their number, or a list. Default: 3.",
+        show_default=False,
+    ),
+]
 Plan = Annotated[bool, typer.Option("--plan", help="Show the runs, their tokens, time and disk, and stop.")]
 Parallel = Annotated[
     int | None,
@@ -75,7 +83,7 @@ NoBench = Annotated[bool, typer.Option("--no-bench", help="Do not measure the ti
 def compare(
     arguments: Arguments = None,
     vary: Vary = None,
-    seeds: Seeds = "3",
+    seeds: Seeds = None,
     plan: Plan = False,
     parallel: Parallel = None,
     cluster: Cluster = None,
@@ -104,16 +112,16 @@ def compare(
     from dtfcli.studies.pairs import pair_up
 
     if from_runs:
-        if vary or arguments or cluster or cluster_option or plan or parallel:
+        if vary or arguments or cluster or cluster_option or plan or parallel or seeds:
             raise ConfigError(
-                "--from: reports on runs that exist; leave PRESET, settings, --vary, --plan, --parallel and --cluster "
-                "out."
+                "--from: reports on runs that exist; leave PRESET, settings, --vary, --seeds, --plan, --parallel "
+                "and --cluster out."
             )
         report = _report_on(from_runs, against, no_bench)
         output.mkdir(parents=True, exist_ok=True)
     else:
         jobs = _jobs(cluster, cluster_option)
-        runs = _grid(arguments, vary, seeds, output)
+        runs = _grid(arguments, vary, seeds or "3", output)
         pair_up(_different(run.cell for run in runs), against or ())
         if plan:
             compare_view.show_plan(runs, json)
