@@ -24,7 +24,7 @@ from dtfcli.loading.adapters import read_adapter_config
 from dtfcli.loading.base_configs import BASE_CONFIGS
 from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weights
 from dtfcli.loading.paths import resolve_model_path
-from dtfcli.models.configuration_fields import UNREAD
+from dtfcli.models.configuration_fields import unread_fields
 from dtfcli.models.conversion import convert, routed_config
 from dtfcli.models.families import FAMILIES
 from dtfcli.settings import Settings
@@ -78,7 +78,8 @@ def build_comparison(settings: Settings, *, dtype: torch.dtype = torch.float32) 
         for architecture in dict.fromkeys(["dtf", "mod", settings.model.architecture]):
             if architecture == "dense":
                 continue
-            chosen = {name: value for name, value in fields.items() if name not in UNREAD[architecture]}
+            unread = unread_fields({**fields, "architecture": architecture})
+            chosen = {name: value for name, value in fields.items() if name not in unread}
             try:
                 models[architecture] = convert(dense, architecture, **chosen)
             except ValueError as error:

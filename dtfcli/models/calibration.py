@@ -61,7 +61,9 @@ def calibrate_columns(stack: Any, batches: Sequence[Mapping[str, Tensor]], colum
         for index in range(first, last + 1):
             layer = stack.layers[index]
             if isinstance(layer, RoutedLayerMixin):
-                scores = [layer.rank(p.hidden_states, p.surprises, p.frame)[0] for p in passes]
+                scores = [
+                    layer.rank(layer.reach(p.hidden_states, **p.layer_inputs), p.surprises, p.frame)[0] for p in passes
+                ]
                 layer.router.table(mode)[column] = share_threshold(
                     _pool(scores),
                     layer.router.capacity if column == 0 else CAPACITY_GRID[column - 1],

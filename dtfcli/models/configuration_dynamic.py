@@ -5,7 +5,13 @@ from dataclasses import fields
 from transformers import LlamaConfig, Qwen2Config
 from transformers.configuration_utils import strict
 
-from .configuration_fields import RoutingFields, check_routing_fields, kept_layers, resolve_routed_layers
+from .configuration_fields import (
+    RoutingFields,
+    by_surprise,
+    check_routing_fields,
+    kept_layers,
+    resolve_routed_layers,
+)
 from .stock import StockConfig
 
 
@@ -32,9 +38,24 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
         return self.predictor_loss_weight > 0
 
     @property
+    def by_surprise(self) -> bool:
+        """Whether decision layers below the routed ones measure surprise."""
+        return by_surprise(vars(self))
+
+    @property
+    def predicts_cost(self) -> bool:
+        """Whether routers estimate what skipping costs."""
+        return self.architecture == "dtf" and not self.by_surprise
+
+    @property
+    def has_forecast(self) -> bool:
+        """Whether tokens that skip a layer take a forecast of its update."""
+        return self.bypass == "forecast"
+
+    @property
     def keeps_every_key(self) -> bool:
         """Whether routed layers offer the keys and values of all tokens, routed or not."""
-        return self.kv_tokens == "all" and self.architecture != "layerdrop"
+        return self.routed_part == "mlp" or (self.kv_tokens == "all" and self.architecture != "layerdrop")
 
     def layer_capacities(self, capacity: float | list[float] | None = None) -> dict[int, float]:
         """γ of each routed layer, by its index; layerdrop's is 1 (kept) or 0 (left out).

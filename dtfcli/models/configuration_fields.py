@@ -17,8 +17,13 @@ CAUSAL_MODES = ("threshold", "predictor")
 GATES = ("straight_through", "soft")
 MOD_GATES = ("sigmoid", "raw")
 KV_TOKENS = ("routed", "all")
+PARTS = ("block", "mlp", "attention")
+BYPASSES = ("identity", "forecast")
+SCORES = ("surprise", "update_size", "forecast_error")
+BUDGETS = ("layer", "model")
+SURPRISE_SCALES = ("raw", "running")
 
-DTF_ONLY = (
+SURPRISE_ONLY = (
     "prior_factor",
     "prior_dropout",
     "prior_input_gradient",
@@ -29,18 +34,13 @@ DTF_ONLY = (
     "m_cu_init",
     "beta_ce_init",
     "beta_cu_init",
+    "surprise_scale",
 )
+"""What only routing by surprise reads."""
 ROUTER_LOSSES = ("router_aux_loss_weight", "router_z_loss_weight")
 BY_TOKEN = ("sink_tokens", "kv_tokens", "gate", "mod_gate", "predictor_loss_weight")
 """What only architectures that choose tokens read; layerdrop keeps or leaves out whole layers."""
-
-UNREAD: dict[str, tuple[str, ...]] = {
-    "dtf": ("mod_gate", *ROUTER_LOSSES, "layer_order"),
-    "mod": (*DTF_ONLY, "layer_order"),
-    "random": (*DTF_ONLY, *ROUTER_LOSSES, "layer_order"),
-    "layerdrop": (*DTF_ONLY, *ROUTER_LOSSES, *BY_TOKEN),
-}
-"""The fields that an architecture does not read."""
+FORECAST = ("forecast_factor", "forecast_loss_weight")
 
 Number = float | int
 
@@ -94,6 +94,35 @@ class RoutingFields:
         "spread",
         "Which routed layers layerdrop keeps: 'spread' (evenly), or all routed layers, the most important first.",
     )
+    routed_part: str = _option(
+        "block", "What of a routed layer only some tokens enter: the whole block, its mlp or its attention."
+    )
+    bypass: str = _option(
+        "identity",
+        "What tokens that skip take instead: nothing (identity), or the update that a small network forecasts.",
+    )
+    forecast_factor: Number = _option(0.25, "Width of the forecast's network as a share of the hidden size.")
+    forecast_loss_weight: Number = _option(
+        1.0, "Weight of the forecast's relative squared error, mean over routed layers; 0: the language model alone."
+    )
+    score: str = _option(
+        "surprise",
+        "What DTF ranks tokens by: surprise (the thesis), or a learned estimate of what skipping loses: the size of "
+        "the update (update_size), or how far the forecast is from it (forecast_error).",
+    )
+    explore: Number = _option(
+        0.0,
+        "Share of the tokens that skip whose update is computed all the same while training, without gradient: score "
+        "and forecast learn from it.",
+    )
+    budget: str = _option(
+        "layer",
+        "What γ is the share of: each layer's tokens, or those of the whole model, under one threshold for all layers "
+        "(update_size and forecast_error).",
+    )
+    surprise_scale: str = _option(
+        "raw", "Unit of DTF's surprise: raw, or running: its moving average, whatever the model's scale."
+    )
     mod_gate: str = _option("sigmoid", "MoD's gate: sigmoid (of the score) or raw (the score itself).")
     router_aux_loss_weight: Number = _option(0.0, "Weight of MoD's cross-entropy against its own top-K mask.")
     router_z_loss_weight: Number = _option(0.0, "Weight of MoD's mean squared score.")
@@ -101,6 +130,41 @@ class RoutingFields:
         0.0,
         "Above 0: a small network in each routed layer learns to predict its top-K mask (MoD paper: 0.01).",
     )
+
+
+def by_surprise(values: Mapping[str, Any]) -> bool:
+    """Whether tokens are chosen by surprise, which takes a decision layer below each routed one."""
+    return values.get("architecture") in (None, "dtf") and values.get("score") in (None, "surprise")
+
+
+def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
+    """The fields that a model of these values does not read, each with the reason.
+
+    Args:
+        values: field name → value, the architecture among them; absent or None: the default.
+    """
+    architecture = values.get("architecture") or "dtf"
+    reason = f"model.architecture is {architecture}"
+    dtf, layers = architecture == "dtf", architecture == "layerdrop"
+    unread: dict[str, str] = {}
+    if not dtf:
+        unread |= dict.fromkeys((*SURPRISE_ONLY, "score", "budget"), reason)
+    elif not by_surprise(values):
+        unread |= dict.fromkeys((*SURPRISE_ONLY, "gate"), f"model.score is {values['score']}")
+    else:
+        unread["budget"] = "model.score is surprise, whose unit differs from layer to layer"
+    if architecture != "mod":
+        unread |= dict.fromkeys(ROUTER_LOSSES, reason)
+    if architecture not in ("mod", "random"):
+        unread["mod_gate"] = reason
+    unread |= dict.fromkeys(BY_TOKEN, reason) if layers else {"layer_order": reason}
+    if values.get("routed_part") == "mlp":
+        unread.setdefault("kv_tokens", "model.routed_part is mlp: attention is dense")
+    if values.get("bypass") != "forecast":
+        unread |= dict.fromkeys(FORECAST, "model.bypass is identity")
+        if not dtf or by_surprise(values):
+            unread["explore"] = "nothing learns from it without a forecast or a score that predicts"
+    return unread
 
 
 def resolve_routed_layers(routed_layers: str | list[int], dense_edges: int, num_layers: int) -> list[int]:
@@ -139,6 +203,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate": _one_of(GATES),
     "mod_gate": _one_of(MOD_GATES),
     "kv_tokens": _one_of(KV_TOKENS),
+    "routed_part": _one_of(PARTS),
+    "bypass": _one_of(BYPASSES),
+    "score": _one_of(SCORES),
+    "budget": _one_of(BUDGETS),
+    "surprise_scale": _one_of(SURPRISE_SCALES),
+    "explore": ((lambda value: 0.0 <= value <= 1.0), "must be a share from 0 to 1"),
+    "forecast_factor": ((lambda value: 0.0 < value <= 8.0), "must be above 0, at most 8"),
+    "forecast_loss_weight": _COUNT,
     "capacity": (
         lambda value: bool(_shares(value)) and all(0.0 < share <= 1.0 for share in _shares(value)),
         "the share of tokens a routed layer processes lies above 0 and at most at 1",
@@ -192,6 +264,18 @@ def check_routing_fields(values: Mapping[str, Any], num_layers: int | None = Non
         chosen["routing"],
         "needs a predictor: set predictor_loss_weight above 0 (such as 0.01), or choose threshold",
     )
+    _require(
+        chosen["score"] != "forecast_error" or chosen["bypass"] == "forecast" or set(values) == {"score"},
+        "score",
+        chosen["score"],
+        "there is no forecast; set bypass = 'forecast', or score = 'update_size', which needs none",
+    )
+    _require(
+        chosen["budget"] == "layer" or chosen["score"] != "surprise" or set(values) == {"budget"},
+        "budget",
+        chosen["budget"],
+        "one threshold needs scores of one unit in all layers: set score = 'update_size' or 'forecast_error'",
+    )
     if num_layers is not None:
         _check_layers(chosen, num_layers)
 
@@ -211,7 +295,7 @@ def _check_layers(chosen: Mapping[str, Any], num_layers: int) -> None:
     )
     neighbors = 0 in layers or set(layers) & {i + 1 for i in layers}
     _require(
-        chosen["architecture"] != "dtf" or not neighbors,
+        not by_surprise(chosen) or not neighbors,
         "routed_layers",
         routed,
         "a DTF router needs a dense decision layer right below it: leave out layer 0 and neighbors",

@@ -93,14 +93,15 @@ class StoredKeys(OwnKeys):
 
 
 class EveryKey(OwnKeys):
-    """Routed tokens attend to every real token of their row up to themselves.
+    """Routed tokens attend to every real token of their row up to themselves, or to some and to themselves.
 
     Args:
         keys, values: [B, H, S, E], of all positions seen so far.
+        offered: bool [B, S], whose keys are offered to others; None: those of all real tokens.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, offered: Tensor | None = None) -> None:
+        self.keys, self.values, self.offered = keys, values, offered
 
     @property
     def as_cache(self) -> "EveryKey":
@@ -109,22 +110,24 @@ class EveryKey(OwnKeys):
     def of_rows(self, rows: list[int], slots: Slots) -> "EveryKey":
         if slots.rows is None:
             return self
-        return EveryKey(self.keys.index_select(0, slots.rows), self.values.index_select(0, slots.rows))
+        keys, values = (part.index_select(0, slots.rows) for part in (self.keys, self.values))
+        return EveryKey(keys, values, None if self.offered is None else self.offered.index_select(0, slots.rows))
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Called by the attention; the slots' own keys are among those that are here already."""
         return self.keys, self.values
 
     def visible(self, slots: Slots, frame: Any) -> Tensor | None:
-        tokens = frame.shape[1]
+        tokens, offered = frame.shape[1], self.offered
         every_token = slots.routed is None and slots.position.shape[1] == tokens
-        if frame.seen is None and every_token and (frame.past == 0 or tokens == 1):
+        if offered is None and frame.seen is None and every_token and (frame.past == 0 or tokens == 1):
             return None  # each sees all keys up to its own
         at = (slots.position + frame.past).unsqueeze(-1)
         positions = torch.arange(self.keys.shape[2], device=at.device)
         visible = positions <= at
-        if frame.seen is not None:
-            seen = frame.seen if slots.rows is None else frame.seen.index_select(0, slots.rows)
+        if offered is None and frame.seen is not None:
+            offered = frame.seen if slots.rows is None else frame.seen.index_select(0, slots.rows)
+        if offered is not None:
             # A free slot may hold padding: it sees itself, lest its softmax be empty and its gradient NaN.
-            visible = visible & (seen.unsqueeze(1) | (positions == at))
+            visible = visible & (offered.unsqueeze(1) | (positions == at))
         return visible.unsqueeze(1)

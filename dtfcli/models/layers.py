@@ -2,8 +2,9 @@
 
 Both are subclasses of the stock decoder layer, so that the backbone keeps its parameter names:
 
-    decision layer   dense block, then PriorFFN: hands D_st, D_ch upwards (DTF)
-    routed layer     router → slots → block on the routed tokens → gated update
+    decision layer   dense block, then PriorFFN: hands D_st, D_ch upwards (DTF by surprise)
+    routed layer     router → slots → block, MLP or attention on the routed tokens → gated update;
+                     tokens that skip pass by, or take a forecast of the update
 
 Layers return flat tuples of tensors, hidden states first: gradient checkpointing runs a forward twice, so nothing may
 be recorded on the side.
@@ -17,10 +18,19 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cache import CACHE_NAME
 from .keys import EveryKey, OwnKeys, StoredKeys
-from .routers import ROUTERS, Predictor, PriorFFN, RoutingFrame
-from .routing import Scores, Surprise, gated_update, select_threshold, select_topk, surprise, topk_capacity
+from .learning import Known, Lesson, learn
+from .routers import Forecast, Predictor, PriorFFN, RoutingFrame, router_of
+from .routing import (
+    Scores,
+    gated_update,
+    select_explored,
+    select_threshold,
+    select_topk,
+    topk_capacity,
+)
 from .slots import Slots, assign_group, assign_slots, every_slot, gather_tokens, row_groups, scatter_tokens
 from .stock import StockLayer
+from .surprise import Surprise, surprise
 
 
 class RoutedOutput(NamedTuple):
@@ -41,6 +51,25 @@ class RoutedOutput(NamedTuple):
     """float32 [B, T], the criteria (DTF)."""
     predictor_logits: Tensor | None
     """float32 [B, T], while a predictor trains or routes."""
+    weight: Tensor | None = None
+    """float32 [B, T], while training with a forecast or a score that predicts: 0 where the update is not known; for
+    explored tokens, how many others each stands for."""
+    cost: Tensor | None = None
+    """float32 [B, T], what skipping would have lost, where it is known: what the score has to predict."""
+    miss: Tensor | None = None
+    """float32 [B, T], relative squared error of the forecast, where it is known."""
+
+
+class Inside(NamedTuple):
+    """What the routed part of a layer works on."""
+
+    hidden_states: Tensor
+    """[B, T, D], of all tokens."""
+    keys: OwnKeys
+    """Whom the tokens attend to that enter."""
+    position_embeddings: tuple[Tensor, Tensor]
+    more: dict[str, Any]
+    """What else the stock attention takes."""
 
 
 class DecisionLayerMixin(StockLayer):
@@ -48,7 +77,7 @@ class DecisionLayerMixin(StockLayer):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.prior = PriorFFN(config)
+        self.prior = PriorFFN(config, config.prior_factor, config.prior_dropout)
         self.prior_input_gradient = config.prior_input_gradient
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Surprise:
@@ -59,14 +88,16 @@ class DecisionLayerMixin(StockLayer):
 
 
 class RoutedLayerMixin(StockLayer):
-    """A decoder layer that only some tokens enter."""
+    """A decoder layer, or a part of one, that only some tokens enter."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.by_surprise = config.architecture == "dtf"  # not by the router's class: peft may have wrapped it
-        self.router = ROUTERS[config.architecture](config, layer_idx)
+        self.part = config.routed_part
+        self.by_surprise = config.by_surprise  # not by the router's class: peft may have wrapped it
+        self.router = router_of(config, layer_idx)
+        self.forecast_prior = Forecast(config, config.forecast_factor) if config.has_forecast else None
         self.predictor = Predictor(config) if config.has_predictor else None
 
     def score(
@@ -140,6 +171,18 @@ class RoutedLayerMixin(StockLayer):
         rows_together = row_groups(counts)
         return [(rows, assign_group(selected, rows, [counts[row] for row in rows])) for rows in rows_together], counts
 
+    def attend(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """The attention half of the block, [B, T, D] → [B, T, D]."""
+        return hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+
+    def feed(self, hidden_states: Tensor) -> Tensor:
+        """The MLP half of the block, [B, T, D] → [B, T, D]."""
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def reach(self, hidden_states: Tensor, **layer_inputs: Any) -> Tensor:
+        """What enters the routed part, [B, T, D]: before an MLP that is routed alone, attention is dense."""
+        return self.attend(hidden_states, **layer_inputs) if self.part == "mlp" else hidden_states
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -155,53 +198,116 @@ class RoutedLayerMixin(StockLayer):
 
         Args:
             hidden_states: [B, T, D].
-            surprises: D_st, D_ch of the decision layer below, float32 [B, T] (DTF); none (MoD).
+            surprises: D_st, D_ch of the decision layer below, float32 [B, T] (DTF by surprise); else none.
             frame: mode, padding and sinks of this pass.
             capacity: γ of this layer in this pass.
             position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
-            attention_mask, position_ids: unused; the slots have their own.
+            attention_mask: for attention that is not routed; the slots have their own.
+            position_ids: unused.
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
         """
         cache = kwargs.pop(CACHE_NAME, None)
         store = None if cache is None else cache.layers[self.layer_idx]
-        ranked, scores, logits = self.rank(hidden_states, surprises, frame, store)
+        dense = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, CACHE_NAME: cache}
+        x = self.reach(hidden_states, **dense, **kwargs)
+        ranked, scores, logits = self.rank(x, surprises, frame, store)
         selected, threshold = self.select(ranked, frame, capacity)
         groups, counts = self.groups(selected, frame, capacity)
-        all_keys = self._keys(hidden_states, position_embeddings, selected, counts, store)
+        inside = Inside(x, self._keys(x, position_embeddings, selected, counts, store), position_embeddings, kwargs)
+        updated = skipped = self.skip(x, selected, counts)
+        known = []
         for rows, slots in groups:
-            x_RKD = gather_tokens(hidden_states, slots)
-            keys = all_keys.of_rows(rows, slots)
-            cos, sin = (gather_tokens(part, slots) for part in position_embeddings)
-            processed = super().forward(
-                x_RKD,
-                attention_mask=keys.mask(x_RKD, slots, frame, self.config),
-                position_embeddings=(cos, sin),
-                **{CACHE_NAME: keys.as_cache},
-                **kwargs,
-            )
+            x_RKD, processed = self._processed(rows, slots, inside, frame)
             gate_RK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
-            updated = gated_update(x_RKD, processed, gate_RK, self.config.gate)
+            skipped_RKD = x_RKD if skipped is x else gather_tokens(skipped, slots)
+            y_RKD = gated_update(skipped_RKD, processed, gate_RK, self.config.gate)
             if slots.routed is not None:
-                updated = torch.where(slots.routed.unsqueeze(-1), updated, x_RKD)
-            hidden_states = scatter_tokens(hidden_states, slots, updated)
-        return RoutedOutput(hidden_states, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits)
+                y_RKD = torch.where(slots.routed.unsqueeze(-1), y_RKD, skipped_RKD)
+            updated = scatter_tokens(updated, slots, y_RKD)
+            known.append(Known(slots, x_RKD, processed))
+        learnt = self._learn(known, selected, inside, frame, capacity) if self.learns else Lesson(None, None, None)
+        if self.part == "attention":
+            updated = self.feed(updated)
+        return RoutedOutput(
+            updated, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits, *learnt
+        )
+
+    def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:
+        """What tokens are that do not enter: x, or x + f(x) with a forecast; [B, T, D].
+
+        Args:
+            x: [B, T, D].
+            selected: bool [B, T]; what they are here is overwritten.
+            counts: selected tokens of each row; empty if nobody has looked.
+        """
+        if self.forecast_prior is None or sum(counts) == selected.numel():
+            return x
+        if self.training or not counts:
+            return x + self.forecast_prior(x).masked_fill(selected.unsqueeze(-1), 0.0)
+        flat = x.flatten(0, 1)
+        at = torch.nonzero_static(~selected.flatten(), size=selected.numel() - sum(counts)).squeeze(1)
+        skipping = flat.index_select(0, at)
+        return flat.index_copy(0, at, (skipping + self.forecast_prior(skipping)).to(x.dtype)).view_as(x)
+
+    def _processed(self, rows: list[int], slots: Slots, inside: Inside, frame: RoutingFrame) -> tuple[Tensor, Tensor]:
+        """What the tokens of some slots are before and after the routed part, [R, K, D] each."""
+        x_RKD = gather_tokens(inside.hidden_states, slots)
+        if self.part == "mlp":
+            return x_RKD, self.feed(x_RKD)
+        keys = inside.keys.of_rows(rows, slots)
+        cos, sin = (gather_tokens(part, slots) for part in inside.position_embeddings)
+        process = super().forward if self.part == "block" else self.attend
+        return x_RKD, process(
+            x_RKD,
+            attention_mask=keys.mask(x_RKD, slots, frame, self.config),
+            position_embeddings=(cos, sin),
+            **{CACHE_NAME: keys.as_cache},
+            **inside.more,
+        )
+
+    @property
+    def learns(self) -> bool:
+        """Whether this pass compares updates with the forecast, or their cost with the score."""
+        return self.training and (self.config.has_forecast or self.config.predicts_cost)
+
+    def _learn(
+        self, known: list[Known], selected: Tensor, inside: Inside, frame: RoutingFrame, capacity: float
+    ) -> Lesson:
+        """What the updates say that are known: those of the tokens that entered, and of some that are explored."""
+        weight, tokens = selected.float(), frame.shape[1]
+        count = round(self.config.explore * (tokens - topk_capacity(capacity, tokens)))
+        if frame.noise is not None and count:
+            explored, stands_for = select_explored(frame.noise, selected, count, frame.real, frame.sinks)
+            known = [*known, self._look(assign_slots(explored, count), selected, inside, frame)]
+            weight = torch.where(explored, stands_for, weight)
+        if frame.sinks is not None:
+            weight = weight.masked_fill(frame.sinks, 0.0)
+        return learn(known, inside.hidden_states, weight, self.forecast_prior, self.config)
+
+    @torch.no_grad()
+    def _look(self, slots: Slots, selected: Tensor, inside: Inside, frame: RoutingFrame) -> Known:
+        """The update of tokens that skip, as if each of them alone had entered besides those that do."""
+        if self.part != "mlp" and not self.config.keeps_every_key:
+            keys = self._all_keys(inside.hidden_states, inside.position_embeddings)
+            inside = inside._replace(keys=EveryKey(*keys, selected))
+        return Known(slots, *self._processed([], slots, inside, frame))
+
+    def _all_keys(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, [B, H, T, E] each."""
+        attention, normed = self.self_attn, self.input_layernorm(x)
+        shape = (*normed.shape[:-1], -1, attention.head_dim)
+        keys = attention.k_proj(normed).view(shape).transpose(1, 2)
+        values = attention.v_proj(normed).view(shape).transpose(1, 2)
+        return apply_rotary_pos_emb(keys, keys, *position_embeddings)[1], values
 
     def _keys(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        selected: Tensor,
-        counts: list[int],
-        store: Any,
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], selected: Tensor, counts: list[int], store: Any
     ) -> OwnKeys:
         """Whose keys and values the routed tokens attend to; what the cache keeps is kept here."""
+        if self.part == "mlp":
+            return OwnKeys()
         if self.config.keeps_every_key:
-            attention = self.self_attn
-            normed = self.input_layernorm(hidden_states)
-            shape = (*normed.shape[:-1], -1, attention.head_dim)
-            keys = attention.k_proj(normed).view(shape).transpose(1, 2)
-            values = attention.v_proj(normed).view(shape).transpose(1, 2)
-            _, keys = apply_rotary_pos_emb(keys, keys, *position_embeddings)
+            keys, values = self._all_keys(x, position_embeddings)
             return EveryKey(*((keys, values) if store is None else store.update(keys, values)))
         if store is None:
             return OwnKeys()

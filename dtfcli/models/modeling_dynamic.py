@@ -4,23 +4,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import LlamaForCausalLM, LlamaModel, Qwen2ForCausalLM, Qwen2Model
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from .auxiliary import auxiliary_losses
 from .cache import CACHE_NAME, RoutedCache
 from .calibration import calibrate_columns
 from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import CAUSAL_MODES, ROUTING_MODES
 from .layers import DecisionLayerMixin, RoutedLayerMixin
 from .losses import causal_lm_loss, embedded_with_head
-from .outputs import RoutedCausalLMOutput, RoutedModelOutput, RoutingRecord
+from .outputs import RoutedCausalLMOutput, RoutedModelOutput
 from .routers import CAPACITY_GRID
-from .routing import masked_mean
 from .stack import DynamicModelMixin, DynamicPreTrainedMixin
 from .stock import StockLM
 
@@ -101,47 +99,16 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
     ) -> dict[str, Tensor | None]:
         """The language-model loss, the auxiliary ones, and as "loss" what training minimizes: their weighted sum."""
         assert outputs.last_hidden_state is not None
-        loss = lm_loss = causal_lm_loss(outputs.last_hidden_state, head, labels, num_items_in_batch)
-        prior_loss, router_loss = self._auxiliary_losses(outputs, labels, num_items_in_batch)
-        if self.training and prior_loss is not None:
-            loss = loss + self.config.prior_loss_weight * prior_loss
-        if self.training and router_loss is not None:
-            loss = loss + router_loss
-        return {"loss": loss, "lm_loss": lm_loss, "prior_loss": prior_loss, "router_loss": router_loss}
-
-    def _auxiliary_losses(
-        self, outputs: RoutedModelOutput, labels: Tensor, num_items_in_batch: Tensor | float | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Prior loss (3.5), unweighted; losses of MoD's router and of predictors, weighted and summed; None: none."""
-        share: Any = 1.0
-        if num_items_in_batch is not None:
-            share = (labels[:, 1:] != -100).sum() / num_items_in_batch
-        prior_loss = router_loss = None
-        if outputs.prior_errors:
-            counted = outputs.real
-            if outputs.sinks is not None:
-                counted = ~outputs.sinks if counted is None else counted & ~outputs.sinks
-            errors = [masked_mean(error, counted) for error in outputs.prior_errors]
-            prior_loss = torch.stack(errors).mean() * share
-        records = outputs.routing or ()
-        terms = [term for record in records for term in self._router_terms(record, outputs.real)]
-        if terms:
-            router_loss = torch.stack(terms).sum() / len(records) * share
-        return prior_loss, router_loss
-
-    def _router_terms(self, record: RoutingRecord, real: Tensor | None) -> list[Tensor]:
-        """Weighted losses of one routed layer: MoD's score against its own mask and for its size, the predictor's."""
-        config, mask = self.config, record.selected.float()
-        terms = []
-        if config.architecture == "mod" and config.router_aux_loss_weight:
-            against_mask = binary_cross_entropy_with_logits(record.scores, mask, reduction="none")
-            terms.append(config.router_aux_loss_weight * masked_mean(against_mask, real))
-        if config.architecture == "mod" and config.router_z_loss_weight:
-            terms.append(config.router_z_loss_weight * masked_mean(record.scores.square(), real))
-        if record.predictor_logits is not None:
-            guessed = binary_cross_entropy_with_logits(record.predictor_logits, mask, reduction="none")
-            terms.append(config.predictor_loss_weight * masked_mean(guessed, real))
-        return terms
+        lm_loss = causal_lm_loss(outputs.last_hidden_state, head, labels, num_items_in_batch)
+        share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+        beside = auxiliary_losses(self.config, outputs, share)
+        return {
+            "loss": beside.added_to(lm_loss, self.config) if self.training else lm_loss,
+            "lm_loss": lm_loss,
+            "prior_loss": beside.prior,
+            "router_loss": beside.router,
+            "forecast_loss": beside.forecast,
+        }
 
     @property
     def routing(self) -> str:

@@ -23,6 +23,11 @@ class RoutingRecord:
         static_surprise, change_surprise: float32 [B, T], D_st and D_ch (DTF).
         s_ce, s_cu: float32 [B, T], the two criteria after their sigmoids (DTF).
         predictor_logits: float32 [B, T], while training a predictor or routing by it.
+        weight: float32 [B, T], while training a forecast or a score that predicts: what each token counts in what they
+            learn from; 0 where its update is not known.
+        cost: float32 [B, T], what skipping loses, where it is known: ln(‖Δ‖² / D) or, against the forecast f,
+            ln(‖Δ − f‖² / D); relative to ‖x‖² / D with `budget` "model".
+        miss: float32 [B, T], ‖Δ − f‖² / ‖Δ‖², where it is known.
     """
 
     layer: int
@@ -35,6 +40,9 @@ class RoutingRecord:
     s_ce: Tensor | None = None
     s_cu: Tensor | None = None
     predictor_logits: Tensor | None = None
+    weight: Tensor | None = None
+    cost: Tensor | None = None
+    miss: Tensor | None = None
 
 
 @dataclass
@@ -70,7 +78,9 @@ class RoutedCausalLMOutput(ModelOutput):
         loss: what is minimized: `lm_loss` plus the weighted auxiliary losses while training, `lm_loss` in eval.
         lm_loss: mean next-token cross-entropy, nats.
         prior_loss: mean prior error over real tokens without sinks and over decision layers, unweighted (DTF).
-        router_loss: auxiliary losses of MoD's router and of the predictor, weighted and summed.
+        router_loss: what routers learn from besides the language model: auxiliary losses of MoD's, the squared error of
+            predicted costs, the predictor's; weighted and summed.
+        forecast_loss: relative squared error of the forecasts, mean over tokens and routed layers, unweighted.
         logits: [B, T, V]; None while training with labels, where they are never held whole.
         routing: a `RoutingRecord` for each routed layer, when `output_routing` asks for it.
     """
@@ -86,4 +96,5 @@ class RoutedCausalLMOutput(ModelOutput):
     lm_loss: Tensor | None = None
     prior_loss: Tensor | None = None
     router_loss: Tensor | None = None
+    forecast_loss: Tensor | None = None
     routing: tuple[RoutingRecord, ...] | None = None

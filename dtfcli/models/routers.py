@@ -13,17 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .routing import (
-    Recent,
-    Scalars,
-    Scores,
-    dtf_scores,
-    mean_square,
-    mod_scores,
-    moving_average,
-    recent_tokens,
-    sink_mask,
-)
+from .routing import Scores, cost_scores, mean_square, mod_scores, sink_mask
+from .surprise import Recent, Scalars, dtf_scores, moving_average, recent_tokens
 
 CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
 """γ for which calibration measures thresholds; others are interpolated."""
@@ -47,6 +38,7 @@ class RoutingFrame:
         column: the threshold column to use instead of the capacity's (calibration).
         thresholds: of each routed layer, where they must not be the router's own; None: they are.
         chosen: who enters, bool [B, T], in layers whose router is not to choose (as many of each row in `topk`).
+        noise: uniform numbers [B, T] that draw the tokens to explore; None: none are.
     """
 
     config: Any
@@ -59,6 +51,7 @@ class RoutingFrame:
     column: int | None = None
     thresholds: Mapping[int, Tensor] | None = None
     chosen: Mapping[int, Tensor] | None = None
+    noise: Tensor | None = None
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -93,29 +86,31 @@ class RoutingFrame:
     def prepare(self) -> None:
         """Compute now what layers will ask for: compiled ones cannot enter `cached_property`'s lock (Python 3.11)."""
         _ = self.real, self.sinks
-        if self.config.architecture == "dtf":
+        if self.config.by_surprise:
             _ = self.recent
 
 
 class PriorFFN(nn.Module):
-    """prior − x = W_out(silu(W_gate n) · W_up n), n = x / RMS(x) (3.1–3.3): a cheap guess at the decision layer.
+    """W_out(silu(W_gate n) · W_up n), n = x / RMS(x): a cheap guess at the update that a block gives a token (3.1–3.3).
 
     Width ⌈D·f⌉ rounded up to an even number, at least 2; no biases. W_gate and W_up are the halves of one matrix, and
     n has no weight of its own, which would only scale the columns of that matrix: in decoding a small operation costs
     as much as a small matrix.
+
+    In a decision layer prior = x + guess. In a routed layer, as `Forecast`, the tokens that skip take x + guess.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, factor: float, dropout: float = 0.0) -> None:
         super().__init__()
-        width = ceil(config.hidden_size * config.prior_factor)
+        width = ceil(config.hidden_size * factor)
         width = max(2, width + width % 2)
         self.eps = config.rms_norm_eps
         self.w_in = nn.Linear(config.hidden_size, 2 * width, bias=False)
         self.w_out = nn.Linear(width, config.hidden_size, bias=False)
-        self.dropout = config.prior_dropout
+        self.dropout = dropout
 
     def forward(self, original: Tensor) -> Tensor:
-        """[B, T, D] → prior − original, [B, T, D]."""
+        """[B, T, D] → guess, [B, T, D]."""
         # 1 / RMS(x), a number for each token, goes behind the matrix: the normalized states are never formed.
         square = mean_square(original, keepdim=True)
         scale = torch.rsqrt(square + self.eps)
@@ -125,6 +120,13 @@ class PriorFFN(nn.Module):
         if self.training and self.dropout:
             change = nn.functional.dropout(change, self.dropout)
         return change
+
+
+class Forecast(PriorFFN):
+    """The prior of a routed layer's own update. It starts at zero: conversion changes nothing."""
+
+    def reset_parameters(self) -> None:
+        self.w_out.weight.zero_()
 
 
 class Predictor(nn.Module):
@@ -241,7 +243,8 @@ class PredictiveRouter(Router):
     def forward(self, static: Tensor, change: Tensor, history: Tensor, frame: RoutingFrame) -> Scores:
         """D_st, D_ch of the new tokens: float32 [B, T]; D_st of the row up to them: float32 [B, S + T]."""
         of = Scalars(self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
-        return dtf_scores(static, change, moving_average(history, frame.recent), of)
+        average = moving_average(history, frame.recent)
+        return dtf_scores(static, change, average, of, self.config.surprise_scale)
 
     def scalars(self) -> dict[str, float]:
         """The four scalars of the paper, for reports."""
@@ -269,6 +272,25 @@ class LinearRouter(Router):
     def forward(self, hidden_states: Tensor) -> Scores:
         """[B, T, D] → scores [B, T]."""
         return mod_scores(hidden_states, self.weight, self.gate_kind)
+
+
+class CostRouter(Router):
+    """DTF by a learned estimate of what skipping costs: a linear regression on the normalized hidden state."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.std, self.eps = config.initializer_range, config.rms_norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(1, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight.normal_(0.0, self.std)
+        self.bias.zero_()
+
+    def forward(self, hidden_states: Tensor) -> Scores:
+        """[B, T, D] → scores [B, T]."""
+        return cost_scores(hidden_states, self.weight, self.bias, self.eps)
 
 
 class RandomRouter(Router):
@@ -313,3 +335,10 @@ ROUTERS: dict[str, type[Router]] = {
     "layerdrop": LayerSwitch,
 }
 """By architecture."""
+
+
+def router_of(config: Any, layer_idx: int) -> Router:
+    """The router of a layer: by architecture, and for DTF by what its score is."""
+    if config.predicts_cost:
+        return CostRouter(config, layer_idx)
+    return ROUTERS[config.architecture](config, layer_idx)

@@ -1,20 +1,22 @@
 """What routing computes: pure functions on tensors, each next to its equation.
 
-Equation numbers (3.x) are those of the MSc thesis "Dynamic Transformers" (Wieser, UCL 2025); Mixture-of-Depths is
-arXiv 2404.02258. `routing_naive` holds the same as loops over tokens, which is what the tests compare with.
-
 The idea, for one routed layer: every token has a score that depends on nothing after it. The tokens with the highest
 scores (`topk`, while training) or with a score above a calibrated threshold (`threshold`, causal) are gathered, pass
-through the backbone's own block among themselves, and are scattered back; the others stay as they are.
+through the backbone's own block among themselves, and are scattered back. The others skip it: they stay as they are,
+or take what a small network forecasts the block would have added.
 
-Shape suffixes: B rows, T tokens of a row, K slots for routed tokens, D hidden size. All surprise arithmetic is float32.
+What should the score be? What skipping costs, and that can be learned: `cost_scores` estimates it from the token alone,
+trained on the updates of tokens that enter. The thesis scores by `surprise` (a file of its own), Mixture-of-Depths
+(arXiv 2404.02258) by a linear function that follows the language model's gradient (`mod_scores`).
+
+`routing_naive` holds the same as loops over tokens, which is what the tests compare with. Shape suffixes: B rows, T
+tokens of a row, K slots for routed tokens, D hidden size. Scores are float32.
 """
 
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,93 +26,10 @@ class Scores(NamedTuple):
     score: Tensor
     """What is ranked and compared with thresholds; strictly increasing in the gate."""
     gate: Tensor
-    """G (DTF) or σ(r), or r itself (MoD): scales the residual update."""
+    """G (surprise) or σ(r), or r itself (MoD), or 1: scales the residual update."""
     s_ce: Tensor | None = None
     s_cu: Tensor | None = None
     """The two criteria after their sigmoids (DTF)."""
-
-
-class Surprise(NamedTuple):
-    """What a decision layer says about each token; float32 [B, T] each but the first."""
-
-    posterior: Tensor
-    """[B, T, D], as it was given: passed on in its stead, it has one gradient instead of two that are added."""
-    static: Tensor
-    """D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token."""
-    change: Tensor
-    """D_ch = ‖posterior − prior‖² / D (3.7): how far the cheap prediction of that change was off."""
-    prior_error: Tensor
-    """‖prior − stop_grad(posterior)‖² / D (3.4): the value of D_ch, but no gradient reaches the posterior."""
-
-
-_SLICE_ELEMENTS = 2**16
-"""Hidden states whose surprise a CPU computes at once: 256 KiB in float32, so that all steps stay in its cache."""
-
-
-class _Surprise(torch.autograd.Function):
-    """All in one pass over the tokens; the prior itself is never formed, nor anything saved.
-
-    As separate expressions they cost eight float32 copies of the hidden states, and four more sums on the way back.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(original, posterior, guess)
-        ctx.through_original = through_original
-        static, change = _static_and_change(original, posterior, guess)
-        return posterior.view_as(posterior), static, change, change.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_posterior: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        results = [torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
-        to_original, to_posterior, to_guess = (None if x is None else _tokens(x) for x in results)
-        original, posterior, guess = map(_tokens, inputs)
-        static, change, error = (grad.reshape(-1, 1) * (2 / original.shape[-1]) for grad in grads)
-        for at in _slices(inputs[0]):
-            step = _difference(posterior[at], original[at])
-            miss = step - guess[at]
-            step.mul_(static[at])
-            if to_posterior is not None:
-                to_posterior[at] = torch.addcmul(step, miss, change[at]).add_(_tokens(grad_posterior)[at])
-            miss.mul_(-(change[at] + error[at]))
-            if to_guess is not None:
-                to_guess[at] = miss
-            if to_original is not None:
-                to_original[at] = miss.sub_(step) if ctx.through_original else step.neg_()
-        return *results, None
-
-
-def _static_and_change(original: Tensor, posterior: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-    """D_st (3.6) and D_ch (3.7), float32 [B, T] each, a slice of the tokens at a time."""
-    static, change = (original.new_empty(original.shape[:-1], dtype=torch.float32) for _ in range(2))
-    for at in _slices(original):
-        step = _difference(_tokens(posterior)[at], _tokens(original)[at])
-        static.view(-1)[at] = mean_square(step)
-        change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]))
-    return static, change
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B, T, D] → [B · T, D]."""
-    return x.flatten(0, -2)
-
-
-def _slices(x: Tensor) -> list[slice]:
-    """Slices of the tokens of [B, T, D]: all at once, or on a CPU as many as its cache holds."""
-    tokens, size = x.shape[:-1].numel(), x.shape[-1]
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(0, tokens)]
-    few = max(1, _SLICE_ELEMENTS // size)
-    return [slice(start, start + few) for start in range(0, tokens, few)]
-
-
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """The difference a − b in float32, without copies where one of them is float32 already."""
-    return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
 
 
 def mean_square(x: Tensor, keepdim: bool = False) -> Tensor:
@@ -118,100 +37,38 @@ def mean_square(x: Tensor, keepdim: bool = False) -> Tensor:
     return x.float().square().mean(-1, keepdim=keepdim)
 
 
-def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool = True) -> Surprise:
-    """Static surprise, change surprise and prior error of each token; the prior is original + guess (3.1).
+_TINY = 1e-9
+"""Added to mean squares before the logarithm: a token without any update costs ln 1e-9."""
+
+
+def log_size(x: Tensor) -> Tensor:
+    """ln(‖x‖² / D) of each token: [B, T, D] → float32 [B, T]. The unit of what skipping costs."""
+    return (mean_square(x) + _TINY).log()
+
+
+def cost_scores(hidden_states: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Scores:
+    """An estimate of what a token loses by skipping, ŝ = w · x / RMS(x) + b; the gate is 1.
+
+    A linear regression of ln(‖Δ‖² / D), Δ being the update that is skipped, or with a forecast f of ln(‖Δ − f‖² / D).
+    It learns from these alone: x carries no gradient.
 
     Args:
-        original, posterior, guess: [B, T, D], any float dtype.
-        through_original: whether gradients of the prior reach `original`, or stop at the guess.
+        hidden_states: what enters the routed part, [B, T, D].
+        weight, bias: float32 [D] and [1].
+        eps: added to the mean square.
     """
-    if torch.is_grad_enabled():
-        return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
-    static, change = _static_and_change(original, posterior, guess)
-    # A tensor of its own: reentrant checkpointing runs this first, and one object twice would have one gradient.
-    return Surprise(posterior, static, change, change.view_as(change))
+    x = hidden_states.detach()
+    score = (x.float() @ weight) * torch.rsqrt(mean_square(x) + eps) + bias
+    return Scores(score, torch.ones_like(score))
 
 
-class Recent(NamedTuple):
-    """Which earlier tokens the moving average of each new token runs over; the same for all layers of a pass."""
-
-    position: Tensor
-    """int64 [B, T, W], newest first; where fewer than W tokens count so far, the rest repeat the oldest."""
-    weight: Tensor
-    """float32 [B, T, W], one over their number; 0 for repeats."""
-
-
-def recent_tokens(counted: Tensor, window: int, past: int = 0) -> Recent:
-    """The last `window` counted tokens at or before each new token.
+def forecast_miss(update: Tensor, forecast: Tensor) -> Tensor:
+    """‖Δ − f‖² / ‖Δ‖² of each token, float32 [B, T]: 1 without any forecast, 0 for a perfect one, whatever the scale.
 
     Args:
-        counted: bool [B, S + T]; padding (and sinks, if they are left out) are False.
-        window: length in counted tokens.
-        past: S, how many of the positions came in earlier passes.
+        update, forecast: Δ and f, [B, T, D]; Δ carries no gradient.
     """
-    rows, tokens = counted.shape
-    window = min(window, tokens)
-    seen_BT = counted.long().cumsum(1)
-    positions_BT = torch.arange(tokens, device=counted.device).expand(rows, tokens)
-    # The position of the n-th counted token; what does not count goes to a place that is never read.
-    place_BT = torch.where(counted, seen_BT - 1, tokens)
-    nth_BT = positions_BT.new_zeros(rows, tokens + 1).scatter(1, place_BT, positions_BT)
-    rank_BTW = seen_BT[:, past:, None] - 1 - torch.arange(window, device=counted.device)
-    exists_BTW = rank_BTW >= 0
-    position_BTW = nth_BT.gather(1, rank_BTW.clamp(min=0).flatten(1)).view_as(rank_BTW)
-    return Recent(position_BTW, exists_BTW / exists_BTW.sum(-1, keepdim=True).clamp(min=1))
-
-
-def moving_average(values: Tensor, recent: Recent | slice) -> Tensor:
-    """MA in (3.9): the mean of the last counted values at or before each new token, without gradient.
-
-    Each window is summed afresh. A difference of running sums would lose the small values that follow the massive
-    first one (position 0 of a pretrained model).
-
-    Args:
-        values: float32 [B, S + T], of the cached positions and the new ones.
-        recent: from `recent_tokens`; for a single new token without padding, the run of positions.
-
-    Returns:
-        float32 [B, T]; 0 where nothing has been counted yet.
-    """
-    if isinstance(recent, slice):
-        return values.detach()[:, recent].mean(1, keepdim=True)
-    windows_BTW = values.detach().gather(1, recent.position.flatten(1)).view_as(recent.position)
-    return torch.linalg.vecdot(windows_BTW, recent.weight)
-
-
-class Scalars(NamedTuple):
-    """The four learnable scalars of a layer's router; float32 [1], o_ce and m_cu positive."""
-
-    o_ce: Tensor
-    """Offset of the expected change (3.8)."""
-    m_cu: Tensor
-    """Multiplier of the moving average (3.9)."""
-    beta_ce: Tensor
-    """Sharpness of S_CE, before softplus (3.10)."""
-    beta_cu: Tensor
-    """Sharpness of S_CU, before softplus (3.11)."""
-
-
-def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Scalars) -> Scores:
-    """Surprise → gate, token by token.
-
-    CE = D_st − (D_ch − ln(o_ce + 1e-10)) (3.8): the change that the prior saw coming.
-    CU = D_st − m_cu · MA(D_st) (3.9): change out of proportion to the recent past.
-    S = σ(softplus(β) · C) for each (3.10, 3.11); G = S_CE + S_CU − S_CE · S_CU (3.12), their probabilistic "or".
-    G saturates in float32, so the ranked score is −ln(1 − G) = softplus(a) + softplus(b), where a and b are the
-    arguments of the two sigmoids: the same order without ties.
-
-    Args:
-        static, change, average: D_st, D_ch, MA(D_st); float32 [B, T].
-        of: the layer's scalars.
-    """
-    expected = static - (change - torch.log(of.o_ce + 1e-10))
-    unexpected = static - of.m_cu * average
-    a, b = F.softplus(of.beta_ce) * expected, F.softplus(of.beta_cu) * unexpected
-    s_ce, s_cu = torch.sigmoid(a), torch.sigmoid(b)
-    return Scores(F.softplus(a) + F.softplus(b), s_ce + s_cu - s_ce * s_cu, s_ce, s_cu)
+    return mean_square(update.detach().float() - forecast.float()) / (mean_square(update.detach()) + _TINY)
 
 
 def mod_scores(hidden_states: Tensor, weight: Tensor, kind: str = "sigmoid") -> Scores:
@@ -293,6 +150,28 @@ def select_threshold(
     return chosen if real is None else chosen & real
 
 
+def select_explored(
+    noise: Tensor, selected: Tensor, count: int, real: Tensor | None = None, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Skipping tokens at random, whose update is looked at: without them only tokens that score high are learned from.
+
+    Args:
+        noise: uniform in [0, 1), [B, T].
+        selected: bool [B, T], who enters.
+        count: how many of each row, at most.
+        real, sinks: as in `select_topk`.
+
+    Returns:
+        bool [B, T]; and float32 [B, 1], how many skipping tokens each of them stands for.
+    """
+    skipping = ~selected if real is None else ~selected & real
+    if sinks is not None:
+        skipping = skipping & ~sinks
+    drawn = noise.masked_fill(~skipping, -1.0).topk(min(count, noise.shape[1]), dim=1).indices
+    explored = torch.zeros_like(selected).scatter(1, drawn, True) & skipping
+    return explored, skipping.sum(1, keepdim=True) / explored.sum(1, keepdim=True).clamp(min=1)
+
+
 def share_threshold(scores: Tensor, capacity: float, real: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
     """The threshold that routes the share γ of the real tokens of these rows together, sinks counted in.
 
@@ -322,37 +201,38 @@ def share_threshold(scores: Tensor, capacity: float, real: Tensor | None = None,
 
 
 class _StraightThrough(torch.autograd.Function):
-    """processed, with the gradient that gate · (processed − hidden_states) sends to the gate."""
+    """processed, with the gradient that gate · (processed − skipped) sends to the gate."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, processed: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_states, processed)
+    def forward(ctx: Any, skipped: Tensor, processed: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(skipped, processed)
         return processed.view_as(processed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        hidden_states, processed = ctx.saved_tensors
-        return None, grad, (processed - hidden_states).mul_(grad).sum(-1, dtype=torch.float32)
+        skipped, processed = ctx.saved_tensors
+        return None, grad, (processed - skipped).mul_(grad).sum(-1, dtype=torch.float32)
 
 
-def gated_update(hidden_states: Tensor, processed: Tensor, gate: Tensor, kind: str) -> Tensor:
-    """hidden_states + gate · (processed − hidden_states).
+def gated_update(skipped: Tensor, processed: Tensor, gate: Tensor, kind: str) -> Tensor:
+    """The sum skipped + gate · (processed − skipped): from what a token is without the block to what it is with it.
 
     "straight_through" has the value of gate 1 and the gradient of the soft gate. It starts from `processed`
     itself, because x + (block(x) − x) is not block(x) in floating point.
 
     Args:
-        hidden_states, processed: x and block(x), [B, K, D].
+        skipped, processed: x (or x + f(x) with a forecast) and block(x), [B, K, D].
         gate: float32 [B, K].
         kind: "soft" or "straight_through".
     """
     if kind == "straight_through":
-        return _StraightThrough.apply(hidden_states, processed, gate) if gate.requires_grad else processed
-    return hidden_states + gate.unsqueeze(-1).to(processed.dtype) * (processed - hidden_states)
+        return _StraightThrough.apply(skipped, processed, gate) if gate.requires_grad else processed
+    return skipped + gate.unsqueeze(-1).to(processed.dtype) * (processed - skipped)
 
 
 def masked_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Mean of [B, T] values over the counted tokens; 0 when there are none."""
+    """Mean of [B, T] values over the counted tokens, or weighted by float32 [B, T]; 0 when none counts."""
     if counted is None:
         return values.mean()
-    return (values * counted).sum() / counted.sum().clamp(min=1)
+    total = counted.sum()
+    return (values * counted).sum() / (total.clamp(min=1) if counted.dtype == torch.bool else total.clamp(min=_TINY))

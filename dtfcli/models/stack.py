@@ -23,7 +23,7 @@ from .calibration import track_thresholds
 from .configuration_fields import CAUSAL_MODES
 from .layers import DecisionLayerMixin, RoutedLayerMixin, RoutedOutput
 from .outputs import RoutedModelOutput, RoutingRecord
-from .routers import Router, RoutingFrame
+from .routers import Forecast, Router, RoutingFrame
 from .stock import StockModel, StockStack
 
 ADDED_NAMES = ("router", "prior", "predictor")
@@ -43,7 +43,7 @@ class DynamicPreTrainedMixin(StockModel):
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Router):
+        if isinstance(module, (Router, Forecast)):
             module.reset_parameters()
 
     @classmethod
@@ -110,7 +110,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         super().__init__(config)
         for index in config.routed_layer_indices:
             self.layers[index] = self.routed_layer_class(config, index)
-            if config.architecture == "dtf":
+            if config.by_surprise:
                 self.layers[index - 1] = self.decision_layer_class(config, index - 1)
         self.routed = tuple(config.routed_layer_indices)
         self.training_mode = "topk"
@@ -204,6 +204,11 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         """The routing mode of the next pass."""
         return self.training_mode if self.training else self.config.routing
 
+    @property
+    def explores(self) -> bool:
+        """Whether training looks at tokens that skip."""
+        return self.config.explore > 0 and (self.config.has_forecast or self.config.predicts_cost)
+
     def capacities(self) -> Mapping[int, float]:
         """γ of each routed layer in the next pass."""
         if self.training and self.training_capacities is not None:
@@ -244,6 +249,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
                 seen=seen,
                 past=past,
                 thresholds=thresholds,
+                noise=torch.rand(batch, tokens, device=device) if self.training and self.explores else None,
             ),
             layer_inputs={
                 # By place: Transformers 5.24 renamed the cache's argument.
@@ -273,6 +279,9 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
                     s_ce=out.s_ce,
                     s_cu=out.s_cu,
                     predictor_logits=out.predictor_logits,
+                    weight=out.weight,
+                    cost=out.cost,
+                    miss=out.miss,
                 )
             )
         elif isinstance(layer, DecisionLayerMixin):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
         self_attn: Any
         input_layernorm: nn.Module
+        post_attention_layernorm: nn.Module
+        mlp: nn.Module
 
         def __init__(self, config: Any, layer_idx: int) -> None: ...
 

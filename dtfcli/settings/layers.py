@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dtfcli.models.configuration_fields import UNREAD, RoutingFields
+from dtfcli.models.configuration_fields import RoutingFields, by_surprise, unread_fields
 from dtfcli.settings import describe
 from dtfcli.settings.overrides import environment_name, lookup, merge, parse_environment, parse_overrides, remove
 from dtfcli.settings.presets import preset_names, read_preset, read_toml
@@ -37,15 +37,20 @@ _TOKEN_KEYS = ("training.calibration_tokens", "training.threshold_fraction")
 _NO_ROUTER = {"random": _ROUTER_KEYS, "layerdrop": (*_ROUTER_KEYS, *_TOKEN_KEYS)}
 
 
-def _not_read_by(architecture: str) -> list[str]:
-    """The keys of settings that an architecture does not read."""
+def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
+    """The keys that are not read because of `model.*`, each with the reason."""
+    architecture = model.get("architecture") or "dtf"
     if architecture == "dense":
-        routing = [f"model.{name}" for name in ROUTING_NAMES]
-        rates = ["training.learning_rates.prior", "training.capacity_schedule"]
-        return [*routing, *rates, *_ROUTER_KEYS, *_TOKEN_KEYS]
-    fields = [f"model.{name}" for name in UNREAD.get(architecture, ())]
-    prior = [] if architecture == "dtf" else ["training.learning_rates.prior"]
-    return [*fields, *prior, *_NO_ROUTER.get(architecture, ())]
+        names = [f"model.{name}" for name in ROUTING_NAMES]
+        rates = [f"training.learning_rates.{name}" for name in ("prior", "forecast")]
+        keys = [*names, *rates, "training.capacity_schedule", *_ROUTER_KEYS, *_TOKEN_KEYS]
+        return dict.fromkeys(keys, "model.architecture is dense")
+    unread = {f"model.{name}": reason for name, reason in unread_fields(model).items()}
+    if not by_surprise(model):
+        unread["training.learning_rates.prior"] = unread["model.prior_factor"]
+    if model.get("bypass") != "forecast":
+        unread["training.learning_rates.forecast"] = "model.bypass is identity"
+    return unread | dict.fromkeys(_NO_ROUTER.get(architecture, ()), f"model.architecture is {architecture}")
 
 
 def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
@@ -54,15 +59,12 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     Settings typed by the user that end up here are refused, those of a preset give way (so that `dtf train
     quickstart model=mod` works), and `Settings.to_toml` leaves them out.
     """
-    architecture = lookup(values, "model.architecture") or "dtf"
     base = lookup(values, "model.base")
     steps = lookup(values, "training.max_steps")
     unread: dict[str, str] = {}
     if not lookup(values, "model.predictor_loss_weight"):
         unread["training.learning_rates.predictor"] = "model.predictor_loss_weight is 0"
-
-    unread |= dict.fromkeys(_not_read_by(str(architecture)), f"model.architecture is {architecture}")
-
+    unread |= _unread_of_model(lookup(values, "model") or {})
     if base:
         unread["model.scratch"] = f"the model starts from model.base = {base}"
     else:

@@ -35,8 +35,9 @@ class LearningRates(Group):
     """`training.learning_rates.*`: the peak rate of each group of parameters."""
 
     base: Rate = Field(1e-5, description="The backbone.")
-    prior: Rate = Field(1e-3, description="PriorFFN (dtf).")
-    router: Rate = Field(1e-2, description="Routers: DTF's four scalars, MoD's linear score.")
+    prior: Rate = Field(1e-3, description="PriorFFN of decision layers (dtf by surprise).")
+    forecast: Rate = Field(1e-2, description="Forecasts of routed layers (model.bypass = forecast).")
+    router: Rate = Field(1e-2, description="Routers: DTF's four scalars or its estimate of costs, MoD's linear score.")
     predictor: Rate = Field(1e-3, description="Routing predictors (model.predictor_loss_weight).")
 
 

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule: four groups of parameters, one factor per step.
+"""Optimizer and learning-rate schedule: five groups of parameters, one factor per step.
 
 Choices: a group is known by its parameters' names, so that a checkpoint needs no list of its own; only matrices are
 decayed; the schedule is a pure function of the step, so that resuming needs no state.
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-GROUPS = ("base", "prior", "router", "predictor")
+GROUPS = ("base", "prior", "forecast", "router", "predictor")
 
 
 def group_of(parameter_name: str) -> str:
-    """The learning-rate group of a parameter: predictor, router or prior by name, else base (the backbone)."""
-    return next((group for group in ("predictor", "router", "prior") if group in parameter_name), "base")
+    """The learning-rate group of a parameter: what its name says, else base (the backbone)."""
+    return next((group for group in ("predictor", "router", "forecast", "prior") if group in parameter_name), "base")
 
 
 def parameter_groups(

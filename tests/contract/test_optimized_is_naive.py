@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtfcli.models import routing, routing_naive
+from dtfcli.models import routing, routing_naive, surprise
 from dtfcli.models.conversion import convert
 from dtfcli.models.losses import causal_lm_loss, embedded_with_head, reference_causal_lm_loss
 from dtfcli.models.slots import (
@@ -35,7 +35,7 @@ def test_surprise(data: st.DataObject, dtype: torch.dtype, through_original: boo
     weight_st, weight_ch, weight_error = (torch.randn(mask.shape) for _ in range(3))
     original, posterior, guess = states
     weight_passed = torch.randn(*mask.shape, 6)
-    passed, static, change, error = routing.surprise(original, posterior, guess, through_original)
+    passed, static, change, error = surprise.surprise(original, posterior, guess, through_original)
     assert torch.equal(passed, posterior)
     prior = (original if through_original else original.detach()).float() + guess.float()
     parts = [original, posterior, prior]
@@ -91,13 +91,13 @@ def test_moving_average(data: st.DataObject, window: int, skip: int, spike: floa
     values[:, 0] *= spike  # as at position 0 of a pretrained model
     sinks = routing.sink_mask(mask, skip, mask.shape, mask.device)
     counted = mask if sinks is None else mask & ~sinks
-    ours = routing.moving_average(values, routing.recent_tokens(counted, window))
+    ours = surprise.moving_average(values, surprise.recent_tokens(counted, window))
     for b, places_b in enumerate(places):
         naive = routing_naive.moving_average([values[b, t] for t in places_b], window, skip)
         for t, expected in zip(places_b, naive, strict=True):
             torch.testing.assert_close(ours[b, t], expected)
     for past in range(mask.shape[1]):  # as chunks of any length see it
-        later = routing.moving_average(values, routing.recent_tokens(counted, window, past))
+        later = surprise.moving_average(values, surprise.recent_tokens(counted, window, past))
         torch.testing.assert_close(later, ours[:, past:])
 
 
@@ -108,7 +108,7 @@ def test_dtf_scores(seed: int, scale: float) -> None:
     static, change, average = (scale * torch.rand(2, 5, generator=generator) for _ in range(3))
     inputs = [static.requires_grad_(), change.requires_grad_(), average]
     scalars = [torch.tensor(v, requires_grad=True) for v in (1.025, 1.1, -0.3, -0.6)]
-    ours = routing.dtf_scores(static, change, average, routing.Scalars(*scalars))
+    ours = surprise.dtf_scores(static, change, average, surprise.Scalars(*scalars))
     naive = [[routing_naive.dtf_gate(*(x[b, t] for x in inputs), *scalars) for t in range(5)] for b in range(2)]
     gate = torch.stack([torch.stack([pair[0] for pair in row]) for row in naive])
     score = torch.stack([torch.stack([pair[1] for pair in row]) for row in naive])
@@ -129,7 +129,7 @@ def test_dtf_scores(seed: int, scale: float) -> None:
 def test_the_score_ranks_like_the_gate_without_ties() -> None:
     static = torch.linspace(0, 60, 500).unsqueeze(0)
     zero, one = torch.zeros(()), torch.ones(())
-    out = routing.dtf_scores(static, static * 0, static * 0, routing.Scalars(one, one, zero, zero))
+    out = surprise.dtf_scores(static, static * 0, static * 0, surprise.Scalars(one, one, zero, zero))
     assert out.gate is not None
     assert (out.gate[0, -100:] == 1).all()  # saturated in float32
     assert (out.score.diff() > 0).all()

@@ -1,0 +1,202 @@
+"""Surprise: the thesis's score of a token, from what the decision layer below a routed one did to it.
+
+Equation numbers (3.x) are those of the MSc thesis "Dynamic Transformers" (Wieser, UCL 2025). `routing_naive` holds the
+same as loops over tokens, which is what the tests compare with.
+
+Shape suffixes as in `routing`: B rows, T tokens of a row, D hidden size, W tokens of a window. All surprise arithmetic
+is float32.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .routing import Scores, mean_square
+
+
+class Surprise(NamedTuple):
+    """What a decision layer says about each token; float32 [B, T] each but the first."""
+
+    posterior: Tensor
+    """[B, T, D], as it was given: passed on in its stead, it has one gradient instead of two that are added."""
+    static: Tensor
+    """D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token."""
+    change: Tensor
+    """D_ch = ‖posterior − prior‖² / D (3.7): how far the cheap prediction of that change was off."""
+    prior_error: Tensor
+    """‖prior − stop_grad(posterior)‖² / D (3.4): the value of D_ch, but no gradient reaches the posterior."""
+
+
+_SLICE_ELEMENTS = 2**16
+"""Hidden states whose surprise a CPU computes at once: 256 KiB in float32, so that all steps stay in its cache."""
+
+
+class _Surprise(torch.autograd.Function):
+    """All in one pass over the tokens; the prior itself is never formed, nor anything saved.
+
+    As separate expressions they cost eight float32 copies of the hidden states, and four more sums on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(original, posterior, guess)
+        ctx.through_original = through_original
+        static, change = _static_and_change(original, posterior, guess)
+        return posterior.view_as(posterior), static, change, change.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_posterior: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        results = [torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
+        to_original, to_posterior, to_guess = (None if x is None else _tokens(x) for x in results)
+        original, posterior, guess = map(_tokens, inputs)
+        static, change, error = (grad.reshape(-1, 1) * (2 / original.shape[-1]) for grad in grads)
+        for at in _slices(inputs[0]):
+            step = _difference(posterior[at], original[at])
+            miss = step - guess[at]
+            step.mul_(static[at])
+            if to_posterior is not None:
+                to_posterior[at] = torch.addcmul(step, miss, change[at]).add_(_tokens(grad_posterior)[at])
+            miss.mul_(-(change[at] + error[at]))
+            if to_guess is not None:
+                to_guess[at] = miss
+            if to_original is not None:
+                to_original[at] = miss.sub_(step) if ctx.through_original else step.neg_()
+        return *results, None
+
+
+def _static_and_change(original: Tensor, posterior: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    """D_st (3.6) and D_ch (3.7), float32 [B, T] each, a slice of the tokens at a time."""
+    static, change = (original.new_empty(original.shape[:-1], dtype=torch.float32) for _ in range(2))
+    for at in _slices(original):
+        step = _difference(_tokens(posterior)[at], _tokens(original)[at])
+        static.view(-1)[at] = mean_square(step)
+        change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]))
+    return static, change
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, T, D] → [B · T, D]."""
+    return x.flatten(0, -2)
+
+
+def _slices(x: Tensor) -> list[slice]:
+    """Slices of the tokens of [B, T, D]: all at once, or on a CPU as many as its cache holds."""
+    tokens, size = x.shape[:-1].numel(), x.shape[-1]
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(0, tokens)]
+    few = max(1, _SLICE_ELEMENTS // size)
+    return [slice(start, start + few) for start in range(0, tokens, few)]
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """The difference a − b in float32, without copies where one of them is float32 already."""
+    return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
+
+
+def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool = True) -> Surprise:
+    """Static surprise, change surprise and prior error of each token; the prior is original + guess (3.1).
+
+    Args:
+        original, posterior, guess: [B, T, D], any float dtype.
+        through_original: whether gradients of the prior reach `original`, or stop at the guess.
+    """
+    if torch.is_grad_enabled():
+        return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
+    static, change = _static_and_change(original, posterior, guess)
+    # A tensor of its own: reentrant checkpointing runs this first, and one object twice would have one gradient.
+    return Surprise(posterior, static, change, change.view_as(change))
+
+
+class Recent(NamedTuple):
+    """Which earlier tokens the moving average of each new token runs over; the same for all layers of a pass."""
+
+    position: Tensor
+    """int64 [B, T, W], newest first; where fewer than W tokens count so far, the rest repeat the oldest."""
+    weight: Tensor
+    """float32 [B, T, W], one over their number; 0 for repeats."""
+
+
+def recent_tokens(counted: Tensor, window: int, past: int = 0) -> Recent:
+    """The last `window` counted tokens at or before each new token.
+
+    Args:
+        counted: bool [B, S + T]; padding (and sinks, if they are left out) are False.
+        window: length in counted tokens.
+        past: S, how many of the positions came in earlier passes.
+    """
+    rows, tokens = counted.shape
+    window = min(window, tokens)
+    seen_BT = counted.long().cumsum(1)
+    positions_BT = torch.arange(tokens, device=counted.device).expand(rows, tokens)
+    # The position of the n-th counted token; what does not count goes to a place that is never read.
+    place_BT = torch.where(counted, seen_BT - 1, tokens)
+    nth_BT = positions_BT.new_zeros(rows, tokens + 1).scatter(1, place_BT, positions_BT)
+    rank_BTW = seen_BT[:, past:, None] - 1 - torch.arange(window, device=counted.device)
+    exists_BTW = rank_BTW >= 0
+    position_BTW = nth_BT.gather(1, rank_BTW.clamp(min=0).flatten(1)).view_as(rank_BTW)
+    return Recent(position_BTW, exists_BTW / exists_BTW.sum(-1, keepdim=True).clamp(min=1))
+
+
+def moving_average(values: Tensor, recent: Recent | slice) -> Tensor:
+    """MA in (3.9): the mean of the last counted values at or before each new token, without gradient.
+
+    Each window is summed afresh. A difference of running sums would lose the small values that follow the massive
+    first one (position 0 of a pretrained model).
+
+    Args:
+        values: float32 [B, S + T], of the cached positions and the new ones.
+        recent: from `recent_tokens`; for a single new token without padding, the run of positions.
+
+    Returns:
+        float32 [B, T]; 0 where nothing has been counted yet.
+    """
+    if isinstance(recent, slice):
+        return values.detach()[:, recent].mean(1, keepdim=True)
+    windows_BTW = values.detach().gather(1, recent.position.flatten(1)).view_as(recent.position)
+    return torch.linalg.vecdot(windows_BTW, recent.weight)
+
+
+class Scalars(NamedTuple):
+    """The four learnable scalars of a layer's router; float32 [1], o_ce and m_cu positive."""
+
+    o_ce: Tensor
+    """Offset of the expected change (3.8)."""
+    m_cu: Tensor
+    """Multiplier of the moving average (3.9)."""
+    beta_ce: Tensor
+    """Sharpness of S_CE, before softplus (3.10)."""
+    beta_cu: Tensor
+    """Sharpness of S_CU, before softplus (3.11)."""
+
+
+def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Scalars, scale: str = "raw") -> Scores:
+    """Surprise → gate, token by token.
+
+    CE = D_st − (D_ch − ln(o_ce + 1e-10)) (3.8): the change that the prior saw coming.
+    CU = D_st − m_cu · MA(D_st) (3.9): change out of proportion to the recent past.
+    S = σ(softplus(β) · C) for each (3.10, 3.11); G = S_CE + S_CU − S_CE · S_CU (3.12), their probabilistic "or".
+    G saturates in float32, so the ranked score is −ln(1 − G) = softplus(a) + softplus(b), where a and b are the
+    arguments of the two sigmoids: the same order without ties.
+
+    With the scale "running" D_st, D_ch and MA(D_st) are first divided by MA(D_st): surprises of any size then meet the
+    sigmoids where these tell tokens apart.
+
+    Args:
+        static, change, average: D_st, D_ch, MA(D_st); float32 [B, T].
+        of: the layer's scalars.
+        scale: "raw" (the thesis) or "running".
+    """
+    if scale == "running":
+        unit = average.clamp(min=1e-6)
+        static, change, average = static / unit, change / unit, average / unit
+    expected = static - (change - torch.log(of.o_ce + 1e-10))
+    unexpected = static - of.m_cu * average
+    a, b = F.softplus(of.beta_ce) * expected, F.softplus(of.beta_cu) * unexpected
+    s_ce, s_cu = torch.sigmoid(a), torch.sigmoid(b)
+    return Scores(F.softplus(a) + F.softplus(b), s_ce + s_cu - s_ce * s_cu, s_ce, s_cu)
