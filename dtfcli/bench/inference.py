@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dtfcli.bench.report import BenchOptions, PhaseResult
-from dtfcli.cost.accounting import forward_flops_per_token
+from dtfcli.cost.accounting import LAYER, forward_flops_per_token, is_routed
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.stack import is_added
 from dtfcli.shares import measured_shares
@@ -155,20 +155,24 @@ def _result(phase: str, architecture: str, capacity: float, timing: _Timing) -> 
 def weights_read(model: Any, share: float) -> float:
     """Share of the dense backbone's matrices that decoding a token reads when it enters this share of routed layers.
 
-    The embedding is a lookup; the head counts once. PriorFFNs and MoD's routers are read for every token.
+    The embedding is a lookup; the head counts once. PriorFFNs and MoD's routers are read for every token, forecasts for
+    tokens that skip, and with keys of all tokens the matrices that make them.
     """
     config = model.config
     head = config.vocab_size * config.hidden_size
     read = dense = float(head)
-    routed = {f"layers.{layer}." for layer in config.routed_layer_indices}
     for name, parameter in model.named_parameters():
-        if ".layers." not in name or parameter.numel() < config.hidden_size:
+        found = LAYER.search(name)
+        if found is None or parameter.numel() < config.hidden_size:
             continue
+        routed = int(found.group(1)) in config.routed_layer_indices
         if is_added(name):
-            read += parameter.numel() if "predictor" not in name else 0
+            skipping = 1.0 - share if "forecast" in name else 1.0
+            read += parameter.numel() * skipping if "predictor" not in name else 0
             continue
         dense += parameter.numel()
-        read += parameter.numel() * (share if any(part in name for part in routed) else 1.0)
+        always = config.keeps_every_key and ("k_proj" in name or "v_proj" in name)
+        read += parameter.numel() * (share if routed and is_routed(config, name) and not always else 1.0)
     return read / dense
 
 

@@ -5,9 +5,10 @@ FLOPs of one forward pass, per token of a sequence of T tokens:
     2 · (matrix parameters the token meets)  +  4 · T · H   in each layer's attention,
 
 H being query heads × head size; scores and weighted values cost 2 · T · H each, counted over the full T × T square as
-torch's FLOP counter does. A routed layer processes K = max(1, ⌊γT⌋) of T tokens, so its matrices count K / T and its
-attention (K / T)², or with keys of all tokens K / T. The language-model head counts, embeddings (a lookup) do not;
-priors and routers see every token, and so do predictors while they train or route.
+torch's FLOP counter does. A routed layer processes K = max(1, ⌊γT⌋) of T tokens, so the matrices of its routed part
+count K / T and its attention, where that is routed, (K / T)², or with keys of all tokens K / T. The language-model head
+counts, embeddings (a lookup) do not; priors and routers see every token, and so do predictors while they train or
+route; a forecast sees the tokens that skip, in training all of them.
 Norms, gates and other element-wise work are left out. A training step costs three forward passes where all is trained.
 """
 
@@ -100,12 +101,14 @@ def forward_flops_per_token(
     """
     config = model.config
     shares = {} if dense else shares or routed_shares(config, seq_len)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * seq_len * config.num_attention_heads * head_size
+    attention = _attention_flops(config, seq_len)
     flops = 2.0 * config.vocab_size * config.hidden_size * with_logits
     for layer in range(config.num_hidden_layers):
         share = shares.get(layer, 1.0)
-        flops += attention * share * (1.0 if _every_key(config) else share)
+        if getattr(config, "routed_part", "block") != "mlp":
+            flops += attention * share * (1.0 if _every_key(config) else share)
+        else:
+            flops += attention
     return flops + sum(each for _, each in _matrix_flops(model, shares, dense))
 
 
@@ -115,7 +118,8 @@ def training_step_flops(model: Any, seq_len: int) -> float:
     The backward pass multiplies each matrix twice, for its input and, where it is trained, for its weights: frozen ones
     (LoRA's backbone) count two times. Attention's backward pass counts twice its forward one, though flash kernels
     repeat the scores (2.5 times). With `kv_tokens` "all" routed tokens' own keys and values are computed and not used:
-    they have no backward pass.
+    they have no backward pass. A forecast is computed again for the tokens whose update is known, explored ones among
+    them; these pass the routed part without a backward pass.
     """
     flops = 3.0 * forward_flops_per_token(model, seq_len)
     shares = routed_shares(model.config, seq_len)
@@ -127,11 +131,44 @@ def training_step_flops(model: Any, seq_len: int) -> float:
             attention = model.model.layers[layer].self_attn
             for weight in (attention.k_proj.weight, attention.v_proj.weight):
                 flops -= 2.0 * (1 + weight.requires_grad) * share * weight.numel()
+    return flops + (_learning_flops(model, shares, seq_len) if shares else 0.0)
+
+
+def _attention_flops(config: Any, seq_len: int) -> float:
+    """Of scores and weighted values in one dense layer, per token."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4.0 * seq_len * config.num_attention_heads * head_size
+
+
+def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> float:
+    """What forecasts and predicted costs take in training, besides the pass itself, per token of the sequence."""
+    config, flops = model.config, 0.0
+    explored = config.explore if config.has_forecast or config.predicts_cost else 0.0
+    if config.routed_part != "mlp":
+        flops += _attention_flops(config, seq_len) * explored * sum(1.0 - share for share in shares.values())
+    for name, parameter in model.named_parameters():
+        found = LAYER.search(name)
+        if found is None or (layer := int(found.group(1))) not in shares or parameter.ndim < 2:
+            continue
+        share, more = shares[layer], (1.0 - shares[layer]) * explored
+        if "forecast" in name:  # its input carries no gradient
+            flops += 2.0 * (3.0 if "w_out" in name else 2.0) * (share + more) * parameter.numel()
+        elif is_routed(config, name):
+            for_all = "k_proj" in name or "v_proj" in name  # explored tokens see the keys of tokens that entered
+            seen = float(more > 0 and not config.keeps_every_key) if for_all else 0.0
+            flops += 2.0 * (more + seen) * parameter.numel()
     return flops
 
 
+def is_routed(config: Any, name: str) -> bool:
+    """Whether a parameter of a routed layer belongs to the part that only some tokens enter."""
+    part = {"mlp": ".mlp.", "attention": ".self_attn."}.get(getattr(config, "routed_part", "block"), "")
+    return not is_added(name) and part in name
+
+
 def _every_key(config: Any) -> bool:
-    return getattr(config, "kv_tokens", "routed") == "all"
+    """Whether keys and values are computed for all tokens, and again for the routed ones."""
+    return getattr(config, "keeps_every_key", False) and config.routed_part != "mlp"
 
 
 def _matrix_flops(model: Any, shares: Mapping[int, float], dense: bool = False) -> Iterator[tuple[nn.Parameter, float]]:
@@ -147,9 +184,10 @@ def _matrix_flops(model: Any, shares: Mapping[int, float], dense: bool = False) 
             # MoD's router is a matrix with one row, kept as a vector; DTF's has scalars only.
             matrix = parameter.numel() >= config.hidden_size and "norm" not in name
             if matrix and not dense and (predicts or "predictor" not in name):
-                yield parameter, 2.0 * parameter.numel()
+                skipping = 1.0 if model.training or "forecast" not in name else 1.0 - shares.get(layer, 1.0)
+                yield parameter, 2.0 * parameter.numel() * skipping
         elif parameter.ndim == 2:
-            share = shares.get(layer, 1.0)
+            share = shares.get(layer, 1.0) if is_routed(config, name) else 1.0
             if _every_key(config) and layer in shares and ("k_proj" in name or "v_proj" in name):
                 share += 1.0  # keys and values of all tokens, and again of the routed ones
             yield parameter, 2.0 * parameter.numel() * share
@@ -183,7 +221,9 @@ def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpo
     heads = head_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     block = width * (heads + 4 * config.intermediate_size) + 4 * 6 * config.hidden_size
     shares = routed_shares(config, seq_len)
-    layers = [shares.get(layer, 1.0) for layer in range(config.num_hidden_layers)]
+    routed = {"mlp": 4 * config.intermediate_size * width / block, "attention": heads * width / block}
+    part = routed.get(getattr(config, "routed_part", "block"), 1.0)  # of the block, what only some tokens enter
+    layers = [1.0 - part * (1.0 - shares.get(layer, 1.0)) for layer in range(config.num_hidden_layers)]
     per_token = float(block * sum(layers))
     if checkpointing:
         per_token = 4.0 * config.hidden_size * len(layers) + block

@@ -50,9 +50,10 @@ def auxiliary_losses(config: Any, outputs: RoutedModelOutput, share: Tensor | fl
     terms = [term for record in records for term in _router_terms(config, record, outputs.real)]
     if terms:
         router = torch.stack(terms).sum() / len(records) * share
-    misses = [masked_mean(record.miss, record.weight) for record in records if record.miss is not None]
-    if misses:
-        forecast = torch.stack(misses).mean() * share
+    misses = [(r.miss, r.weight) for r in records if r.miss is not None and r.weight is not None]
+    if misses:  # layers that nobody entered say nothing
+        known = torch.stack([weight.any() for _, weight in misses]).sum().clamp(min=1)
+        forecast = torch.stack([masked_mean(miss, weight) for miss, weight in misses]).sum() / known * share
     return AuxiliaryLosses(prior, router, forecast)
 
 

@@ -23,21 +23,30 @@ _MOMENTUM = 0.9
 @torch.no_grad()
 def track_thresholds(records: list[RoutingRecord], routers: Mapping[int, Router], frame: RoutingFrame) -> None:
     """Move each layer's own threshold toward this batch's; a first batch sets it."""
-    for record in records:
-        if not routers[record.layer].by_token:
-            continue
-        batch = share_threshold(record.scores, frame.capacities[record.layer], frame.real, frame.sinks)
-        table = routers[record.layer].thresholds
-        table[0] = torch.where(table[0].isnan(), batch, torch.lerp(batch, table[0], _MOMENTUM))
+    tracked = [record for record in records if routers[record.layer].by_token]
+    together = [tracked] if frame.config.budget == "model" and tracked else [[record] for record in tracked]
+    for group in together:
+        capacity = sum(frame.capacities[record.layer] for record in group) / len(group)
+        batch = share_threshold(
+            torch.cat([record.scores for record in group]),
+            capacity,
+            None if frame.real is None else frame.real.repeat(len(group), 1),
+            None if frame.sinks is None else frame.sinks.repeat(len(group), 1),
+        )
+        for record in group:
+            table = routers[record.layer].thresholds
+            table[0] = torch.where(table[0].isnan(), batch, torch.lerp(batch, table[0], _MOMENTUM))
 
 
 @torch.no_grad()
 def calibrate_columns(stack: Any, batches: Sequence[Mapping[str, Tensor]], columns: Iterable[tuple[str, int]]) -> None:
-    """Measure threshold columns, layer by layer, with the layers below already thresholded.
+    """Measure threshold columns on batches that advance through the stack together.
 
-    All batches advance through the stack together: at a routed layer the scores of all their real tokens give one
-    threshold, with which the batches then pass that layer. The layers below the first routed one are the same for
-    all columns and run once.
+    With a budget for each layer, layer by layer: at a routed layer the scores of all real tokens give one threshold,
+    with which the batches then pass that layer, because the layers below change what it sees. With one budget for the
+    model, in rounds: all layers route by a common threshold, and their scores together give the next one.
+
+    The layers below the first routed one are the same for all columns and run once.
 
     Args:
         stack: a routed stack in eval mode.
@@ -49,31 +58,66 @@ def calibrate_columns(stack: Any, batches: Sequence[Mapping[str, Tensor]], colum
     """
     for batch in batches:
         stack.check_inputs(batch["input_ids"], None, batch.get("attention_mask"), None)
-    first, last = min(stack.routers), max(stack.routers)
     entering = [stack.enter(stack.embed_tokens(b["input_ids"]), b.get("attention_mask")) for b in batches]
-    for index in range(first):
+    for index in range(min(stack.routers)):
         for batch in entering:
             stack.step(index, batch)
     for mode, column in columns:
-        passes = [
-            replace(b, frame=replace(b.frame, mode=mode, column=column), prior_errors=[], records=[]) for b in entering
-        ]
-        for index in range(first, last + 1):
-            layer = stack.layers[index]
-            if isinstance(layer, RoutedLayerMixin):
-                scores = [
-                    layer.rank(layer.reach(p.hidden_states, **p.layer_inputs), p.surprises, p.frame)[0] for p in passes
-                ]
-                layer.router.table(mode)[column] = share_threshold(
-                    _pool(scores),
-                    layer.router.capacity if column == 0 else CAPACITY_GRID[column - 1],
-                    _pool([_all_if_none(p.frame.real, x, True) for p, x in zip(passes, scores, strict=True)]),
-                    _pool([_all_if_none(p.frame.sinks, x, False) for p, x in zip(passes, scores, strict=True)]),
-                )
-            if index < last:  # nothing above is routed
-                for batch in passes:
-                    stack.step(index, batch)
+        if stack.config.budget == "model" and mode == "threshold":
+            _calibrate_model(stack, entering, column)
+        else:
+            _calibrate_layers(stack, entering, mode, column)
     stack.forget_checks()
+
+
+def _calibrate_layers(stack: Any, entering: Sequence[Any], mode: str, column: int) -> None:
+    """One threshold for each layer, from the bottom up."""
+    passes, last = _at(entering, mode, column), max(stack.routers)
+    for index in range(min(stack.routers), last + 1):
+        layer = stack.layers[index]
+        if isinstance(layer, RoutedLayerMixin):
+            scores = [
+                layer.rank(layer.reach(p.hidden_states, **p.layer_inputs), p.surprises, p.frame)[0] for p in passes
+            ]
+            capacity = layer.router.capacity if column == 0 else CAPACITY_GRID[column - 1]
+            layer.router.table(mode)[column] = _pooled_threshold(scores, capacity, [p.frame for p in passes])
+        if index < last:  # nothing above is routed
+            for batch in passes:
+                stack.step(index, batch)
+
+
+_ROUNDS = 6
+"""Of calibration with one budget: a threshold changes what the layers above see, and so their scores."""
+
+
+def _calibrate_model(stack: Any, entering: Sequence[Any], column: int) -> None:
+    """One threshold for all layers; the first round lets every token enter."""
+    own = [router.capacity for router in stack.routers.values()]
+    capacity = sum(own) / len(own) if column == 0 else CAPACITY_GRID[column - 1]
+    common = torch.tensor(-torch.inf)
+    for _ in range(_ROUNDS):
+        for router in stack.routers.values():
+            router.thresholds[column] = common
+        passes = _at(entering, "threshold", column)
+        for index in range(min(stack.routers), max(stack.routers) + 1):
+            for batch in passes:
+                stack.step(index, batch)
+        records = [(record, batch.frame) for batch in passes for record in batch.records]
+        common = _pooled_threshold([record.scores for record, _ in records], capacity, [frame for _, frame in records])
+    for router in stack.routers.values():
+        router.thresholds[column] = common
+
+
+def _at(entering: Sequence[Any], mode: str, column: int) -> list[Any]:
+    """The batches before their first routed layer, routed by a column."""
+    return [replace(b, frame=replace(b.frame, mode=mode, column=column), prior_errors=[], records=[]) for b in entering]
+
+
+def _pooled_threshold(scores: list[Tensor], capacity: float, frames: list[RoutingFrame]) -> Tensor:
+    """The threshold that routes the share γ of the tokens of several batches together."""
+    real = [_all_if_none(frame.real, x, True) for frame, x in zip(frames, scores, strict=True)]
+    sinks = [_all_if_none(frame.sinks, x, False) for frame, x in zip(frames, scores, strict=True)]
+    return share_threshold(_pool(scores), capacity, _pool(real), _pool(sinks))
 
 
 def _pool(tensors: list[Tensor]) -> Tensor:

@@ -163,7 +163,9 @@ class RoutedLayerMixin(StockLayer):
         if frame.mode == "topk":
             width = topk_capacity(capacity, tokens)
             slots = assign_slots(selected, width)
-            return [([], slots if frame.real is not None else slots._replace(routed=None))], []  # K of T, in every row
+            if frame.real is not None:
+                return [([], slots)], []
+            return [([], slots._replace(routed=None))], [width] * rows  # K of T, in every row
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
         # The one look at the device. A sum of one column would be an operation for nothing.

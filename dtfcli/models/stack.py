@@ -117,6 +117,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         self.training_capacities: Mapping[int, float] | None = None
         self.capacity_override: float | None = None
         self._thresholds_seen_at: tuple[str, float | None] | None = None
+        self._tracked = False
         self.post_init()
 
     @property
@@ -201,8 +202,20 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
 
     @property
     def mode(self) -> str:
-        """The routing mode of the next pass."""
-        return self.training_mode if self.training else self.config.routing
+        """The routing mode of the next pass.
+
+        A budget of the whole model has no top-K of a layer: training routes by the tracked threshold once there is one.
+        """
+        if not self.training:
+            return self.config.routing
+        return "threshold" if self.config.budget == "model" and self._has_tracked else self.training_mode
+
+    @property
+    def _has_tracked(self) -> bool:
+        """Whether training has a threshold of its own; looked at until it has."""
+        if not self._tracked:
+            self._tracked = not any(bool(router.threshold("threshold").isnan()) for router in self.routers.values())
+        return self._tracked
 
     @property
     def explores(self) -> bool:
@@ -307,4 +320,4 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
 
     def forget_checks(self) -> None:
         """Look at the thresholds again before the next causal pass: they, or the capacity asked for, changed."""
-        self._thresholds_seen_at = None
+        self._thresholds_seen_at, self._tracked = None, False

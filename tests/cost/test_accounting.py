@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dtfcli.cost.accounting import describe, forward_flops_per_token
+from dtfcli.cost.accounting import describe, forward_flops_per_token, training_step_flops
 from dtfcli.loading.build import build_model
 from dtfcli.settings import load_settings
 from dtfcli.settings.presets import preset_names
@@ -35,14 +35,51 @@ def test_parameters_of_known_models() -> None:
         assert account.parameters - account.new_parameters == size
 
 
+PARTS = [
+    {"routed_part": part, "kv_tokens": kv, "bypass": "forecast", "score": "forecast_error"}
+    for part, kv in (
+        ("block", "routed"),
+        ("block", "all"),
+        ("attention", "routed"),
+        ("attention", "all"),
+        ("mlp", "all"),
+    )
+]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("architecture", "capacity"), [("dense", 1.0), ("dtf", 0.5), ("dtf", 0.125), ("mod", 0.5)])
-def test_flops_agree_with_torchs_counter(family: str, architecture: str, capacity: float) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "capacity", "fields"),
+    [
+        ("dense", 1.0, {}),
+        ("dtf", 0.5, {}),
+        ("dtf", 0.125, {}),
+        ("mod", 0.5, {}),
+        ("layerdrop", 0.5, {"bypass": "forecast"}),
+        *(("dtf", 0.25, fields) for fields in PARTS),
+    ],
+)
+def test_flops_agree_with_torchs_counter(
+    family: str, architecture: str, capacity: float, fields: dict[str, str]
+) -> None:
     """To 1 %: matrix products are counted by both alike, the formula leaves out nothing else."""
-    model = dense_model(family) if architecture == "dense" else routed_model(family, architecture, capacity)
+    model = dense_model(family) if architecture == "dense" else routed_model(family, architecture, capacity, **fields)
     model.set_attn_implementation("eager")
     if architecture != "dense":
         model.set_routing("topk")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=tokens(1, 64), use_cache=False)
     assert forward_flops_per_token(model, 64) * 64 == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("explore", [0.0, 0.5])
+@pytest.mark.parametrize("fields", PARTS)
+def test_flops_of_training_with_a_forecast(fields: dict[str, str], explore: float) -> None:
+    """To 3 %: the loss's head and the keys of explored tokens are counted more simply than they run."""
+    model = routed_model("llama", "dtf", 0.25, explore=explore, **fields)
+    model.set_attn_implementation("eager")
+    model.train()
+    row = tokens(1, 64)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=row, labels=row, use_cache=False).loss.backward()
+    assert training_step_flops(model, 64) * 64 == pytest.approx(counter.get_total_flops(), rel=0.03)
