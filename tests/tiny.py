@@ -26,6 +26,25 @@ EVERY_ARCHITECTURE = (*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slo
 """The controls keep every promise, too; `make test` tries them on none."""
 TOKENWISE = (*ARCHITECTURES, pytest.param("random", marks=pytest.mark.slow))
 """Those that choose tokens; `layerdrop` has neither thresholds nor predictors."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "surprise, running, forecast": {"surprise_scale": "running", "bypass": "forecast"},
+    "surprise of an MLP": {"routed_part": "mlp"},
+    "surprise of attention, forecast": {"routed_part": "attention", "kv_tokens": "all", "bypass": "forecast"},
+    "update size": {"score": "update_size"},
+    "update size of attention": {"score": "update_size", "routed_part": "attention"},
+    "update size of an MLP, one budget": {"score": "update_size", "routed_part": "mlp", "budget": "model"},
+    "forecast error": {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"},
+    "forecast error, one budget": {"score": "forecast_error", "bypass": "forecast", "budget": "model"},
+    "forecast error of an MLP": {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"},
+    "forecast error of attention": {"score": "forecast_error", "bypass": "forecast", "routed_part": "attention"},
+    "mod, forecast": {"architecture": "mod", "bypass": "forecast", "gate": "soft"},
+    "mod, forecast, MLP": {"architecture": "mod", "bypass": "forecast", "routed_part": "mlp", "gate": "soft"},
+    "random, attention": {"architecture": "random", "routed_part": "attention", "kv_tokens": "all"},
+    "layerdrop, forecast": {"architecture": "layerdrop", "bypass": "forecast"},
+    "layerdrop, forecast, MLP": {"architecture": "layerdrop", "bypass": "forecast", "routed_part": "mlp"},
+    "layerdrop, attention": {"architecture": "layerdrop", "routed_part": "attention"},
+}
+"""Combinations of what tokens are ranked by, what they skip, and what they take instead."""
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -52,8 +71,11 @@ def dense_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrai
 def routed_model(
     family: str = "llama", architecture: str = "dtf", capacity: Any = 0.5, *, seed: int = 0, **fields: Any
 ) -> PreTrainedModel:
-    """A converted model in eval mode, calibrated at its own capacity and on the grid."""
+    """A converted model in eval mode, calibrated at its own capacity and on the grid; forecasts say something."""
     model = convert(dense_model(family, seed), architecture, capacity, **fields)
+    for name, parameter in model.named_parameters():
+        if "forecast" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
     model.calibrate([{"input_ids": tokens(32, 64, seed=7)}])
     return model
 

@@ -235,17 +235,22 @@ class RoutedLayerMixin(StockLayer):
         )
 
     def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:
-        """What tokens are that do not enter: x, or x + f(x) with a forecast; [B, T, D].
+        """What tokens are without the routed part: x, or x + f(x) with a forecast; [B, T, D].
+
+        Tokens that enter need it for the gate alone: its gradient, or with a soft gate its value.
 
         Args:
             x: [B, T, D].
-            selected: bool [B, T]; what they are here is overwritten.
+            selected: bool [B, T].
             counts: selected tokens of each row; empty if nobody has looked.
         """
-        if self.forecast_prior is None or sum(counts) == selected.numel():
+        if self.forecast_prior is None:
             return x
-        if self.training or not counts:
-            return x + self.forecast_prior(x).masked_fill(selected.unsqueeze(-1), 0.0)
+        gated = self.config.gate == "soft" and not self.config.predicts_cost
+        if self.training or gated or not counts:
+            return x + self.forecast_prior(x)
+        if sum(counts) == selected.numel():
+            return x
         flat = x.flatten(0, 1)
         at = torch.nonzero_static(~selected.flatten(), size=selected.numel() - sum(counts)).squeeze(1)
         skipping = flat.index_select(0, at)

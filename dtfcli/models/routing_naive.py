@@ -46,6 +46,33 @@ def dtf_gate(
     return gate, -torch.log(1 - gate.double())
 
 
+def mean_square(x: Tensor) -> Tensor:
+    """‖x‖² / D of one token, [D] → 0-d."""
+    total = torch.zeros(())
+    for value in x.float():
+        total = total + value**2 / x.shape[0]
+    return total
+
+
+def cost_score(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """ŝ = w · x / RMS(x) + b of one token; 0-d."""
+    score = bias[0]
+    for value, w in zip(x.detach().float() / torch.sqrt(mean_square(x.detach()) + eps), weight, strict=True):
+        score = score + w * value
+    return score
+
+
+def cost(update: Tensor, forecast: Tensor | None = None) -> Tensor:
+    """What a token loses by skipping: ln(‖Δ‖² / D), or with a forecast ln(‖Δ − f‖² / D); [D] each → 0-d."""
+    lost = update if forecast is None else update - forecast
+    return torch.log(mean_square(lost) + 1e-9)
+
+
+def forecast_miss(update: Tensor, forecast: Tensor) -> Tensor:
+    """‖Δ − f‖² / ‖Δ‖² of one token; 0-d."""
+    return mean_square(update.detach() - forecast) / (mean_square(update.detach()) + 1e-9)
+
+
 def capacity(share: float, length: int) -> int:
     """K of a row of `length` real tokens."""
     if length == 0:
@@ -67,9 +94,14 @@ def select_threshold(scores: list[float], threshold: float, sinks: int = 0) -> l
 
 
 def routed_layer(
-    row: Tensor, chosen: list[int], gates: list[Tensor], block: Callable[[Tensor, list[int]], Tensor], kind: str
+    row: Tensor,
+    chosen: list[int],
+    gates: list[Tensor],
+    block: Callable[[Tensor, list[int]], Tensor],
+    kind: str,
+    skip: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """One row through a routed layer: x + gate · (block(x) − x) at the chosen places.
+    """One row through a routed layer: s + gate · (block(x) − s) at the chosen places, s at the others.
 
     Args:
         row: [T, D], the row's real tokens.
@@ -77,20 +109,21 @@ def routed_layer(
         gates: soft gate of every token.
         block: the backbone's block on [K, D] tokens at given positions, causal among themselves.
         kind: "soft" or "straight_through".
+        skip: s(x), what a token [D] is that does not enter: itself, or with a forecast x + f(x).
 
     Returns:
         [T, D].
     """
+    result = [skip(row[t]) for t in range(row.shape[0])]
     if not chosen:
-        return row
+        return torch.stack(result)
     processed = block(torch.stack([row[t] for t in chosen]), chosen)
-    result = [row[t] for t in range(row.shape[0])]
     for slot, t in enumerate(chosen):
-        update = processed[slot] - row[t]
         if kind == "straight_through":
+            update = (processed[slot] - result[t]).detach()
             result[t] = processed[slot] + (gates[t] - gates[t].detach()) * update
         else:
-            result[t] = row[t] + gates[t] * update
+            result[t] = result[t] + gates[t] * (processed[slot] - result[t])
     return torch.stack(result)
 
 

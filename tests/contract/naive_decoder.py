@@ -35,7 +35,7 @@ class Layer:
         value = attention.v_proj(normed).view(-1, attention.head_dim)
         self.memory.append((torch.stack([rotate(head, cos, sin) for head in key]), value))
 
-    def block(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         attention = self.layer.self_attn
         queries = attention.q_proj(rms_norm(x, self.layer.input_layernorm)).view(-1, attention.head_dim)
         heads = []
@@ -45,8 +45,41 @@ class Layer:
             weights = [query @ key[shared] / math.sqrt(attention.head_dim) for key, _ in self.memory]
             shares = torch.softmax(torch.stack(weights), 0)
             heads.append(sum(share * value[shared] for share, (_, value) in zip(shares, self.memory, strict=True)))
-        x = x + attention.o_proj(torch.cat(heads))
+        return x + attention.o_proj(torch.cat(heads))
+
+    def feed(self, x: Tensor) -> Tensor:
         return x + self.layer.mlp(rms_norm(x, self.layer.post_attention_layernorm))
+
+    def block(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.feed(self.attend(x, cos, sin))
+
+    def skip(self, x: Tensor) -> Tensor:
+        """What a token is that does not enter."""
+        if self.config.bypass == "identity":
+            return x
+        forecast = self.layer.forecast_prior
+        gate, up = forecast.w_in(x / torch.sqrt((x * x).mean() + forecast.eps)).chunk(2)
+        return x + forecast.w_out(gate * torch.sigmoid(gate) * up)
+
+
+def score_of(x: Tensor, router, config, below, surprises: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Score and gate of one token; `surprises` grows."""
+    one = torch.ones(())
+    if config.architecture == "layerdrop":
+        return one, one
+    if config.architecture in ("mod", "random"):
+        return x @ router.weight, torch.sigmoid(x @ router.weight)
+    if config.score != "surprise":
+        return routing_naive.cost_score(x, router.weight, router.bias, router.eps), one
+    static, change = below
+    surprises.append(static)
+    average = routing_naive.moving_average(surprises, config.ma_window, config.sink_tokens)[-1]
+    if config.surprise_scale == "running":
+        unit = average.clamp(min=1e-6)
+        static, change, average = static / unit, change / unit, average / unit
+    scalars = (router.log_o_ce.exp(), router.log_m_cu.exp(), router.beta_ce, router.beta_cu)
+    gate, score = routing_naive.dtf_gate(static, change, average, *scalars)
+    return score, gate
 
 
 @torch.no_grad()
@@ -69,27 +102,26 @@ def decode(model, input_ids: list[int]) -> Tensor:
                 if hasattr(walker.layer, "prior"):
                     below = routing_naive.surprise(original, x, original + walker.layer.prior(original))
                 continue
-            capacity = config.layer_capacities(stack.capacity_override)[index]
-            if config.architecture == "layerdrop":
-                if capacity:
-                    walker.remember(x, cos, sin)
-                    x = walker.block(x, cos, sin)
-                continue
-            if config.architecture in ("mod", "random"):
-                score = x @ router.weight
-                gate = torch.sigmoid(score)
-            else:
-                assert below is not None
-                static, change = below
-                surprises[index].append(static)
-                average = routing_naive.moving_average(surprises[index], config.ma_window, config.sink_tokens)[-1]
-                scalars = (router.log_o_ce.exp(), router.log_m_cu.exp(), router.beta_ce, router.beta_cu)
-                gate, score = routing_naive.dtf_gate(static, change, average, *scalars)
-            entered = t < config.sink_tokens or bool(score > router.threshold("threshold", stack.capacity_override))
-            if entered or config.kv_tokens == "all":
+            if config.routed_part == "mlp":
                 walker.remember(x, cos, sin)
+                x = walker.attend(x, cos, sin)
+            score, gate = score_of(x, router, config, below, surprises[index])
+            threshold = float(router.threshold("threshold", stack.capacity_override))
+            if config.architecture == "layerdrop":
+                entered = bool(config.layer_capacities(stack.capacity_override)[index])
+            else:
+                entered = t < config.sink_tokens or bool(score > threshold)
+            every_key = config.kv_tokens == "all" and config.architecture != "layerdrop"
+            if config.routed_part != "mlp" and (entered or every_key):
+                walker.remember(x, cos, sin)
+            skipped = walker.skip(x)
             if entered:
-                update = walker.block(x, cos, sin) - x
-                x = x + (1.0 if config.gate == "straight_through" else gate.float()) * update
+                process = {"block": walker.block, "attention": walker.attend, "mlp": lambda x, *_, w=walker: w.feed(x)}
+                update = process[config.routed_part](x, cos, sin) - skipped
+                x = skipped + (1.0 if config.gate == "straight_through" else gate.float()) * update
+            else:
+                x = skipped
+            if config.routed_part == "attention":
+                x = walker.feed(x)
         logits.append(model.lm_head(rms_norm(x, stack.norm)))
     return torch.stack(logits)
