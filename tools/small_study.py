@@ -98,11 +98,11 @@ def write_texts(novels: Path, folder: Path) -> dict[str, Path]:
         return files
     folder.mkdir(parents=True, exist_ok=True)
     documents = {
-        "parent": [text for text in _passages(novels / "train.parquet", "\n\n") if _is_chosen(text, 4)],
-        "study": list(_passages(novels / "validation.parquet", "\n")),
+        "parent": [text for text in passages(novels / "train.parquet", "\n\n") if is_chosen(text, 4)],
+        "study": list(passages(novels / "validation.parquet", "\n")),
     }
     for text in _modules():
-        documents["study" if _is_chosen(text, 5) else "parent"].append(text)
+        documents["study" if is_chosen(text, 5) else "parent"].append(text)
     for name, file in files.items():
         pyarrow.parquet.write_table(pyarrow.table({"text": documents[name]}), file)
     return files
@@ -133,7 +133,7 @@ def _dtf(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "dtfcli", *arguments], check=True)
 
 
-def _is_chosen(text: str, parts: int) -> bool:
+def is_chosen(text: str, parts: int) -> bool:
     """Whether a document is of the one among `parts` parts that is set aside; follows from its content alone."""
     return zlib.crc32(text.encode()) % parts == 0
 
@@ -144,7 +144,7 @@ def _modules() -> Iterator[str]:
         yield text
 
 
-def _passages(file: Path, separator: str) -> Iterator[str]:
+def passages(file: Path, separator: str) -> Iterator[str]:
     """Parts of each book between separators, put together to passages; a book without separators stays whole."""
     for book in pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist():
         passage = ""

@@ -29,6 +29,16 @@ Vary = Annotated[
         "--vary", metavar="KEY=A,B,…", help="An axis of the grid; may be given several times.", show_default=False
     ),
 ]
+PointOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--point",
+        metavar="'NAME: KEY=VALUE …'",
+        help="A point by itself, instead of axes; give several. The first is the control, unless --against says "
+        "otherwise.",
+        show_default=False,
+    ),
+]
 Seeds = Annotated[
     str | None,
     typer.Option(
@@ -83,6 +93,7 @@ NoBench = Annotated[bool, typer.Option("--no-bench", help="Do not measure the ti
 def compare(
     arguments: Arguments = None,
     vary: Vary = None,
+    point: PointOption = None,
     seeds: Seeds = None,
     plan: Plan = False,
     parallel: Parallel = None,
@@ -104,6 +115,7 @@ def compare(
     Examples:
       dtf compare quickstart --vary model=dtf,mod,random,layerdrop,dense --seeds 2 training.max_steps=60
       dtf compare quickstart --vary model=dtf,mod --vary model.capacity=0.25,0.5 --plan
+      dtf compare quickstart --point 'plain: model.prior_factor=0.0625' --point 'wide: model.prior_factor=0.25'
       dtf compare --from outputs/2026-01-31/dtf-1 --from outputs/2026-01-31/mod-1
       dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm --cluster-option partition=gpu
     """
@@ -112,16 +124,16 @@ def compare(
     from dtfcli.studies.pairs import pair_up
 
     if from_runs:
-        if vary or arguments or cluster or cluster_option or plan or parallel or seeds:
+        if vary or point or arguments or cluster or cluster_option or plan or parallel or seeds:
             raise ConfigError(
-                "--from: reports on runs that exist; leave PRESET, settings, --vary, --seeds, --plan, --parallel "
-                "and --cluster out."
+                "--from: reports on runs that exist; leave PRESET, settings, --vary, --point, --seeds, --plan, "
+                "--parallel and --cluster out."
             )
         report = _report_on(from_runs, against, no_bench)
         output.mkdir(parents=True, exist_ok=True)
     else:
         jobs = _jobs(cluster, cluster_option)
-        runs = _grid(arguments, vary, seeds or "3", output)
+        runs = _planned(arguments, vary, point, seeds or "3", output)
         pair_up(_different(run.cell for run in runs), against or ())
         if plan:
             compare_view.show_plan(runs, json)
@@ -157,14 +169,20 @@ def _jobs(cluster: str | None, options: list[str] | None) -> _Jobs | None:
     return _Jobs(cluster, parse_options(cluster, options or []))
 
 
-def _grid(arguments: list[str] | None, vary: list[str] | None, seeds: str, output: Path) -> "list[PlannedRun]":
+def _planned(
+    arguments: list[str] | None, vary: list[str] | None, points: list[str] | None, seeds: str, output: Path
+) -> "list[PlannedRun]":
     from dtfcli.settings import presets
-    from dtfcli.studies.grid import parse_axes, parse_seeds, plan_grid
+    from dtfcli.studies.grid import parse_axes, parse_points, parse_seeds, plan_grid, plan_points
 
     preset, overrides = options.split_preset(arguments)
     if preset is None:
         raise ConfigError("PRESET: name one, such as quickstart: all runs of a study start from the same settings.")
     presets.read_preset(preset)
+    if points:
+        if vary:
+            raise ConfigError("--point: names points one by one and --vary spans a grid; choose one of the two.")
+        return plan_points(preset, parse_points(points), parse_seeds(seeds), overrides, output)
     return plan_grid(preset, parse_axes(vary or []), parse_seeds(seeds), overrides, output)
 
 

@@ -108,8 +108,6 @@ class LiveView:
                 total=None if fraction is None else 1.0,
                 completed=fraction or 0,
             )
-        elif event.kind in ("start", "step"):
-            self._phase.update(self._phase_task, description="Training", total=None)
         if event.kind == "step":
             self._steps.update(self._steps_task, completed=event.step)
             self._losses.append(event.metrics["train/loss"] or 0.0)

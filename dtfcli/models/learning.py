@@ -57,7 +57,7 @@ def learn(known: list[Known], hidden_states: Tensor, weight: Tensor, forecast: A
         cost = _put(cost, slots, log_size(lost))
     if config.budget == "model":  # one threshold for all layers: the loss in relation to the token as it is there
         cost = cost - log_size(hidden_states.detach())
-    return Lesson(weight, cost, None if forecast is None else miss)
+    return Lesson(weight, cost if config.predicts_cost else None, None if forecast is None else miss)
 
 
 def _put(into: Tensor, slots: Slots, values: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ S = TypeVar("S", bound=BaseModel)
 _ROUTER_KEYS = tuple(
     f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "router_warmup_steps")
 )
+_OTHER_KEYS = ("training.capacity_schedule", "training.fit_steps")
 _TOKEN_KEYS = ("training.calibration_tokens", "training.threshold_fraction")
 _NO_ROUTER = {"random": _ROUTER_KEYS, "layerdrop": (*_ROUTER_KEYS, *_TOKEN_KEYS)}
 
@@ -43,13 +44,15 @@ def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
     if architecture == "dense":
         names = [f"model.{name}" for name in ROUTING_NAMES]
         rates = [f"training.learning_rates.{name}" for name in ("prior", "forecast")]
-        keys = [*names, *rates, "training.capacity_schedule", *_ROUTER_KEYS, *_TOKEN_KEYS]
+        keys = [*names, *rates, *_OTHER_KEYS, *_ROUTER_KEYS, *_TOKEN_KEYS]
         return dict.fromkeys(keys, "model.architecture is dense")
     unread = {f"model.{name}": reason for name, reason in unread_fields(model).items()}
     if not by_surprise(model):
         unread["training.learning_rates.prior"] = unread["model.prior_factor"]
     if model.get("bypass") != "forecast":
         unread["training.learning_rates.forecast"] = "model.bypass is identity"
+        if "model.explore" in unread:
+            unread["training.fit_steps"] = "there is no forecast to fit, and no score that predicts"
     return unread | dict.fromkeys(_NO_ROUTER.get(architecture, ()), f"model.architecture is {architecture}")
 
 

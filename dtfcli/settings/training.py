@@ -97,6 +97,11 @@ class TrainingSettings(Group):
     capacity_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.3, description="First share of the updates over which capacity_schedule runs."
     )
+    fit_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
+        0,
+        description="First N updates fit forecasts and predicted costs alone, on the dense model's activations: every "
+        "token enters, and nothing flows back through the backbone, for a third of the time.",
+    )
     router_warmup_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
         0, description="First N updates train only routers, priors and predictors; the backbone is frozen."
     )
@@ -118,11 +123,11 @@ class TrainingSettings(Group):
                 f"γ must have arrived where thresholds take over (threshold_fraction = {self.threshold_fraction:g}); "
                 f"at most {left:g}",
             )
-        if self.max_steps is not None:
+        for name, steps in (("fit_steps", self.fit_steps), ("router_warmup_steps", self.router_warmup_steps)):
             require(
-                self.router_warmup_steps < self.max_steps,
-                "router_warmup_steps",
-                self.router_warmup_steps,
+                self.max_steps is None or steps < self.max_steps,
+                name,
+                steps,
                 f"the backbone would never be trained; fewer than max_steps = {self.max_steps}",
             )
         return self

@@ -7,6 +7,8 @@ initial backbone, the order of the data and what is held out, because these foll
 import hashlib
 import itertools
 import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +22,8 @@ from dtfcli.settings.layers import Layers, unread_keys
 
 KEY_LENGTH = 8
 """Of the part of a run's key that its name ends with."""
+POINT = "point"
+"""The axis of points with names of their own."""
 _OWN_KEYS = ("run.name", "run.output_dir", "run.seed")
 """Keys that the study sets for each run."""
 
@@ -38,7 +42,7 @@ class Cell:
 
     Attributes:
         name: for tables, such as "dtf 0.25".
-        choices: its value on each axis that it reads.
+        choices: its value on each axis that it reads; of a point with a name of its own, that name as `POINT`.
         overrides: all KEY=VALUE of its runs but the seed's.
     """
 
@@ -91,8 +95,44 @@ def parse_axes(texts: Iterable[str]) -> list[Axis]:
             raise ConfigError(f"--vary {text}: {key} is an axis already; give all its values in one --vary.")
         axes.append(Axis(key, tuple(parts)))
     if not axes:
-        raise ConfigError("--vary: name at least one axis, such as --vary model=dtf,mod,random,layerdrop,dense.")
+        remedy = "such as --vary model=dtf,mod,random,layerdrop,dense, or points one by one with --point"
+        raise ConfigError(f"--vary: name at least one axis, {remedy}.")
     return axes
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point with a name of its own, and its KEY=VALUE."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def parse_points(texts: Iterable[str]) -> list[Point]:
+    """Points from `NAME: KEY=VALUE …`, quoted as in a shell.
+
+    Raises:
+        ConfigError: not of that form, a key that belongs to the study, fewer than two points, or one of them twice.
+    """
+    points: list[Point] = []
+    for text in texts:
+        name, colon, rest = text.partition(":")
+        try:
+            overrides = tuple(shlex.split(rest))
+        except ValueError:
+            overrides = ("",)
+        if not colon or not name.strip() or not all("=" in item for item in overrides):
+            raise ConfigError(f"--point {text}: write 'NAME: KEY=VALUE …', such as 'random: model=random'.")
+        own = [item for item in overrides if _key_of(item) in _OWN_KEYS]
+        if own:
+            raise ConfigError(f"--point {text}: {own[0]} differs from run to run anyway; leave it out.")
+        points.append(Point(name.strip(), overrides))
+    names = [point.name for point in points]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--point: two points are called {max(names, key=names.count)}; give each its own name.")
+    if len(points) == 1:
+        raise ConfigError(f"--point {points[0].name}: one point is nothing to compare; give two or more.")
+    return points
 
 
 def _split(text: str) -> list[str]:
@@ -155,6 +195,33 @@ def plan_grid(
     return runs
 
 
+def plan_points(
+    preset: str,
+    points: Sequence[Point],
+    seeds: Sequence[int],
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+) -> list[PlannedRun]:
+    """The runs of a study whose points are named one by one; arguments and errors as of `plan_grid`."""
+    runs: dict[str, PlannedRun] = {}
+    unread: list[set[str]] = []
+    for point in points:
+        cell, left_out = _cell(preset, {}, [*overrides, *point.overrides])
+        for item in (item for item in point.overrides if item in left_out):
+            raise ConfigError(f"--point {point.name}: nothing reads {item}, since {left_out[item]}. Leave it out.")
+        unread.append(set(left_out))
+        for seed in seeds:
+            run = _run(preset, Cell(point.name, {POINT: point.name}, cell.overrides), seed, output)
+            other = runs.setdefault(run.key, run)
+            if other is not run:
+                raise ConfigError(f"--point: {other.cell.name} and {point.name} are the same run; leave one out.")
+    for item in set.intersection(*unread):
+        raise ConfigError(f"{item}: no run of this study reads it. Leave it out.")
+    varied = [_key_of(item) for point in points for item in point.overrides]
+    check_equal_terms([run.settings for run in runs.values()], varied)
+    return sorted(runs.values(), key=lambda run: seeds.index(run.seed))
+
+
 def _cell(preset: str, choices: Mapping[str, str], overrides: Sequence[str]) -> tuple[Cell, dict[str, str]]:
     """A point with what it reads; and the overrides that it does not read, with the reason."""
     everything = [*overrides, *(f"{key}={value}" for key, value in choices.items())]
@@ -180,7 +247,8 @@ def _run(preset: str, cell: Cell, seed: int, output: Path | None) -> PlannedRun:
     if output is not None:
         fixed.append(f"run.output_dir={output}")
     key = settings_key(load_settings(preset, fixed))
-    name = "-".join(part for part in (*cell.choices.values(), f"s{seed}") if part.replace(".", "").isalnum())
+    parts = (re.sub(r"[^0-9A-Za-z.]+", "-", part).strip("-.") for part in (*cell.choices.values(), f"s{seed}"))
+    name = "-".join(part for part in parts if part)
     return PlannedRun(cell, seed, load_settings(preset, [*fixed, f"run.name={name}-{key[:KEY_LENGTH]}"]), key)
 
 

@@ -1,6 +1,6 @@
-"""What changes in the course of a run besides the learning rates: capacity annealing and the routers' warm-up.
+"""What changes in the course of a run besides the learning rates: its phases, and capacity annealing.
 
-Both are pure functions of the step, so that resuming needs no state.
+All are pure functions of the step, so that resuming needs no state.
 """
 
 import math
@@ -9,6 +9,24 @@ from contextlib import contextmanager
 from typing import Any
 
 from dtfcli.settings.training import TrainingSettings
+
+
+def phase_of(step: int, total_steps: int, training: TrainingSettings) -> str:
+    """What update `step` (from 0) is about, for those who watch."""
+    if step < training.fit_steps:
+        return "Fitting forecasts and costs, every token enters"
+    if step < training.router_warmup_steps:
+        return "Training routers, the backbone is frozen"
+    if annealing_left(step, total_steps, training):
+        return "Training, γ on its way"
+    if step >= first_by_threshold(total_steps, training):
+        return "Training, routing by threshold"
+    return "Training"
+
+
+def first_by_threshold(total_steps: int, training: TrainingSettings) -> int:
+    """The first update that routes by threshold, as inference does."""
+    return total_steps - round(training.threshold_fraction * total_steps)
 
 
 def annealing_left(step: int, total_steps: int, training: TrainingSettings) -> float:

@@ -27,6 +27,7 @@ from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import BEST_MODEL, CURVES_FILE, FINAL_MODEL, locked
 from dtfcli.settings import Settings
 from dtfcli.training.calibrate import calibrate, complete_best_model, evaluation_thresholds
+from dtfcli.training.curriculum import phase_of
 from dtfcli.training.curves import draw_curves
 from dtfcli.training.failures import explained_failures
 from dtfcli.training.interrupt import StopRequested, StopSignal
@@ -133,6 +134,7 @@ def fit(run: Run) -> None:
         if state.step % plan.eval_every == 0 and state.evaluated_step != state.step:
             validate_run(run)
         run.stop.check()
+        run.tell("phase", phase_of(state.step, plan.total_steps, run.settings.training))
         run.watch.start()
         losses = update(run)
         run.watch.stop(plan.tokens_per_update)

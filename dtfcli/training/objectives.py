@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head
+from dtfcli.models.routing import masked_mean
 from dtfcli.training.distillation import Distillation, DistillLosses
 
 STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}
+LEARNT = {"forecast_miss": "miss", "cost": "cost"}
+"""The same for means over the tokens whose update is known."""
 """Metric name → field of a routing record whose mean it is."""
 
 
@@ -32,6 +35,19 @@ class Losses(NamedTuple):
     """Unweighted divergence from the dense parent, while training with distillation."""
     hidden_loss: Tensor | None = None
     """Unweighted squared difference of the final hidden states, likewise."""
+    forecast_loss: Tensor | None = None
+    """Unweighted relative squared error of the forecasts."""
+    lessons: Tensor | None = None
+    """What forecasts and predicted costs alone minimize: weighted, a part of `loss`."""
+
+    def fitting(self, whole: bool) -> Tensor:
+        """The loss of an update that trains forecasts and predicted costs alone.
+
+        Args:
+            whole: every parameter is to have a gradient, if only of 0: several processes count on it.
+        """
+        assert self.lessons is not None, "settings say that there is something to fit"
+        return self.lessons + 0.0 * self.loss if whole else self.lessons
 
 
 class Objective(nn.Module):
@@ -84,8 +100,24 @@ class Objective(nn.Module):
         routing = None
         if output_routing:
             routing = routing_statistics(output.routing, (labels[:, 1:] != IGNORE_INDEX).sum() / targets)
-        losses = Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, routing)
+        losses = Losses(
+            output.loss,
+            output.lm_loss,
+            output.prior_loss,
+            output.router_loss,
+            routing,
+            forecast_loss=output.forecast_loss,
+            lessons=self._lessons(output),
+        )
         return self._with_distillation(losses, input_ids, labels, targets)
+
+    def _lessons(self, output: Any) -> Tensor | None:
+        config, lessons = self.model.config, None
+        if output.forecast_loss is not None:
+            lessons = config.forecast_loss_weight * output.forecast_loss
+        if config.predicts_cost and output.router_loss is not None:
+            lessons = output.router_loss if lessons is None else lessons + output.router_loss
+        return lessons
 
     def _with_distillation(self, losses: Losses, input_ids: Tensor, labels: Tensor, targets: float) -> Losses:
         """Add what the dense parent teaches, in training."""
@@ -134,6 +166,14 @@ def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]
             values = getattr(record, field, None)
             if values is not None:
                 statistics[prefix + name] = values.detach().mean() * share
+        if record.weight is not None:
+            for name, field in LEARNT.items():
+                values = getattr(record, field)
+                if values is not None:
+                    statistics[prefix + name] = masked_mean(values.detach(), record.weight) * share
+            if record.cost is not None:
+                error = (scores - record.cost).square()
+                statistics[prefix + "cost_error"] = masked_mean(error, record.weight) * share
         if record.predictor_logits is not None:
             for name, value in guess_quality(record.predictor_logits.detach() > 0, record.selected).items():
                 statistics[f"{prefix}predictor_{name}"] = value * share

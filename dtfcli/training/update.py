@@ -16,7 +16,7 @@ from dtfcli.data.targets import count_targets
 from dtfcli.errors import DTFError
 from dtfcli.runs.folder import list_checkpoints
 from dtfcli.training.calibrate import QUICK_CALIBRATION_TOKENS, calibrate
-from dtfcli.training.curriculum import annealed_capacity, annealing_left, freeze_backbone
+from dtfcli.training.curriculum import annealed_capacity, annealing_left, first_by_threshold, freeze_backbone
 from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import TrainPlan
 from dtfcli.training.setup import Run
@@ -49,8 +49,9 @@ def update(run: Run) -> dict[str, Any]:
         _choose_training_routing(run)
     run.objective.train()
     run.optimizer.zero_grad(set_to_none=True)
-    with _training_capacity(run) as extra:
-        sums = _gradients(run, rows, targets)
+    fits = run.objective.routed and step < run.settings.training.fit_steps
+    with _training_capacity(run, fits) as extra:
+        sums = _gradients(run, rows, targets, fits)
     run.states.reduce_gradients()
     sums = run.processes.mean(sums)
     if run.objective.routed:
@@ -64,13 +65,14 @@ def update(run: Run) -> dict[str, Any]:
     return metrics | sums | extra | {f"lr/{name}": rate for name, rate in rates.items()}
 
 
-def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
+def _gradients(run: Run, rows: np.ndarray, targets: float, fits: bool) -> dict[str, Any]:
     """Accumulate the gradients of the rows [R, T] in micro-batches; returns the sums of losses and statistics.
 
     Args:
         run: its parameters receive the gradients.
         rows: of the whole update; each process takes its part.
         targets: what sums over tokens are divided by.
+        fits: whether forecasts and predicted costs alone learn.
     """
     sums: dict[str, Any] = {}
     processes, states = run.processes, run.states
@@ -81,11 +83,13 @@ def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
             input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
             with states.accumulating(is_last=place == len(parts)):
                 losses = states.trained(input_ids, targets, output_routing=shown, labels=labels)
-                states.backward(losses.loss)
+                loss = losses.loss if not fits else losses.fitting(whole=processes.count > 1)
+                states.backward(loss)
             values = {
                 "train/loss": losses.lm_loss,
                 "train/prior_loss": losses.prior_loss,
                 "train/router_loss": losses.router_loss,
+                "train/forecast_loss": losses.forecast_loss,
                 "train/distill_loss": losses.distill_loss,
                 "train/hidden_loss": losses.hidden_loss,
                 **(losses.routing or {}),
@@ -97,9 +101,13 @@ def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _training_capacity(run: Run) -> Iterator[dict[str, float]]:
+def _training_capacity(run: Run, fits: bool) -> Iterator[dict[str, float]]:
     """Route by the γ of this update; gives the metric that tells it, where γ changes in the course of the run."""
     training = run.settings.training
+    if fits:
+        with annealed_capacity(run.model, 1.0, 1.0) as capacity:
+            yield {"train/capacity": capacity}
+        return
     if not run.objective.routed or training.capacity_schedule == "constant":
         yield {}
         return
@@ -110,7 +118,7 @@ def _training_capacity(run: Run) -> Iterator[dict[str, float]]:
 
 def _choose_training_routing(run: Run) -> None:
     """Top-K, and for the last `training.threshold_fraction` of the updates the rule of inference."""
-    first = run.plan.total_steps - round(run.settings.training.threshold_fraction * run.plan.total_steps)
+    first = first_by_threshold(run.plan.total_steps, run.settings.training)
     if run.state.step == first:
         calibrate(run, capacities=(), tokens=QUICK_CALIBRATION_TOKENS)
     run.model.set_training_routing("topk" if run.state.step < first else "threshold")
