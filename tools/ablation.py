@@ -20,12 +20,13 @@ from tools.small_study import is_chosen, passages
 COMMON = {
     "data.seq_len": 256,
     "data.validation_fraction": 0.05,
-    "data.validation_blocks": 128,
+    "data.validation_blocks": 48,
     "training.max_steps": 50,
     "training.micro_batch_size": 8,
     "training.tokens_per_update": 2048,
     "training.warmup_ratio": 0.1,
     "training.eval_every": 1000,  # at the end alone
+    "training.calibration_tokens": 4096,
     "training.weight_decay": 0.0,
     "training.learning_rates.base": 5e-4,
     "training.learning_rates.prior": 1e-3,

@@ -132,7 +132,7 @@ def test_killed_half_way(dtf: Dtf, command: list[str]) -> None:
         (["compare", "--from", "nowhere", "--from", "nowhere"], "named twice"),
         (["compare", "--from", "nowhere"], "nowhere: no run"),
         (["compare", "quickstart", "--from", "nowhere"], "--from: reports on runs that exist"),
-        (["compare", "--from", "nowhere", "--seeds", "2"], "leave PRESET, settings, --vary, --seeds"),
+        (["compare", "--from", "nowhere", "--seeds", "2"], "leave PRESET, settings, --vary, --point, --seeds"),
     ],
 )
 def test_wrong_input(

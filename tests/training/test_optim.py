@@ -8,7 +8,7 @@ import torch
 from dtfcli.training.optim import GROUPS, group_of, parameter_groups, schedule_factor, set_learning_rates
 from tests.tiny import dense_model, routed_model
 
-RATES = {"base": 1e-5, "prior": 1e-3, "router": 1e-2, "predictor": 1e-4}
+RATES = {"base": 1e-5, "prior": 1e-3, "router": 1e-2, "predictor": 1e-4, "forecast": 1e-2}
 
 
 @pytest.mark.parametrize("architecture", ["dtf", "mod"])
@@ -30,6 +30,7 @@ def test_every_parameter_is_in_one_group_with_its_rate(architecture: str) -> Non
 
 def test_group_of_parameter_names() -> None:
     assert group_of("model.layers.1.router.predictor.up.weight") == "predictor"
+    assert group_of("model.layers.1.forecast_prior.w_in.weight") == "forecast"
     assert group_of("model.layers.1.router.log_o_ce") == "router"
     assert group_of("model.layers.0.prior.w_out.weight") == "prior"
     assert group_of("model.layers.1.self_attn.q_proj.weight") == "base"
@@ -81,6 +82,6 @@ def test_learning_rates_follow_the_factor() -> None:
     optimizer = torch.optim.AdamW(groups)
     for factor in (0.25, 1.0, 0.5):
         assert set_learning_rates(optimizer.param_groups, factor) == {
-            name: RATES[name] * factor for name in GROUPS if name != "predictor"
+            name: RATES[name] * factor for name in GROUPS if name not in ("predictor", "forecast")
         }
     assert all(group["lr"] == group["peak_lr"] * 0.5 for group in optimizer.param_groups)
