@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "surprise of an MLP": {"routed_part": "mlp"},
     "surprise of attention, forecast": {"routed_part": "attention", "kv_tokens": "all", "bypass": "forecast"},
     "update size": {"score": "update_size"},
-    "update size of attention": {"score": "update_size", "routed_part": "attention"},
+    "update size of attention": {"score": "update_size", "routed_part": "attention", "score_factor": 0.125},
     "update size of an MLP, one budget": {"score": "update_size", "routed_part": "mlp", "budget": "model"},
     "forecast error": {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"},
     "forecast error, one budget": {"score": "forecast_error", "bypass": "forecast", "budget": "model"},
@@ -74,7 +74,7 @@ def routed_model(
     """A converted model in eval mode, calibrated at its own capacity and on the grid; forecasts say something."""
     model = convert(dense_model(family, seed), architecture, capacity, **fields)
     for name, parameter in model.named_parameters():
-        if "forecast" in name:
+        if "forecast" in name or name.endswith("router.w_out"):
             torch.nn.init.normal_(parameter, std=0.2)
     model.calibrate([{"input_ids": tokens(32, 64, seed=7)}])
     return model

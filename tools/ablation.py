@@ -56,6 +56,7 @@ STUDIES: dict[str, dict[str, str]] = {
     },
     "details": {
         "forecast error": BEST,
+        "hidden units in the score": f"{BEST} model.score_factor=0.125",
         "nothing explored": f"{BEST} model.explore=0.0",
         "a tenth explored": f"{BEST} model.explore=0.1",
         "keys of routed tokens": f"{BEST} model.kv_tokens=routed",

@@ -89,6 +89,7 @@ def forward_flops_per_token(
     dense: bool = False,
     shares: Mapping[int, float] | None = None,
     with_logits: float = 1.0,
+    training: bool = False,
 ) -> float:
     """FLOPs of one forward pass, per token of a sequence of `seq_len`; see the module's formula.
 
@@ -98,6 +99,7 @@ def forward_flops_per_token(
         dense: count the backbone alone, as if every layer were dense.
         shares: routed tokens of each routed layer, where they were measured; None: as the capacity says.
         with_logits: share of the tokens whose logits are computed; 1 / T when a prompt is read for its next token.
+        training: of the forward pass in training, where predictors run and forecasts see every token.
     """
     config = model.config
     shares = {} if dense else shares or routed_shares(config, seq_len)
@@ -109,7 +111,7 @@ def forward_flops_per_token(
             flops += attention * share * (1.0 if _every_key(config) else share)
         else:
             flops += attention
-    return flops + sum(each for _, each in _matrix_flops(model, shares, dense))
+    return flops + sum(each for _, each in _matrix_flops(model, shares, dense, training))
 
 
 def training_step_flops(model: Any, seq_len: int) -> float:
@@ -121,9 +123,10 @@ def training_step_flops(model: Any, seq_len: int) -> float:
     they have no backward pass. A forecast is computed again for the tokens whose update is known, explored ones among
     them; these pass the routed part without a backward pass.
     """
-    flops = 3.0 * forward_flops_per_token(model, seq_len)
+    flops = 3.0 * forward_flops_per_token(model, seq_len, training=True)
     shares = routed_shares(model.config, seq_len)
-    flops -= sum(each for parameter, each in _matrix_flops(model, shares) if not parameter.requires_grad)
+    matrices = _matrix_flops(model, shares, training=True)
+    flops -= sum(each for parameter, each in matrices if not parameter.requires_grad)
     if not model.lm_head.weight.requires_grad:
         flops -= 2.0 * model.config.vocab_size * model.config.hidden_size
     if _every_key(model.config):
@@ -171,10 +174,12 @@ def _every_key(config: Any) -> bool:
     return getattr(config, "keeps_every_key", False) and config.routed_part != "mlp"
 
 
-def _matrix_flops(model: Any, shares: Mapping[int, float], dense: bool = False) -> Iterator[tuple[nn.Parameter, float]]:
+def _matrix_flops(
+    model: Any, shares: Mapping[int, float], dense: bool = False, training: bool = False
+) -> Iterator[tuple[nn.Parameter, float]]:
     """Each matrix of the layers with its FLOPs of a forward pass, per token of the sequence."""
     config = model.config
-    predicts = model.training or getattr(config, "routing", None) == "predictor"
+    predicts = training or getattr(config, "routing", None) == "predictor"
     for name, parameter in model.named_parameters():
         found = LAYER.search(name)
         if found is None or (dense and ".lora_" in name):
@@ -184,7 +189,7 @@ def _matrix_flops(model: Any, shares: Mapping[int, float], dense: bool = False) 
             # MoD's router is a matrix with one row, kept as a vector; DTF's has scalars only.
             matrix = parameter.numel() >= config.hidden_size and "norm" not in name
             if matrix and not dense and (predicts or "predictor" not in name):
-                skipping = 1.0 if model.training or "forecast" not in name else 1.0 - shares.get(layer, 1.0)
+                skipping = 1.0 if training or "forecast" not in name else 1.0 - shares.get(layer, 1.0)
                 yield parameter, 2.0 * parameter.numel() * skipping
         elif parameter.ndim == 2:
             share = shares.get(layer, 1.0) if is_routed(config, name) else 1.0

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .outputs import RoutedModelOutput, RoutingRecord
-from .routing import masked_mean
+from .routing import cost_loss, masked_mean
 
 
 class AuxiliaryLosses(NamedTuple):
@@ -70,8 +70,8 @@ def _router_terms(config: Any, record: RoutingRecord, real: Tensor | None) -> li
         terms.append(config.router_aux_loss_weight * masked_mean(against_mask, real))
     if config.architecture == "mod" and config.router_z_loss_weight:
         terms.append(config.router_z_loss_weight * masked_mean(record.scores.square(), real))
-    if config.predicts_cost and record.cost is not None:
-        terms.append(masked_mean((record.scores - record.cost).square(), record.weight))
+    if record.cost is not None and record.weight is not None:
+        terms.append(cost_loss(record.scores, record.cost, record.weight))
     if record.predictor_logits is not None:
         guessed = binary_cross_entropy_with_logits(record.predictor_logits, mask, reduction="none")
         terms.append(config.predictor_loss_weight * masked_mean(guessed, real))

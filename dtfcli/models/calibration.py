@@ -14,7 +14,7 @@ from torch import Tensor
 from .layers import RoutedLayerMixin
 from .outputs import RoutingRecord
 from .routers import CAPACITY_GRID, Router, RoutingFrame
-from .routing import share_threshold
+from .routing import masked_mean, share_threshold
 
 _MOMENTUM = 0.9
 """Of the moving average of per-batch thresholds while training: it spans about ten updates."""
@@ -22,20 +22,35 @@ _MOMENTUM = 0.9
 
 @torch.no_grad()
 def track_thresholds(records: list[RoutingRecord], routers: Mapping[int, Router], frame: RoutingFrame) -> None:
-    """Move each layer's own threshold toward this batch's; a first batch sets it."""
+    """Move each layer's own threshold, and the level of its predicted costs, toward this batch's; a first sets them."""
+    for record in records:
+        if record.cost is not None and record.weight is not None:
+            router: Any = routers[record.layer]
+            router.level.copy_(_moved(router.level, masked_mean(record.cost - record.scores, record.weight)))
     tracked = [record for record in records if routers[record.layer].by_token]
     together = [tracked] if frame.config.budget == "model" and tracked else [[record] for record in tracked]
     for group in together:
         capacity = sum(frame.capacities[record.layer] for record in group) / len(group)
+        shared = frame.config.budget == "model"
+        levels = [_level(routers[record.layer]) if shared else record.scores.new_zeros(1) for record in group]
         batch = share_threshold(
-            torch.cat([record.scores for record in group]),
+            torch.cat([record.scores + level for record, level in zip(group, levels, strict=True)]),
             capacity,
             None if frame.real is None else frame.real.repeat(len(group), 1),
             None if frame.sinks is None else frame.sinks.repeat(len(group), 1),
         )
-        for record in group:
+        for record, level in zip(group, levels, strict=True):
             table = routers[record.layer].thresholds
-            table[0] = torch.where(table[0].isnan(), batch, torch.lerp(batch, table[0], _MOMENTUM))
+            table[:1] = _moved(table[:1], batch - level)
+
+
+def _moved(average: Tensor, batch: Tensor) -> Tensor:
+    return torch.where(average.isnan(), batch, torch.lerp(batch, average, _MOMENTUM))
+
+
+def _level(router: Any) -> Tensor:
+    """What has to be added to a layer's scores to make them costs; 0 before any training."""
+    return router.level.nan_to_num()
 
 
 @torch.no_grad()
@@ -97,15 +112,16 @@ def _calibrate_model(stack: Any, entering: Sequence[Any], column: int) -> None:
     common = torch.tensor(-torch.inf)
     for _ in range(_ROUNDS):
         for router in stack.routers.values():
-            router.thresholds[column] = common
+            router.thresholds[column] = common - _level(router)
         passes = _at(entering, "threshold", column)
         for index in range(min(stack.routers), max(stack.routers) + 1):
             for batch in passes:
                 stack.step(index, batch)
         records = [(record, batch.frame) for batch in passes for record in batch.records]
-        common = _pooled_threshold([record.scores for record, _ in records], capacity, [frame for _, frame in records])
+        costs = [record.scores + _level(stack.routers[record.layer]) for record, _ in records]
+        common = _pooled_threshold(costs, capacity, [frame for _, frame in records])
     for router in stack.routers.values():
-        router.thresholds[column] = common
+        router.thresholds[column] = common - _level(router)
 
 
 def _at(entering: Sequence[Any], mode: str, column: int) -> list[Any]:

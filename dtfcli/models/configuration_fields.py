@@ -37,6 +37,8 @@ SURPRISE_ONLY = (
     "surprise_scale",
 )
 """What only routing by surprise reads."""
+COST_ONLY = ("score_factor", "budget")
+"""What only DTF by predicted costs reads."""
 ROUTER_LOSSES = ("router_aux_loss_weight", "router_z_loss_weight")
 BY_TOKEN = ("sink_tokens", "kv_tokens", "gate", "mod_gate", "predictor_loss_weight")
 """What only architectures that choose tokens read; layerdrop keeps or leaves out whole layers."""
@@ -110,6 +112,9 @@ class RoutingFields:
         "What DTF ranks tokens by: surprise (the thesis), or a learned estimate of what skipping loses: the size of "
         "the update (update_size), or how far the forecast is from it (forecast_error).",
     )
+    score_factor: Number = _option(
+        0.0, "Hidden units of a learned estimate of costs, as a share of the hidden size; 0: a linear one."
+    )
     explore: Number = _option(
         0.0,
         "Share of the tokens that skip whose update is computed all the same while training, without gradient: score "
@@ -148,11 +153,11 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
     dtf, layers = architecture == "dtf", architecture == "layerdrop"
     unread: dict[str, str] = {}
     if not dtf:
-        unread |= dict.fromkeys((*SURPRISE_ONLY, "score", "budget"), reason)
+        unread |= dict.fromkeys((*SURPRISE_ONLY, *COST_ONLY, "score"), reason)
     elif not by_surprise(values):
         unread |= dict.fromkeys((*SURPRISE_ONLY, "gate"), f"model.score is {values['score']}")
     else:
-        unread["budget"] = "model.score is surprise, whose unit differs from layer to layer"
+        unread |= dict.fromkeys(COST_ONLY, "model.score is surprise")
     if architecture != "mod":
         unread |= dict.fromkeys(ROUTER_LOSSES, reason)
     if architecture not in ("mod", "random"):
@@ -208,6 +213,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "score": _one_of(SCORES),
     "budget": _one_of(BUDGETS),
     "surprise_scale": _one_of(SURPRISE_SCALES),
+    "score_factor": _COUNT,
     "explore": ((lambda value: 0.0 <= value <= 1.0), "must be a share from 0 to 1"),
     "forecast_factor": ((lambda value: 0.0 < value <= 8.0), "must be above 0, at most 8"),
     "forecast_loss_weight": _COUNT,

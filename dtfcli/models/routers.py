@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .routing import Scores, cost_scores, mean_square, mod_scores, sink_mask
+from .routing import Scores, mean_square, mod_scores, sink_mask
 from .surprise import Recent, Scalars, dtf_scores, moving_average, recent_tokens
 
 CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
@@ -275,22 +275,45 @@ class LinearRouter(Router):
 
 
 class CostRouter(Router):
-    """DTF by a learned estimate of what skipping costs: a linear regression on the normalized hidden state."""
+    """DTF by a learned estimate of what skipping costs: ŝ = w · n + v · silu(U n), n = x / RMS(x); the gate is 1.
+
+    A regression of ln(‖Δ‖² / D), Δ being the update that is skipped, or with a forecast f of ln(‖Δ − f‖² / D), up to a
+    constant of the layer. Linear unless `score_factor` gives it hidden units.
+
+    Attributes:
+        level: that constant, float32 [1], as training sees it: predicted cost = score + level.
+    """
+
+    level: Tensor
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        size, hidden = config.hidden_size, round(config.hidden_size * config.score_factor)
         self.std, self.eps = config.initializer_range, config.rms_norm_eps
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.w_in = nn.Parameter(torch.empty(hidden, size, dtype=torch.float32)) if hidden else None
+        self.w_out = nn.Parameter(torch.empty(hidden, dtype=torch.float32)) if hidden else None
+        self.register_buffer("level", torch.empty(1, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        self.level.fill_(torch.nan)
         self.weight.normal_(0.0, self.std)
-        self.bias.zero_()
+        if self.w_in is not None and self.w_out is not None:
+            self.w_in.normal_(0.0, self.std)
+            self.w_out.zero_()
 
     def forward(self, hidden_states: Tensor) -> Scores:
         """[B, T, D] → scores [B, T]."""
-        return cost_scores(hidden_states, self.weight, self.bias, self.eps)
+        x = hidden_states.detach().float()
+        scale = torch.rsqrt(mean_square(x, keepdim=True) + self.eps)  # behind the matrices, as in PriorFFN
+        score = (x @ self.weight) * scale.squeeze(-1)
+        if self.w_in is not None and self.w_out is not None:
+            score = score + nn.functional.silu((x @ self.w_in.t()) * scale) @ self.w_out
+        return Scores(score, torch.ones_like(score))
+
+    def scalars(self) -> dict[str, float]:
+        return {"level": self.level.item()}
 
 
 class RandomRouter(Router):

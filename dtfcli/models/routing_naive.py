@@ -54,12 +54,27 @@ def mean_square(x: Tensor) -> Tensor:
     return total
 
 
-def cost_score(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    """ŝ = w · x / RMS(x) + b of one token; 0-d."""
-    score = bias[0]
-    for value, w in zip(x.detach().float() / torch.sqrt(mean_square(x.detach()) + eps), weight, strict=True):
+def cost_score(
+    x: Tensor, weight: Tensor, w_in: Tensor | None = None, w_out: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """ŝ = w · n + v · silu(U n), n = x / RMS(x), of one token; 0-d."""
+    n = x.detach().float() / torch.sqrt(mean_square(x.detach()) + eps)
+    score = torch.zeros(())
+    for value, w in zip(n, weight, strict=True):
         score = score + w * value
+    if w_in is not None and w_out is not None:
+        for row, v in zip(w_in, w_out, strict=True):
+            unit = (row * n).sum()
+            score = score + v * unit * sigmoid(unit)
     return score
+
+
+def cost_loss(scores: list[Tensor], costs: list[Tensor], weights: list[float]) -> Tensor:
+    """Σ w (ŝ − c − mean)² / Σ w over the tokens whose cost is known; the mean is weighted alike."""
+    errors = [score - cost for score, cost in zip(scores, costs, strict=True)]
+    mean = sum(w * e.detach() for w, e in zip(weights, errors, strict=True)) / sum(weights)
+    squares = [w * (e - mean) ** 2 for w, e in zip(weights, errors, strict=True)]
+    return torch.stack(squares).sum() / sum(weights)
 
 
 def cost(update: Tensor, forecast: Tensor | None = None) -> Tensor:

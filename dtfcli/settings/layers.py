@@ -87,8 +87,13 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
         unread["data.shuffle_buffer"] = "no entry of data.sources has streaming = true"
     if not lookup(values, "logging.wandb.enabled"):
         unread["logging.wandb.project"] = "logging.wandb.enabled is false"
-    if isinstance(lookup(values, "model.routed_layers"), list):
+    layers = lookup(values, "model.routed_layers")
+    if isinstance(layers, list):
         unread["model.dense_edges"] = "model.routed_layers lists the layers"
+    if layers == "auto":
+        unread["model.capacity"] = "model.routed_layers is auto, which chooses it by model.flops_share"
+    else:
+        unread["model.flops_share"] = f"model.routed_layers is {'a list' if isinstance(layers, list) else 'alternate'}"
     if not lookup(values, "eval.after"):
         unread |= dict.fromkeys(["eval.tasks", "eval.limit", "eval.data_dir"], "eval.after is empty")
     for group, names in _SWITCHED.items():

@@ -7,6 +7,7 @@ value and the remedy.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tomlkit
 from pydantic import Field, model_validator
@@ -81,6 +82,11 @@ class Settings(BaseSettings):
     def tokens_per_update(self) -> int:
         """Tokens per optimizer step, over all processes."""
         return self.training.tokens_per_update or self.training.micro_batch_size * self.data.seq_len
+
+    def with_model(self, **changes: Any) -> "Settings":
+        """The same with other values of `model.*`, checked again."""
+        model = ModelSettings.model_validate(self.model.model_dump() | changes)
+        return self.model_copy(update={"model": model})
 
     def accumulation_steps(self, processes: int = 1) -> int:
         """Micro-batches per optimizer step on each process.

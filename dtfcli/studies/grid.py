@@ -258,7 +258,14 @@ def settings_key(settings: Settings) -> str:
     values["run"] = {key: value for key, value in values["run"].items() if key not in ("name", "output_dir")}
     for group in ("logging", "hub"):
         del values[group]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    # What is unset or not read is left out: a later version's new setting does not make old runs look different.
+    unread = unread_keys(settings.model_dump(exclude_none=True))
+    kept = {
+        key: value
+        for key, value in _flat(values).items()
+        if value is not None and not any(key == name or key.startswith(f"{name}.") for name in unread)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def resolved(settings: Settings) -> dict[str, Any]:

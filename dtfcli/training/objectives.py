@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head
-from dtfcli.models.routing import masked_mean
+from dtfcli.models.routing import cost_loss, masked_mean
 from dtfcli.training.distillation import Distillation, DistillLosses
 
 STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}
@@ -172,8 +172,7 @@ def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]
                 if values is not None:
                     statistics[prefix + name] = masked_mean(values.detach(), record.weight) * share
             if record.cost is not None:
-                error = (scores - record.cost).square()
-                statistics[prefix + "cost_error"] = masked_mean(error, record.weight) * share
+                statistics[prefix + "cost_error"] = cost_loss(scores, record.cost, record.weight) * share
         if record.predictor_logits is not None:
             for name, value in guess_quality(record.predictor_logits.detach() > 0, record.selected).items():
                 statistics[f"{prefix}predictor_{name}"] = value * share

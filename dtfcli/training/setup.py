@@ -3,7 +3,7 @@
 import shutil
 import time
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dtfcli.runs.files import MetricsLog, tidy_folders
 from dtfcli.runs.folder import CHECKPOINTS, FINAL_MODEL, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint
+from dtfcli.training.choosing import choose_layers
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.interrupt import StopSignal
@@ -97,8 +98,19 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
 
     states = (Sharded if settings.training.sharding == "fsdp2" else Replicated)(accelerator, processes)
     # The first process of a machine fills the caches, the others read them.
+    build, auto = (
+        partial(_built, meta=not states.needs_weights, progress=progress),
+        settings.model.routed_layers == "auto",
+    )
     with accelerator.local_main_process_first():
-        tokenizer, model, data = _materials(settings, meta=not states.needs_weights, progress=progress)
+        progress("Preparing the tokenizer", None)
+        tokenizer = build_tokenizer(settings, on_progress=progress)
+        model = None if auto else build(settings, tokenizer)
+        data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
+    if auto:
+        settings = processes.from_main(partial(choose_layers, settings, data.train, progress))
+        with accelerator.local_main_process_first():
+            model = build(settings, tokenizer)
     plan = plan_run(settings, len(data.train))
     assert plan is not None, "known once the rows are"
 
@@ -138,10 +150,8 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     )
 
 
-def _materials(settings: Settings, *, meta: bool, progress: OnProgress) -> tuple[Any, Any, TokenizedData]:
-    """Tokenizer, model and tokenized text."""
-    progress("Preparing the tokenizer", None)
-    tokenizer = build_tokenizer(settings, on_progress=progress)
+def _built(settings: Settings, tokenizer: Any, *, meta: bool, progress: OnProgress) -> Any:
+    """The model, which is to take rows as long as the settings say."""
     progress("Building the model", None)
     model = build_model(settings, tokenizer=tokenizer, meta=meta)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -149,7 +159,7 @@ def _materials(settings: Settings, *, meta: bool, progress: OnProgress) -> tuple
         raise ConfigError(
             f"data.seq_len = {settings.data.seq_len}: {settings.model.base} was made for at most {longest} tokens."
         )
-    return tokenizer, model, prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
+    return model
 
 
 def _start_trackers(trackers: Trackers, settings: Settings, folder: Path, state: TrainingState, is_new: bool) -> None:

@@ -125,15 +125,17 @@ def _choose_training_routing(run: Run) -> None:
 
 
 def _average_thresholds(run: Run) -> None:
-    """Give all processes the mean of the thresholds that each has tracked on its own rows."""
+    """Give all processes the mean of the thresholds and levels that each has tracked on its own rows."""
     if run.processes.count > 1:
-        tracked = [router.thresholds for router in run.model.model.routers.values() if router.by_token]
+        routers = run.model.model.routers.values()
+        tracked = [router.thresholds[:1] for router in routers if router.by_token]
+        tracked += [router.level for router in routers if run.model.config.predicts_cost]
         if not tracked:
             return
-        together = torch.stack([thresholds[0] for thresholds in tracked])
+        together = torch.cat(tracked)
         run.processes.average(together)
-        for thresholds, mean in zip(tracked, together, strict=True):
-            thresholds[0] = mean
+        for own, mean in zip(tracked, together, strict=True):
+            own.copy_(mean)
 
 
 def _clip_gradients(run: Run) -> float:

@@ -70,7 +70,7 @@ def score_of(x: Tensor, router, config, below, surprises: list[Tensor]) -> tuple
     if config.architecture in ("mod", "random"):
         return x @ router.weight, torch.sigmoid(x @ router.weight)
     if config.score != "surprise":
-        return routing_naive.cost_score(x, router.weight, router.bias, router.eps), one
+        return routing_naive.cost_score(x, router.weight, router.w_in, router.w_out, router.eps), one
     static, change = below
     surprises.append(static)
     average = routing_naive.moving_average(surprises, config.ma_window, config.sink_tokens)[-1]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dtfcli.models import routing_naive
 from dtfcli.models.cache import FullLayerCache, RoutedCache
 from dtfcli.models.conversion import convert, to_dense
-from dtfcli.models.routing import select_explored
+from dtfcli.models.routing import cost_loss, select_explored
 from tests.budget import examples
 from tests.contract.naive_decoder import decode
 from tests.contract.test_cache import in_chunks, split
@@ -198,6 +198,7 @@ def test_every_parameter_learns(option: str, explore: float) -> None:
     out.loss.backward()
     assert (out.forecast_loss is not None) == model.config.has_forecast
     assert (out.router_loss is not None) == model.config.predicts_cost
+    assert out.router_loss is None or out.router_loss > 0
     kept = {layer for layer, share in model.config.layer_capacities().items() if share}
     for name, parameter in model.named_parameters():
         layer = int(name.split(".")[2]) if ".layers." in name else None
@@ -220,10 +221,11 @@ def test_what_a_layer_learns_from(
     score: str, part: str, kv_tokens: str, mode: str, lengths: list[int], seed: int, explore: float
 ) -> None:
     """Costs, misses and outputs of a training layer, against one row at a time and token by token, with gradients."""
-    fields = {"score": score, "routed_part": part, "kv_tokens": kv_tokens, "bypass": "forecast"}
+    fields = {"score": score, "routed_part": part, "kv_tokens": kv_tokens, "bypass": "forecast", "score_factor": 0.1}
     model = shared_routed_model("llama", "dtf", explore=1.0, **fields)
     stack, index = model.model, 3
     layer, width = stack.layers[index], max(lengths) + 1
+    router = layer.router
     padded = [
         pad(tokens(1, n, seed + i)[0], (width - n) * (i % 2), (width - n) * (1 - i % 2)) for i, n in enumerate(lengths)
     ]
@@ -250,7 +252,7 @@ def test_what_a_layer_learns_from(
         if part == "mlp":
             everyone = list(range(len(real)))
             row = _attended(layer, row, everyone, cos[b, real], sin[b, real], row, everyone)
-        scores = [routing_naive.cost_score(x, layer.router.weight, layer.router.bias, layer.router.eps) for x in row]
+        scores = [routing_naive.cost_score(x, router.weight, router.w_in, router.w_out, router.eps) for x in row]
         torch.testing.assert_close(out.ranked[b, real], torch.stack(scores), rtol=1e-4, atol=1e-5)
         chosen = out.selected[b, real].nonzero().flatten().tolist()
         known = (out.weight[b, real] > 0).nonzero().flatten().tolist()
@@ -317,6 +319,24 @@ def _processed(
     seen = list(range(len(row))) if layer.config.kv_tokens == "all" else chosen
     after = _attended(layer, row, seen, cos, sin, x, places)
     return after if part == "attention" else layer.feed(after[None])[0]
+
+
+@given(data=st.data())
+@settings(max_examples=examples(30))
+def test_the_loss_of_predicted_costs(data: st.DataObject) -> None:
+    shape = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    scores, cost = (torch.randn(shape, generator=generator).requires_grad_() for _ in range(2))
+    weight = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7)
+    known = weight > 0
+    if not known.any():
+        assert cost_loss(scores, cost, weight) == 0
+        return
+    ours = cost_loss(scores, cost, weight)
+    theirs = routing_naive.cost_loss(list(scores[known]), list(cost[known]), weight[known].tolist())
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, scores)[0] for loss in (ours, theirs)))
+    torch.testing.assert_close(cost_loss(scores + 7.0, cost, weight), ours, rtol=1e-4, atol=1e-5)
 
 
 @given(data=st.data(), count=st.integers(1, 12))

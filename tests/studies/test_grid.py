@@ -7,7 +7,15 @@ import pytest
 from dtfcli.errors import ConfigError
 from dtfcli.settings import load_settings
 from dtfcli.studies.execute import folder_of, train_command
-from dtfcli.studies.grid import check_equal_terms, parse_axes, parse_seeds, plan_grid, settings_key
+from dtfcli.studies.grid import (
+    check_equal_terms,
+    parse_axes,
+    parse_points,
+    parse_seeds,
+    plan_grid,
+    plan_points,
+    settings_key,
+)
 
 AXES = ["model=dtf,mod,dense", "model.capacity=0.25,0.5"]
 
@@ -107,3 +115,42 @@ def test_unequal_runs_are_refused() -> None:
     other = load_settings("quickstart", ["model=mod", "data.seq_len=64"])
     with pytest.raises(ConfigError, match=r"data\.seq_len: runs are not on equal terms"):
         check_equal_terms([one, other], ["model.architecture"])
+
+
+POINTS = ["plain: ", "wide prior: model.prior_factor=0.25", "mod: model=mod model.kv_tokens=all"]
+
+
+def test_points_have_names_of_their_own(tmp_path: Path) -> None:
+    """What a point does not read of the common settings is left out for it; runs are found like those of a grid."""
+    runs = plan_points("quickstart", parse_points(POINTS), [1, 2], ["model.m_cu_init=1.2"], tmp_path)
+    assert [(run.seed, run.cell.name) for run in runs] == [
+        (seed, name) for seed in (1, 2) for name in ("plain", "wide prior", "mod")
+    ]
+    assert runs[1].settings.model.prior_factor == 0.25
+    assert runs[1].settings.run.name.startswith("wide-prior-s1-")
+    assert runs[0].settings.model.m_cu_init == 1.2
+    assert runs[2].settings.model.m_cu_init is None
+    of_grid = plan_grid(
+        "quickstart", parse_axes(["model.prior_factor=0.25,0.5"]), [1], ["model.m_cu_init=1.2"], tmp_path
+    )
+    assert of_grid[0].key == runs[1].key
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (["plain"], "NAME: KEY=VALUE"),
+        ([": model=mod", "b: model=dtf"], "NAME: KEY=VALUE"),
+        (["a: model", "b: model=mod"], "NAME: KEY=VALUE"),
+        (["a: model='mod", "b: model=dtf"], "NAME: KEY=VALUE"),
+        (["a: run.seed=3", "b: model=dtf"], "run.seed=3 differs from run to run"),
+        (["a: model=mod", "a: model=dtf"], "two points are called a"),
+        (["a: model=mod"], "one point is nothing to compare"),
+        (["a: model=mod model.prior_factor=0.5", "b: model=dtf"], "nothing reads model.prior_factor=0.5"),
+        (["a: model=dtf", "b: "], "a and b are the same run"),
+        (["a: model=mod", "b: model.kapazity=3"], "model.kapazity"),
+    ],
+)
+def test_wrong_points(points: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_points("quickstart", parse_points(points), [1], (), tmp_path)
