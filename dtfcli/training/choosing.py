@@ -14,6 +14,7 @@ import torch
 
 from dtfcli.cost.accounting import forward_flops_per_token
 from dtfcli.data.documents import OnProgress
+from dtfcli.data.targets import token_ids
 from dtfcli.errors import ConfigError
 from dtfcli.inspection.sensitivity import layer_costs
 from dtfcli.loading.build import build_model
@@ -49,7 +50,7 @@ def choose_layers(settings: Settings, rows: Any, on_progress: OnProgress) -> Set
     device = resolve_device(settings.run.device)
     dense: Any = build_model(settings.with_model(architecture="dense", routed_layers=None))
     dense = dense.to(device).eval()
-    text = torch.as_tensor(rows[: max(1, _TOKENS // rows.shape[1])]).long().to(device)
+    text = torch.from_numpy(token_ids(rows[: max(1, _TOKENS // rows.shape[1])])).to(device)
     costs: dict[str, dict[int, float]] = {}
     dtype = compute_dtype(settings.run.dtype, device)
     for part in parts:

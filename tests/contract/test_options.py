@@ -321,6 +321,26 @@ def _processed(
     return after if part == "attention" else layer.feed(after[None])[0]
 
 
+@pytest.mark.parametrize("hidden", [0.0, 0.5])
+def test_a_score_learns_what_skipping_costs(hidden: float) -> None:
+    """On tokens that it has not seen, with the layers below routed; the level makes scores costs."""
+    model = routed_model("llama", score="update_size", score_factor=hidden, explore=1.0).train()
+    learning = [parameter for name, parameter in model.named_parameters() if "router" in name]
+    optimizer = torch.optim.Adam(learning, lr=1e-2)
+    for step in range(120):
+        batch = tokens(16, 32, seed=step)
+        model(batch, labels=batch).router_loss.backward()
+        optimizer.step()
+        model.zero_grad()
+    records = model(tokens(32, 32, seed=999), output_routing=True).routing
+    for record in records:
+        counted = record.weight > 0
+        score, cost = record.scores[counted], record.cost[counted]
+        assert torch.corrcoef(torch.stack([score, cost]))[0, 1] > 0.2
+        level = model.model.routers[record.layer].level
+        assert (score + level - cost).mean().abs() < 0.5
+
+
 @given(data=st.data())
 @settings(max_examples=examples(30))
 def test_the_loss_of_predicted_costs(data: st.DataObject) -> None:

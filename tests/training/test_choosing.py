@@ -17,17 +17,21 @@ from dtfcli.loading.build import build_model
 from dtfcli.runs.folder import run_settings
 from dtfcli.settings import Settings
 from dtfcli.training.choosing import shares_at
-from tests.tiny import dense_model, tokens, word_tokenizer
+from tests.tiny import dense_model, tokens
 from tests.training.small_runs import small_settings, write_text
 
 
-def auto_settings(folder: Path, base: Path | str = "", **model: Any) -> Settings:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model that has seen two batches."""
+    folder = tmp_path_factory.mktemp("base")
+    write_text(folder)
+    return train(small_settings(folder, "dense", training={"max_steps": 2})).final_model_path
+
+
+def auto_settings(folder: Path, base: Path, **model: Any) -> Settings:
     """A run of two updates that chooses its layers."""
     write_text(folder)
-    if not base:
-        base = folder / "base"
-        dense_model().save_pretrained(base)
-        word_tokenizer().save_pretrained(base)
     small = small_settings(folder, training={"max_steps": 2})
     fields = {"architecture": "dtf", "base": str(base), "routed_layers": "auto", "flops_share": 0.8} | model
     return Settings.model_validate(small.model_dump(exclude_none=True, exclude={"model"}) | {"model": fields})
@@ -78,8 +82,8 @@ def test_what_a_layer_costs_is_measured_by_leaving_it_out(part: str) -> None:
 @pytest.mark.parametrize(
     "model", [{"score": "update_size"}, {"score": "surprise"}, {"routed_part": "mlp", "architecture": "mod"}]
 )
-def test_a_run_keeps_what_it_chose(model: dict[str, Any], tmp_path: Path) -> None:
-    settings = auto_settings(tmp_path, **model)
+def test_a_run_keeps_what_it_chose(model: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    settings = auto_settings(tmp_path, base, **model)
     result = train(settings)
     chosen = run_settings(result.run_dir)
     assert isinstance(chosen.model.routed_layers, list)
@@ -93,11 +97,11 @@ def test_a_run_keeps_what_it_chose(model: dict[str, Any], tmp_path: Path) -> Non
     assert share == pytest.approx(0.8, abs=0.03)
 
 
-def test_a_dry_run_shows_a_guess(tmp_path: Path) -> None:
-    shown = preview(auto_settings(tmp_path, score="update_size"))
+def test_a_dry_run_shows_a_guess(base: Path, tmp_path: Path) -> None:
+    shown = preview(auto_settings(tmp_path, base, score="update_size"))
     assert shown.account.share_of_dense == pytest.approx(0.8, abs=0.03)
 
 
-def test_too_few_flops_are_refused(tmp_path: Path) -> None:
+def test_too_few_flops_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.flops_share = 0\.05"):
-        preview(auto_settings(tmp_path, score="update_size", flops_share=0.05))
+        preview(auto_settings(tmp_path, base, score="update_size", flops_share=0.05))

@@ -162,7 +162,9 @@ def test_fitting_leaves_the_backbone_alone(fields: dict[str, str], tmp_path: Pat
     result = train(settings, on_event=note)
     lines = [line for line in read_metrics(result.run_dir / "metrics.jsonl") if "train/loss" in line]
     assert [line.get("train/capacity") for line in lines] == [1.0] * 40 + [None]
-    assert lines[39]["train/router_loss"] < lines[0]["train/router_loss"]
+    if "bypass" in fields:
+        assert lines[0]["train/forecast_loss"] == pytest.approx(1.0, abs=0.02)
+        assert lines[39]["train/forecast_loss"] < 0.9
     assert "Fitting forecasts and costs, every token enters" in phases
     assert "Training" in phases
 
