@@ -97,20 +97,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
         emit(TrainEvent("warning", message))
 
     states = (Sharded if settings.training.sharding == "fsdp2" else Replicated)(accelerator, processes)
-    # The first process of a machine fills the caches, the others read them.
-    build, auto = (
-        partial(_built, meta=not states.needs_weights, progress=progress),
-        settings.model.routed_layers == "auto",
-    )
-    with accelerator.local_main_process_first():
-        progress("Preparing the tokenizer", None)
-        tokenizer = build_tokenizer(settings, on_progress=progress)
-        model = None if auto else build(settings, tokenizer)
-        data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
-    if auto:
-        settings = processes.from_main(partial(choose_layers, settings, data.train, progress))
-        with accelerator.local_main_process_first():
-            model = build(settings, tokenizer)
+    settings, tokenizer, model, data = _materials(settings, accelerator, processes, states, progress)
     plan = plan_run(settings, len(data.train))
     assert plan is not None, "known once the rows are"
 
@@ -148,6 +135,25 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
         stop=stop,
         peak_flops=matmul_peak(accelerator.device, compute_dtype(settings.run.dtype, accelerator.device)),
     )
+
+
+def _materials(
+    settings: Settings, accelerator: Accelerator, processes: Processes, states: Replicated, progress: OnProgress
+) -> tuple[Settings, Any, Any, TokenizedData]:
+    """Tokenizer, model and tokenized text; and the settings, with layers chosen where these leave it open."""
+    build = partial(_built, meta=not states.needs_weights, progress=progress)
+    auto = settings.model.routed_layers == "auto"
+    # The first process of a machine fills the caches, the others read them.
+    with accelerator.local_main_process_first():
+        progress("Preparing the tokenizer", None)
+        tokenizer = build_tokenizer(settings, on_progress=progress)
+        model = None if auto else build(settings, tokenizer)
+        data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
+    if auto:
+        settings = processes.from_main(partial(choose_layers, settings, data.train, progress))
+        with accelerator.local_main_process_first():
+            model = build(settings, tokenizer)
+    return settings, tokenizer, model, data
 
 
 def _built(settings: Settings, tokenizer: Any, *, meta: bool, progress: OnProgress) -> Any:
