@@ -6,6 +6,7 @@ base has one, and names a data set only if it is on the Hub.
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import tomlkit
@@ -15,7 +16,7 @@ from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.facts import ModelFacts
 from dtfcli.hub.metadata import card_metadata, check_metadata, shown_metric
 from dtfcli.loading.base_configs import base_license
-from dtfcli.models.configuration_fields import RoutingFields
+from dtfcli.models.configuration_fields import RoutingFields, unread_fields
 from dtfcli.runs.folder import CURVES_FILE
 
 _FEW_TOKENS = 1_000_000_000
@@ -33,6 +34,13 @@ _HOW = {
     "random": "A control: a routed layer processes a token if a fixed random linear score of it is high. The others",
     "layerdrop": "A control: of the routed layers, a share γ processes all tokens, the rest none. Left-out tokens",
 }
+_COSTS = {
+    "update_size": "A routed layer processes a token if a learned estimate, made from the token alone, says that its "
+    "update is large. The others",
+    "forecast_error": "A routed layer processes a token if a learned estimate, made from the token alone, says that a "
+    "cheap forecast of its update would be far off. The others",
+}
+"""By `score`, in place of surprise."""
 _CITATIONS = {
     "dtf": """@mastersthesis{wieser2025dynamic,
   title  = {Dynamic Transformers},
@@ -167,16 +175,17 @@ def _how_it_routes(facts: ModelFacts) -> str:
         ("layers", f"{config['num_hidden_layers']}, of which route: {', '.join(map(str, facts.routed_layers))}"),
         ("capacity γ", _capacity(facts).removeprefix("a share of γ = ")),
         ("routing mode", f"`{config.get('routing', 'threshold')}`"),
-        ("gate", f"`{config.get('gate')}`"),
-        ("sink tokens", str(config.get("sink_tokens"))),
-        ("keys and values of", f"{config.get('kv_tokens')} tokens"),
+        *_options(config, facts.architecture),
         (
             "parameters" + (" here" if facts.is_adapter else ""),
             f"{facts.parameters:,}, of which {facts.added_parameters:,} belong to the routing",
         ),
         *((f"sha256 of {name}", f"`{digest}`") for name, digest in facts.weights_sha256.items()),
     ]
-    stored = "store no keys and values there" if config.get("kv_tokens") == "routed" else "store only keys and values"
+    every_key = config.get("kv_tokens") != "routed" or config.get("routed_part") == "mlp"
+    stored = "store only keys and values" if every_key else "store no keys and values there"
+    passing = "take a forecast of the update" if config.get("bypass") == "forecast" else "pass through unchanged"
+    how = _COSTS.get(str(config.get("score"))) if facts.architecture == "dtf" else None
     predictor = (
         "\n- `predictor` (causal): a small network predicts the training rule's choice from the layer's input."
         if config.get("predictor_loss_weight")
@@ -191,11 +200,30 @@ def _how_it_routes(facts: ModelFacts) -> str:
   training and comparisons only, and its figures are marked."""
     return f"""## How it routes
 
-{_HOW[facts.architecture]} pass through unchanged and {stored}.
+{how or _HOW[facts.architecture]} {passing} and {stored}.
 
 {_table(["", ""], rows)}
 
 {modes}"""
+
+
+def _options(config: Mapping[str, Any], architecture: str) -> list[tuple[str, str]]:
+    """Rows about how tokens are routed, of the fields that such a model reads."""
+    unread = unread_fields({**config, "architecture": architecture})
+    names = {
+        "routed_part": ("routed part", "{}"),
+        "score": ("score", "`{}`"),
+        "gate": ("gate", "`{}`"),
+        "bypass": ("tokens that skip take", "{}"),
+        "budget": ("γ is the share of each", "{}"),
+        "sink_tokens": ("sink tokens", "{}"),
+        "kv_tokens": ("keys and values of", "{} tokens"),
+    }
+    return [
+        (shown, form.format(config[name]))
+        for name, (shown, form) in names.items()
+        if name not in unread and name in config
+    ]
 
 
 def _training(facts: ModelFacts) -> str:

@@ -306,8 +306,11 @@ def _layer(model: Any, records: list[Any]) -> LayerRouting:
     first = records[0]
     score, static, change = join("scores"), join("static_surprise"), join("change_surprise")
     ce_part = None
-    if static is not None:
+    if static is not None and model.config.surprise_scale == "raw":
         ce_part = expected_change_part(score, static, change, model.router_scalars()[first.layer])
+    elif static is not None:  # in units of its moving average S_CE does not saturate: softplus(a) = −ln(1 − S_CE)
+        part = -np.log1p(-np.minimum(join("s_ce"), 1 - 1e-12))
+        ce_part = np.clip(part / np.maximum(score, np.finfo(np.float64).tiny), 0.0, 1.0)
     return LayerRouting(
         layer=first.layer,
         selected=join("selected", np.bool_),

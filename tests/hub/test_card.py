@@ -314,3 +314,15 @@ def test_a_control_says_what_it_is(architecture: str, words: str) -> None:
     assert ("process only some of the tokens" in text) == (architecture == "random")
     assert ("not causal" in text) == (architecture == "random")
     assert card_errors(text) == []
+
+
+def test_it_says_how_tokens_are_chosen_and_what_the_others_take() -> None:
+    """Only what such a model reads: no gate for predicted costs, whose gate is 1."""
+    fields = {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp", "budget": "model"}
+    card = str(model_card(_facts(config=CONFIG | fields)))
+    assert "cheap forecast of its update would be far off" in card
+    assert "take a forecast of the update and store only keys and values" in card
+    for row in ("| routed part | mlp |", "| score | `forecast_error` |", "| γ is the share of each | model |"):
+        assert row in card
+    assert "| gate |" not in card
+    assert "| keys and values of |" not in card
