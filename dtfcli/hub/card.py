@@ -41,6 +41,7 @@ _COSTS = {
     "cheap forecast of its update would be far off. The others",
 }
 """By `score`, in place of surprise."""
+_PARTS = {"mlp": "MLP", "attention": "attention"}
 _CITATIONS = {
     "dtf": """@mastersthesis{wieser2025dynamic,
   title  = {Dynamic Transformers},
@@ -184,7 +185,9 @@ def _how_it_routes(facts: ModelFacts) -> str:
     ]
     every_key = config.get("kv_tokens") != "routed" or config.get("routed_part") == "mlp"
     stored = "store only keys and values" if every_key else "store no keys and values there"
-    passing = "take a forecast of the update" if config.get("bypass") == "forecast" else "pass through unchanged"
+    part = config.get("routed_part", "block")
+    passing = "pass through unchanged" if part == "block" else f"skip its {_PARTS[part]}"
+    passing = "take a forecast of the update" if config.get("bypass") == "forecast" else passing
     how = _COSTS.get(str(config.get("score"))) if facts.architecture == "dtf" else None
     predictor = (
         "\n- `predictor` (causal): a small network predicts the training rule's choice from the layer's input."

@@ -155,11 +155,15 @@ class _Walk:
         return passing
 
     def _sizes(self, index: int, passing: Any) -> Tensor:
-        """‖y − x‖ of each token if all entered the layer, float32 [T]; the pass stays where it is."""
-        everyone = replace(passing.frame, capacities={**passing.frame.capacities, index: 1.0}, chosen=None)
-        aside = replace(passing, frame=everyone, records=[])
-        self.stack.step(index, aside)
-        return (aside.hidden_states - passing.hidden_states)[0].float().norm(dim=-1)
+        """What each token would lose by skipping the layer, as a norm, float32 [T]; the pass stays where it is."""
+        states = []
+        for everyone in (True, False):
+            chosen = None if everyone else {index: torch.zeros_like(self.row, dtype=torch.bool)}
+            capacities = {**passing.frame.capacities, index: 1.0 if everyone else 0.5}
+            aside = replace(passing, frame=replace(passing.frame, capacities=capacities, chosen=chosen), records=[])
+            self.stack.step(index, aside)
+            states.append(aside.hidden_states)
+        return (states[0] - states[1])[0].float().norm(dim=-1)
 
 
 def _largest(sizes: Tensor, count: int, frame: RoutingFrame) -> Tensor:

@@ -26,12 +26,13 @@ def track_thresholds(records: list[RoutingRecord], routers: Mapping[int, Router]
     for record in records:
         if record.cost is not None and record.weight is not None:
             router: Any = routers[record.layer]
-            router.level.copy_(_moved(router.level, masked_mean(record.cost - record.scores, record.weight)))
+            level = _moved(router.level, masked_mean(record.cost - record.scores, record.weight))
+            router.level.copy_(torch.where(record.weight.any(), level, router.level))
     tracked = [record for record in records if routers[record.layer].by_token]
     together = [tracked] if frame.config.budget == "model" and tracked else [[record] for record in tracked]
     for group in together:
-        capacity = sum(frame.capacities[record.layer] for record in group) / len(group)
-        shared = frame.config.budget == "model"
+        shared = len(group) > 1  # its threshold is that of the model's own γ, wherever γ is on its way
+        capacity = routers[group[0].layer].capacity if shared else frame.capacities[group[0].layer]
         levels = [_level(routers[record.layer]) if shared else record.scores.new_zeros(1) for record in group]
         batch = share_threshold(
             torch.cat([record.scores + level for record, level in zip(group, levels, strict=True)]),
@@ -91,10 +92,12 @@ def _calibrate_layers(stack: Any, entering: Sequence[Any], mode: str, column: in
     for index in range(min(stack.routers), last + 1):
         layer = stack.layers[index]
         if isinstance(layer, RoutedLayerMixin):
-            scores = [
-                layer.rank(layer.reach(p.hidden_states, **p.layer_inputs), p.surprises, p.frame)[0] for p in passes
-            ]
             capacity = layer.router.capacity if column == 0 else CAPACITY_GRID[column - 1]
+            layer.router.table(mode)[column] = torch.inf  # nobody enters but sinks: the scores are what is wanted
+            asides = [replace(p, records=[]) for p in passes]
+            for aside in asides:
+                stack.step(index, aside)
+            scores = [aside.records[0].scores for aside in asides]
             layer.router.table(mode)[column] = _pooled_threshold(scores, capacity, [p.frame for p in passes])
         if index < last:  # nothing above is routed
             for batch in passes:
@@ -107,8 +110,7 @@ _ROUNDS = 6
 
 def _calibrate_model(stack: Any, entering: Sequence[Any], column: int) -> None:
     """One threshold for all layers; the first round lets every token enter."""
-    own = [router.capacity for router in stack.routers.values()]
-    capacity = sum(own) / len(own) if column == 0 else CAPACITY_GRID[column - 1]
+    capacity = stack.config.capacity if column == 0 else CAPACITY_GRID[column - 1]
     common = torch.tensor(-torch.inf)
     for _ in range(_ROUNDS):
         for router in stack.routers.values():
@@ -126,7 +128,14 @@ def _calibrate_model(stack: Any, entering: Sequence[Any], column: int) -> None:
 
 def _at(entering: Sequence[Any], mode: str, column: int) -> list[Any]:
     """The batches before their first routed layer, routed by a column."""
-    return [replace(b, frame=replace(b.frame, mode=mode, column=column), prior_errors=[], records=[]) for b in entering]
+    passes = []
+    for batch in entering:
+        capacities = batch.frame.capacities
+        if column:  # γ = 0 stands for the least that routes: sinks enter all the same
+            capacities = dict.fromkeys(capacities, max(CAPACITY_GRID[column - 1], 1e-9))
+        frame = replace(batch.frame, mode=mode, column=column, capacities=capacities)
+        passes.append(replace(batch, frame=frame, prior_errors=[], records=[]))
+    return passes
 
 
 def _pooled_threshold(scores: list[Tensor], capacity: float, frames: list[RoutingFrame]) -> Tensor:

@@ -277,10 +277,19 @@ def check_routing_fields(values: Mapping[str, Any], num_layers: int | None = Non
         "there is no forecast; set bypass = 'forecast', or score = 'update_size', which needs none",
     )
     _require(
-        chosen["budget"] == "layer" or chosen["score"] != "surprise" or set(values) == {"budget"},
+        chosen["budget"] == "layer"
+        or (chosen["architecture"] == "dtf" and chosen["score"] != "surprise")
+        or set(values) == {"budget"},
         "budget",
         chosen["budget"],
-        "one threshold needs scores of one unit in all layers: set score = 'update_size' or 'forecast_error'",
+        "one threshold needs scores of one unit in all layers: those of dtf with score = 'update_size' or "
+        "'forecast_error'",
+    )
+    _require(
+        chosen["budget"] == "layer" or not isinstance(chosen["capacity"], (list, tuple)),
+        "capacity",
+        chosen["capacity"],
+        "with budget = 'model' give one share: layers share it as they need",
     )
     if num_layers is not None:
         _check_layers(chosen, num_layers)

@@ -296,7 +296,7 @@ class RoutedLayerMixin(StockLayer):
         """The update of tokens that skip, as if each of them alone had entered besides those that do."""
         if self.part != "mlp" and not self.config.keeps_every_key:
             keys = self._all_keys(inside.hidden_states, inside.position_embeddings)
-            inside = inside._replace(keys=EveryKey(*keys, selected))
+            inside = inside._replace(keys=EveryKey(*keys, selected if self.router.by_token else None))
         return Known(slots, *self._processed([], slots, inside, frame))
 
     def _all_keys(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             "prior_loss": beside.prior,
             "router_loss": beside.router,
             "forecast_loss": beside.forecast,
+            "lesson_loss": beside.lessons,
         }
 
     @property

@@ -90,6 +90,10 @@ class RoutingFrame:
             _ = self.recent
 
 
+class ZeroLinear(nn.Linear):
+    """Starts at zero. A class of its own, because models are initialized module by module."""
+
+
 class PriorFFN(nn.Module):
     """W_out(silu(W_gate n) · W_up n), n = x / RMS(x): a cheap guess at the update that a block gives a token (3.1–3.3).
 
@@ -100,13 +104,15 @@ class PriorFFN(nn.Module):
     In a decision layer prior = x + guess. In a routed layer, as `Forecast`, the tokens that skip take x + guess.
     """
 
+    out_class: type[nn.Linear] = nn.Linear
+
     def __init__(self, config: Any, factor: float, dropout: float = 0.0) -> None:
         super().__init__()
         width = ceil(config.hidden_size * factor)
         width = max(2, width + width % 2)
         self.eps = config.rms_norm_eps
         self.w_in = nn.Linear(config.hidden_size, 2 * width, bias=False)
-        self.w_out = nn.Linear(width, config.hidden_size, bias=False)
+        self.w_out = self.out_class(width, config.hidden_size, bias=False)
         self.dropout = dropout
 
     def forward(self, original: Tensor) -> Tensor:
@@ -125,8 +131,7 @@ class PriorFFN(nn.Module):
 class Forecast(PriorFFN):
     """The prior of a routed layer's own update. It starts at zero: conversion changes nothing."""
 
-    def reset_parameters(self) -> None:
-        self.w_out.weight.zero_()
+    out_class = ZeroLinear
 
 
 class Predictor(nn.Module):

@@ -23,7 +23,7 @@ from .calibration import track_thresholds
 from .configuration_fields import CAUSAL_MODES
 from .layers import DecisionLayerMixin, RoutedLayerMixin, RoutedOutput
 from .outputs import RoutedModelOutput, RoutingRecord
-from .routers import Forecast, Router, RoutingFrame
+from .routers import Router, RoutingFrame, ZeroLinear
 from .stock import StockModel, StockStack
 
 ADDED_NAMES = ("router", "prior", "predictor")
@@ -43,8 +43,10 @@ class DynamicPreTrainedMixin(StockModel):
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Router, Forecast)):
+        if isinstance(module, Router):
             module.reset_parameters()
+        elif isinstance(module, ZeroLinear):
+            module.weight.zero_()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,11 +206,13 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
     def mode(self) -> str:
         """The routing mode of the next pass.
 
-        A budget of the whole model has no top-K of a layer: training routes by the tracked threshold once there is one.
+        A budget of the whole model has no top-K of a layer: training routes by the tracked threshold once there is one,
+        except while γ is on its way.
         """
         if not self.training:
             return self.config.routing
-        return "threshold" if self.config.budget == "model" and self._has_tracked else self.training_mode
+        shared = self.config.budget == "model" and self.training_capacities is None
+        return "threshold" if shared and self._has_tracked else self.training_mode
 
     @property
     def _has_tracked(self) -> bool:

@@ -193,7 +193,7 @@ def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Scalars, sca
         scale: "raw" (the thesis) or "running".
     """
     if scale == "running":
-        unit = average.clamp(min=1e-6)
+        unit = torch.where(average > 0, average, static.detach()).clamp(min=1e-6)  # its own, before any other counts
         static, change, average = static / unit, change / unit, average / unit
     expected = static - (change - torch.log(of.o_ce + 1e-10))
     unexpected = static - of.m_cu * average

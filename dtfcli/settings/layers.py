@@ -53,7 +53,13 @@ def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
         unread["training.learning_rates.forecast"] = "model.bypass is identity"
         if "model.explore" in unread:
             unread["training.fit_steps"] = "there is no forecast to fit, and no score that predicts"
-    return unread | dict.fromkeys(_NO_ROUTER.get(architecture, ()), f"model.architecture is {architecture}")
+    unread |= dict.fromkeys(_NO_ROUTER.get(architecture, ()), f"model.architecture is {architecture}")
+    if model.get("bypass") == "forecast":  # there is something to train while the backbone is frozen
+        unread.pop("training.router_warmup_steps", None)
+        predicts = architecture == "dtf" and not by_surprise(model)
+        if model.get("forecast_loss_weight") == 0 and not predicts:
+            unread["training.fit_steps"] = "model.forecast_loss_weight is 0, and no score predicts"
+    return unread
 
 
 def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:

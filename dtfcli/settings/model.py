@@ -98,6 +98,12 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
     def _check_routing(self) -> "ModelSettings":
         if self.architecture == "dense":
             return self
+        require(
+            not (self.explore and self.attn_implementation == "flash_attention_2" and self.routed_part != "mlp"),
+            "explore",
+            self.explore,
+            "explored tokens need masks that flash_attention_2 does not take; use model.attn_implementation = 'sdpa'",
+        )
         fields, layers = self.routing_fields(), None if self.base else self.scratch.num_hidden_layers
         if self.routed_layers == "auto":
             remedy = "it measures layers of a pretrained model that choose tokens"

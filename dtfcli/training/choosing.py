@@ -75,9 +75,10 @@ def unmeasured(settings: Settings) -> Settings:
 def candidates(settings: Settings, num_layers: int) -> list[int]:
     """Layers that may route: with surprise every odd one, else all."""
     model = settings.model
+    edges = model.dense_edges or 0
     if by_surprise({"architecture": model.architecture, "score": model.score}):
-        return resolve_routed_layers("alternate", model.dense_edges or 0, num_layers)
-    return list(range(num_layers))
+        return resolve_routed_layers("alternate", edges, num_layers)
+    return list(range(edges, num_layers - edges))
 
 
 def _with_cheapest(settings: Settings, costs: Mapping[str, Mapping[int, float]]) -> Settings:
@@ -99,7 +100,9 @@ def _with_cheapest(settings: Settings, costs: Mapping[str, Mapping[int, float]])
             "for more, or let model.routed_part be the block."
         )
     _, part, found = best
-    shares = [round(found[layer], 3) for layer in sorted(found)]
+    shares: Any = [round(found[layer], 3) for layer in sorted(found)]
+    if settings.model.budget == "model":
+        shares = round(sum(shares) / len(shares), 3)
     return settings.with_model(routed_layers=sorted(found), capacity=shares, routed_part=part, flops_share=None)
 
 
@@ -122,15 +125,14 @@ def shares_at(costs: Mapping[int, float], wanted: float, flops: Flops) -> dict[i
         flops: what they take.
     """
     dear = {layer: max(cost, _LEAST_COST) for layer, cost in costs.items()}
-    while dear:
-        found = _bisect(dear, wanted, flops)
-        if found is None:
-            return None
-        nearly_dense = [layer for layer, share in found.items() if share > _DENSE]
-        if not nearly_dense or len(nearly_dense) == len(dear):
-            return found
-        dear = {layer: cost for layer, cost in dear.items() if layer not in nearly_dense}
-    return None
+    found = _bisect(dear, wanted, flops)
+    while found and max(found.values()) > _DENSE:  # the dearest stays dense, if the others can make up for it
+        del dear[max(dear, key=lambda layer: dear[layer])]
+        fewer = _bisect(dear, wanted, flops) if dear else None
+        if fewer is None:
+            break
+        found = fewer
+    return found
 
 
 def _bisect(costs: Mapping[int, float], wanted: float, flops: Flops) -> dict[int, float] | None:

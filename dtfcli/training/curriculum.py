@@ -4,7 +4,7 @@ All are pure functions of the step, so that resuming needs no state.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,12 +67,12 @@ def annealed_capacity(model: Any, left: float, start: float) -> Iterator[float]:
         stack.training_capacities = None
 
 
-def freeze_backbone(param_groups: Iterable[dict[str, Any]]) -> None:
-    """Drop the gradients of the backbone and its adapters: the optimizer passes it over, moments and decay included.
+def keep_gradients(param_groups: Iterable[dict[str, Any]], names: Container[str]) -> None:
+    """Drop the gradients of all other groups: the optimizer passes them over, moments and decay included.
 
     The gradients are computed all the same: whatever reduces or shards them counts on every parameter having one.
     """
     for group in param_groups:
-        if group["name"] == "base":
+        if group["name"] not in names:
             for parameter in group["params"]:
                 parameter.grad = None

@@ -107,17 +107,9 @@ class Objective(nn.Module):
             output.router_loss,
             routing,
             forecast_loss=output.forecast_loss,
-            lessons=self._lessons(output),
+            lessons=output.lesson_loss,
         )
         return self._with_distillation(losses, input_ids, labels, targets)
-
-    def _lessons(self, output: Any) -> Tensor | None:
-        config, lessons = self.model.config, None
-        if output.forecast_loss is not None:
-            lessons = config.forecast_loss_weight * output.forecast_loss
-        if config.predicts_cost and output.router_loss is not None:
-            lessons = output.router_loss if lessons is None else lessons + output.router_loss
-        return lessons
 
     def _with_distillation(self, losses: Losses, input_ids: Tensor, labels: Tensor, targets: float) -> Losses:
         """Add what the dense parent teaches, in training."""

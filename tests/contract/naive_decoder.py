@@ -75,7 +75,7 @@ def score_of(x: Tensor, router, config, below, surprises: list[Tensor]) -> tuple
     surprises.append(static)
     average = routing_naive.moving_average(surprises, config.ma_window, config.sink_tokens)[-1]
     if config.surprise_scale == "running":
-        unit = average.clamp(min=1e-6)
+        unit = (average if average > 0 else static).clamp(min=1e-6)
         static, change, average = static / unit, change / unit, average / unit
     scalars = (router.log_o_ce.exp(), router.log_m_cu.exp(), router.beta_ce, router.beta_cu)
     gate, score = routing_naive.dtf_gate(static, change, average, *scalars)
