@@ -147,3 +147,35 @@ def test_layerdrop_keeps_the_share_of_layers_that_is_asked_for() -> None:
 def test_what_layerdrop_cannot_be_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         convert(dense_model(), "layerdrop", **fields)
+
+
+def test_one_budget_takes_one_share() -> None:
+    with pytest.raises(ValueError, match="budget = 'model' give one share"):
+        convert(dense_model(), score="update_size", budget="model", capacity=[0.25, 0.5, 0.75])
+    with pytest.raises(ValueError, match="budget = 'model'"):
+        convert(dense_model(), "mod", score="update_size", budget="model")
+
+
+def test_one_budget_while_capacity_is_on_its_way() -> None:
+    """At γ = 1 every token enters, and the tracked threshold stays that of the model's own γ."""
+    from dtfcli.training.curriculum import annealed_capacity
+
+    model: Any = routed_model(score="update_size", budget="model", explore=1.0).train()
+    for seed in range(20):
+        with annealed_capacity(model, 1.0, 1.0):
+            records = model(tokens(8, 64, seed=seed), output_routing=True).routing
+        assert all(record.selected.all() for record in records)
+    shares = [r.selected.float().mean().item() for r in model(tokens(32, 64, seed=99), output_routing=True).routing]
+    assert sum(shares) / 3 == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_level_waits_for_costs() -> None:
+    """With rows of sinks alone nothing is known of what skipping costs."""
+    model: Any = convert(dense_model(), score="update_size", sink_tokens=4).train()
+    model(tokens(4, 3))
+    assert all(router.level.isnan() for router in model.model.routers.values())
+    model(tokens(4, 30))
+    before = {index: router.level.clone() for index, router in model.model.routers.items()}
+    assert not any(level.isnan() for level in before.values())
+    model(tokens(4, 3))
+    assert all(torch.equal(router.level, before[index]) for index, router in model.model.routers.items())

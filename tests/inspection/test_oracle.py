@@ -81,7 +81,7 @@ def test_a_router_that_is_the_oracle_agrees_and_loses_nothing(monkeypatch: pytes
     def by_size(index: int, score: Any) -> Any:
         def scores(hidden: Tensor, surprises: Any, frame: Any, store: Any = None) -> Any:
             found = score(hidden, surprises, frame, store)
-            if frame.capacities[index] == 1.0:  # the look at the sizes itself
+            if frame.capacities[index] == 1.0 or frame.chosen is not None:  # the look at the sizes itself
                 return found
             sizes = ours._sizes(index, replace(ours._enter(), hidden_states=hidden))
             return found._replace(score=sizes.unsqueeze(0))
@@ -96,6 +96,26 @@ def test_a_router_that_is_the_oracle_agrees_and_loses_nothing(monkeypatch: pytes
     assert all(found.rank_correlation == pytest.approx(1.0) for found in layers.values())
     assert all(found.overlap.jaccard == 1.0 for found in layers.values())
     torch.testing.assert_close(ours.chosen_by("oracle"), hidden)
+
+
+@pytest.mark.parametrize("fields", [{"routed_part": "mlp"}, {"bypass": "forecast"}, {"routed_part": "attention"}])
+@torch.no_grad()
+def test_sizes_are_what_skipping_loses(fields: dict[str, str]) -> None:
+    """Of the part that is routed alone, and against the forecast."""
+    model = routed_model(architecture="mod", kv_tokens="all", **fields)
+    ours = walk(model)
+    passing, index = ours._enter(), 1
+    model.model.step(0, passing)
+    sizes = ours._sizes(index, passing)
+    layer, frame = model.model.layers[index], passing.frame
+    for token in (3, 7):
+        chosen = torch.ones_like(ours.row, dtype=torch.bool)
+        states = []
+        for enters in (True, False):
+            chosen[0, token] = enters
+            how = {"frame": replace(frame, chosen={index: chosen.clone()}), "capacity": 0.5, **passing.layer_inputs}
+            states.append(layer(passing.hidden_states, **how)[0][0, token])
+        assert sizes[token] == pytest.approx((states[0] - states[1]).norm().item(), rel=1e-3)
 
 
 def test_texts_add_up(model: Any, words: Any) -> None:
