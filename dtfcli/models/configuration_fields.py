@@ -105,7 +105,7 @@ class RoutingFields:
     )
     forecast_factor: Number = _option(0.25, "Width of the forecast's network as a share of the hidden size.")
     forecast_loss_weight: Number = _option(
-        1.0, "Weight of the forecast's relative squared error, mean over routed layers; 0: the language model alone."
+        10.0, "Weight of the forecast's relative squared error, mean over routed layers; 0: the language model alone."
     )
     score: str = _option(
         "surprise",
