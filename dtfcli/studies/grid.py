@@ -261,7 +261,7 @@ def settings_key(settings: Settings) -> str:
     # What is unset or not read is left out: a later version's new setting does not make old runs look different.
     unread = unread_keys(settings.model_dump(exclude_none=True))
     kept = {
-        key: value
+        key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         for key, value in _flat(values).items()
         if value is not None and not any(key == name or key.startswith(f"{name}.") for name in unread)
     }

@@ -39,6 +39,10 @@ def test_the_key_is_that_of_the_settings_alone(tmp_path: Path) -> None:
     assert settings_key(one) == settings_key(other)
     assert settings_key(one) != settings_key(load_settings("quickstart", ["run.seed=7"]))
     assert settings_key(one) == settings_key(load_settings("quickstart", ["model.kv_tokens=routed"])), "the default"
+    two = [load_settings("quickstart", [f"training.gradient_clip={value}"]) for value in ("2", "2.0")]
+    assert settings_key(two[0]) == settings_key(two[1])
+    dense = [load_settings("quickstart", ["model=dense"]), load_settings("quickstart", ["model=dense", "run.name=b"])]
+    assert settings_key(dense[0]) == settings_key(dense[1]) != settings_key(one)
 
 
 def test_a_run_of_another_grid_is_found(tmp_path: Path) -> None:
