@@ -157,9 +157,10 @@ def test_the_share_asked_for_on_other_text(option: str) -> None:
     if fields["architecture"] == "layerdrop":
         return
     model = routed_model("llama", **fields)
-    model.calibrate([{"input_ids": tokens(64, 96, seed=s)} for s in range(4)])
+    capacities = (0.125, 0.25, 0.5, 0.75)
+    model.calibrate([{"input_ids": tokens(64, 96, seed=s)} for s in range(4)], capacities)
     other = [tokens(128, 96, seed=100 + s) for s in range(4)]
-    for capacity in (0.125, 0.25, 0.5, 0.75):
+    for capacity in capacities:
         with model.routing_mode("threshold", capacity):
             runs = [model(batch, output_routing=True).routing for batch in other]
         shares = torch.tensor([[record.selected.float().mean() for record in run] for run in runs]).mean(0)
