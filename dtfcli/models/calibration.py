@@ -78,9 +78,10 @@ def calibrate_columns(stack: Any, batches: Sequence[Mapping[str, Tensor]], colum
     for index in range(min(stack.routers)):
         for batch in entering:
             stack.step(index, batch)
+    common = torch.tensor(-torch.inf)
     for mode, column in columns:
         if stack.config.budget == "model" and mode == "threshold":
-            _calibrate_model(stack, entering, column)
+            common = _calibrate_model(stack, entering, column, common)
         else:
             _calibrate_layers(stack, entering, mode, column)
     stack.forget_checks()
@@ -104,14 +105,13 @@ def _calibrate_layers(stack: Any, entering: Sequence[Any], mode: str, column: in
                 stack.step(index, batch)
 
 
-_ROUNDS = 6
+_ROUNDS = 4
 """Of calibration with one budget: a threshold changes what the layers above see, and so their scores."""
 
 
-def _calibrate_model(stack: Any, entering: Sequence[Any], column: int) -> None:
-    """One threshold for all layers; the first round lets every token enter."""
+def _calibrate_model(stack: Any, entering: Sequence[Any], column: int, common: Tensor) -> Tensor:
+    """One threshold for all layers, which is returned; the first round begins with that of another column."""
     capacity = stack.config.capacity if column == 0 else CAPACITY_GRID[column - 1]
-    common = torch.tensor(-torch.inf)
     for _ in range(_ROUNDS):
         for router in stack.routers.values():
             router.thresholds[column] = common - _level(router)
@@ -124,6 +124,7 @@ def _calibrate_model(stack: Any, entering: Sequence[Any], column: int) -> None:
         common = _pooled_threshold(costs, capacity, [frame for _, frame in records])
     for router in stack.routers.values():
         router.thresholds[column] = common - _level(router)
+    return common
 
 
 def _at(entering: Sequence[Any], mode: str, column: int) -> list[Any]:
