@@ -100,7 +100,7 @@ class TrainingSettings(Group):
     fit_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
         0,
         description="First N updates fit forecasts and predicted costs alone, on the dense model's activations: every "
-        "token enters, and nothing flows back through the backbone, for a third of the time.",
+        "token enters, and nothing flows back through the backbone.",
     )
     router_warmup_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
         0, description="First N updates train only routers, priors and predictors; the backbone is frozen."

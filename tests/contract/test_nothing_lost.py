@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,25 +98,30 @@ print(json.dumps(generator("a b c", max_new_tokens=4, do_sample=False)[0]["gener
 """
 
 
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_opens_in_a_process_without_dtfcli(family: str, architecture: str, tmp_path: Path, word_tokenizer) -> None:
-    model = routed_model(family, architecture)
-    folder = tmp_path / "model"
+def read_elsewhere(model: Any, tokenizer: Any, place: Path) -> str:
+    """Save a model, open it in a process without dtfcli, compare logits bit for bit; returns what it wrote."""
+    folder, input_ids = place / "model", tokens(3, 33)
     model.save_pretrained(folder)
-    word_tokenizer.save_pretrained(folder)
-    input_ids = tokens(3, 33)
+    tokenizer.save_pretrained(folder)
     torch.save(input_ids, folder / "ids.pt")
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", READER, str(folder)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-c", READER, str(folder)], capture_output=True, text=True, env=environment, cwd=place
     )
     assert result.returncode == 0, result.stderr[-3000:]
     with torch.no_grad():
         assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), model(input_ids).logits)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_opens_in_a_process_without_dtfcli(family: str, architecture: str, tmp_path: Path, word_tokenizer) -> None:
+    model = routed_model(family, architecture)
+    written = read_elsewhere(model, word_tokenizer, tmp_path)
     prompt = word_tokenizer("a b c", return_tensors="pt")
     expected = model.generate(**prompt, max_new_tokens=4, do_sample=False)[0, 3:]
-    assert json.loads(result.stdout.splitlines()[-1]) == "a b c" + word_tokenizer.decode(expected)
+    assert written == "a b c" + word_tokenizer.decode(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
