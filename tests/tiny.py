@@ -27,7 +27,7 @@ EVERY_ARCHITECTURE = (*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slo
 TOKENWISE = (*ARCHITECTURES, pytest.param("random", marks=pytest.mark.slow))
 """Those that choose tokens; `layerdrop` has neither thresholds nor predictors."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    "surprise, running, forecast": {"surprise_scale": "running", "bypass": "forecast"},
+    "surprise, running, forecast": {"surprise_scale": "running", "bypass": "forecast", "forecast_factor": 0.25},
     "surprise of an MLP": {"routed_part": "mlp"},
     "surprise of attention, forecast": {"routed_part": "attention", "kv_tokens": "all", "bypass": "forecast"},
     "update size": {"score": "update_size"},

@@ -19,8 +19,6 @@ class AuxiliaryLosses(NamedTuple):
     """Of routers and predictors, weighted and summed."""
     forecast: Tensor | None
     """Relative squared error of the forecasts, unweighted."""
-    lessons: Tensor | None
-    """What forecasts and predicted costs alone learn from, weighted and summed."""
 
     def added_to(self, lm_loss: Tensor, config: Any) -> Tensor:
         """The loss to minimize."""
@@ -53,14 +51,10 @@ def auxiliary_losses(config: Any, outputs: RoutedModelOutput, share: Tensor | fl
     if terms:
         router = torch.stack(terms).sum() / len(records) * share
     misses = [(r.miss, r.weight) for r in records if r.miss is not None and r.weight is not None]
-    lessons = [cost_loss(r.scores, r.cost, r.weight) for r in records if r.cost is not None and r.weight is not None]
-    learnt = torch.stack(lessons).sum() / len(records) * share if lessons else None
     if misses:  # layers that nobody entered say nothing
         known = torch.stack([weight.any() for _, weight in misses]).sum().clamp(min=1)
         forecast = torch.stack([masked_mean(miss, weight) for miss, weight in misses]).sum() / known * share
-        weighted = config.forecast_loss_weight * forecast
-        learnt = weighted if learnt is None else learnt + weighted
-    return AuxiliaryLosses(prior, router, forecast, learnt)
+    return AuxiliaryLosses(prior, router, forecast)
 
 
 def _router_terms(config: Any, record: RoutingRecord, real: Tensor | None) -> list[Tensor]:

@@ -68,12 +68,7 @@ def calibrate_columns(stack: Any, batches: Sequence[Mapping[str, Tensor]], colum
         stack: a routed stack in eval mode.
         batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
         columns: causal mode and column of its table, in the order in which they are measured.
-
-    Raises:
-        ValueError: a mask that does not cover its tokens.
     """
-    for batch in batches:
-        stack.check_inputs(batch["input_ids"], None, batch.get("attention_mask"), None)
     entering = [stack.enter(stack.embed_tokens(b["input_ids"]), b.get("attention_mask")) for b in batches]
     for index in range(min(stack.routers)):
         for batch in entering:
@@ -89,20 +84,23 @@ def calibrate_columns(stack: Any, batches: Sequence[Mapping[str, Tensor]], colum
 
 def _calibrate_layers(stack: Any, entering: Sequence[Any], mode: str, column: int) -> None:
     """One threshold for each layer, from the bottom up."""
-    passes, last = _at(entering, mode, column), max(stack.routers)
+    passes, last = passes_at(entering, mode, column), max(stack.routers)
     for index in range(min(stack.routers), last + 1):
-        layer = stack.layers[index]
-        if isinstance(layer, RoutedLayerMixin):
-            capacity = layer.router.capacity if column == 0 else CAPACITY_GRID[column - 1]
-            layer.router.table(mode)[column] = torch.inf  # nobody enters but sinks: the scores are what is wanted
-            asides = [replace(p, records=[]) for p in passes]
-            for aside in asides:
-                stack.step(index, aside)
-            scores = [aside.records[0].scores for aside in asides]
-            layer.router.table(mode)[column] = _pooled_threshold(scores, capacity, [p.frame for p in passes])
+        if isinstance(stack.layers[index], RoutedLayerMixin):
+            calibrate_layer(stack, index, passes, mode, column)
         if index < last:  # nothing above is routed
             for batch in passes:
                 stack.step(index, batch)
+
+
+def calibrate_layer(stack: Any, index: int, passes: Sequence[Any], mode: str, column: int) -> list[Tensor]:
+    """The threshold of one layer, for batches that stand before it; returns their scores, [B, T] each."""
+    router = stack.layers[index].router
+    capacity = router.capacity if column == 0 else CAPACITY_GRID[column - 1]
+    router.table(mode)[column] = torch.inf  # nobody enters but sinks: the scores are what is wanted
+    scores = [stack.route(index, batch, batch.frame).ranked for batch in passes]
+    router.table(mode)[column] = _pooled_threshold(scores, capacity, [batch.frame for batch in passes])
+    return scores
 
 
 _ROUNDS = 4
@@ -115,7 +113,7 @@ def _calibrate_model(stack: Any, entering: Sequence[Any], column: int, common: T
     for _ in range(_ROUNDS):
         for router in stack.routers.values():
             router.thresholds[column] = common - _level(router)
-        passes = _at(entering, "threshold", column)
+        passes = passes_at(entering, "threshold", column)
         for index in range(min(stack.routers), max(stack.routers) + 1):
             for batch in passes:
                 stack.step(index, batch)
@@ -127,7 +125,7 @@ def _calibrate_model(stack: Any, entering: Sequence[Any], column: int, common: T
     return common
 
 
-def _at(entering: Sequence[Any], mode: str, column: int) -> list[Any]:
+def passes_at(entering: Sequence[Any], mode: str, column: int) -> list[Any]:
     """The batches before their first routed layer, routed by a column."""
     passes = []
     for batch in entering:

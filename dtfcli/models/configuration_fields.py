@@ -101,9 +101,11 @@ class RoutingFields:
     )
     bypass: str = _option(
         "identity",
-        "What tokens that skip take instead: nothing (identity), or the update that a small network forecasts.",
+        "What tokens that skip take instead: nothing (identity), or a cheap forecast of the update.",
     )
-    forecast_factor: Number = _option(0.25, "Width of the forecast's network as a share of the hidden size.")
+    forecast_factor: Number = _option(
+        0.0, "Width of a network beside the forecast's linear map, as a share of the hidden size; 0: none."
+    )
     forecast_loss_weight: Number = _option(
         10.0, "Weight of the forecast's relative squared error, mean over routed layers; 0: the language model alone."
     )
@@ -215,7 +217,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "surprise_scale": _one_of(SURPRISE_SCALES),
     "score_factor": _COUNT,
     "explore": ((lambda value: 0.0 <= value <= 1.0), "must be a share from 0 to 1"),
-    "forecast_factor": ((lambda value: 0.0 < value <= 8.0), "must be above 0, at most 8"),
+    "forecast_factor": ((lambda value: 0.0 <= value <= 8.0), "must lie in [0, 8]"),
     "forecast_loss_weight": _COUNT,
     "capacity": (
         lambda value: bool(_shares(value)) and all(0.0 < share <= 1.0 for share in _shares(value)),

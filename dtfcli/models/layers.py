@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .cache import CACHE_NAME
 from .keys import EveryKey, OwnKeys, StoredKeys
 from .learning import Known, Lesson, learn
-from .routers import Forecast, Predictor, PriorFFN, RoutingFrame, router_of
+from .priors import Forecast, PriorFFN
+from .routers import Predictor, RoutingFrame, router_of
 from .routing import (
     Scores,
     gated_update,
@@ -58,6 +59,10 @@ class RoutedOutput(NamedTuple):
     """float32 [B, T], what skipping would have lost, where it is known: what the score has to predict."""
     miss: Tensor | None = None
     """float32 [B, T], relative squared error of the forecast, where it is known."""
+    before: Tensor | None = None
+    """[B, T, D], what enters the routed part, if the frame asks for updates; where every token enters."""
+    after: Tensor | None = None
+    """[B, T, D], what it makes of each token; likewise."""
 
 
 class Inside(NamedTuple):
@@ -97,7 +102,7 @@ class RoutedLayerMixin(StockLayer):
         self.part = config.routed_part
         self.by_surprise = config.by_surprise  # not by the router's class: peft may have wrapped it
         self.router = router_of(config, layer_idx)
-        self.forecast_prior = Forecast(config, config.forecast_factor) if config.has_forecast else None
+        self.forecast_prior = Forecast(config) if config.has_forecast else None
         self.predictor = Predictor(config) if config.has_predictor else None
 
     def score(
@@ -227,11 +232,12 @@ class RoutedLayerMixin(StockLayer):
                 y_RKD = torch.where(slots.routed.unsqueeze(-1), y_RKD, skipped_RKD)
             updated = scatter_tokens(updated, slots, y_RKD)
             known.append(Known(slots, x_RKD, processed))
+        shown = _rows(x, known) if frame.shows_updates else (None, None)
         learnt = self._learn(known, selected, inside, frame, capacity) if self.learns else Lesson(None, None, None)
         if self.part == "attention":
             updated = self.feed(updated)
         return RoutedOutput(
-            updated, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits, *learnt
+            updated, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits, *learnt, *shown
         )
 
     def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:
@@ -320,3 +326,13 @@ class RoutedLayerMixin(StockLayer):
             return OwnKeys()
         store.advance(selected)
         return StoredKeys(store, counts)
+
+
+def _rows(x: Tensor, known: list[Known]) -> tuple[Tensor, Tensor]:
+    """Before and after the routed part, [B, T, D] each; tokens that are in no slot stay as they are."""
+    after = x
+    for slots, before, processed in known:
+        if slots.routed is not None:
+            processed = torch.where(slots.routed.unsqueeze(-1), processed, before)
+        after = scatter_tokens(after, slots, processed)
+    return x, after

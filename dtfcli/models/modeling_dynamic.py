@@ -1,6 +1,6 @@
 """Routed language models: the stack with its head, losses and routing controls; then one section per backbone."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from .cache import CACHE_NAME, RoutedCache
 from .calibration import calibrate_columns
 from .configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
 from .configuration_fields import CAUSAL_MODES, ROUTING_MODES
+from .fitting import fit_layers
 from .layers import DecisionLayerMixin, RoutedLayerMixin
 from .losses import causal_lm_loss, embedded_with_head
 from .outputs import RoutedCausalLMOutput, RoutedModelOutput
@@ -108,7 +109,6 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             "prior_loss": beside.prior,
             "router_loss": beside.router,
             "forecast_loss": beside.forecast,
-            "lesson_loss": beside.lessons,
         }
 
     @property
@@ -136,6 +136,13 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
     def is_calibrated(self) -> bool:
         """Whether every routed layer knows a threshold for the model's own capacity."""
         return not any(router.threshold("threshold").isnan() for router in self.model.routers.values())
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether forecasts and predicted costs, where there are any, are no longer as conversion made them."""
+        costs = [not router.level.isnan() for router in self.model.routers.values() if self.config.predicts_cost]
+        forecasts = [self.model.layers[i].forecast_prior for i in self.model.routers if self.config.has_forecast]
+        return all(bool(known) for known in costs) and all(bool(f.linear.weight.any()) for f in forecasts)
 
     def set_routing(self, mode: str, capacity: float | None = None) -> None:
         """Choose how tokens are routed in eval.
@@ -199,9 +206,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         Raises:
             ValueError: no batches, or a capacity that is not in the grid.
         """
-        moved = [{k: v.to(self.device) for k, v in b.items() if k in ("input_ids", "attention_mask")} for b in batches]
-        if not moved:
-            raise ValueError("batches is empty: calibration needs text, some thousand tokens of it")
+        moved = self._moved(batches)
         grid = []
         for capacity in CAPACITY_GRID if capacities is None else capacities:
             if capacity not in CAPACITY_GRID:
@@ -216,6 +221,43 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         self.eval()
         calibrate_columns(self.model, moved, columns)
         self.train(was_training)
+
+    def fit_routing(
+        self, batches: Iterable[Mapping[str, Tensor]], on_layer: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Fit forecasts and predicted costs by least squares, and calibrate the model's own γ on the way.
+
+        One pass over the text, each layer computed for every token, before any training. For a pretrained backbone;
+        `fitting` has the equations. Thirty tokens for each unit of the hidden size are enough.
+
+        Args:
+            batches: as in `calibrate`.
+            on_layer: called with how many layers are done, and how many there are.
+
+        Raises:
+            ValueError: no batches, or nothing to fit: no forecast, and no score that predicts.
+        """
+        if not (self.config.has_forecast or self.config.predicts_cost):
+            raise ValueError(
+                "there is nothing to fit: convert with bypass = 'forecast', or score 'update_size' or 'forecast_error'"
+            )
+        moved = self._moved(batches)
+        was_training = self.training
+        self.eval()
+        fit_layers(self.model, moved, on_layer)
+        if self.config.budget == "model":
+            calibrate_columns(self.model, moved, [("threshold", 0)])
+        self.train(was_training)
+
+    def _moved(self, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Batches of text on the model's device."""
+        names = ("input_ids", "attention_mask")
+        moved = [{k: v.to(self.device) for k, v in batch.items() if k in names} for batch in batches]
+        if not moved:
+            raise ValueError("batches is empty: give it text, some thousand tokens of it")
+        for batch in moved:
+            self.model.check_inputs(batch["input_ids"], None, batch.get("attention_mask"), None)
+        return moved
 
     def router_scalars(self) -> dict[int, dict[str, float]]:
         """For each routed layer its own threshold and, for DTF, o_ce, m_cu, beta_ce and beta_cu."""

@@ -81,7 +81,6 @@ class RoutedCausalLMOutput(ModelOutput):
         router_loss: what routers learn from besides the language model: auxiliary losses of MoD's, the squared error of
             predicted costs, the predictor's; weighted and summed.
         forecast_loss: relative squared error of the forecasts, mean over tokens and routed layers, unweighted.
-        lesson_loss: what forecasts and predicted costs alone learn from, weighted and summed: a part of `loss`.
         logits: [B, T, V]; None while training with labels, where they are never held whole.
         routing: a `RoutingRecord` for each routed layer, when `output_routing` asks for it.
     """
@@ -98,5 +97,4 @@ class RoutedCausalLMOutput(ModelOutput):
     prior_loss: Tensor | None = None
     router_loss: Tensor | None = None
     forecast_loss: Tensor | None = None
-    lesson_loss: Tensor | None = None
     routing: tuple[RoutingRecord, ...] | None = None

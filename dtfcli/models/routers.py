@@ -1,4 +1,4 @@
-"""The small networks that routing adds, and what one pass tells all of them.
+"""What chooses the tokens of a routed layer, and what one pass tells all of them.
 
 Whatever is new has `prior`, `router` or `predictor` in its parameter names. Scores say how much a token wants to
 enter a layer; thresholds, one table for each causal mode, say how much is enough.
@@ -7,7 +7,7 @@ enter a layer; thresholds, one table for each causal mode, say how much is enoug
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, exp, log
+from math import exp, log
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class RoutingFrame:
         thresholds: of each routed layer, where they must not be the router's own; None: they are.
         chosen: who enters, bool [B, T], in layers whose router is not to choose (as many of each row in `topk`).
         noise: uniform numbers [B, T] that draw the tokens to explore; None: none are.
+        shows_updates: whether layers hand out what each token is before and after their routed part.
     """
 
     config: Any
@@ -52,6 +53,7 @@ class RoutingFrame:
     thresholds: Mapping[int, Tensor] | None = None
     chosen: Mapping[int, Tensor] | None = None
     noise: Tensor | None = None
+    shows_updates: bool = False
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -88,50 +90,6 @@ class RoutingFrame:
         _ = self.real, self.sinks
         if self.config.by_surprise:
             _ = self.recent
-
-
-class ZeroLinear(nn.Linear):
-    """Starts at zero. A class of its own, because models are initialized module by module."""
-
-
-class PriorFFN(nn.Module):
-    """W_out(silu(W_gate n) · W_up n), n = x / RMS(x): a cheap guess at the update that a block gives a token (3.1–3.3).
-
-    Width ⌈D·f⌉ rounded up to an even number, at least 2; no biases. W_gate and W_up are the halves of one matrix, and
-    n has no weight of its own, which would only scale the columns of that matrix: in decoding a small operation costs
-    as much as a small matrix.
-
-    In a decision layer prior = x + guess. In a routed layer, as `Forecast`, the tokens that skip take x + guess.
-    """
-
-    out_class: type[nn.Linear] = nn.Linear
-
-    def __init__(self, config: Any, factor: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        width = ceil(config.hidden_size * factor)
-        width = max(2, width + width % 2)
-        self.eps = config.rms_norm_eps
-        self.w_in = nn.Linear(config.hidden_size, 2 * width, bias=False)
-        self.w_out = self.out_class(width, config.hidden_size, bias=False)
-        self.dropout = dropout
-
-    def forward(self, original: Tensor) -> Tensor:
-        """[B, T, D] → guess, [B, T, D]."""
-        # 1 / RMS(x), a number for each token, goes behind the matrix: the normalized states are never formed.
-        square = mean_square(original, keepdim=True)
-        scale = torch.rsqrt(square + self.eps)
-        projected = self.w_in(original)
-        gate, up = (projected * scale.to(projected.dtype)).chunk(2, dim=-1)
-        change = self.w_out(nn.functional.silu(gate) * up)
-        if self.training and self.dropout:
-            change = nn.functional.dropout(change, self.dropout)
-        return change
-
-
-class Forecast(PriorFFN):
-    """The prior of a routed layer's own update. It starts at zero: conversion changes nothing."""
-
-    out_class = ZeroLinear
 
 
 class Predictor(nn.Module):

@@ -3,7 +3,7 @@
 The idea, for one routed layer: every token has a score that depends on nothing after it. The tokens with the highest
 scores (`topk`, while training) or with a score above a calibrated threshold (`threshold`, causal) are gathered, pass
 through the backbone's own block among themselves, and are scattered back. The others skip it: they stay as they are,
-or take what a small network forecasts the block would have added.
+or take what a linear map forecasts the block would have added (`priors`, fitted by `fitting`).
 
 What should the score be? What skipping costs, and that can be learned: a linear function of the token is trained to
 predict it (`cost_loss`) from the updates of tokens that enter. The thesis scores by `surprise` (a file of its own),

@@ -23,7 +23,8 @@ from .calibration import track_thresholds
 from .configuration_fields import CAUSAL_MODES
 from .layers import DecisionLayerMixin, RoutedLayerMixin, RoutedOutput
 from .outputs import RoutedModelOutput, RoutingRecord
-from .routers import Router, RoutingFrame, ZeroLinear
+from .priors import ZeroLinear
+from .routers import Router, RoutingFrame
 from .stock import StockModel, StockStack
 
 ADDED_NAMES = ("router", "prior", "predictor")
@@ -281,8 +282,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         layer, hidden_states = self.layers[index], passing.hidden_states
         if isinstance(layer, RoutedLayerMixin):
             static, change = passing.surprises or (None, None)
-            how = {"frame": passing.frame, "capacity": passing.frame.capacities[index], **passing.layer_inputs}
-            out = RoutedOutput(*layer(hidden_states, *passing.surprises, **how, **kwargs))
+            out = self.route(index, passing, passing.frame, **kwargs)
             passing.hidden_states = out.hidden_states
             passing.records.append(
                 RoutingRecord(
@@ -307,6 +307,11 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             passing.prior_errors.append(error)
         else:
             passing.hidden_states = layer(hidden_states, **passing.layer_inputs, **kwargs)
+
+    def route(self, index: int, passing: Pass, frame: RoutingFrame, **kwargs: Any) -> RoutedOutput:
+        """What a routed layer makes of a batch before it."""
+        how = {"frame": frame, "capacity": frame.capacities[index], **passing.layer_inputs}
+        return RoutedOutput(*self.layers[index](passing.hidden_states, *passing.surprises, **how, **kwargs))
 
     def _require_thresholds(self, mode: str) -> None:
         """Refuse thresholds that were never calibrated. Looked at once for each capacity: it waits for the device."""

@@ -33,7 +33,7 @@ S = TypeVar("S", bound=BaseModel)
 _ROUTER_KEYS = tuple(
     f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "router_warmup_steps")
 )
-_OTHER_KEYS = ("training.capacity_schedule", "training.fit_steps")
+_OTHER_KEYS = ("training.capacity_schedule", "training.fit_tokens")
 _TOKEN_KEYS = ("training.calibration_tokens", "training.threshold_fraction")
 _NO_ROUTER = {"random": _ROUTER_KEYS, "layerdrop": (*_ROUTER_KEYS, *_TOKEN_KEYS)}
 
@@ -52,13 +52,10 @@ def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
     if model.get("bypass") != "forecast":
         unread["training.learning_rates.forecast"] = "model.bypass is identity"
         if "model.explore" in unread:
-            unread["training.fit_steps"] = "there is no forecast to fit, and no score that predicts"
+            unread["training.fit_tokens"] = "there is no forecast to fit, and no score that predicts"
     unread |= dict.fromkeys(_NO_ROUTER.get(architecture, ()), f"model.architecture is {architecture}")
     if model.get("bypass") == "forecast":  # there is something to train while the backbone is frozen
         unread.pop("training.router_warmup_steps", None)
-        predicts = architecture == "dtf" and not by_surprise(model)
-        if model.get("forecast_loss_weight") == 0 and not predicts:
-            unread["training.fit_steps"] = "model.forecast_loss_weight is 0, and no score predicts"
     return unread
 
 
@@ -77,7 +74,8 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     if base:
         unread["model.scratch"] = f"the model starts from model.base = {base}"
     else:
-        unread |= dict.fromkeys(["model.revision", "model.trust_remote_code"], "model.base is empty")
+        keys = ["model.revision", "model.trust_remote_code", "training.fit_tokens"]
+        unread |= dict.fromkeys(keys, "model.base is empty")
         if tokenizer := lookup(values, "data.tokenizer"):
             unread["model.scratch.vocab_size"] = f"data.tokenizer = {tokenizer} has its own"
     if not lookup(values, "hub.repo"):

@@ -44,7 +44,9 @@ class LearningRates(Group):
 class TrainingSettings(Group):
     """`training.*`: how long and how."""
 
-    max_steps: Count | None = Field(None, description="Optimizer steps; unset: as many as training.epochs takes.")
+    max_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] | None = Field(
+        None, description="Optimizer steps; unset: as many as training.epochs takes; 0: convert, fit and calibrate alone."
+    )
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the data when max_steps is unset.")
     micro_batch_size: Count = Field(8, description="Sequences per forward and backward on each process.")
     tokens_per_update: Count | None = Field(
@@ -97,10 +99,10 @@ class TrainingSettings(Group):
     capacity_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.3, description="First share of the updates over which capacity_schedule runs."
     )
-    fit_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
-        0,
-        description="First N updates fit forecasts and predicted costs alone, on the dense model's activations: every "
-        "token enters, and nothing flows back through the backbone.",
+    fit_tokens: Annotated[int, BeforeValidator(whole), Field(ge=0)] | None = Field(
+        None,
+        description="Training tokens to which forecasts and predicted costs are fitted by least squares before the "
+        "first update; unset: 32 for each unit of the hidden size, 0: none.",
     )
     router_warmup_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
         0, description="First N updates train only routers, priors and predictors; the backbone is frozen."
@@ -123,13 +125,12 @@ class TrainingSettings(Group):
                 f"γ must have arrived where thresholds take over (threshold_fraction = {self.threshold_fraction:g}); "
                 f"at most {left:g}",
             )
-        for name, steps in (("fit_steps", self.fit_steps), ("router_warmup_steps", self.router_warmup_steps)):
-            require(
-                self.max_steps is None or steps < self.max_steps,
-                name,
-                steps,
-                f"the backbone would never be trained; fewer than max_steps = {self.max_steps}",
-            )
+        require(
+            not self.router_warmup_steps or self.max_steps is None or self.router_warmup_steps < self.max_steps,
+            "router_warmup_steps",
+            self.router_warmup_steps,
+            f"the backbone would never be trained; fewer than max_steps = {self.max_steps}",
+        )
         return self
 
 

@@ -13,8 +13,6 @@ from dtfcli.settings.training import TrainingSettings
 
 def phase_of(step: int, total_steps: int, training: TrainingSettings) -> str:
     """What update `step` (from 0) is about, for those who watch."""
-    if step < training.fit_steps:
-        return "Fitting forecasts and costs, every token enters"
     if step < training.router_warmup_steps:
         return "Training routers, the backbone is frozen"
     if annealing_left(step, total_steps, training):

@@ -37,17 +37,6 @@ class Losses(NamedTuple):
     """Unweighted squared difference of the final hidden states, likewise."""
     forecast_loss: Tensor | None = None
     """Unweighted relative squared error of the forecasts."""
-    lessons: Tensor | None = None
-    """What forecasts and predicted costs alone minimize: weighted, a part of `loss`."""
-
-    def fitting(self, whole: bool) -> Tensor:
-        """The loss of an update that trains forecasts and predicted costs alone.
-
-        Args:
-            whole: every parameter is to have a gradient, if only of 0: several processes count on it.
-        """
-        assert self.lessons is not None, "settings say that there is something to fit"
-        return self.lessons + 0.0 * self.loss if whole else self.lessons
 
 
 class Objective(nn.Module):
@@ -107,7 +96,6 @@ class Objective(nn.Module):
             output.router_loss,
             routing,
             forecast_loss=output.forecast_loss,
-            lessons=output.lesson_loss,
         )
         return self._with_distillation(losses, input_ids, labels, targets)
 

@@ -25,6 +25,7 @@ from dtfcli.training.checkpoint import TrainingState, find_checkpoint
 from dtfcli.training.choosing import choose_layers
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.distillation import Distillation, dense_parent
+from dtfcli.training.fitting import fit_routing
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.kernels import check_kernels, use_liger
 from dtfcli.training.objectives import Objective
@@ -100,6 +101,8 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     settings, tokenizer, model, data = _materials(settings, accelerator, processes, states, progress)
     plan = plan_run(settings, len(data.train))
     assert plan is not None, "known once the rows are"
+    if resume is None and states.needs_weights and hasattr(model, "fit_routing"):
+        fit_routing(settings, model, data.train, processes.device, progress)
 
     torch.manual_seed(settings.run.seed + processes.rank)  # each drops out other numbers
     distillation = _distillation(settings, model, processes.device)

@@ -49,20 +49,14 @@ def update(run: Run) -> dict[str, Any]:
         _choose_training_routing(run)
     run.objective.train()
     run.optimizer.zero_grad(set_to_none=True)
-    fits = run.objective.routed and step < run.settings.training.fit_steps
-    with _training_capacity(run, fits) as extra:
-        sums = _gradients(run, rows, targets, fits)
+    with _training_capacity(run) as extra:
+        sums = _gradients(run, rows, targets)
     run.states.reduce_gradients()
     sums = run.processes.mean(sums)
     if run.objective.routed:
         _average_thresholds(run)
-    if fits:
-        keep_gradients(
-            run.optimizer.param_groups, ("forecast", "router") if run.model.config.predicts_cost else ("forecast",)
-        )
-    elif step < run.settings.training.router_warmup_steps:
+    if step < run.settings.training.router_warmup_steps:
         keep_gradients(run.optimizer.param_groups, [name for name in GROUPS if name != "base"])
-    if fits or step < run.settings.training.router_warmup_steps:
         rates["base"] = 0.0
     metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
     check_finite(run, metrics)
@@ -70,14 +64,13 @@ def update(run: Run) -> dict[str, Any]:
     return metrics | sums | extra | {f"lr/{name}": rate for name, rate in rates.items()}
 
 
-def _gradients(run: Run, rows: np.ndarray, targets: float, fits: bool) -> dict[str, Any]:
+def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
     """Accumulate the gradients of the rows [R, T] in micro-batches; returns the sums of losses and statistics.
 
     Args:
         run: its parameters receive the gradients.
         rows: of the whole update; each process takes its part.
         targets: what sums over tokens are divided by.
-        fits: whether forecasts and predicted costs alone learn.
     """
     sums: dict[str, Any] = {}
     processes, states = run.processes, run.states
@@ -88,8 +81,7 @@ def _gradients(run: Run, rows: np.ndarray, targets: float, fits: bool) -> dict[s
             input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
             with states.accumulating(is_last=place == len(parts)):
                 losses = states.trained(input_ids, targets, output_routing=shown, labels=labels)
-                loss = losses.loss if not fits else losses.fitting(whole=processes.count > 1)
-                states.backward(loss)
+                states.backward(losses.loss)
             values = {
                 "train/loss": losses.lm_loss,
                 "train/prior_loss": losses.prior_loss,
@@ -106,13 +98,9 @@ def _gradients(run: Run, rows: np.ndarray, targets: float, fits: bool) -> dict[s
 
 
 @contextmanager
-def _training_capacity(run: Run, fits: bool) -> Iterator[dict[str, float]]:
+def _training_capacity(run: Run) -> Iterator[dict[str, float]]:
     """Route by the γ of this update; gives the metric that tells it, where γ changes in the course of the run."""
     training = run.settings.training
-    if fits:
-        with annealed_capacity(run.model, 1.0, 1.0) as capacity:
-            yield {"train/capacity": capacity}
-        return
     if not run.objective.routed or training.capacity_schedule == "constant":
         yield {}
         return

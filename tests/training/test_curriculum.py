@@ -18,7 +18,7 @@ from dtfcli.training import loop
 from dtfcli.training.curriculum import annealed_capacity, annealing_left
 from dtfcli.training.validation import calibration_batches
 from tests.tiny import routed_model, tokens
-from tests.training.small_runs import small_settings, write_text
+from tests.training.small_runs import small_settings
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -144,43 +144,3 @@ def test_the_warm_up_leaves_the_backbone_alone(
 def test_settings(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_settings("quickstart", overrides)
-
-
-@pytest.mark.parametrize("fields", [{"score": "update_size"}, {"score": "forecast_error", "bypass": "forecast"}])
-def test_fitting_leaves_the_backbone_alone(fields: dict[str, str], tmp_path: Path) -> None:
-    """Every token enters, so the function is the dense one; forecasts and costs alone learn, and they do."""
-    write_text(tmp_path)
-    training = {"max_steps": 41, "fit_steps": 40, "log_every": 1, "weight_decay": 0.0, "eval_every": 100}
-    settings = small_settings(tmp_path, training=training)
-    settings = settings.with_model(**fields)
-
-    def note(event: Any) -> None:
-        if event.kind == "phase":
-            phases.append(event.message)
-
-    phases: list[str] = []
-    result = train(settings, on_event=note)
-    lines = [line for line in read_metrics(result.run_dir / "metrics.jsonl") if "train/loss" in line]
-    assert [line.get("train/capacity") for line in lines] == [1.0] * 40 + [None]
-    if "bypass" in fields:
-        assert lines[0]["train/forecast_loss"] == pytest.approx(1.0, abs=0.02)
-        assert lines[39]["train/forecast_loss"] < 0.9
-    assert "Fitting forecasts and costs, every token enters" in phases
-    assert "Training" in phases
-
-
-def test_fitting_does_not_touch_what_it_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text(tmp_path)
-    settings = small_settings(tmp_path, training={"max_steps": 3, "fit_steps": 2, "weight_decay": 0.0})
-    settings = settings.with_model(score="forecast_error", bypass="forecast")
-    states: list[dict[str, torch.Tensor]] = []
-
-    def watched(run: Any, update: Any = loop.update) -> Any:
-        states.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
-        return update(run)
-
-    monkeypatch.setattr(loop, "update", watched)
-    train(settings)
-    for name, before in states[0].items():
-        changed = not torch.equal(before, states[2][name])
-        assert changed == is_added(name), name
