@@ -32,12 +32,12 @@ COMMON = {
     "lora.enabled": "true",
     "lora.dropout": 0.0,
     "model.kv_tokens": "all",
-    "model.explore": 1.0,
     "model.routed_layers": "[7,9,11,13,15,17,19,21,23]",
     "model.capacity": 0.5,
 }
 
 FORECAST = "model.bypass=forecast"
+FAST = "training.learning_rates.forecast=1e-2 training.learning_rates.router=1e-2"
 BEST = f"model.score=forecast_error {FORECAST}"
 STUDIES: dict[str, dict[str, str]] = {
     "choosers": {
@@ -56,16 +56,16 @@ STUDIES: dict[str, dict[str, str]] = {
     },
     "details": {
         "forecast error": BEST,
-        "hidden units in the score": f"{BEST} model.score_factor=0.125",
+        "not fitted": f"{BEST} training.fit_tokens=0",
+        "not fitted, fast": f"{BEST} training.fit_tokens=0 {FAST}",
+        "fast": f"{BEST} {FAST}",
         "nothing explored": f"{BEST} model.explore=0.0",
-        "a tenth explored": f"{BEST} model.explore=0.1",
+        "all explored": f"{BEST} model.explore=1.0",
         "keys of routed tokens": f"{BEST} model.kv_tokens=routed",
-        "narrow forecast": f"{BEST} model.forecast_factor=0.0625",
+        "network in the forecast": f"{BEST} model.forecast_factor=0.25",
+        "hidden units in the score": f"{BEST} model.score_factor=0.125",
         "weak forecast loss": f"{BEST} model.forecast_loss_weight=1",
-        "strong forecast loss": f"{BEST} model.forecast_loss_weight=100",
         "no forecast loss": f"{BEST} model.forecast_loss_weight=0.0",
-        "slow forecast": f"{BEST} training.learning_rates.forecast=1e-3",
-        "fitted first": f"{BEST} training.fit_steps=20",
         "distilled": f"{BEST} distill.enabled=true",
         "one budget": f"{BEST} model.budget=model",
         "by threshold at the end": f"{BEST} training.threshold_fraction=0.3",

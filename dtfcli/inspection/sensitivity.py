@@ -110,36 +110,14 @@ def sensitivity(
     return Sensitivity(name, list(range(count)), by_default if routed is None else list(routed), losses)
 
 
-@torch.inference_mode()
-def layer_costs(
-    dense: Any, rows: Tensor, part: str = "block", on_layer: Callable[[int, int], None] | None = None
-) -> dict[int, float]:
-    """Loss without each layer, or without a part of it, minus that with it; nats per token.
-
-    Args:
-        dense: a stock model, in eval mode.
-        rows: int64 [N, T], without padding.
-        part: "block", "mlp" or "attention".
-        on_layer: as for `sensitivity`.
-    """
-    conditions: list[int | None] = [None, *range(dense.config.num_hidden_layers)]
-    losses = []
-    for done, layer in enumerate(conditions, 1):
-        with _left_out(dense, layer, part):
-            losses.append(sum(_nats(dense, row) for row in rows.split(1)) / (rows.numel() - len(rows)))
-        if on_layer is not None:
-            on_layer(done, len(conditions))
-    return {layer: losses[layer + 1] - losses[0] for layer in range(len(conditions) - 1)}
-
-
 def _nats(model: Any, row: Tensor) -> float:
     hidden = model.model(input_ids=row, use_cache=False).last_hidden_state
     return float(np.nansum(next_token_losses(model, hidden[0], row[0])))
 
 
 @contextmanager
-def _left_out(model: Any, layer: int | None, part: str = "block") -> Iterator[None]:
-    """The stock model without one layer, or without its MLP or attention: what enters it, leaves it."""
+def _left_out(model: Any, layer: int | None) -> Iterator[None]:
+    """The stock model without one layer: what enters it, leaves it."""
     if layer is None:
         yield
         return
@@ -147,14 +125,7 @@ def _left_out(model: Any, layer: int | None, part: str = "block") -> Iterator[No
     def skip(module: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         return arguments[0] if arguments else named["hidden_states"]
 
-    def add_nothing(module: Any, arguments: tuple[Any, ...], output: Any) -> Any:
-        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
-
-    block = model.model.layers[layer]
-    if part == "block":
-        hook = block.register_forward_hook(skip, with_kwargs=True)
-    else:
-        hook = (block.mlp if part == "mlp" else block.self_attn).register_forward_hook(add_nothing)
+    hook = model.model.layers[layer].register_forward_hook(skip, with_kwargs=True)
     try:
         yield
     finally:

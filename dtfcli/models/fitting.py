@@ -26,6 +26,9 @@ from .layers import RoutedLayerMixin
 from .priors import normalized
 from .routing import _TINY, log_size, mean_square
 
+LOST_POINTS = 64
+"""Shares of skipping tokens for which is told what they lose."""
+
 _ROUNDS = 2
 """Of forecast, then costs; a third changes nothing."""
 _ENTERING = 0.05
@@ -51,28 +54,36 @@ def least_squares(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
 @torch.no_grad()
 def fit_layers(
     stack: Any, batches: Sequence[Mapping[str, Tensor]], on_layer: Callable[[int, int], None] | None = None
-) -> None:
+) -> dict[int, Tensor]:
     """Fit forecasts and predicted costs of every routed layer, with the threshold of its own γ.
 
     Args:
         stack: a routed stack in eval mode.
         batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
         on_layer: called with how many layers are done, and how many there are.
+
+    Returns:
+        For each routed layer whose score predicts costs, float32 [LOST_POINTS + 1]: the part of ‖Δ − f‖², summed over
+        all tokens, that is lost when the shares 0, 1 / LOST_POINTS, … 1 of them skip, those that score lowest first.
     """
+    curves: dict[int, Tensor] = {}
     entering = [stack.enter(stack.embed_tokens(b["input_ids"]), b.get("attention_mask")) for b in batches]
     passes, last = passes_at(entering, "threshold", 0), max(stack.routers)
     for index in range(last + 1):
         if on_layer is not None:
             on_layer(index, last + 1)
         if isinstance(stack.layers[index], RoutedLayerMixin):
-            _fit_layer(stack, index, passes)
+            curve = _fit_layer(stack, index, passes)
+            if curve is not None:
+                curves[index] = curve
         if index < last:  # nothing above is routed
             for batch in passes:
                 stack.step(index, batch)
     stack.forget_checks()
+    return curves
 
 
-def _fit_layer(stack: Any, index: int, passes: Sequence[Any]) -> None:
+def _fit_layer(stack: Any, index: int, passes: Sequence[Any]) -> Tensor | None:
     layer, config = stack.layers[index], stack.config
     before, after, counted = _updates(stack, index, passes)
     update = after - before
@@ -90,9 +101,17 @@ def _fit_layer(stack: Any, index: int, passes: Sequence[Any]) -> None:
                 cost = log_size(lost) - (log_size(before) if config.budget == "model" else 0.0)
                 _fit_costs(layer.router, before, inputs, cost, counted)
             if not layer.router.by_token:
-                return
+                return None
             scores = torch.cat([x.flatten() for x in calibrate_layer(stack, index, passes, "threshold", 0)])
             skips = (scores <= layer.router.thresholds[0]).float()
+        return _lost(scores, mean_square(lost) * counted) if config.predicts_cost else None
+
+
+def _lost(scores: Tensor, energy: Tensor) -> Tensor:
+    """Share of the energy of the tokens that score lowest, [N] each → float32 [LOST_POINTS + 1]."""
+    summed = torch.cat([energy.new_zeros(1), energy[scores.argsort()].cumsum(0)])
+    at = torch.linspace(0, len(scores), LOST_POINTS + 1, device=scores.device).round().long()
+    return summed[at] / summed[-1].clamp(min=_TINY)
 
 
 def _updates(stack: Any, index: int, passes: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:

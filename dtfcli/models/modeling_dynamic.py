@@ -224,7 +224,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
 
     def fit_routing(
         self, batches: Iterable[Mapping[str, Tensor]], on_layer: Callable[[int, int], None] | None = None
-    ) -> None:
+    ) -> dict[int, Tensor]:
         """Fit forecasts and predicted costs by least squares, and calibrate the model's own γ on the way.
 
         One pass over the text, each layer computed for every token, before any training. For a pretrained backbone;
@@ -233,6 +233,9 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         Args:
             batches: as in `calibrate`.
             on_layer: called with how many layers are done, and how many there are.
+
+        Returns:
+            What skipping loses in each layer, as `fit_layers` says.
 
         Raises:
             ValueError: no batches, or nothing to fit: no forecast, and no score that predicts.
@@ -244,10 +247,11 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         moved = self._moved(batches)
         was_training = self.training
         self.eval()
-        fit_layers(self.model, moved, on_layer)
+        curves = fit_layers(self.model, moved, on_layer)
         if self.config.budget == "model":
             calibrate_columns(self.model, moved, [("threshold", 0)])
         self.train(was_training)
+        return curves
 
     def _moved(self, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Batches of text on the model's device."""

@@ -45,7 +45,8 @@ class TrainingSettings(Group):
     """`training.*`: how long and how."""
 
     max_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] | None = Field(
-        None, description="Optimizer steps; unset: as many as training.epochs takes; 0: convert, fit and calibrate alone."
+        None,
+        description="Optimizer steps; unset: as many as training.epochs takes; 0: convert, fit and calibrate alone.",
     )
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the data when max_steps is unset.")
     micro_batch_size: Count = Field(8, description="Sequences per forward and backward on each process.")

@@ -1,13 +1,18 @@
-"""`model.routed_layers = "auto"`: which layers route, at which γ, from what each costs to leave out.
+"""`model.routed_layers = "auto"`: which layers route, at which γ, from what skipping each of them costs.
 
-Leaving a layer out for all tokens costs c nats. Left out for a share s of them, those that lose least by it, it is
-taken to cost c · s²: the first tokens to skip are nearly free, the last are dear. The shares that save the wanted FLOPs
-at the smallest sum of costs then are s = λ / (2c), since every layer saves as many: Lagrange's condition, solved for λ
-by bisection.
+A routed model of all layers that may route is fitted (`models.fitting`). For each of them is measured by how much the
+loss rises when every token skips it, taking its forecast if there is one: c nats. If only some skip, those that are
+predicted to lose least, they lose a share E(s) of the energy that all would lose, and are taken to cost c · E(s). Every
+layer saves as many FLOPs a token, so the cheapest shares are those where the last token costs the same everywhere, λ
+(Lagrange):
+
+    s = argmin c · E(s) − λ · s
+
+with the λ, found by bisection, that saves the FLOPs asked for.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,12 +21,13 @@ from dtfcli.cost.accounting import forward_flops_per_token
 from dtfcli.data.documents import OnProgress
 from dtfcli.data.targets import token_ids
 from dtfcli.errors import ConfigError
-from dtfcli.inspection.sensitivity import layer_costs
 from dtfcli.loading.build import build_model
 from dtfcli.loading.devices import compute_dtype, resolve_device
 from dtfcli.models.configuration_fields import PARTS, by_surprise, resolve_routed_layers
 from dtfcli.settings import Settings
 
+_FIT_TOKENS_PER_UNIT = 16
+"""Of training text, for each unit of the hidden size: half of what a run is fitted to."""
 _TOKENS = 4096
 """Of training text, to measure layers on."""
 _LEAST = 0.125
@@ -30,9 +36,14 @@ _DENSE = 0.9
 """A layer with a γ above stays dense: its router would cost more than it saves."""
 _LEAST_COST = 1e-3
 """Nats: what is measured below is noise."""
+_DEAREST = 1e6
+"""Nats a token: no price above is tried."""
+_GUESSED_POINTS = 64
 
 Flops = Callable[[Mapping[int, float]], float]
 """γ of each routed layer → share of dense FLOPs; layers that are absent are dense."""
+Costs = Mapping[int, Sequence[float]]
+"""What each layer costs, nats, at shares of skipping tokens from 0 to 1 in even steps."""
 
 
 def choose_layers(settings: Settings, rows: Any, on_progress: OnProgress) -> Settings:
@@ -47,21 +58,65 @@ def choose_layers(settings: Settings, rows: Any, on_progress: OnProgress) -> Set
         ConfigError: so few FLOPs cannot be reached.
     """
     parts = [settings.model.routed_part] if settings.model.routed_part else list(PARTS)
+    return _with_cheapest(settings, {part: skipping_costs(settings, part, rows, on_progress) for part in parts})
+
+
+@torch.no_grad()
+def skipping_costs(settings: Settings, part: str, rows: Any, on_progress: OnProgress) -> dict[int, list[float]]:
+    """What skipping costs in each layer that may route, by the share of tokens that skip it."""
     device = resolve_device(settings.run.device)
-    dense: Any = build_model(settings.with_model(architecture="dense", routed_layers=None))
-    dense = dense.to(device).eval()
-    text = torch.from_numpy(token_ids(rows[: max(1, _TOKENS // rows.shape[1])])).to(device)
-    costs: dict[str, dict[int, float]] = {}
     dtype = compute_dtype(settings.run.dtype, device)
-    for part in parts:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            costs[part] = layer_costs(dense, text, part, partial(_tell, on_progress, part))
-    del dense
-    return _with_cheapest(settings, costs)
+    dense = build_model(settings.with_model(architecture="dense", routed_layers=None), meta=True)
+    layers = candidates(settings, dense.config.num_hidden_layers)
+    bypass = settings.model.bypass or "identity"
+    score = "forecast_error" if bypass == "forecast" else "update_size"
+    fields = {
+        "bypass": bypass,
+        "score": score,
+        "routed_layers": layers,
+        "capacity": 1.0,
+        "routed_part": part,
+        "budget": "layer",
+    }
+    model: Any = build_model(settings.with_model(architecture="dtf", flops_share=None, **fields)).to(device).eval()
+    tokens = max(_TOKENS, _FIT_TOKENS_PER_UNIT * model.config.hidden_size)
+    size, count = rows.shape[1], settings.training.micro_batch_size
+    text = torch.from_numpy(token_ids(rows[: max(1, tokens // size)])).to(device).split(count)
+    measured = torch.from_numpy(token_ids(rows[: max(1, _TOKENS // size)])).to(device).split(count)
+    costs: dict[int, list[float]] = {}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        what = f"Measuring what skipping costs ({part})"
+        curves = model.fit_routing(
+            [{"input_ids": batch} for batch in text], lambda done, of: on_progress(what, 0.5 * done / of)
+        )
+        whole = _loss(model, measured)
+        for done, (layer, curve) in enumerate(curves.items(), 1):
+            with _all_skip(model, layer):
+                cost = _loss(model, measured) - whole
+            costs[layer] = (max(cost, _LEAST_COST) * curve).tolist()
+            on_progress(what, 0.5 + 0.5 * done / len(curves))
+    return costs
 
 
-def _tell(on_progress: OnProgress, part: str, done: int, of: int) -> None:
-    on_progress(f"Measuring what each layer costs to leave out ({part})", done / of)
+def _loss(model: Any, batches: Sequence[torch.Tensor]) -> float:
+    """Nats per token."""
+    how = {"use_cache": False, "output_logits": False}
+    nats = [model(input_ids=rows, labels=rows, **how).lm_loss * len(rows) for rows in batches]
+    return float(torch.stack(nats).sum() / sum(len(rows) for rows in batches))
+
+
+@contextmanager
+def _all_skip(model: Any, layer: int) -> Iterator[None]:
+    """All tokens but sinks skip one layer of a model whose layers else take all."""
+    config, capacity = model.config, model.config.capacity
+    threshold = model.model.routers[layer].thresholds
+    config.capacity = [0.5 if own == layer else 1.0 for own in config.routed_layer_indices]
+    threshold[0] = torch.inf
+    try:
+        yield
+    finally:
+        config.capacity = capacity
+        threshold[0] = -torch.inf
 
 
 def unmeasured(settings: Settings) -> Settings:
@@ -69,7 +124,8 @@ def unmeasured(settings: Settings) -> Settings:
     if settings.model.routed_layers != "auto":
         return settings
     part = settings.model.routed_part or PARTS[0]
-    return _with_cheapest(settings, {part: dict.fromkeys(candidates(settings, 10**6), 1.0)})
+    alike = [(i / _GUESSED_POINTS) ** 2 for i in range(_GUESSED_POINTS + 1)]
+    return _with_cheapest(settings, {part: dict.fromkeys(candidates(settings, 10**6), alike)})
 
 
 def candidates(settings: Settings, num_layers: int) -> list[int]:
@@ -81,7 +137,7 @@ def candidates(settings: Settings, num_layers: int) -> list[int]:
     return list(range(edges, num_layers - edges))
 
 
-def _with_cheapest(settings: Settings, costs: Mapping[str, Mapping[int, float]]) -> Settings:
+def _with_cheapest(settings: Settings, costs: Mapping[str, Costs]) -> Settings:
     """The settings with the part whose layers can save the FLOPs at the smallest cost."""
     wanted = settings.model.flops_share
     assert wanted is not None, "settings say so"
@@ -91,7 +147,7 @@ def _with_cheapest(settings: Settings, costs: Mapping[str, Mapping[int, float]])
         found = shares_at({layer: own[layer] for layer in layers if layer in own}, wanted, flops)
         if found is None:
             continue
-        total = sum(max(own[layer], _LEAST_COST) * (1 - share) ** 2 for layer, share in found.items())
+        total = sum(_cost_at(own[layer], 1 - share) for layer, share in found.items())
         if best is None or total < best[0]:
             best = total, part, found
     if best is None:
@@ -116,33 +172,46 @@ def _flops_of(settings: Settings, part: str) -> tuple[Flops, list[int]]:
     return lambda shares: forward_flops_per_token(model, length, shares=shares) / whole, layers
 
 
-def shares_at(costs: Mapping[int, float], wanted: float, flops: Flops) -> dict[int, float] | None:
+def _cost_at(costs: Sequence[float], share: float) -> float:
+    return costs[round(share * (len(costs) - 1))]
+
+
+def shares_at(costs: Costs, wanted: float, flops: Flops) -> dict[int, float] | None:
     """γ of each layer that is to route, such that the model takes the wanted share of dense FLOPs; None: impossible.
 
     Args:
-        costs: of leaving out each layer, nats.
+        costs: of each layer.
         wanted: share of dense FLOPs.
         flops: what they take.
     """
-    dear = {layer: max(cost, _LEAST_COST) for layer, cost in costs.items()}
-    found = _bisect(dear, wanted, flops)
+    left = dict(costs)
+    found = _bisect(left, wanted, flops)
     while found and max(found.values()) > _DENSE:  # the dearest stays dense, if the others can make up for it
-        del dear[max(dear, key=lambda layer: dear[layer])]
-        fewer = _bisect(dear, wanted, flops) if dear else None
+        del left[max(found, key=found.__getitem__)]
+        fewer = _bisect(left, wanted, flops) if left else None
         if fewer is None:
             break
         found = fewer
     return found
 
 
-def _bisect(costs: Mapping[int, float], wanted: float, flops: Flops) -> dict[int, float] | None:
-    def at(scale: float) -> dict[int, float]:
-        return {layer: 1.0 - min(1.0 - _LEAST, scale / (2 * cost)) for layer, cost in costs.items()}
+def _bisect(costs: Costs, wanted: float, flops: Flops) -> dict[int, float] | None:
+    def at(price: float) -> dict[int, float]:
+        return {layer: 1.0 - _cheapest_share(own, price) for layer, own in costs.items()}
 
-    low, high = 0.0, 2 * max(costs.values())
-    if flops(at(high)) > wanted:
-        return None
+    low, high = 0.0, 1.0
+    while flops(at(high)) > wanted:
+        if high > _DEAREST:
+            return None
+        high *= 4.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if flops(at(middle)) > wanted else (low, middle)
     return at(high)
+
+
+def _cheapest_share(costs: Sequence[float], price: float) -> float:
+    """The share of tokens that skip, at most 1 − `_LEAST`, with the smallest cost minus price · share."""
+    steps = len(costs) - 1
+    most = int(steps * (1.0 - _LEAST))
+    return min(range(most + 1), key=lambda i: costs[i] - price * i / steps) / steps

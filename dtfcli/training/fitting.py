@@ -20,7 +20,7 @@ def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device,
         settings: of the run.
         model: as it was built; it is moved to the device.
         rows: training text, int32 [N, T].
-        device: that computes.
+        device: that computes; all of the model must have a place there.
         on_progress: called with what is done, and its share.
     """
     tokens = settings.training.fit_tokens

@@ -110,8 +110,13 @@ def test_two_processes_reach_the_losses_of_one(
 def test_two_processes_share_the_base_of_adapters(
     tmp_path: Path, alone: Callable[[str], TrainResult], architecture: str
 ) -> None:
-    """LoRA under FSDP2: losses, the adapter folder and the merged model are those of one process."""
+    """LoRA under FSDP2: losses, the adapter folder and the merged model are those of one process.
+
+    The DTF routes its MLPs by a predicted cost, with forecasts that one process has fitted.
+    """
     base = {"base": str(alone("dense").final_model_path)}
+    if architecture == "dtf":
+        base |= {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"}
     groups = {"model": base, "lora": {"enabled": True, "r": 4, "dropout": 0.0, "merge": True}}
     (tmp_path / "one").mkdir()
     one = train(settings_of(tmp_path / "one", architecture, **groups))
@@ -120,7 +125,7 @@ def test_two_processes_share_the_base_of_adapters(
         assert any("q_proj.base_layer" in name for name in note["sharded"])
         assert any("lora_A" in name for name in note["sharded"])
     for first, second in zip(lines_of(one.run_dir), lines_of(the_run(tmp_path / "two")), strict=True):
-        for name in first.keys() & {"train/loss", "train/prior_loss", "val/loss"}:
+        for name in first.keys() & {"train/loss", "train/forecast_loss", "val/loss"}:
             assert second[name] == pytest.approx(first[name], abs=1e-3), (name, first["step"])
     for name, file in (("final_model", "adapter_model.safetensors"), ("merged_model", "model.safetensors")):
         reference = load_file(one.run_dir / name / file)
