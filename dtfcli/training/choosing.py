@@ -70,15 +70,9 @@ def skipping_costs(settings: Settings, part: str, rows: Any, on_progress: OnProg
     layers = candidates(settings, dense.config.num_hidden_layers)
     bypass = settings.model.bypass or "identity"
     score = "forecast_error" if bypass == "forecast" else "update_size"
-    fields = {
-        "bypass": bypass,
-        "score": score,
-        "routed_layers": layers,
-        "capacity": 1.0,
-        "routed_part": part,
-        "budget": "layer",
-    }
-    model: Any = build_model(settings.with_model(architecture="dtf", flops_share=None, **fields)).to(device).eval()
+    fields = {"architecture": "dtf", "score": score, "bypass": bypass, "budget": "layer", "routed_part": part}
+    model: Any = build_model(settings.with_model(**fields, routed_layers=layers, capacity=1.0, flops_share=None))
+    model = model.to(device).eval()
     tokens = max(_TOKENS, _FIT_TOKENS_PER_UNIT * model.config.hidden_size)
     size, count = rows.shape[1], settings.training.micro_batch_size
     text = torch.from_numpy(token_ids(rows[: max(1, tokens // size)])).to(device).split(count)
