@@ -246,6 +246,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         seen = None if attention_mask is None else attention_mask.bool().to(device)
         if seen is not None and not self.training and self.mode in CAUSAL_MODES and bool(seen.all()):
             seen = attention_mask = None  # `generate` always gives a mask; a causal mode waits for the device anyway
+        asked = position_ids
         if position_ids is None:
             if seen is None:
                 position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
@@ -270,8 +271,9 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
                 noise=torch.rand(batch, tokens, device=device) if self.training and self.explores else None,
             ),
             layer_inputs={
-                # By place: Transformers 5.24 renamed the cache's argument.
-                "attention_mask": create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids),
+                # By place: Transformers 5.24 renamed the cache's argument. It waits for the device to see whether given
+                # positions begin again within a row: ours do not.
+                "attention_mask": create_causal_mask(self.config, inputs_embeds, attention_mask, cache, asked),
                 CACHE_NAME: cache,
                 "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             },
