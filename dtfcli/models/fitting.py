@@ -11,7 +11,8 @@ which is the loss of training, `forecast_miss`. The estimate of what skipping co
 
 and says which tokens skip. A forecast is for these, so both are fitted again, with little weight on those that enter.
 
-Layer by layer from the bottom up, as in `calibration`: the tokens that skip below change what a layer sees.
+Layer by layer from the bottom up, as in `calibration`: the tokens that skip below change what a layer sees. Each layer
+visits the device for its turn alone, so a model that is to be sharded over many can be fitted on one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,13 +54,17 @@ def least_squares(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_layers(
-    stack: Any, batches: Sequence[Mapping[str, Tensor]], on_layer: Callable[[int, int], None] | None = None
+    stack: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    device: torch.device,
+    on_layer: Callable[[int, int], None] | None = None,
 ) -> dict[int, Tensor]:
     """Fit forecasts and predicted costs of every routed layer, with the threshold of its own γ.
 
     Args:
         stack: a routed stack in eval mode.
-        batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
+        batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T], where the stack is.
+        device: that computes.
         on_layer: called with how many layers are done, and how many there are.
 
     Returns:
@@ -67,18 +72,22 @@ def fit_layers(
         all tokens, that is lost when the shares 0, 1 / LOST_POINTS, … 1 of them skip, those that score lowest first.
     """
     curves: dict[int, Tensor] = {}
-    entering = [stack.enter(stack.embed_tokens(b["input_ids"]), b.get("attention_mask")) for b in batches]
+    embedded = [(stack.embed_tokens(b["input_ids"]).to(device), b.get("attention_mask")) for b in batches]
+    entering = [stack.enter(x, None if mask is None else mask.to(device)) for x, mask in embedded]
     passes, last = passes_at(entering, "threshold", 0), max(stack.routers)
     for index in range(last + 1):
         if on_layer is not None:
             on_layer(index, last + 1)
-        if isinstance(stack.layers[index], RoutedLayerMixin):
+        layer, home = stack.layers[index], stack.device
+        layer.to(device)
+        if isinstance(layer, RoutedLayerMixin):
             curve = _fit_layer(stack, index, passes)
             if curve is not None:
                 curves[index] = curve
         if index < last:  # nothing above is routed
             for batch in passes:
                 stack.step(index, batch)
+        layer.to(home)
     stack.forget_checks()
     return curves
 

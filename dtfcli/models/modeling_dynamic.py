@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaModel, Qwen2ForCausalLM, Qwen2Model
 from transformers.modeling_utils import slice_logits_to_keep
@@ -223,7 +224,10 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         self.train(was_training)
 
     def fit_routing(
-        self, batches: Iterable[Mapping[str, Tensor]], on_layer: Callable[[int, int], None] | None = None
+        self,
+        batches: Iterable[Mapping[str, Tensor]],
+        on_layer: Callable[[int, int], None] | None = None,
+        device: torch.device | None = None,
     ) -> dict[int, Tensor]:
         """Fit forecasts and predicted costs by least squares, and calibrate the model's own γ on the way.
 
@@ -233,6 +237,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         Args:
             batches: as in `calibrate`.
             on_layer: called with how many layers are done, and how many there are.
+            device: that computes, a layer at a time; None: where the model is.
 
         Returns:
             What skipping loses in each layer, as `fit_layers` says.
@@ -247,7 +252,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         moved = self._moved(batches)
         was_training = self.training
         self.eval()
-        curves = fit_layers(self.model, moved, on_layer)
+        curves = fit_layers(self.model, moved, self.device if device is None else device, on_layer)
         if self.config.budget == "model":
             calibrate_columns(self.model, moved, [("threshold", 0)])
         self.train(was_training)

@@ -18,9 +18,9 @@ def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device,
 
     Args:
         settings: of the run.
-        model: as it was built; it is moved to the device.
+        model: as it was built.
         rows: training text, int32 [N, T].
-        device: that computes; all of the model must have a place there.
+        device: that computes.
         on_progress: called with what is done, and its share.
     """
     tokens = settings.training.fit_tokens
@@ -33,6 +33,6 @@ def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device,
     batches = calibration_batches(rows, tokens, settings.training.micro_batch_size, settings.run.seed)
     dtype = compute_dtype(settings.run.dtype, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        model.to(device).fit_routing(
-            batches, lambda done, of: on_progress("Fitting forecasts and predicted costs", done / of)
+        model.fit_routing(
+            batches, lambda done, of: on_progress("Fitting forecasts and predicted costs", done / of), device
         )

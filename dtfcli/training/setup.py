@@ -102,8 +102,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     plan = plan_run(settings, len(data.train))
     assert plan is not None, "known once the rows are"
     if resume is None and states.needs_weights and hasattr(model, "fit_routing"):
-        whole_there = settings.training.sharding == "ddp"
-        fit_routing(settings, model, data.train, processes.device if whole_there else torch.device("cpu"), progress)
+        fit_routing(settings, model, data.train, processes.device, progress)
 
     torch.manual_seed(settings.run.seed + processes.rank)  # each drops out other numbers
     distillation = _distillation(settings, model, processes.device)

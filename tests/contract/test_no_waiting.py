@@ -23,7 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "predictor": {"predictor_loss_weight": 0.1},
     "layerdrop": {"architecture": "layerdrop"},
     "random": {"architecture": "random"},
-} | {name: fields for name, fields in OPTIONS.items() if fields.get("budget") != "model"}
+}
+CASES |= {name: fields for name, fields in OPTIONS.items() if fields.get("budget") != "model"}
 """One budget for the model trains by threshold, where the number of slots depends on the scores."""
 
 
