@@ -37,19 +37,22 @@ COMMON = {
 }
 
 FORECAST = "model.bypass=forecast"
+UNEXPLORED = f"model.score=forecast_error {FORECAST} training.learning_rates.router=3e-3"
 FAST = "training.learning_rates.forecast=1e-2 training.learning_rates.router=1e-2"
-BEST = f"model.score=forecast_error {FORECAST}"
+IDENTITY = "model.bypass=identity"
+PREDICTED = "model.explore=0.1 training.learning_rates.router=3e-3"
+BEST = f"model.score=forecast_error {FORECAST} {PREDICTED}"
 STUDIES: dict[str, dict[str, str]] = {
     "choosers": {
         "dense": "model=dense",
         "forecast error": BEST,
         "layerdrop, forecast": f"model=layerdrop {FORECAST}",
-        "thesis's score": "model.score=surprise",
-        "mod": "model=mod",
-        "random": "model=random",
-        "update size": "model.score=update_size",
-        "update size, forecast": f"model.score=update_size {FORECAST}",
-        "layerdrop": "model=layerdrop",
+        "thesis's score": f"model.score=surprise {IDENTITY}",
+        "mod": f"model=mod {IDENTITY}",
+        "random": f"model=random {IDENTITY}",
+        "update size": f"model.score=update_size {PREDICTED} {IDENTITY}",
+        "update size, forecast": f"model.score=update_size {PREDICTED} {FORECAST}",
+        "layerdrop": f"model=layerdrop {IDENTITY}",
         "mod, forecast": f"model=mod {FORECAST}",
         "random, forecast": f"model=random {FORECAST}",
         "thesis's score, forecast": f"model.score=surprise {FORECAST}",
@@ -57,10 +60,10 @@ STUDIES: dict[str, dict[str, str]] = {
     "details": {
         "forecast error": BEST,
         "not fitted": f"{BEST} training.fit_tokens=0",
-        "not fitted, fast": f"{BEST} training.fit_tokens=0 {FAST}",
-        "fast": f"{BEST} {FAST}",
-        "nothing explored": f"{BEST} model.explore=0.0",
-        "all explored": f"{BEST} model.explore=1.0",
+        "not fitted, fast": f"model.score=forecast_error {FORECAST} model.explore=0.1 training.fit_tokens=0 {FAST}",
+        "fast": f"model.score=forecast_error {FORECAST} model.explore=0.1 {FAST}",
+        "nothing explored": f"{UNEXPLORED}",
+        "all explored": f"{UNEXPLORED} model.explore=1.0",
         "keys of routed tokens": f"{BEST} model.kv_tokens=routed",
         "network in the forecast": f"{BEST} model.forecast_factor=0.25",
         "hidden units in the score": f"{BEST} model.score_factor=0.125",

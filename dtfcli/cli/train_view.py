@@ -230,7 +230,7 @@ def account_rows(
     updates = "follows from the data (training.epochs)"
     return [
         ("parameters", _count(account.parameters), f"{account.parameters:,}"),
-        ("new", _count(account.new_parameters), "routers and priors"),
+        ("new", _count(account.new_parameters), "what routing adds"),
         ("trainable", _count(account.trainable_parameters), f"{account.trainable_parameters:,}"),
         ("FLOPs per token", _count(account.flops_per_token), f"one forward pass at {seq_len} tokens"),
         ("share of dense", f"{account.share_of_dense:.3f}", "of those FLOPs"),

@@ -68,8 +68,9 @@ def fit_layers(
         on_layer: called with how many layers are done, and how many there are.
 
     Returns:
-        For each routed layer whose score predicts costs, float32 [LOST_POINTS + 1]: the part of ‖Δ − f‖², summed over
-        all tokens, that is lost when the shares 0, 1 / LOST_POINTS, … 1 of them skip, those that score lowest first.
+        For each routed layer whose score predicts costs, float32 [LOST_POINTS + 1]: the part of ‖Δ − f‖² / ‖x + Δ‖²,
+        summed over all tokens, that is lost when the shares 0, 1 / LOST_POINTS, … 1 of them skip, those that score
+        lowest first.
     """
     curves: dict[int, Tensor] = {}
     embedded = [(stack.embed_tokens(b["input_ids"]).to(device), b.get("attention_mask")) for b in batches]
@@ -113,7 +114,8 @@ def _fit_layer(stack: Any, index: int, passes: Sequence[Any]) -> Tensor | None:
                 return None
             scores = torch.cat([x.flatten() for x in calibrate_layer(stack, index, passes, "threshold", 0)])
             skips = (scores <= layer.router.thresholds[0]).float()
-        return _lost(scores, mean_square(lost) * counted) if config.predicts_cost else None
+        relative = mean_square(lost) / (mean_square(after) + _TINY)
+        return _lost(scores, relative * counted) if config.predicts_cost else None
 
 
 def _lost(scores: Tensor, energy: Tensor) -> Tensor:

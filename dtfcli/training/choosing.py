@@ -1,12 +1,12 @@
 """`model.routed_layers = "auto"`: which layers route, at which γ, from what skipping each of them costs.
 
-A routed model of all layers that may route is fitted (`models.fitting`). For each of them is measured by how much the
-loss rises when every token skips it, taking its forecast if there is one: c nats. If only some skip, those that are
-predicted to lose least, they lose a share E(s) of the energy that all would lose, and are taken to cost c · E(s). Every
+A model in which half of the tokens skip every layer that may route is fitted (`models.fitting`). For each of these
+layers is measured by how much the loss falls when all tokens enter it, in the others half: c nats. Fewer or more that
+skip, those that are predicted to lose least, lose E(s) of a layer's energy and are taken to cost c · E(s) / E(½). Every
 layer saves as many FLOPs a token, so the cheapest shares are those where the last token costs the same everywhere, λ
 (Lagrange):
 
-    s = argmin c · E(s) − λ · s
+    s = argmin c · E(s) / E(½) − λ · s
 
 with the λ, found by bisection, that saves the FLOPs asked for.
 """
@@ -71,7 +71,7 @@ def skipping_costs(settings: Settings, part: str, rows: Any, on_progress: OnProg
     bypass = settings.model.bypass or "identity"
     score = "forecast_error" if bypass == "forecast" else "update_size"
     fields = {"architecture": "dtf", "score": score, "bypass": bypass, "budget": "layer", "routed_part": part}
-    model: Any = build_model(settings.with_model(**fields, routed_layers=layers, capacity=1.0, flops_share=None))
+    model: Any = build_model(settings.with_model(**fields, routed_layers=layers, capacity=0.5, flops_share=None))
     model = model.to(device).eval()
     tokens = max(_TOKENS, _FIT_TOKENS_PER_UNIT * model.config.hidden_size)
     size, count = rows.shape[1], settings.training.micro_batch_size
@@ -83,11 +83,12 @@ def skipping_costs(settings: Settings, part: str, rows: Any, on_progress: OnProg
         curves = model.fit_routing(
             [{"input_ids": batch} for batch in text], lambda done, of: on_progress(what, 0.5 * done / of)
         )
-        whole = _loss(model, measured)
+        routed = _loss(model, measured)
         for done, (layer, curve) in enumerate(curves.items(), 1):
-            with _all_skip(model, layer):
-                cost = _loss(model, measured) - whole
-            costs[layer] = (max(cost, _LEAST_COST) * curve).tolist()
+            with _all_enter(model, layer):
+                cost = routed - _loss(model, measured)
+            half = curve[len(curve) // 2].clamp(min=_LEAST_COST)
+            costs[layer] = (max(cost, _LEAST_COST) * curve / half).tolist()
             on_progress(what, 0.5 + 0.5 * done / len(curves))
     return costs
 
@@ -100,17 +101,15 @@ def _loss(model: Any, batches: Sequence[torch.Tensor]) -> float:
 
 
 @contextmanager
-def _all_skip(model: Any, layer: int) -> Iterator[None]:
-    """All tokens but sinks skip one layer of a model whose layers else take all."""
-    config, capacity = model.config, model.config.capacity
-    threshold = model.model.routers[layer].thresholds
-    config.capacity = [0.5 if own == layer else 1.0 for own in config.routed_layer_indices]
-    threshold[0] = torch.inf
+def _all_enter(model: Any, layer: int) -> Iterator[None]:
+    """All tokens enter one layer."""
+    thresholds = model.model.routers[layer].thresholds
+    own = thresholds[0].clone()
+    thresholds[0] = -torch.inf
     try:
         yield
     finally:
-        config.capacity = capacity
-        threshold[0] = -torch.inf
+        thresholds[0] = own
 
 
 def unmeasured(settings: Settings) -> Settings:

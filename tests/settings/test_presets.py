@@ -70,7 +70,7 @@ def test_presets_of_the_comparison_differ_in_the_architecture_alone() -> None:
     rates = "learning_rates"
     assert dtf["training"][rates]["router"] == mod["training"][rates]["router"]
     assert dtf["training"][rates]["base"] == mod["training"][rates]["base"] == dense["training"][rates]["base"]
-    for key in ("capacity", "gate", "sink_tokens", "dense_edges"):
+    for key in ("capacity", "bypass", "kv_tokens", "sink_tokens", "dense_edges"):
         assert dtf["model"][key] == mod["model"][key]
 
 
