@@ -1,5 +1,6 @@
 """`routed_layers = "auto"`: layers, part and capacities by what leaving each out costs, at the FLOPs asked for."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 
 from dtfcli.cost.accounting import forward_flops_per_token
 from dtfcli.data.prepare import prepare_data
-from dtfcli.data.targets import token_ids
 from dtfcli.errors import ConfigError
 from dtfcli.experiment import preview, train
 from dtfcli.loading.build import build_model, build_tokenizer
@@ -70,24 +70,33 @@ def test_the_shares_save_what_is_asked_for_where_it_is_cheapest(
     assert not prices or max(last for last, _ in prices) <= min(following for _, following in prices) + 1e-9
 
 
+@pytest.mark.parametrize("bypass", ["identity", "forecast"])
 @pytest.mark.parametrize("part", ["block", "mlp", "attention"])
-def test_what_a_layer_costs_is_measured_by_skipping_it(part: str, base: Path, tmp_path: Path) -> None:
-    """Without forecasts: as if the layer, or its part, were left out for all tokens but the first; in between, less."""
-    settings = auto_settings(tmp_path, base, score="update_size")
+def test_a_layer_that_does_nothing_costs_nothing(part: str, bypass: str, base: Path, tmp_path: Path) -> None:
+    """The loss of a model whose layers half of the tokens skip falls when all enter one of them, unless it is idle."""
+    model = load_model(str(base))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            for matrix in (layer.mlp.down_proj.weight, layer.self_attn.o_proj.weight):
+                torch.nn.init.normal_(matrix, std=0.0 if index == 2 else 0.05)
+    changed = tmp_path / "changed"
+    shutil.copytree(base, changed)
+    model.save_pretrained(changed)
+    fields = {"score": "forecast_error" if bypass == "forecast" else "update_size", "bypass": bypass}
+    settings = auto_settings(tmp_path, changed, **fields)
     rows = prepare_data(settings.data, build_tokenizer(settings), seed=0).train[:40]
-    costs = skipping_costs(settings, part, rows, lambda what, share: None)
-    model, ids = load_model(str(base)), torch.from_numpy(token_ids(rows))
-    whole = model(ids, labels=ids).loss.item()
-    for layer, own in costs.items():
-        changed = load_model(str(base))
-        block = changed.model.layers[layer]
-        with torch.no_grad():
-            for half, matrix in (("mlp", block.mlp.down_proj), ("attention", block.self_attn.o_proj)):
-                if part in ("block", half):
-                    matrix.weight.zero_()
-        assert own[-1] == pytest.approx(max(1e-3, changed(ids, labels=ids).loss.item() - whole), abs=0.02)
+    shown: list[float] = []
+    costs = skipping_costs(settings, part, rows, lambda what, share: shown.append(share))
+    assert list(costs) == [0, 1, 2, 3]
+    for own in costs.values():
         assert own[0] == 0.0
         assert own == sorted(own)
+    assert max(costs[2]) <= 1.001e-3
+    assert all(own[32] >= 1e-3 for layer, own in costs.items() if layer != 2), "less cannot be measured"
+    assert max(own[32] for own in costs.values()) > 2e-3
+    assert shown == sorted(shown)
+    assert shown[-1] == 1.0
 
 
 @pytest.mark.parametrize(
