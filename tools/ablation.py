@@ -1,10 +1,10 @@
 """The ablation of docs/results.md: SmolLM2-135M adapted on novels, one thing at a time, by `dtf compare`.
 
-python -m tools.ablation --novels FOLDER --model FILE.gguf [--output DIR] [--seeds N] [--only STUDY] [--rehearse]
+python -m tools.ablation --novels FOLDER --model FILE.gguf [--steps N] [--output DIR] [--seeds N] [--only STUDY]
 
 FOLDER holds train.parquet, books in a column `text`; an eighth of their passages is used. Nine of 30 layers route (7,
 9, … 23) and the backbone learns by LoRA. Started again, it goes on where it was stopped: a run takes minutes, the whole
-many hours. Each study is one report in DIR; they share their runs.
+many hours. Each study is one report in DIR, named by its updates; with none, models are converted and fitted alone.
 """
 
 import argparse
@@ -21,7 +21,6 @@ COMMON = {
     "data.seq_len": 256,
     "data.validation_fraction": 0.05,
     "data.validation_blocks": 48,
-    "training.max_steps": 50,
     "training.micro_batch_size": 8,
     "training.tokens_per_update": 2048,
     "training.warmup_ratio": 0.1,
@@ -31,50 +30,47 @@ COMMON = {
     "training.learning_rates.base": 5e-4,
     "lora.enabled": "true",
     "lora.dropout": 0.0,
-    "model.kv_tokens": "all",
     "model.routed_layers": "[7,9,11,13,15,17,19,21,23]",
     "model.capacity": 0.5,
 }
 
-FORECAST = "model.bypass=forecast"
-UNEXPLORED = f"model.score=forecast_error {FORECAST} training.learning_rates.router=3e-3"
 FAST = "training.learning_rates.forecast=1e-2 training.learning_rates.router=1e-2"
 IDENTITY = "model.bypass=identity"
-PREDICTED = "model.explore=0.1 training.learning_rates.router=3e-3"
-BEST = f"model.score=forecast_error {FORECAST} {PREDICTED}"
+GRADIENT = "training.learning_rates.router=1e-2"  # scores that follow the language model's gradient are slow at less
 STUDIES: dict[str, dict[str, str]] = {
-    "choosers": {
+    "choosers": {  # the preset is the best recipe: each point says what it does otherwise
+        "forecast error": "model=dtf",
         "dense": "model=dense",
-        "forecast error": BEST,
-        "layerdrop, forecast": f"model=layerdrop {FORECAST}",
-        "thesis's score": f"model.score=surprise {IDENTITY}",
-        "mod": f"model=mod {IDENTITY}",
+        "mod": f"model=mod {GRADIENT} {IDENTITY}",
         "random": f"model=random {IDENTITY}",
-        "update size": f"model.score=update_size {PREDICTED} {IDENTITY}",
-        "update size, forecast": f"model.score=update_size {PREDICTED} {FORECAST}",
+        "thesis's score": f"model.score=surprise {GRADIENT} {IDENTITY}",
+        "layerdrop, forecast": "model=layerdrop",
+        "update size, forecast": "model.score=update_size",
+        "update size": f"model.score=update_size {IDENTITY}",
         "layerdrop": f"model=layerdrop {IDENTITY}",
-        "mod, forecast": f"model=mod {FORECAST}",
-        "random, forecast": f"model=random {FORECAST}",
-        "thesis's score, forecast": f"model.score=surprise {FORECAST}",
+        "mod, forecast": f"model=mod {GRADIENT}",
+        "random, forecast": "model=random",
+        "thesis's score, forecast": f"model.score=surprise {GRADIENT}",
     },
     "details": {
-        "forecast error": BEST,
-        "not fitted": f"{BEST} training.fit_tokens=0",
-        "not fitted, fast": f"model.score=forecast_error {FORECAST} model.explore=0.1 training.fit_tokens=0 {FAST}",
-        "fast": f"model.score=forecast_error {FORECAST} model.explore=0.1 {FAST}",
-        "nothing explored": f"{UNEXPLORED}",
-        "all explored": f"{UNEXPLORED} model.explore=1.0",
-        "keys of routed tokens": f"{BEST} model.kv_tokens=routed",
-        "network in the forecast": f"{BEST} model.forecast_factor=0.25",
-        "hidden units in the score": f"{BEST} model.score_factor=0.125",
-        "weak forecast loss": f"{BEST} model.forecast_loss_weight=1",
-        "no forecast loss": f"{BEST} model.forecast_loss_weight=0.0",
-        "distilled": f"{BEST} distill.enabled=true",
-        "one budget": f"{BEST} model.budget=model",
-        "by threshold at the end": f"{BEST} training.threshold_fraction=0.3",
-        "γ annealed": f"{BEST} training.capacity_schedule=cosine",
-        "MLP": f"{BEST} model.routed_part=mlp",
-        "attention": f"{BEST} model.routed_part=attention",
+        "forecast error": "model=dtf",
+        "not fitted": "training.fit_tokens=0",
+        "not fitted, fast": f"training.fit_tokens=0 {FAST}",
+        "fast": FAST,
+        "slow": "training.learning_rates.forecast=1e-3 training.learning_rates.router=1e-3",
+        "nothing explored": "model.explore=0.0",
+        "all explored": "model.explore=1.0",
+        "keys of routed tokens": "model.kv_tokens=routed",
+        "network in the forecast": "model.forecast_factor=0.25",
+        "hidden units in the score": "model.score_factor=0.125",
+        "weak forecast loss": "model.forecast_loss_weight=1",
+        "no forecast loss": "model.forecast_loss_weight=0.0",
+        "distilled": "distill.enabled=true",
+        "one budget": "model.budget=model",
+        "by threshold at the end": "training.threshold_fraction=0.3",
+        "γ annealed": "training.capacity_schedule=cosine",
+        "MLP": "model.routed_part=mlp",
+        "attention": "model.routed_part=attention",
     },
 }
 
@@ -88,10 +84,12 @@ def main() -> None:
     parser.add_argument("--seeds", default="3", help="seeds of each run: their number, or a list")
     parser.add_argument("--only", choices=list(STUDIES), help="one of the studies")
     parser.add_argument("--points", help="names of some points of it, separated by semicolons")
+    parser.add_argument("--steps", type=int, default=150, help="updates of 2,048 tokens; 0: convert and fit alone")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes: does every step work?")
     options = parser.parse_args()
     text = write_text(options.novels, options.output / "novels.parquet")
-    values = COMMON | ({"training.max_steps": 2, "data.validation_blocks": 4} if options.rehearse else {})
+    values = COMMON | {"training.max_steps": 2 if options.rehearse else options.steps}
+    values |= {"data.validation_blocks": 4} if options.rehearse else {}
     for name in [options.only] if options.only else STUDIES:
         points = STUDIES[name]
         if options.points:
@@ -99,7 +97,8 @@ def main() -> None:
         arguments = [f"model.base={options.model.resolve()}", f'data.sources=[{{path = "{text.resolve()}"}}]']
         arguments += [f"{key}={value}" for key, value in values.items()]
         arguments += [item for point, choice in points.items() for item in ("--point", f"{point}: {choice}")]
-        compare(options.output, name, [*arguments, "--seeds", options.seeds, "--no-bench"])
+        report = f"{name}-{values['training.max_steps']}"
+        compare(options.output, report, [*arguments, "--seeds", options.seeds, "--no-bench"])
 
 
 def write_text(novels: Path, file: Path) -> Path:
