@@ -23,7 +23,7 @@ from dtfcli.data.targets import token_ids
 from dtfcli.errors import ConfigError
 from dtfcli.loading.build import build_model
 from dtfcli.loading.devices import compute_dtype, resolve_device
-from dtfcli.models.configuration_fields import PARTS, by_surprise, resolve_routed_layers
+from dtfcli.models.configuration_fields import PARTS, resolve_routed_layers
 from dtfcli.settings import Settings
 
 _FIT_TOKENS_PER_UNIT = 16
@@ -122,12 +122,8 @@ def unmeasured(settings: Settings) -> Settings:
 
 
 def candidates(settings: Settings, num_layers: int) -> list[int]:
-    """Layers that may route: with surprise every odd one, else all."""
-    model = settings.model
-    edges = model.dense_edges or 0
-    if by_surprise({"architecture": model.architecture, "score": model.score}):
-        return resolve_routed_layers("alternate", edges, num_layers)
-    return list(range(edges, num_layers - edges))
+    """Layers that may route: every second one, since what two neighbors lose adds up."""
+    return resolve_routed_layers("alternate", settings.model.dense_edges or 0, num_layers)
 
 
 def _with_cheapest(settings: Settings, costs: Mapping[str, Costs]) -> Settings:
