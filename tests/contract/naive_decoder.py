@@ -58,8 +58,12 @@ class Layer:
         if self.config.bypass == "identity":
             return x
         forecast = self.layer.forecast_prior
-        gate, up = forecast.w_in(x / torch.sqrt((x * x).mean() + forecast.eps)).chunk(2)
-        return x + forecast.w_out(gate * torch.sigmoid(gate) * up)
+        n = x / torch.sqrt((x * x).mean() + forecast.eps)
+        guess = forecast.linear.weight @ n
+        if forecast.network is not None:
+            gate, up = forecast.network.w_in(n).chunk(2)
+            guess = guess + forecast.network.w_out(gate * torch.sigmoid(gate) * up)
+        return x + guess
 
 
 def score_of(x: Tensor, router, config, below, surprises: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ TRAIN = [
     ("train quickstart max_steps=3", ["max_steps", "Did you mean 'training.max_steps'"]),
     ("train quickstart trainng.max_steps=3", ["trainng", "Did you mean 'training'"]),
     ("train quickstart training.max_steps=many", ['training.max_steps = "many"', "a whole number"]),
-    ("train quickstart training.max_steps=0", ["training.max_steps = 0", "at least 1"]),
+    ("train quickstart training.max_steps=-1", ["training.max_steps = -1", "at least 0"]),
     ("train quickstart training.max_steps=1.5", ["training.max_steps = 1.5", "a whole number"]),
     ("train quickstart training.max_steps=true", ["training.max_steps = true", "a whole number"]),
     ("train quickstart training=3", ["training = 3", "a table"]),

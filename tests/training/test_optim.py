@@ -30,7 +30,7 @@ def test_every_parameter_is_in_one_group_with_its_rate(architecture: str) -> Non
 
 def test_group_of_parameter_names() -> None:
     assert group_of("model.layers.1.router.predictor.up.weight") == "predictor"
-    assert group_of("model.layers.1.forecast_prior.w_in.weight") == "forecast"
+    assert group_of("model.layers.1.forecast_prior.linear.weight") == "forecast"
     assert group_of("model.layers.1.router.log_o_ce") == "router"
     assert group_of("model.layers.0.prior.w_out.weight") == "prior"
     assert group_of("model.layers.1.self_attn.q_proj.weight") == "base"

@@ -132,7 +132,7 @@ def test_two_processes_share_the_base_of_adapters(
         found = load_file(the_run(tmp_path / "two") / name / file)
         assert found.keys() == reference.keys()
         for key, tensor in reference.items():
-            if "thresholds" not in key:
+            if "thresholds" not in key and "level" not in key:  # averages over micro-batches, of one process or two
                 assert (found[key] - tensor).abs().max() < 5e-3, key
     model = dtfcli.load_model(the_run(tmp_path / "two"), device="cpu")
     assert architecture == "dense" or model.is_calibrated
