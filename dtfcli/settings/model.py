@@ -84,7 +84,7 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
     flops_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
         description="With routed_layers 'auto': the share of dense FLOPs that a forward pass may take. Layers, their γ "
-        "and, unless it is set, the routed part are chosen by what each layer costs to leave out.",
+        "and, unless it is set, the routed part are chosen by what skipping each layer costs.",
     )
     base: str = Field("", description="Hub id, model folder or .gguf file to start from; empty: from scratch.")
     revision: str = Field("", description="Branch, tag or commit of a Hub base; empty: its default branch.")
