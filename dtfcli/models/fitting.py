@@ -69,8 +69,8 @@ def fit_layers(
 
     Returns:
         For each routed layer whose score predicts costs, float32 [LOST_POINTS + 1]: the part of ‖Δ − f‖² / ‖x + Δ‖²,
-        summed over all tokens, that is lost when the shares 0, 1 / LOST_POINTS, … 1 of them skip, those that score
-        lowest first.
+        summed over all tokens but sinks, that is lost when the shares 0, 1 / LOST_POINTS, … 1 of them skip, those that
+        score lowest first.
     """
     curves: dict[int, Tensor] = {}
     embedded = [(stack.embed_tokens(b["input_ids"]).to(device), b.get("attention_mask")) for b in batches]
@@ -114,8 +114,8 @@ def _fit_layer(stack: Any, index: int, passes: Sequence[Any]) -> Tensor | None:
                 return None
             scores = torch.cat([x.flatten() for x in calibrate_layer(stack, index, passes, "threshold", 0)])
             skips = (scores <= layer.router.thresholds[0]).float()
-        relative = mean_square(lost) / (mean_square(after) + _TINY)
-        return _lost(scores, relative * counted) if config.predicts_cost else None
+        relative, real = mean_square(lost) / (mean_square(after) + _TINY), counted > 0
+        return _lost(scores[real], relative[real]) if config.predicts_cost else None
 
 
 def _lost(scores: Tensor, energy: Tensor) -> Tensor:
