@@ -46,8 +46,13 @@ def test_model_files_travel_alone(file: str) -> None:
     text = house.FILES[file].read_text(encoding="utf-8")
     allowed = {*sys.stdlib_module_names, "torch", "transformers"}
     siblings = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
+    tree = ast.parse(text)
+    # Transformers asks nobody for what is imported in a `try`: it may be missing.
+    tried = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in block.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) in tried:
+            assert {alias.name.split(".")[0] for alias in node.names} == {"triton"}
+        elif isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             assert (node.module or "").split(".")[0] in allowed
@@ -83,7 +88,12 @@ def test_a_file_has_one_purpose(file: str) -> None:
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
     if house.room(file) != "cli":  # a command's options are its parameters
-        assert not [f.name for f in functions if _parameters(f) > 7 and f.name not in FIXED]
+        assert not [f.name for f in functions if _parameters(f) > 7 and f.name not in FIXED and not _is_kernel(f)]
+
+
+def _is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Triton compiles it: it takes pointers, sizes and strides one by one."""
+    return any(isinstance(mark, ast.Name) and mark.id == "_jitted" for mark in function.decorator_list)
 
 
 def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

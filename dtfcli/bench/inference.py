@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 
 from dtfcli.bench.report import BenchOptions, PhaseResult
 from dtfcli.cost.accounting import LAYER, forward_flops_per_token, is_routed
-from dtfcli.models.cache import CACHE_NAME
-from dtfcli.models.stack import is_added
+from dtfcli.models.cache import CACHE_NAME, RoutedCache
+from dtfcli.models.fixed import fixed_layers
+from dtfcli.models.pretrained import is_added
 from dtfcli.shares import measured_shares
+from dtfcli.training.compiling import compile_layers
 
 _TURNS = 3
 """How often each token is decoded, its median counting: one pause of the machine would outweigh a difference."""
@@ -63,8 +65,11 @@ def bench_inference(
     prompt, continuation = input_ids[:, : options.seq_len], input_ids[:, options.seq_len :]
     measures: dict[str, Callable[[Any], _Timing]] = {
         "prefill": lambda model: _prefill(dense, model, prompt, options.repeats),
-        "decode": lambda model: _decode(dense, model, prompt, continuation),
+        "decode": lambda model: _decode(dense, model, prompt, continuation, options.fixed),
     }
+    if options.compiled and options.fixed:
+        for model in (dense, *routed.values()):
+            compile_layers(model)
     results = []
     for architecture, model in routed.items():
         for capacity in options.capacities:
@@ -94,10 +99,30 @@ def _prefill(dense: Any, routed: Any, prompt: Tensor, repeats: int) -> _Timing:
     )
 
 
-def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor) -> _Timing:
-    dense_cache, routed_cache = (
-        model(prompt, use_cache=True, logits_to_keep=1)[CACHE_NAME] for model in (dense, routed)
-    )
+class _DenseFixed:
+    """The dense model decoding in fixed shapes, just as routed ones do."""
+
+    def __init__(self, dense: Any, cache: Any, length: int) -> None:
+        self.dense, self.cache = dense, cache
+        cache.layers, self.state = fixed_layers(cache.layers, length, None)
+
+    def _step(self, ids: Tensor, positions: Tensor) -> Tensor:
+        there = self.state.there.index_fill_(1, self.state.at, True)
+        seen = {"attention_mask": there[:, None, None], "position_ids": positions, CACHE_NAME: self.cache}
+        logits = self.dense(ids, **seen).logits
+        self.state.advance()
+        return logits
+
+    def __call__(self, token: Tensor) -> Tensor:
+        return self.state.run(self._step, token, self.state.at.expand(len(token), 1))
+
+
+def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor, fixed: bool) -> _Timing:
+    length = prompt.shape[1] + continuation.shape[1]
+    dense_cache = dense(prompt, use_cache=True, logits_to_keep=1)[CACHE_NAME]
+    routed_cache = RoutedCache(routed.config, length if fixed else None)
+    routed(prompt, logits_to_keep=1, **{CACHE_NAME: routed_cache})
+    dense_fixed = _DenseFixed(dense, dense_cache, length) if fixed else None
     pairs: list[tuple[float, float]] = []
     shares: list[float] = []
     layers_read: list[float] = []
@@ -108,12 +133,14 @@ def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor) -> _T
 
     hook = routed.model.register_forward_hook(note_records)
     for token in continuation.split(1, dim=1):
-        plain = partial(dense, token, **{CACHE_NAME: dense_cache})
+        plain = partial(dense_fixed or partial(dense, **{CACHE_NAME: dense_cache}), token)
         ours = partial(routed, token, **{CACHE_NAME: routed_cache})
         turns = []
         for turn in range(_TURNS):
             if turn:
                 dense_cache.crop(-1)
+                if dense_fixed is not None:
+                    dense_fixed.state.crop(1)
                 routed_cache.crop(-1)
             turns.append((_seconds(plain), _seconds(ours)))
         pairs.append((statistics.median(a for a, _ in turns), statistics.median(b for _, b in turns)))

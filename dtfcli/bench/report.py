@@ -21,8 +21,10 @@ class BenchOptions:
         calibration_tokens: random tokens on which thresholds are measured.
         micro_batches: of an update; a training step is the mean of one. Weights are cast once for all of them.
         stock: also measure the dense model as Transformers trains it.
-        compiled: compile layers, as `training.compile` does.
+        compiled: compile layers, as `training.compile` does; and those that decode in fixed shapes.
         kernels: of norms and SwiGLU, as `training.kernels`; also those of "stock".
+        fixed: decode in fixed shapes, on a GPU by a CUDA graph; dense, too.
+        triton: with our kernels: surprise in one pass, and in fixed shapes no weights read where no row enters.
         seed: of the token ids.
     """
 
@@ -38,6 +40,8 @@ class BenchOptions:
     stock: bool = False
     compiled: bool = False
     kernels: str = "torch"
+    fixed: bool = False
+    triton: bool = False
     seed: int = 0
 
     @property
@@ -124,6 +128,8 @@ class BenchReport:
     batch: int
     seq_len: int
     new_tokens: int
+    fixed: bool
+    triton: bool
     matmul_gflops: float
     results: list[PhaseResult]
     training: list[StepResult] = field(default_factory=list)

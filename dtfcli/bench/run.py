@@ -28,11 +28,11 @@ def bench(
     """
     training = []
     if "train" in options.phases:
-        routed = models(torch.float32)
+        routed = _with_kernels(models(torch.float32), options)
         if routed["dense"].device.type == "cpu":
             keep_freed_memory()  # as `dtf train` does
         training = bench_training(routed.pop("dense"), routed, options, tell)
-    routed = models(options.dtype)
+    routed = _with_kernels(models(options.dtype), options)
     dense = routed.pop("dense")
     if options.inference_phases:
         tell(f"calibrating {', '.join(routed)} on {options.calibration_tokens} random tokens")
@@ -45,10 +45,20 @@ def bench(
         batch=options.batch,
         seq_len=options.seq_len,
         new_tokens=options.new_tokens,
+        fixed=options.fixed,
+        triton=options.triton,
         matmul_gflops=(matmul_peak(dense.device, dense.dtype) or 0.0) / 1e9,
         results=bench_inference(dense, routed, options, tell),
         training=training,
     )
+
+
+def _with_kernels(models: dict[str, Any], options: BenchOptions) -> dict[str, Any]:
+    """The same models, the routed ones with or without our kernels."""
+    for model in models.values():
+        if hasattr(model, "set_routing"):
+            model.model.use_triton_kernels(options.triton)
+    return models
 
 
 def _calibrate(routed: dict[str, Any], options: BenchOptions) -> None:

@@ -39,6 +39,18 @@ Stock = Annotated[
     bool,
     typer.Option("--stock", help="Also train the dense model as Transformers does, with whole logits: much memory."),
 ]
+Fixed = Annotated[
+    bool,
+    typer.Option("--fixed", help="Decode in fixed shapes, on a GPU by a CUDA graph: every layer is computed."),
+]
+Triton = Annotated[
+    bool,
+    typer.Option(
+        "--triton",
+        help="With our own kernels, on a GPU: surprise in one pass; with --fixed, no weights are read of a layer that "
+        "no row enters.",
+    ),
+]
 CalibrationTokens = Annotated[
     int, typer.Option("--calibration-tokens", min=64, help="Random tokens that thresholds are measured on.")
 ]
@@ -55,6 +67,8 @@ def bench(
     threads: Threads = None,
     micro_batches: MicroBatches = 1,
     stock: Stock = False,
+    fixed: Fixed = False,
+    triton: Triton = False,
     calibration_tokens: CalibrationTokens = 4096,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -79,7 +93,7 @@ def bench(
     from dtfcli.bench.run import bench as measure
     from dtfcli.cli import bench_view, render
 
-    asked = _phases(phases, stock)
+    asked = _phases(phases, stock, fixed)
     source, overrides = options.split_preset(arguments)
     models = _Models(source or "quickstart", overrides, device, revision, trust_remote_code)
     _use_threads(threads)
@@ -94,14 +108,12 @@ def bench(
         calibration_tokens=calibration_tokens,
         micro_batches=micro_batches,
         stock=stock,
-        compiled=models.settings is not None and models.settings.training.compile,
-        kernels="torch" if models.settings is None else models.settings.training.kernels,
+        fixed=fixed,
+        triton=triton,
+        **models.chosen(),
     )
-    report = measure(models, what, render.note)
-    if json:
-        render.emit_json(report)
-    else:
-        bench_view.show(report)
+    show: Any = render.emit_json if json else bench_view.show
+    show(measure(models, what, render.note))
 
 
 class _Models:
@@ -134,6 +146,12 @@ class _Models:
             raise ConfigError("--dtype float16: training is measured in bfloat16 or float32; choose one of them.")
         return chosen
 
+    def chosen(self) -> dict[str, Any]:
+        """What the settings of a preset say of compiling and kernels."""
+        if self.settings is None:
+            return {}
+        return {"compiled": self.settings.training.compile, "kernels": self.settings.training.kernels}
+
     def __call__(self, dtype: "torch.dtype") -> dict[str, Any]:
         """The models by name, "dense" among them, sharing weights of this dtype."""
         from dtfcli.loading.build import build_comparison
@@ -162,13 +180,15 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _phases(text: str, stock: bool) -> list[str]:
+def _phases(text: str, stock: bool, fixed: bool) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [text]:
         if name not in PHASES:
             raise ConfigError(f"--phases {name}: choose from {', '.join(PHASES)}.{did_you_mean(name, PHASES)}")
     if stock and "train" not in names:
         raise ConfigError("--stock is about training steps: add train to --phases, or leave it out.")
+    if fixed and "decode" not in names:
+        raise ConfigError("--fixed is about decoding: add decode to --phases, or leave it out.")
     return names
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from dtfcli.models.losses import CHUNK_ELEMENTS
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 """Finds the layer in a parameter's name."""

@@ -22,7 +22,7 @@ import torch
 from dtfcli.cost.accounting import BYTES, LAYER, activation_bytes, forward_flops_per_token, training_step_flops
 from dtfcli.errors import ConfigError, did_you_mean
 from dtfcli.loading.devices import compute_dtype, resolve_device
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from dtfcli.settings import Settings
 
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtfcli.errors import CheckpointError
 from dtfcli.loading.paths import resolve_model_path
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from dtfcli.settings import Settings
 
 _PREFIX = "base_model.model."

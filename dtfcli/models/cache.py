@@ -1,9 +1,9 @@
 """The key/value cache of a routed model: a routed layer keeps the tokens it routed, and no others.
 
-Rows differ in how many tokens they store. Each row's tokens lie at the front of its slots in position order, and the
-counts are plain Python numbers, known from the one look at the device that routing by threshold takes anyway.
-`get_seq_length()` answers in positions (tokens seen), not in stored keys: masks, rotary positions and cropping follow
-the text.
+Rows differ in how many tokens they store. Each row's tokens lie at the front of its slots in position order. How many
+is a plain Python number where routing looks at the device anyway (`append`), and stays on the device where it does not
+(`place`); each is made from the other when it is asked for. `get_seq_length()` answers in positions (tokens seen), not
+in stored keys: masks, rotary positions and cropping follow the text.
 
 Shape suffixes: B rows, H key/value heads, S positions seen, N slots stored, K new slots, E size of a head.
 """
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from .fixed import FixedLayerCache, FixedState, fixed_layers
 
 CACHE_NAME = "cache" if "cache" in signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 """What Transformers calls a cache in arguments and outputs: 5.24 renamed `past_key_values`; users may say either."""
@@ -80,7 +82,6 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     Attributes:
         keys, values: [B, H, N, E]; row b uses the first counts[b] slots.
-        counts: stored tokens of each row.
         entered: bool [B, S], which positions are stored; what cropping counts.
     """
 
@@ -89,8 +90,38 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: list[int] = []
+        self._counts: list[int] | None = []
+        self._stored: Tensor | None = None
+        self._most = 0
         self._parts: list[Tensor] = []
+
+    @property
+    def counts(self) -> list[int]:
+        """Stored tokens of each row. Waits for the device if tokens were placed since anybody looked."""
+        if self._counts is None:
+            assert self._stored is not None, "either the host or the device knows"
+            self._counts = self._stored.tolist()
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: list[int]) -> None:
+        self._counts = counts
+
+    @property
+    def stored(self) -> Tensor:
+        """The same on the device, int64 [B]."""
+        if self._stored is None:
+            self._stored = torch.tensor(self.counts, device=self._parts[0].device)
+        return self._stored
+
+    @property
+    def most(self) -> int:
+        """No row stores more than this; exact where the host knows the counts."""
+        return self._most if self._counts is None else max(self._counts, default=0)
+
+    def lacks_room(self, width: int) -> bool:
+        """Whether this many slots more may be too many for what is allocated, as far as the host knows."""
+        return self._counts is None and self.keys is not None and self._most + width > self.keys.shape[2]
 
     @property
     def entered(self) -> Tensor | None:
@@ -100,7 +131,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with no slots, in the shape, dtype and device of these states [R, H, K, E]."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch, (_, heads, _, size) = len(self.counts), key_states.shape
+        batch, (_, heads, _, size) = self._parts[0].shape[0], key_states.shape
         self.keys = key_states.new_empty(batch, heads, 0, size)
         self.values = value_states.new_empty(batch, heads, 0, value_states.shape[3])
         self.is_initialized = True
@@ -110,8 +141,8 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         self._parts.append(selected)
         if len(self._parts) > _SPARE_SLOTS:
             self._parts = [torch.cat(self._parts, dim=1)]
-        if not self.counts:
-            self.counts = [0] * selected.shape[0]
+        if self._counts == []:
+            self._counts = [0] * selected.shape[0]
 
     def append(self, keys: Tensor, values: Tensor, rows: list[int], counts: list[int]) -> tuple[Tensor, Tensor]:
         """Store new tokens of some rows; returns all that those rows have, [R, H, N', E].
@@ -124,7 +155,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         everyone = len(rows) == len(self.counts)
-        before = [self.counts[row] for row in rows]
+        before, self._stored = [self.counts[row] for row in rows], None
         for row, count in zip(rows, counts, strict=True):
             self.counts[row] += count
         longest = max(self.counts[row] for row in rows)
@@ -141,6 +172,27 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
             return kept_keys, kept_values
         index = torch.tensor(rows, device=keys.device)
         return kept_keys.index_select(0, index), kept_values.index_select(0, index)
+
+    def place(self, keys: Tensor, values: Tensor, routed: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens of all rows without looking at the device; returns all that may be stored, [B, H, N', E].
+
+        Args:
+            keys, values: [B, H, K, E].
+            routed: bool [B, K], which of them are stored: the first ones of each row.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        before, most, width = self.stored, self.most, keys.shape[2]
+        if most == 0:
+            kept_keys, kept_values = self.keys, self.values = keys, values
+        else:
+            kept_keys, kept_values = self._room_for(most + width)
+            # What lies in free slots is overwritten before any mask shows it.
+            slots = (before.unsqueeze(1) + torch.arange(width, device=before.device)).view(-1, 1, width, 1)
+            kept_keys.scatter_(2, slots.expand_as(keys), keys)
+            kept_values.scatter_(2, slots.expand_as(values), values)
+        self._counts, self._most, self._stored = None, most + width, before + routed.sum(1)
+        return kept_keys[:, :, : self._most], kept_values[:, :, : self._most]
 
     def _room_for(self, slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values with at least this many slots and some to come, in tensors that may be written to."""
@@ -181,7 +233,8 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         return stored + entered.nbytes + self.surprise_nbytes
 
     def _set_entered(self, entered: Tensor) -> None:
-        self._parts, self.counts = [entered], entered.sum(1).tolist()
+        self._parts, self._most = [entered], self.most
+        self._stored, self._counts = entered.sum(1), None
 
     def _map(self, change: Any) -> None:
         """Apply a change of rows to everything."""
@@ -194,7 +247,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = self.surprise = None
-        self._parts, self.counts, self.is_initialized = [], [], False
+        self._parts, self._counts, self._stored, self.is_initialized = [], [], None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last positions; their number is negative, as in Transformers."""
@@ -203,9 +256,6 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         if tokens_to_remove == 0 or (entered := self.entered) is None:
             return
         self._set_entered(entered[:, :tokens_to_remove])
-        if self.keys is not None and self.values is not None:
-            kept = max(self.counts, default=0) + _SPARE_SLOTS
-            self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
         self._map_surprise(lambda x: x[:, :tokens_to_remove])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -223,18 +273,98 @@ class RoutedCache(Cache):
 
     Works in `generate` with sampling, beams, left padding and assisted decoding; `crop`, `reorder_cache`,
     `batch_repeat_interleave`, `batch_select_indices` and `reset` as for any Transformers cache.
+
+    Args:
+        config: of the model.
+        length: positions, prompt included, that decoding in fixed shapes is to hold (`fixed`); None: it grows.
+
+    Raises:
+        ValueError: this model cannot decode in fixed shapes: `layerdrop`, keys of routed tokens alone, the thesis's
+            score, which remembers earlier tokens.
     """
 
-    def __init__(self, config: Any) -> None:
+    fixed: FixedState | None = None
+    """The state of a cache that has fixed shapes by now."""
+
+    def __init__(self, config: Any, length: int | None = None) -> None:
+        if length is not None and (not config.keeps_every_key or config.by_surprise):
+            raise ValueError(
+                "a cache of fixed length takes an architecture that routes tokens, kv_tokens = 'all' and a score of "
+                "the token alone, such as 'forecast_error'; leave the length, or cache_implementation = 'static', out"
+            )
+        self.length = length
         routed = set(config.routed_layer_indices) if not config.keeps_every_key else set()
         super().__init__(
             layers=[RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
         )
 
+    def make_room(self) -> None:
+        """See that a token more can be placed in every layer: one look at the device where a layer may have too few.
+
+        As far as the host knows, every token that is placed could be a stored one; after 31 of them it has to look.
+        """
+        stores = [layer for layer in self.layers if isinstance(layer, RoutedLayerCache)]
+        if any(store.lacks_room(1) for store in stores):
+            for store, counts in zip(stores, torch.stack([store.stored for store in stores]).tolist(), strict=True):
+                store.counts = counts
+                if store.keys is not None:
+                    store._room_for(store.most + _SPARE_SLOTS)
+
+    def fix(self, seen: Tensor | None) -> FixedState:
+        """Give keys and values of the positions seen their fixed places; nothing if they have them.
+
+        Args:
+            seen: bool [B, S], False for padding; None: there is none.
+
+        Raises:
+            ValueError: there is no room for another token.
+        """
+        seen_so_far = self.get_seq_length()
+        if self.length is None or seen_so_far >= self.length:
+            raise ValueError(f"the cache is made for {self.length} positions and all are taken: give it more")
+        if self.fixed is None:
+            self.layers, self.fixed = fixed_layers(self.layers, self.length, seen)
+        return self.fixed
+
+    def loosen(self) -> None:
+        """Let keys and values grow again, for several tokens at once; nothing if they do."""
+        if self.fixed is None:
+            return
+        fixed: list[Any] = self.layers
+        growing = [FullLayerCache() for _ in fixed]
+        for layer, its in zip(growing, fixed, strict=True):
+            layer.update(*(part.clone() for part in its.filled()))
+        self.layers, self.fixed = [*growing], None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions; their number is negative, as in Transformers."""
+        super().crop(tokens_to_remove)
+        if self.fixed is not None and tokens_to_remove < 0:
+            self.fixed.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.fixed is not None:
+            self.fixed.there.copy_(self.fixed.there.index_select(0, beam_idx.to(self.fixed.there.device)))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.loosen()
+        super().reset()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.loosen()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.loosen()
+        super().batch_select_indices(indices)
+
     @property
     def nbytes(self) -> int:
         """Bytes held: keys and values of the tokens each layer keeps, and what routing remembers of them."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, (RoutedLayerCache, FullLayerCache)))
+        kinds = (RoutedLayerCache, FullLayerCache, FixedLayerCache)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, kinds))
 
     @property
     def routed_shares(self) -> dict[int, float]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_fields import RoutingFields
 from .families import FAMILIES
-from .stack import is_added
+from .pretrained import is_added
 
 ROUTING_FIELD_NAMES = tuple(field.name for field in dataclass_fields(RoutingFields))
 

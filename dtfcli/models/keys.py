@@ -2,6 +2,7 @@
 
     OwnKeys     of the routed tokens of the same forward pass (no cache)
     StoredKeys  the same, behind what the cache holds for their rows
+    PlacedKeys  the same, without looking at the device: for all rows, with a mask for what they do not store
     EveryKey    of all tokens, routed or not (`kv_tokens = "all"`)
 
 The stock attention asks its cache for keys and values through `update`; these objects answer.
@@ -16,7 +17,26 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from .cache import RoutedLayerCache
+from .routers import TokenFrame
 from .slots import Slots
+
+
+def as_mask(visible: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
+    """Which keys each token may attend to, bool [R, 1, K, S], in the form that an attention implementation takes.
+
+    Raises:
+        ValueError: it takes no such mask.
+    """
+    if implementation == "eager":
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    if implementation.startswith("flash") and visible.shape[2] == 1:
+        return visible[:, 0, 0].long()
+    if implementation != "sdpa":
+        raise ValueError(
+            f"attn_implementation = {implementation!r}: continuing a cache with several tokens at once and "
+            "kv_tokens = 'all' need masks that it does not take; use 'sdpa'"
+        )
+    return visible
 
 
 class OwnKeys:
@@ -44,17 +64,7 @@ class OwnKeys:
             if implementation == "sdpa":
                 return None
             return create_causal_mask(config, hidden_states, None, None)
-        if implementation == "eager":
-            blocked = torch.finfo(hidden_states.dtype).min
-            return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(~visible, blocked)
-        if implementation.startswith("flash") and visible.shape[2] == 1:
-            return visible[:, 0, 0].long()
-        if implementation != "sdpa":
-            raise ValueError(
-                f"attn_implementation = {implementation!r}: continuing a cache with several tokens at once and "
-                "kv_tokens = 'all' need masks that it does not take; use 'sdpa'"
-            )
-        return visible
+        return as_mask(visible, hidden_states.dtype, implementation)
 
 
 class StoredKeys(OwnKeys):
@@ -92,6 +102,39 @@ class StoredKeys(OwnKeys):
         return (torch.arange(max(after), device=device) <= last_RK.unsqueeze(-1)).unsqueeze(1)
 
 
+class PlacedKeys(OwnKeys):
+    """As `StoredKeys`, for all rows at once, where only the device knows how many tokens each of them stores.
+
+    Args:
+        store: as there.
+        slots: of the tokens that come.
+    """
+
+    def __init__(self, store: RoutedLayerCache, slots: Slots | None = None) -> None:
+        self.store, self.slots = store, slots
+
+    @property
+    def as_cache(self) -> "PlacedKeys":
+        return self
+
+    def of_rows(self, rows: list[int], slots: Slots) -> "PlacedKeys":
+        return PlacedKeys(self.store, slots)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Called by the attention with the keys and values of the slots, [B, H, K, E]."""
+        assert self.slots is not None, "the slots of a group are known before its attention runs"
+        assert self.slots.routed is not None, "without a look, any slot may be free"
+        return self.store.place(keys, values, self.slots.routed)
+
+    def visible(self, slots: Slots, frame: Any) -> Tensor | None:
+        if self.store.most == 0:
+            return None
+        width, device = slots.position.shape[1], slots.position.device
+        last_BK = self.store.stored.unsqueeze(1) + torch.arange(width, device=device)
+        stored = torch.arange(self.store.most + width, device=device)
+        return (stored <= last_BK.unsqueeze(-1)).unsqueeze(1)
+
+
 class EveryKey(OwnKeys):
     """Routed tokens attend to every real token of their row up to themselves, or to some and to themselves.
 
@@ -118,8 +161,10 @@ class EveryKey(OwnKeys):
         return self.keys, self.values
 
     def visible(self, slots: Slots, frame: Any) -> Tensor | None:
+        if isinstance(frame, TokenFrame) and frame.there is not None:
+            return frame.there[:, None, None]
         tokens, offered = frame.shape[1], self.offered
-        every_token = slots.routed is None and slots.position.shape[1] == tokens
+        every_token = (slots.routed is None or tokens == 1) and slots.position.shape[1] == tokens
         if offered is None and frame.seen is None and every_token and (frame.past == 0 or tokens == 1):
             return None  # each sees all keys up to its own
         at = (slots.position + frame.past).unsqueeze(-1)

@@ -10,6 +10,7 @@ Layers return flat tuples of tensors, hidden states first: gradient checkpointin
 be recorded on the side.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cache import CACHE_NAME
-from .keys import EveryKey, OwnKeys, StoredKeys
+from .fixed import EnteredRows
+from .kernels import fused_surprise
+from .keys import EveryKey, OwnKeys, PlacedKeys, StoredKeys
 from .learning import Known, Lesson, learn
 from .priors import Forecast, PriorFFN
 from .routers import Predictor, RoutingFrame, router_of
@@ -84,12 +87,14 @@ class DecisionLayerMixin(StockLayer):
         super().__init__(config, layer_idx)
         self.prior = PriorFFN(config, config.prior_factor, config.prior_dropout)
         self.prior_input_gradient = config.prior_input_gradient
+        self.triton_kernels = False
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Surprise:
         """[B, T, D] → posterior [B, T, D]; D_st, D_ch, prior error: float32 [B, T]."""
         posterior = super().forward(hidden_states, **kwargs)
         guess = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
-        return surprise(hidden_states, posterior, guess, self.prior_input_gradient)
+        compute = fused_surprise if self.triton_kernels else surprise
+        return compute(hidden_states, posterior, guess, self.prior_input_gradient)
 
 
 class RoutedLayerMixin(StockLayer):
@@ -156,7 +161,8 @@ class RoutedLayerMixin(StockLayer):
         """Rows that go through the block together, with their slots; and how many tokens of each row enter.
 
         `topk` never waits for the device: every row has the same number of slots. A causal mode looks once, because
-        its number of slots depends on the scores; at γ = 0 and γ = 1 it does not. While training all rows go together,
+        its number of slots depends on the scores, unless the frame says how many there are; at γ = 0 and γ = 1 it does
+        not. While training all rows go together,
         and never without any slot: every process of a distributed run has to enter every layer. Rows and counts are
         empty if not looked at.
         """
@@ -171,6 +177,10 @@ class RoutedLayerMixin(StockLayer):
             if frame.real is not None:
                 return [([], slots)], []
             return [([], slots._replace(routed=None))], [width] * rows  # K of T, in every row
+        if frame.room is not None:
+            everyone = every_slot(rows, tokens, frame.device)
+            width = frame.room[self.layer_idx]
+            return [([], everyone._replace(routed=selected) if tokens == 1 else assign_slots(selected, width))], []
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
         # The one look at the device. A sum of one column would be an operation for nothing.
@@ -265,18 +275,19 @@ class RoutedLayerMixin(StockLayer):
     def _processed(self, rows: list[int], slots: Slots, inside: Inside, frame: RoutingFrame) -> tuple[Tensor, Tensor]:
         """What the tokens of some slots are before and after the routed part, [R, K, D] each."""
         x_RKD = gather_tokens(inside.hidden_states, slots)
-        if self.part == "mlp":
-            return x_RKD, self.feed(x_RKD)
-        keys = inside.keys.of_rows(rows, slots)
-        cos, sin = (gather_tokens(part, slots) for part in inside.position_embeddings)
-        process = super().forward if self.part == "block" else self.attend
-        return x_RKD, process(
-            x_RKD,
-            attention_mask=keys.mask(x_RKD, slots, frame, self.config),
-            position_embeddings=(cos, sin),
-            **{CACHE_NAME: keys.as_cache},
-            **inside.more,
-        )
+        with EnteredRows(slots.routed) if frame.kernels and slots.routed is not None else nullcontext():
+            if self.part == "mlp":
+                return x_RKD, self.feed(x_RKD)
+            keys = inside.keys.of_rows(rows, slots)
+            cos, sin = (gather_tokens(part, slots) for part in inside.position_embeddings)
+            process = super().forward if self.part == "block" else self.attend
+            return x_RKD, process(
+                x_RKD,
+                attention_mask=keys.mask(x_RKD, slots, frame, self.config),
+                position_embeddings=(cos, sin),
+                **{CACHE_NAME: keys.as_cache},
+                **inside.more,
+            )
 
     @property
     def learns(self) -> bool:
@@ -325,7 +336,7 @@ class RoutedLayerMixin(StockLayer):
         if store is None:
             return OwnKeys()
         store.advance(selected)
-        return StoredKeys(store, counts)
+        return StoredKeys(store, counts) if counts else PlacedKeys(store)
 
 
 def _rows(x: Tensor, known: list[Known]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaModel, Qwen2ForCausalLM, Qwen2Model
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -20,8 +19,9 @@ from .fitting import fit_layers
 from .layers import DecisionLayerMixin, RoutedLayerMixin
 from .losses import causal_lm_loss, embedded_with_head
 from .outputs import RoutedCausalLMOutput, RoutedModelOutput
+from .pretrained import DynamicPreTrainedMixin
 from .routers import CAPACITY_GRID
-from .stack import DynamicModelMixin, DynamicPreTrainedMixin
+from .stack import DynamicModelMixin
 from .stock import StockLM
 
 
@@ -68,23 +68,21 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         Raises:
             ValueError: `threshold` routing without calibration; a foreign cache; a mask that does not cover all tokens.
         """
+        cache = past_key_values if cache is None else cache
+        asked = labels is not None or output_routing or output_logits is False or return_dict is False or kwargs
+        if input_ids is not None and not asked and self._can_replay(input_ids, cache):
+            replayed = self._replay(input_ids, attention_mask, position_ids, cache)
+            return RoutedCausalLMOutput(logits=replayed, **{CACHE_NAME: cache})
         head = self.lm_head.weight
         if labels is not None and inputs_embeds is None and input_ids is not None:
             inputs_embeds, head = embedded_with_head(self.model.embed_tokens, self.lm_head, input_ids)
             input_ids = None
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
+        text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.model(**text, inputs_embeds=inputs_embeds, use_cache=use_cache, cache=cache, **kwargs)
         if output_logits is None:
             output_logits = labels is None or not self.training
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep)) if output_logits else None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]) if output_logits else None
         losses = {} if labels is None else self._losses(outputs, head, labels, num_items_in_batch)
         result = RoutedCausalLMOutput(
             **losses,
@@ -95,6 +93,25 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def _can_replay(self, input_ids: Tensor, cache: Any) -> bool:
+        """Whether this is a token of each row on top of a cache of fixed length, on a GPU, without gradients."""
+        fits = isinstance(cache, RoutedCache) and cache.length is not None and cache.get_seq_length() > 0
+        return fits and input_ids.shape[1] == 1 and input_ids.is_cuda and not torch.is_grad_enabled()
+
+    def _replay(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: RoutedCache
+    ) -> Tensor:
+        """Logits [B, 1, V] of the next token in fixed shapes."""
+        self.model.check_inputs(input_ids, None, attention_mask, cache)
+        state = cache.fix(None if attention_mask is None else attention_mask[:, :-1].bool())
+        if position_ids is None:
+            position_ids = state.there.sum(1, keepdim=True)
+
+        def step(ids: Tensor, positions: Tensor) -> Tensor:
+            return self.lm_head(self.model(input_ids=ids, position_ids=positions, cache=cache).last_hidden_state)
+
+        return state.run(step, input_ids, position_ids.expand(len(input_ids), 1))
 
     def _losses(
         self, outputs: RoutedModelOutput, head: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None
@@ -281,13 +298,14 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         """Give `generate` a `RoutedCache`: assisted decoding asks for it before the first forward."""
         if self.config.routing == "topk":
             raise ValueError("routing 'topk' sees the whole sequence: generate with routing 'threshold'")
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation = {generation_config.cache_implementation!r}: routed models have their own "
-                "cache; leave it out"
+                "cache; leave it out, or choose 'static' for decoding in fixed shapes"
             )
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE_NAME] = RoutedCache(self.config)
+            fixed = generation_config.cache_implementation == "static"
+            model_kwargs[CACHE_NAME] = RoutedCache(self.config, sizes[-1] if fixed else None)
 
 
 class DecisionLlamaLayer(DecisionLayerMixin, LlamaDecoderLayer):

@@ -38,8 +38,10 @@ class RoutingFrame:
         column: the threshold column to use instead of the capacity's (calibration).
         thresholds: of each routed layer, where they must not be the router's own; None: they are.
         chosen: who enters, bool [B, T], in layers whose router is not to choose (as many of each row in `topk`).
+        room: slots of each routed layer, by layer index, where nobody looks at how many tokens enter; None: layers do.
         noise: uniform numbers [B, T] that draw the tokens to explore; None: none are.
         shows_updates: whether layers hand out what each token is before and after their routed part.
+        kernels: whether linear maps of a layer that no row enters read no weights (`fixed`).
     """
 
     config: Any
@@ -52,8 +54,10 @@ class RoutingFrame:
     column: int | None = None
     thresholds: Mapping[int, Tensor] | None = None
     chosen: Mapping[int, Tensor] | None = None
+    room: Mapping[int, int] | None = None
     noise: Tensor | None = None
     shows_updates: bool = False
+    kernels: bool = False
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -90,6 +94,29 @@ class RoutingFrame:
         _ = self.real, self.sinks
         if self.config.by_surprise:
             _ = self.recent
+
+
+@dataclass(frozen=True)
+class TokenFrame(RoutingFrame):
+    """The frame of a token of each row on top of a cache of fixed length: what it says has the same shapes every time.
+
+    Attributes:
+        there: bool [B, N], which of the cache's positions hold a token that may be attended to, the new ones included.
+    """
+
+    there: Tensor | None = None
+
+    @cached_property
+    def real(self) -> None:
+        """All: a row whose text has ended goes on with tokens that nobody reads."""
+        return
+
+    @cached_property
+    def sinks(self) -> Tensor | None:
+        """Whether the new token is a sink, bool [B, 1]; None: there are none."""
+        assert self.there is not None, "a frame of this kind is made with it"
+        count = self.config.sink_tokens
+        return self.there.sum(1, keepdim=True) <= count if count else None
 
 
 class Predictor(nn.Module):

@@ -1,10 +1,10 @@
 """The stack of layers: embeddings → dense, decision and routed layers in turn → norm.
 
-How one batch passes through it, and what makes loading strict. The notable choices:
+How one batch passes through it. The notable choices:
 
-- backbone parameter names are unchanged, so a dense checkpoint loads straight into a routed class;
 - training routes by `topk`; eval routes by the mode saved with the model, `threshold` unless chosen otherwise;
-- anything missing from a checkpoint is an error, except what routing adds to a dense one.
+- training never waits for the device. Eval does in every routed layer on a CPU, where that is free and saves time;
+  elsewhere once a pass, and never for a single token.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -21,66 +20,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache import CACHE_NAME, RoutedCache
 from .calibration import track_thresholds
 from .configuration_fields import CAUSAL_MODES
+from .kernels import available
+from .keys import as_mask
 from .layers import DecisionLayerMixin, RoutedLayerMixin, RoutedOutput
 from .outputs import RoutedModelOutput, RoutingRecord
-from .priors import ZeroLinear
-from .routers import Router, RoutingFrame
-from .stock import StockModel, StockStack
-
-ADDED_NAMES = ("router", "prior", "predictor")
-"""Every parameter and buffer that routing adds has one of these in its name."""
-
-
-def is_added(name: str) -> bool:
-    """Whether a parameter or buffer name is routing's own, not the backbone's."""
-    return any(part in name for part in ADDED_NAMES)
-
-
-class DynamicPreTrainedMixin(StockModel):
-    """Initialization and loading, common to the stack and the language model."""
-
-    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Router):
-            module.reset_parameters()
-        elif isinstance(module, ZeroLinear):
-            module.weight.zero_()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a routed checkpoint, or a dense one whose routers and priors then start afresh.
-
-        Raises:
-            ValueError: keys of the backbone are missing or unexpected; or the checkpoint is a routed one and lacks
-                routing parameters (Transformers alone would only warn and initialize them).
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-        if kwargs.get("gguf_file") is not None or pretrained_model_name_or_path is None:
-            from_dense = True
-        else:
-            hub = {
-                k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
-            }
-            source, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-            from_dense = not str(source.get("model_type", "")).startswith("dynamic_")
-        lost = sorted(key for key in missing if not (from_dense and is_added(key)))
-        if lost or unexpected:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: the weights do not fit {cls.__name__}. Missing: "
-                f"{_some(lost)}; not known: {_some(sorted(unexpected))}. The file is damaged or of another model; "
-                "nothing was initialized in their place."
-            )
-        return (model, info) if wants_info else model
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+from .pretrained import DynamicPreTrainedMixin
+from .routers import Router, RoutingFrame, TokenFrame
+from .routing import slot_room
+from .stock import StockStack
 
 
 @dataclass
@@ -104,6 +51,10 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         training_mode: how training routes, "topk" or "threshold".
         training_capacities: γ of each routed layer while training, where it is not the model's own.
         capacity_override: γ of all routed layers in eval; None: the model's own.
+        looks: whether each routed layer of a causal pass looks at how many tokens enter, so that none is computed for
+            nothing; None: on a CPU, where looking is free. Else a pass looks once, at its end, whether the slots were
+            enough, and is repeated if they were not; the pass of a single token never looks.
+        triton_kernels: whether the Triton kernels are used (`use_triton_kernels`).
     """
 
     decision_layer_class: type
@@ -119,6 +70,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         self.training_mode = "topk"
         self.training_capacities: Mapping[int, float] | None = None
         self.capacity_override: float | None = None
+        self.looks: bool | None = None
+        self.triton_kernels = False
         self._thresholds_seen_at: tuple[str, float | None] | None = None
         self._tracked = False
         self.post_init()
@@ -127,6 +80,19 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
     def routers(self) -> dict[int, Router]:
         """Router of each routed layer, by layer index."""
         return {i: self.layers[i].router for i in self.routed}
+
+    def use_triton_kernels(self, used: bool = True) -> None:
+        """Take our Triton kernels where they have a part: surprise, and decoding in fixed shapes. On a GPU; not saved.
+
+        Raises:
+            ValueError: they cannot run here.
+        """
+        if used and not available(self.embed_tokens.weight):
+            raise ValueError("our kernels need Triton and a GPU: install triton, or leave them out")
+        self.triton_kernels = used
+        for layer in self.layers:
+            if isinstance(layer, DecisionLayerMixin):
+                layer.triton_kernels = used
 
     @merge_with_config_defaults
     @capture_outputs
@@ -155,12 +121,17 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         self.check_inputs(input_ids, inputs_embeds, attention_mask, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        passing = self.enter(inputs_embeds, attention_mask, position_ids, cache)
-        passing.frame.prepare()
-        if passing.frame.mode in CAUSAL_MODES:
-            self._require_thresholds(passing.frame.mode)
-        for index in range(len(self.layers)):
-            self.step(index, passing, **kwargs)
+        if self.mode in CAUSAL_MODES:
+            self._require_thresholds(self.mode)
+        looks = self._looks_at(inputs_embeds, kwargs)
+        given = (inputs_embeds, attention_mask, position_ids, cache)
+        passing = self._run(self.enter(*given, looks=looks), **kwargs)
+        if not self._holds(passing, attention_mask):
+            if cache is not None:
+                cache.crop(-inputs_embeds.shape[1])
+            passing = self._run(self.enter(*given), **kwargs)
+        if cache is not None and cache.fixed is not None:
+            cache.fixed.advance()
         if self.training:
             track_thresholds(passing.records, self.routers, passing.frame)
         return RoutedModelOutput(
@@ -172,6 +143,31 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             positions=passing.positions,
             **{CACHE_NAME: cache},
         )
+
+    def _run(self, passing: Pass, **kwargs: Any) -> Pass:
+        """Take a batch through all layers."""
+        passing.frame.prepare()
+        for index in range(len(self.layers)):
+            self.step(index, passing, **kwargs)
+        return passing
+
+    def _looks_at(self, inputs_embeds: Tensor, asked: Mapping[str, Any]) -> bool:
+        """Whether the layers of a pass over these look at how many tokens enter."""
+        free = inputs_embeds.device.type == "cpu" if self.looks is None else self.looks
+        # What is captured on the way has to be that of a single run.
+        captured = ("output_hidden_states", "output_attentions")
+        captures = any(asked.get(name, getattr(self.config, name, False)) for name in captured)
+        return free or captures or self.training or self.mode not in CAUSAL_MODES
+
+    def _holds(self, passing: Pass, attention_mask: Tensor | None) -> bool:
+        """Whether what was assumed without a look was right: every token had a slot, and a row alone has no padding."""
+        frame = passing.frame
+        if frame.room is None or frame.shape[1] == 1:
+            return True
+        assumed = [record.selected.sum(1).max() <= frame.room[record.layer] for record in passing.records]
+        if attention_mask is not None and frame.seen is None:
+            assumed.append(attention_mask.to(frame.device).all())
+        return bool(torch.stack(assumed).all()) if assumed else True
 
     def check_inputs(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, cache: Any
@@ -239,19 +235,35 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: RoutedCache | None = None,
+        looks: bool = True,
     ) -> Pass:
-        """A batch [B, T, D] before its first layer. Positions count real tokens, so padding shifts nothing."""
+        """A batch [B, T, D] before its first layer. Positions count real tokens, so padding shifts nothing.
+
+        Args:
+            inputs_embeds, attention_mask, position_ids, cache: as of `forward`.
+            looks: whether routed layers may look at how many tokens enter; else `_holds` says if that went well.
+        """
         (batch, tokens), device = inputs_embeds.shape[:2], inputs_embeds.device
         past = 0 if cache is None else cache.get_seq_length()
         seen = None if attention_mask is None else attention_mask.bool().to(device)
-        if seen is not None and not self.training and self.mode in CAUSAL_MODES and bool(seen.all()):
-            seen = attention_mask = None  # `generate` always gives a mask; a causal mode waits for the device anyway
+        if cache is not None and cache.length is not None:
+            if tokens == 1 and past:
+                cache.fix(None if seen is None else seen[:, :past])
+                return self._enter_fixed(inputs_embeds, position_ids, cache)
+            cache.loosen()
+        if seen is not None and self._has_no_padding(seen, tokens, looks):
+            seen = None
         asked = position_ids
         if position_ids is None:
             if seen is None:
                 position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
             else:
                 position_ids = (seen.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        capacities, room = self.capacities(), None
+        if not looks:
+            room = {i: slot_room(capacity, tokens, self.config.sink_tokens) for i, capacity in capacities.items()}
+            if isinstance(cache, RoutedCache):
+                cache.make_room()
         thresholds = None
         if self.training and self.mode in CAUSAL_MODES:
             # As they are now: tracking moves them before checkpointing runs the layers again.
@@ -264,20 +276,67 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
                 mode=self.mode,
                 shape=(batch, tokens),
                 device=device,
-                capacities=self.capacities(),
+                capacities=capacities,
                 seen=seen,
                 past=past,
                 thresholds=thresholds,
+                room=room,
                 noise=torch.rand(batch, tokens, device=device) if self.training and self.explores else None,
             ),
             layer_inputs={
-                # By place: Transformers 5.24 renamed the cache's argument. It waits for the device to see whether given
-                # positions begin again within a row: ours do not.
-                "attention_mask": create_causal_mask(self.config, inputs_embeds, attention_mask, cache, asked),
+                "attention_mask": self._mask(inputs_embeds, seen, cache, asked, looks),
                 CACHE_NAME: cache,
                 "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             },
         )
+
+    def _enter_fixed(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: RoutedCache) -> Pass:
+        """A token of each row, [B, 1, D], on top of a cache whose places are fixed."""
+        assert cache.fixed is not None, "`fix` was called"
+        there = cache.fixed.there.index_fill_(1, cache.fixed.at, True)
+        if position_ids is None:
+            position_ids = there.sum(1, keepdim=True) - 1
+        frame = TokenFrame(
+            config=self.config,
+            mode=self.mode,
+            shape=(len(inputs_embeds), 1),
+            device=inputs_embeds.device,
+            capacities=self.capacities(),
+            room=dict.fromkeys(self.routed, 1),
+            there=there,
+            kernels=self.triton_kernels,
+        )
+        visible = there[:, None, None]
+        layer_inputs = {
+            "attention_mask": as_mask(visible, inputs_embeds.dtype, self.config._attn_implementation),
+            CACHE_NAME: cache,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+        }
+        return Pass(hidden_states=inputs_embeds, frame=frame, layer_inputs=layer_inputs, positions=position_ids)
+
+    def _has_no_padding(self, seen: Tensor, tokens: int, looks: bool) -> bool:
+        """Whether a mask, bool [B, S + T], can be left out. `generate` always gives one, mostly for nothing.
+
+        A causal mode that looks in every layer may look here, too, and one that does not before it starts. Of a row
+        alone it is assumed (`_holds` sees whether that was right), and a single token takes its mask as it is.
+        """
+        if self.training or self.mode not in CAUSAL_MODES:
+            return False
+        if looks or (len(seen) > 1 and tokens > 1):
+            return bool(seen.all())
+        return tokens > 1
+
+    def _mask(
+        self, inputs_embeds: Tensor, seen: Tensor | None, cache: RoutedCache | None, asked: Tensor | None, looks: bool
+    ) -> Any:
+        """The attention mask of layers that are not routed."""
+        if looks or seen is None or self.config._attn_implementation != "sdpa":
+            # By place: Transformers 5.24 renamed the cache's argument. Without a mask it waits for the device to see
+            # whether given positions begin again within a row: ours do not. With one, whether there is padding.
+            return create_causal_mask(self.config, inputs_embeds, seen, cache, asked)
+        positions = torch.arange(seen.shape[1], device=seen.device)
+        new = positions[-inputs_embeds.shape[1] :, None]
+        return (seen.unsqueeze(1) & (positions <= new)).unsqueeze(1)
 
     def step(self, index: int, passing: Pass, **kwargs: Any) -> None:
         """Take a batch through one layer."""

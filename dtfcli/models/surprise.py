@@ -7,6 +7,7 @@ Shape suffixes as in `routing`: B rows, T tokens of a row, D hidden size, W toke
 is float32.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,9 @@ class _Surprise(torch.autograd.Function):
     def backward(ctx: Any, grad_posterior: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        results = [torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
+        # Contiguous: `_tokens` of a permuted gradient would be a copy, and what is written to it be lost.
+        like = partial(torch.empty_like, memory_format=torch.contiguous_format)
+        results = [like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
         to_original, to_posterior, to_guess = (None if x is None else _tokens(x) for x in results)
         original, posterior, guess = map(_tokens, inputs)
         static, change, error = (grad.reshape(-1, 1) * (2 / original.shape[-1]) for grad in grads)

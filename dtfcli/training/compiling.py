@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from dtfcli.models.cache import CACHE_NAME
+from dtfcli.models.fixed import FixedLayerCache
+
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile every decoder layer of a causal language model in place; parameter names stay as they are.
 
-    A layer is compiled whole (`fullgraph`): a graph break would cost more than compiling gains. Only training by `topk`
-    at the model's own γ has shapes that are known beforehand; everything else (evaluation, the causal modes, a γ that
-    is still annealed) runs as before.
+    A layer is compiled whole (`fullgraph`): a graph break would cost more than compiling gains. Shapes are known
+    beforehand in training by `topk` at the model's own γ, and in decoding in fixed shapes; everything else (evaluation,
+    the causal modes, a γ that is still annealed) runs as before.
 
     Args:
         model: routed or stock, with its layers at `model.model.layers`.
@@ -36,6 +39,8 @@ def _compile(layer: Any, backend: str) -> None:
         fixed = layer.training and torch.is_grad_enabled()
         if "frame" in kwargs:  # a routed layer
             fixed = fixed and kwargs["frame"].mode == "topk" and kwargs["capacity"] == layer.router.capacity
+        cache = kwargs.get(CACHE_NAME)
+        fixed = fixed or (cache is not None and isinstance(cache.layers[0], FixedLayerCache))
         return compiled(*args, **kwargs) if fixed else layer._call_impl(*args, **kwargs)
 
     # What `nn.Module.compile` sets; it is neither saved nor copied with the module.

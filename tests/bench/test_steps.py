@@ -16,7 +16,7 @@ from dtfcli.bench.report import BenchOptions
 from dtfcli.bench.steps import bench_training
 from dtfcli.cost.accounting import training_step_flops
 from dtfcli.models.conversion import convert
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.objectives import Objective
 from tests.conftest import Outcome

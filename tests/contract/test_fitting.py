@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dtfcli.models.conversion import convert
 from dtfcli.models.fitting import least_squares
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from dtfcli.shares import measured_shares
 from tests.tiny import OPTIONS, dense_model, pad, tokens
 

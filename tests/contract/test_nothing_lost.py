@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dtfcli.models.configuration_dynamic import DynamicLlamaConfig
 from dtfcli.models.conversion import load_dense
 from dtfcli.models.families import FAMILIES
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from tests.tiny import EVERY_ARCHITECTURE, dense_model, routed_model, tokens
 
 

@@ -160,7 +160,7 @@ def test_a_dense_parent_counts() -> None:
     [("0.5b", 0.49), ("1.5b", 1.54), ("3b", 3.09), ("7b", 7.61), ("14b", 14.8), ("32b", 32.8), ("72b", 72.7)],
 )
 def test_the_base_models_have_their_published_sizes(size: str, billions: float) -> None:
-    from dtfcli.models.stack import is_added
+    from dtfcli.models.pretrained import is_added
 
     model = build_model(load_settings(f"dtf-qwen2.5-{size}"), meta=True)
     backbone = sum(p.numel() for name, p in model.named_parameters() if not is_added(name))

@@ -19,7 +19,7 @@ from dtfcli.experiment import train
 from dtfcli.hub.upload import prepare_upload
 from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, merge
 from dtfcli.loading.paths import weights_hash
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from dtfcli.runs.folder import run_settings
 from dtfcli.training.loop import TrainResult
 from dtfcli.training.tracking import TrainEvent

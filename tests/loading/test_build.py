@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 from dtfcli.errors import ConfigError
 from dtfcli.loading.build import build_model, build_tokenizer
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from dtfcli.settings import Settings
 from tests.tiny import FAMILIES
 from tests.training.small_runs import small_settings

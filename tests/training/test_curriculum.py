@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dtfcli.errors import ConfigError
 from dtfcli.experiment import train
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from dtfcli.runs.files import read_metrics
 from dtfcli.settings import load_settings
 from dtfcli.settings.training import TrainingSettings

@@ -9,7 +9,7 @@ import torch
 from dtfcli.errors import ConfigError
 from dtfcli.experiment import train
 from dtfcli.loading.load import load_model
-from dtfcli.models.stack import is_added
+from dtfcli.models.pretrained import is_added
 from dtfcli.runs.files import read_metrics
 from dtfcli.settings import Settings, load_settings
 from dtfcli.training import loop

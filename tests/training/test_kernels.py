@@ -21,7 +21,7 @@ from dtfcli.training import kernels
 from dtfcli.training.objectives import Objective
 from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, tokens
 
-CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+CAN_RUN = torch.cuda.is_available() or os.environ.get("DTF_LIGER_INTERPRETED") == "1"
 
 
 @pytest.fixture

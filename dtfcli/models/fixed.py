@@ -1,0 +1,213 @@
+"""Decoding in fixed shapes: a token of each row on top of a cache that never grows, so that a GPU can replay it.
+
+A step of decoding is a hundred small operations; launching them costs the host more than computing them costs a GPU. A
+CUDA graph launches all of them at once, if shapes, addresses and control flow are the same for every token:
+
+    shapes      keys and values of N positions, whatever number is filled (`FixedLayerCache`)
+    positions   how many are filled is a number on the device (`FixedState.at`)
+    routing     every row passes through the block, and those that skip it are put back. Where no row enters, the
+                kernels of `kernels` return at once, before they read any weight.
+
+The prompt runs as ever; its cache is copied into the fixed one when the first single token follows. It takes
+`kv_tokens = "all"` and scores of the token alone.
+
+Shape suffixes: B rows, H key/value heads, N positions that the cache is made for, E size of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import CacheLayerMixin
+
+from .kernels import counted_linear
+
+
+@dataclass
+class FixedState:
+    """What all layers of a fixed cache share."""
+
+    at: Tensor
+    """int64 [1], on the device: where the next token goes."""
+    there: Tensor
+    """bool [B, N], which positions hold tokens that may be attended to."""
+    length: int
+    """How many positions are filled, as the host knows."""
+    graph: "StepGraph | None" = None
+    """The step, once it was captured."""
+
+    def advance(self) -> None:
+        """A token of each row more."""
+        self.at.add_(1)
+        self.length += 1
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last positions."""
+        self.at.sub_(tokens)
+        self.length -= tokens
+        self.there[:, self.length :] = False
+
+    def run(self, step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, positions: Tensor) -> Tensor:
+        """What a step says of the next token: on a GPU by a CUDA graph, captured from the first step and kept.
+
+        Args:
+            step: from ids and positions, int64 [B, 1] each, to logits [B, 1, V]; it advances this state.
+        """
+        if not ids.is_cuda:
+            return step(ids, positions)
+        if self.graph is None:
+            self.graph = StepGraph(step, self, ids, positions)
+        logits = self.graph.replay(ids, positions)
+        self.length += 1
+        return logits
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What a step changes besides keys and values."""
+        return self.at, self.there
+
+
+class FixedLayerCache(CacheLayerMixin):
+    """Keys and values of N positions in tensors that stay where they are.
+
+    Args:
+        keys, values: [B, H, S, E], of the positions seen so far.
+        size: N.
+        state: shared by all layers of the cache.
+    """
+
+    keys: Tensor
+    values: Tensor
+    is_compileable = False  # to Transformers: it would have `torch.compile` take care of it
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, size: int, state: FixedState) -> None:
+        super().__init__()
+        self.state = state
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = (_with_room(part, size) for part in (keys, values))
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: it was made of keys and values."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of one token of each row, [B, H, 1, E]; returns those of all N positions."""
+        self.keys.index_copy_(2, self.state.at, key_states)
+        self.values.index_copy_(2, self.state.at, value_states)
+        return self.keys, self.values
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the positions seen, [B, H, S, E]."""
+        return self.keys[:, :, : self.state.length], self.values[:, :, : self.state.length]
+
+    def get_seq_length(self) -> int:
+        """Positions seen."""
+        return self.state.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, filled or not."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def reset(self) -> None:
+        """Nothing: the positions are the state's."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: the positions are the state's."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for part in (self.keys, self.values):
+            part.copy_(part.index_select(0, beam_idx.to(part.device)))
+
+
+def fixed_layers(layers: list[Any], length: int, seen: Tensor | None) -> tuple[list[Any], FixedState]:
+    """A `FixedLayerCache` of N positions for each layer of a cache, and the state that they share.
+
+    Args:
+        layers: whose keys and values hold all of the S positions seen.
+        length: N.
+        seen: bool [B, S], False for padding; None: there is none.
+    """
+    keys = layers[0].keys
+    there = torch.zeros(keys.shape[0], length, dtype=torch.bool, device=keys.device)
+    there[:, : keys.shape[2]] = True if seen is None else seen
+    state = FixedState(torch.full((1,), keys.shape[2], device=keys.device), there, keys.shape[2])
+    return [FixedLayerCache(layer.keys, layer.values, length, state) for layer in layers], state
+
+
+def _with_room(part: Tensor, size: int) -> Tensor:
+    """[B, H, S, E] → [B, H, N, E]; zeros where nothing is filled: a masked key may be anything but NaN."""
+    batch, heads, length, width = part.shape
+    room = part.new_zeros(batch, heads, size, width)
+    room[:, :, :length] = part
+    return room
+
+
+class EnteredRows(TorchFunctionMode):
+    """Where no row enters a layer, linear maps inside of it read no weights and give zeros, which nobody uses.
+
+    Args:
+        entered: bool [B, 1].
+    """
+
+    def __init__(self, entered: Tensor) -> None:
+        super().__init__()
+        self.count = entered.any().to(torch.int32) * len(entered)  # all rows or none: weights are read once anyway
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.linear:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias = (*args, None)[:3]
+        y = counted_linear(x.reshape(-1, x.shape[-1]), weight, bias, self.count)
+        return y.view(*x.shape[:-1], len(weight))
+
+
+class StepGraph:
+    """One step of decoding as a CUDA graph: captured once, replayed for every token.
+
+    Args:
+        step: as of `FixedState.run`.
+        state: as it is before the token; capturing leaves it as it was.
+        ids, positions: of the first token.
+    """
+
+    def __init__(
+        self, step: Callable[[Tensor, Tensor], Tensor], state: FixedState, ids: Tensor, positions: Tensor
+    ) -> None:
+        self.ids, self.positions = ids.clone(), positions.clone()
+        before, length = [tensor.clone() for tensor in state.tensors], state.length
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # kernels are compiled and libraries take their memory: a capture allows neither
+                step(self.ids, self.positions)
+                _restore(state, before, length)
+        torch.cuda.current_stream().wait_stream(aside)
+        self._recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._recorded):
+            self.logits = step(self.ids, self.positions)
+        _restore(state, before, length)
+
+    def replay(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, 1, V] of the next token; overwritten by the one after it."""
+        self.ids.copy_(ids)
+        self.positions.copy_(positions)
+        self._recorded.replay()
+        return self.logits
+
+
+def _restore(state: FixedState, before: list[Tensor], length: int) -> None:
+    for tensor, value in zip(state.tensors, before, strict=True):
+        tensor.copy_(value)
+    state.length = length
