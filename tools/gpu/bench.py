@@ -39,6 +39,7 @@ class Case:
         batch, seq_len: rows, and tokens of each or of its prompt.
         seconds: guessed for an H200; what the first cases really take corrects the guesses for the others.
         repeats: rounds of training steps or prefill passes.
+        how: switches of `BenchOptions`, with spaces: fixed, triton, compiled. Compiled ones last: compiling takes long.
     """
 
     shape: str
@@ -47,10 +48,11 @@ class Case:
     seq_len: int
     seconds: float
     repeats: int = 7
+    how: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.shape} {self.phase} {self.batch}x{self.seq_len}"
+        return f"{self.shape} {self.phase} {self.batch}x{self.seq_len} {self.how}".strip()
 
 
 CASES = [
@@ -58,11 +60,17 @@ CASES = [
     Case("0.5B", "prefill", 1, 8192, 10),
     Case("0.5B", "decode", 1, 1024, 20),
     Case("7B", "decode", 1, 1024, 35),
+    Case("7B", "decode", 1, 1024, 20, how="fixed triton"),
+    Case("0.5B", "decode", 1, 1024, 12, how="fixed triton"),
+    Case("7B", "decode", 1, 1024, 20, how="fixed"),
     Case("1.5B", "train", 8, 1024, 30),
     Case("7B", "prefill", 1, 8192, 25, repeats=3),
+    Case("7B", "decode", 1, 1024, 60, how="fixed triton compiled"),
     Case("0.5B", "decode", 16, 1024, 20),
     Case("7B", "decode", 16, 1024, 25),
+    Case("0.5B", "decode", 1, 1024, 50, how="fixed triton compiled"),
     Case("1.5B", "prefill", 1, 8192, 12),
+    Case("0.5B", "train", 8, 1024, 20, how="triton"),
     Case("1.5B", "decode", 1, 1024, 22),
     Case("0.5B", "prefill", 1, 1024, 6),
     Case("0.5B", "prefill", 16, 1024, 10),
@@ -83,6 +91,7 @@ TOY_CASES = [
     Case("0.5B", "train", 2, 64, 5, repeats=2),
     Case("0.5B", "prefill", 1, 128, 2, repeats=2),
     Case("7B", "decode", 2, 32, 5),
+    Case("0.5B", "decode", 1, 32, 5, how="fixed"),
 ]
 
 
@@ -126,6 +135,7 @@ def run_cases(job: Job, cases: Sequence[Case], work: Callable[[Case], dict[str, 
 
 def measure(case: Case, models: "Models", job: Job) -> dict[str, Any]:
     """The report of one case, as plain values."""
+    chosen: dict[str, Any] = dict.fromkeys(case.how.split(), True)
     options = BenchOptions(
         capacities=[0.125, 0.5],
         phases=[case.phase],
@@ -135,6 +145,7 @@ def measure(case: Case, models: "Models", job: Job) -> dict[str, Any]:
         new_tokens=4 if job.rehearse else 32,
         repeats=case.repeats,
         calibration_tokens=256 if job.rehearse else max(4096, case.seq_len),
+        **chosen,
     )
     try:
         return asdict(bench(lambda dtype: models.get(case.shape, dtype), options, job.check))
