@@ -57,11 +57,58 @@ BASE_CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
+    "Qwen/Qwen3-0.6B-Base": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+    },
+    "meta-llama/Llama-3.2-1B": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    "HuggingFaceTB/SmolLM3-3B-Base": {
+        "model_type": "smollm3",
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 128256,
+        "max_position_embeddings": 65536,
+        "rope_theta": 5000000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "no_rope_layer_interval": 4,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
 }
 
 _APACHE = re.compile(
     r"Qwen/Qwen2\.5-(0\.5|1\.5|7|14|32)B(-Instruct)?|HuggingFaceTB/SmolLM2-(135M|360M|1\.7B)(-Instruct)?"
-    r"|TinyLlama/TinyLlama-1\.1B-.*"
+    r"|TinyLlama/TinyLlama-1\.1B-.*|Qwen/Qwen3-(0\.6|1\.7|4|8|14)B(-Base)?|HuggingFaceTB/SmolLM3-3B(-Base)?"
 )
 
 

@@ -206,6 +206,14 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
         return self.keys, self.values
 
+    def positions(self, count: int) -> Tensor:
+        """Where the first stored tokens of each row stand in the text, int64 [B, count]; anything for free slots."""
+        entered = self.entered
+        assert entered is not None, "`advance` comes first"
+        order = entered.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        missing = max(0, count - order.shape[1])
+        return torch.nn.functional.pad(order, (0, missing))[:, :count]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not how a routed layer stores its tokens; see `append`."""
         raise NotImplementedError("a routed layer stores the tokens it routed through `append`")

@@ -1,8 +1,17 @@
-"""Configurations of routed Qwen2 and Llama models: the stock ones plus `RoutingFields`."""
+"""Configurations of routed models: the stock ones plus `RoutingFields`."""
 
 from dataclasses import fields
 
-from transformers import LlamaConfig, Qwen2Config
+from transformers import (
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from transformers.configuration_utils import strict
 
 from .configuration_fields import (
@@ -57,6 +66,17 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
         """Whether routed layers offer the keys and values of all tokens, routed or not."""
         return self.routed_part == "mlp" or (self.kv_tokens == "all" and self.architecture != "layerdrop")
 
+    def layer_kind(self, layer: int) -> str:
+        """What Transformers calls the attention of a layer: "full_attention", or with a window "sliding_attention"."""
+        kinds = getattr(self, "layer_types", None)
+        if kinds:
+            return kinds[layer]
+        return "full_attention" if getattr(self, "sliding_window", None) is None else "sliding_attention"  # Mistral
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a layer attends to, the token's own included; None: all."""
+        return self.sliding_window if self.layer_kind(layer) == "sliding_attention" else None
+
     def layer_capacities(self, capacity: float | list[float] | None = None) -> dict[int, float]:
         """γ of each routed layer, by its index; layerdrop's is 1 (kept) or 0 (left out).
 
@@ -79,16 +99,67 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
 
 @strict
 class DynamicQwenConfig(RoutingConfigMixin, Qwen2Config):
-    """A Qwen2 (2.5) backbone with routed layers."""
+    """Qwen2 (2.5), with routed layers."""
 
     model_type = "dynamic_qwen2"
 
 
 @strict
 class DynamicLlamaConfig(RoutingConfigMixin, LlamaConfig):
-    """A Llama-type backbone (SmolLM2 among them) with routed layers."""
+    """Llama-type (SmolLM2 among them), with routed layers."""
 
     model_type = "dynamic_llama"
 
 
-__all__ = ["DynamicLlamaConfig", "DynamicQwenConfig"]
+@strict
+class DynamicQwen3Config(RoutingConfigMixin, Qwen3Config):
+    """Qwen3, with routed layers."""
+
+    model_type = "dynamic_qwen3"
+
+
+@strict
+class DynamicMistralConfig(RoutingConfigMixin, MistralConfig):
+    """Mistral, with routed layers."""
+
+    model_type = "dynamic_mistral"
+
+
+@strict
+class DynamicSmolLM3Config(RoutingConfigMixin, SmolLM3Config):
+    """SmolLM3, with routed layers."""
+
+    model_type = "dynamic_smollm3"
+
+
+@strict
+class DynamicGraniteConfig(RoutingConfigMixin, GraniteConfig):
+    """Granite, with routed layers."""
+
+    model_type = "dynamic_granite"
+
+
+@strict
+class DynamicOlmo2Config(RoutingConfigMixin, Olmo2Config):
+    """OLMo 2, with routed layers."""
+
+    model_type = "dynamic_olmo2"
+
+
+@strict
+class DynamicGemma3Config(RoutingConfigMixin, Gemma3TextConfig):
+    """Gemma 3 (text), with routed layers."""
+
+    model_type = "dynamic_gemma3_text"
+
+
+__all__ = [
+    "DynamicGemma3Config",
+    "DynamicGraniteConfig",
+    "DynamicLlamaConfig",
+    "DynamicMistralConfig",
+    "DynamicOlmo2Config",
+    "DynamicQwen3Config",
+    "DynamicQwenConfig",
+    "DynamicSmolLM3Config",
+]

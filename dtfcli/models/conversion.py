@@ -40,7 +40,7 @@ def convert(
         `DynamicQwenForCausalLM` or `DynamicLlamaForCausalLM`, same device, dtype and train/eval mode.
 
     Raises:
-        ValueError: another kind of model, sliding windows, an unknown field or a wrong value, by name.
+        ValueError: another kind of model, capped logits, an unknown field or a wrong value, by name.
     """
     config = routed_config(dense.config, architecture=architecture, capacity=capacity, **config_fields)
     return _transplant(dense, FAMILIES[dense.config.model_type].routed_model, config, copy)
@@ -64,7 +64,7 @@ def to_dense(model: PreTrainedModel, *, copy: bool = False) -> PreTrainedModel:
 
 
 def routed_config(dense_config: Any, **config_fields: Any) -> Any:
-    """The routed configuration for a dense one; checks family, sliding windows and fields.
+    """The routed configuration for a dense one; checks family and fields.
 
     Raises:
         ValueError: see `convert`.
@@ -73,13 +73,12 @@ def routed_config(dense_config: Any, **config_fields: Any) -> Any:
     if model_type not in FAMILIES:
         raise ValueError(
             f"model type {model_type!r} cannot be converted. "
-            f"dtf knows {', '.join(sorted(FAMILIES))} (Qwen2, Qwen2.5, Llama, SmolLM2 and models of the same shape)"
+            f"dtf knows {', '.join(sorted(FAMILIES))}; docs/architecture.md says how to add a backbone"
         )
-    if "sliding_attention" in (getattr(dense_config, "layer_types", None) or ()):
-        raise ValueError(
-            f"model type {model_type!r} with sliding windows cannot be converted: over the routed tokens alone a "
-            "window would reach further back than in training. Load it with use_sliding_window=False if you mean it"
-        )
+    if getattr(dense_config, "final_logit_softcapping", None) or getattr(dense_config, "attn_logit_softcapping", None):
+        raise ValueError(f"model type {model_type!r} with capped logits cannot be converted: dtf has no cap")
+    if getattr(dense_config, "use_bidirectional_attention", False):
+        raise ValueError(f"model type {model_type!r} with bidirectional attention is not causal")
     for name in config_fields:
         if name not in ROUTING_FIELD_NAMES:
             close = get_close_matches(name, ROUTING_FIELD_NAMES, n=1)
@@ -118,8 +117,11 @@ def _transplant(source: PreTrainedModel, target_class: type, config: Any, copy: 
     for module in target.modules():
         fresh = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(tensor.is_meta for tensor in fresh):
+            loaded = {p: p.data for p in module.parameters(recurse=False) if not p.is_meta}
             module._apply(lambda tensor: torch.empty_like(tensor, device=device), recurse=False)
             target._init_weights(module)
+            for parameter, values in loaded.items():  # an embedding with a scale: the weight came, the scale is made
+                parameter.data = values
     target.tie_weights()
     for name, parameter in target.named_parameters():
         if is_added(name):

@@ -38,6 +38,8 @@ class FixedState:
     """How many positions are filled, as the host knows."""
     graph: "StepGraph | None" = None
     """The step, once it was captured."""
+    captured: Any = None
+    """What the step depended on then."""
 
     def advance(self) -> None:
         """A token of each row more."""
@@ -50,16 +52,19 @@ class FixedState:
         self.length -= tokens
         self.there[:, self.length :] = False
 
-    def run(self, step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, positions: Tensor) -> Tensor:
+    def run(
+        self, step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, positions: Tensor, choices: Any = None
+    ) -> Tensor:
         """What a step says of the next token: on a GPU by a CUDA graph, captured from the first step and kept.
 
         Args:
             step: from ids and positions, int64 [B, 1] each, to logits [B, 1, V]; it advances this state.
+            choices: what the step depends on besides; if it changes, the step is captured again.
         """
         if not ids.is_cuda:
             return step(ids, positions)
-        if self.graph is None:
-            self.graph = StepGraph(step, self, ids, positions)
+        if self.graph is None or self.captured != choices:
+            self.graph, self.captured = StepGraph(step, self, ids, positions), choices
         logits = self.graph.replay(ids, positions)
         self.length += 1
         return logits
@@ -200,11 +205,11 @@ class StepGraph:
         _restore(state, before, length)
 
     def replay(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits [B, 1, V] of the next token; overwritten by the one after it."""
+        """Logits [B, 1, V] of the next token."""
         self.ids.copy_(ids)
         self.positions.copy_(positions)
         self._recorded.replay()
-        return self.logits
+        return self.logits.clone()  # the next token overwrites them
 
 
 def _restore(state: FixedState, before: list[Tensor], length: int) -> None:

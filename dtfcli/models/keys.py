@@ -5,11 +5,13 @@
     PlacedKeys  the same, without looking at the device: for all rows, with a mask for what they do not store
     EveryKey    of all tokens, routed or not (`kv_tokens = "all"`)
 
-The stock attention asks its cache for keys and values through `update`; these objects answer.
+The stock attention asks its cache for keys and values through `update`; these objects answer. A layer with a sliding
+window sees so many positions back, routed or not: what counts is where tokens stand in the text, not in which slot.
 
 Shape suffixes: R rows that route something, K slots, H key/value heads, S keys, E size of a head.
 """
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,11 +41,20 @@ def as_mask(visible: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
     return visible
 
 
+@dataclass(frozen=True)
 class OwnKeys:
-    """Routed tokens attend to each other. They fill their slots in position order: plain causal attention serves."""
+    """Routed tokens attend to each other. They fill their slots in position order: plain causal attention serves.
 
-    as_cache: Any = None
-    """What to pass to the block as its cache; None: the block's own keys are all there is."""
+    Attributes:
+        window: positions that a token attends to, its own included; None: all before it.
+    """
+
+    window: int | None = field(default=None, kw_only=True)
+
+    @property
+    def as_cache(self) -> Any:
+        """What to pass to the block as its cache; None: the block's own keys are all there is."""
+        return None
 
     def of_rows(self, rows: list[int], slots: Slots) -> "OwnKeys":
         """Those that the rows of a group attend to."""
@@ -51,7 +62,24 @@ class OwnKeys:
 
     def visible(self, slots: Slots, frame: Any) -> Tensor | None:
         """Which keys each slot may attend to, bool [R, 1, K, S]; None: plain causal attention."""
-        return None
+        if not self.slides(frame):
+            return None
+        at, slot = slots.position, torch.arange(slots.position.shape[1], device=slots.position.device)
+        return self.within(at, at) & (slot <= slot.unsqueeze(-1))
+
+    def slides(self, frame: Any) -> bool:
+        """Whether the window is shorter than the text so far."""
+        return self.window is not None and self.window < frame.past + frame.shape[1]
+
+    def within(self, at: Tensor, keys_at: Tensor) -> Tensor:
+        """Whether keys lie in the window of each token, bool [R, 1, K, S].
+
+        Args:
+            at: int64 [R, K], positions of the tokens.
+            keys_at: int64 [R, S] or [S], those of the keys.
+        """
+        assert self.window is not None, "`slides` said so"
+        return (keys_at.unsqueeze(-2) > at.unsqueeze(-1) - self.window).unsqueeze(1)
 
     def mask(self, hidden_states: Tensor, slots: Slots, frame: Any, config: Any) -> Tensor | None:
         """The attention mask in the form that the configured attention implementation takes.
@@ -67,26 +95,26 @@ class OwnKeys:
         return as_mask(visible, hidden_states.dtype, implementation)
 
 
+@dataclass(frozen=True)
 class StoredKeys(OwnKeys):
     """Routed tokens attend to the stored ones of their row and to each other, and are stored themselves.
 
-    Args:
+    Attributes:
         store: the layer's part of the cache, which knows already which of the new positions are routed.
         counts: new routed tokens of each row of the batch.
         rows: the rows of a group.
     """
 
-    def __init__(self, store: RoutedLayerCache, counts: list[int], rows: list[int] | None = None) -> None:
-        self.store = store
-        self.counts = counts
-        self.rows = rows or []
+    store: RoutedLayerCache
+    counts: list[int]
+    rows: list[int] = field(default_factory=list)
 
     @property
     def as_cache(self) -> "StoredKeys":
         return self
 
     def of_rows(self, rows: list[int], slots: Slots) -> "StoredKeys":
-        return StoredKeys(self.store, self.counts, rows)
+        return replace(self, rows=rows)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Called by the attention with the keys and values of the slots, [R, H, K, E]."""
@@ -95,30 +123,35 @@ class StoredKeys(OwnKeys):
     def visible(self, slots: Slots, frame: Any) -> Tensor | None:
         before = [self.store.counts[row] for row in self.rows]
         after = [self.store.counts[row] + self.counts[row] for row in self.rows]
-        width, device = slots.position.shape[1], slots.position.device
-        if not any(before) or (width == 1 and min(after) == max(after)):
+        width, device, slides = slots.position.shape[1], slots.position.device, self.slides(frame)
+        if not slides and (not any(before) or (width == 1 and min(after) == max(after))):
             return None
         last_RK = torch.tensor(before, device=device).unsqueeze(1) + torch.arange(width, device=device)
-        return (torch.arange(max(after), device=device) <= last_RK.unsqueeze(-1)).unsqueeze(1)
+        visible = (torch.arange(max(after), device=device) <= last_RK.unsqueeze(-1)).unsqueeze(1)
+        if slides:
+            stored_at = self.store.positions(max(after))[torch.tensor(self.rows, device=device)]
+            visible = visible & self.within(slots.position + frame.past, stored_at)
+        return visible
 
 
+@dataclass(frozen=True)
 class PlacedKeys(OwnKeys):
     """As `StoredKeys`, for all rows at once, where only the device knows how many tokens each of them stores.
 
-    Args:
+    Attributes:
         store: as there.
         slots: of the tokens that come.
     """
 
-    def __init__(self, store: RoutedLayerCache, slots: Slots | None = None) -> None:
-        self.store, self.slots = store, slots
+    store: RoutedLayerCache
+    slots: Slots | None = None
 
     @property
     def as_cache(self) -> "PlacedKeys":
         return self
 
     def of_rows(self, rows: list[int], slots: Slots) -> "PlacedKeys":
-        return PlacedKeys(self.store, slots)
+        return replace(self, slots=slots)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Called by the attention with the keys and values of the slots, [B, H, K, E]."""
@@ -127,24 +160,29 @@ class PlacedKeys(OwnKeys):
         return self.store.place(keys, values, self.slots.routed)
 
     def visible(self, slots: Slots, frame: Any) -> Tensor | None:
-        if self.store.most == 0:
+        if self.store.most == 0 and not self.slides(frame):
             return None
         width, device = slots.position.shape[1], slots.position.device
         last_BK = self.store.stored.unsqueeze(1) + torch.arange(width, device=device)
-        stored = torch.arange(self.store.most + width, device=device)
-        return (stored <= last_BK.unsqueeze(-1)).unsqueeze(1)
+        count = self.store.most + width
+        visible = (torch.arange(count, device=device) <= last_BK.unsqueeze(-1)).unsqueeze(1)
+        if self.slides(frame):
+            visible = visible & self.within(slots.position + frame.past, self.store.positions(count))
+        return visible
 
 
+@dataclass(frozen=True)
 class EveryKey(OwnKeys):
     """Routed tokens attend to every real token of their row up to themselves, or to some and to themselves.
 
-    Args:
+    Attributes:
         keys, values: [B, H, S, E], of all positions seen so far.
         offered: bool [B, S], whose keys are offered to others; None: those of all real tokens.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, offered: Tensor | None = None) -> None:
-        self.keys, self.values, self.offered = keys, values, offered
+    keys: Tensor
+    values: Tensor
+    offered: Tensor | None = None
 
     @property
     def as_cache(self) -> "EveryKey":
@@ -154,18 +192,19 @@ class EveryKey(OwnKeys):
         if slots.rows is None:
             return self
         keys, values = (part.index_select(0, slots.rows) for part in (self.keys, self.values))
-        return EveryKey(keys, values, None if self.offered is None else self.offered.index_select(0, slots.rows))
+        offered = None if self.offered is None else self.offered.index_select(0, slots.rows)
+        return replace(self, keys=keys, values=values, offered=offered)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Called by the attention; the slots' own keys are among those that are here already."""
         return self.keys, self.values
 
     def visible(self, slots: Slots, frame: Any) -> Tensor | None:
-        if isinstance(frame, TokenFrame) and frame.there is not None:
-            return frame.there[:, None, None]
-        tokens, offered = frame.shape[1], self.offered
+        if isinstance(frame, TokenFrame):
+            return frame.visible(self.window)
+        tokens, offered, slides = frame.shape[1], self.offered, self.slides(frame)
         every_token = (slots.routed is None or tokens == 1) and slots.position.shape[1] == tokens
-        if offered is None and frame.seen is None and every_token and (frame.past == 0 or tokens == 1):
+        if offered is None and frame.seen is None and every_token and not slides and (frame.past == 0 or tokens == 1):
             return None  # each sees all keys up to its own
         at = (slots.position + frame.past).unsqueeze(-1)
         positions = torch.arange(self.keys.shape[2], device=at.device)
@@ -175,4 +214,5 @@ class EveryKey(OwnKeys):
         if offered is not None:
             # A free slot may hold padding: it sees itself, lest its softmax be empty and its gradient NaN.
             visible = visible & (offered.unsqueeze(1) | (positions == at))
-        return visible.unsqueeze(1)
+        visible = visible.unsqueeze(1)
+        return visible & self.within(at.squeeze(-1), positions) if slides else visible

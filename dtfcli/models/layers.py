@@ -98,13 +98,21 @@ class DecisionLayerMixin(StockLayer):
 
 
 class RoutedLayerMixin(StockLayer):
-    """A decoder layer, or a part of one, that only some tokens enter."""
+    """A decoder layer, or a part of one, that only some tokens enter.
+
+    Attributes:
+        norms: names of the norms before and after attention, before and after the MLP; None: there is none.
+        window: positions that attention reaches back, its own included; None: all.
+    """
+
+    norms: tuple[str | None, ...] = ("input_layernorm", None, "post_attention_layernorm", None)
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.config = config
         self.layer_idx = layer_idx
         self.part = config.routed_part
+        self.window = config.window(layer_idx)
         self.by_surprise = config.by_surprise  # not by the router's class: peft may have wrapped it
         self.router = router_of(config, layer_idx)
         self.forecast_prior = Forecast(config) if config.has_forecast else None
@@ -190,11 +198,22 @@ class RoutedLayerMixin(StockLayer):
 
     def attend(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The attention half of the block, [B, T, D] → [B, T, D]."""
-        return hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        attended = self.self_attn(hidden_states=self.norm(0, hidden_states), **kwargs)[0]
+        return self.add(hidden_states, self.norm(1, attended))
 
     def feed(self, hidden_states: Tensor) -> Tensor:
         """The MLP half of the block, [B, T, D] → [B, T, D]."""
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.add(hidden_states, self.norm(3, self.mlp(self.norm(2, hidden_states))))
+
+    def norm(self, place: int, x: Tensor) -> Tensor:
+        """X behind one of the block's `norms`, if it has that one."""
+        name = self.norms[place]
+        return x if name is None else getattr(self, name)(x)
+
+    def add(self, hidden_states: Tensor, update: Tensor) -> Tensor:
+        """The residual sum; Granite scales what is added."""
+        scale = getattr(self, "residual_multiplier", None)
+        return hidden_states + (update if scale is None else update * scale)
 
     def reach(self, hidden_states: Tensor, **layer_inputs: Any) -> Tensor:
         """What enters the routed part, [B, T, D]: before an MLP that is routed alone, attention is dense."""
@@ -313,16 +332,24 @@ class RoutedLayerMixin(StockLayer):
         """The update of tokens that skip, as if each of them alone had entered besides those that do."""
         if self.part != "mlp" and not self.config.keeps_every_key:
             keys = self._all_keys(inside.hidden_states, inside.position_embeddings)
-            inside = inside._replace(keys=EveryKey(*keys, selected if self.router.by_token else None))
+            offered = selected if self.router.by_token else None
+            inside = inside._replace(keys=EveryKey(*keys, offered, window=self.window))
         return Known(slots, *self._processed([], slots, inside, frame))
 
     def _all_keys(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, [B, H, T, E] each."""
-        attention, normed = self.self_attn, self.input_layernorm(x)
+        attention, normed = self.self_attn, self.norm(0, x)
         shape = (*normed.shape[:-1], -1, attention.head_dim)
-        keys = attention.k_proj(normed).view(shape).transpose(1, 2)
-        values = attention.v_proj(normed).view(shape).transpose(1, 2)
-        return apply_rotary_pos_emb(keys, keys, *position_embeddings)[1], values
+        keys, values = attention.k_proj(normed), attention.v_proj(normed).view(shape).transpose(1, 2)
+        norm = getattr(attention, "k_norm", None)
+        if norm is not None and norm.weight.numel() == keys.shape[-1]:  # of all heads together, as in OLMo 2
+            keys = norm(keys).view(shape)
+        else:
+            keys = keys.view(shape) if norm is None else norm(keys.view(shape))
+        keys = keys.transpose(1, 2)
+        if getattr(attention, "use_rope", True):  # some layers of SmolLM3 have no positions
+            keys = apply_rotary_pos_emb(keys, keys, *position_embeddings)[1]
+        return keys, values
 
     def _keys(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], selected: Tensor, counts: list[int], store: Any
@@ -332,11 +359,11 @@ class RoutedLayerMixin(StockLayer):
             return OwnKeys()
         if self.config.keeps_every_key:
             keys, values = self._all_keys(x, position_embeddings)
-            return EveryKey(*((keys, values) if store is None else store.update(keys, values)))
+            return EveryKey(*((keys, values) if store is None else store.update(keys, values)), window=self.window)
         if store is None:
-            return OwnKeys()
+            return OwnKeys(window=self.window)
         store.advance(selected)
-        return StoredKeys(store, counts) if counts else PlacedKeys(store)
+        return StoredKeys(store, counts, window=self.window) if counts else PlacedKeys(store, window=self.window)
 
 
 def _rows(x: Tensor, known: list[Known]) -> tuple[Tensor, Tensor]:

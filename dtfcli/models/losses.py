@@ -135,6 +135,12 @@ def _is_hooked(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
 
 
+def for_head(hidden_states: Tensor, config: Any) -> Tensor:
+    """The last hidden states as the head takes them: Granite divides its logits, and smaller states say the same."""
+    scale = getattr(config, "logits_scaling", None)
+    return hidden_states if scale is None else hidden_states / scale
+
+
 def causal_lm_loss(
     hidden_states: Tensor, weight: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None = None
 ) -> Tensor:

@@ -102,9 +102,20 @@ class TokenFrame(RoutingFrame):
 
     Attributes:
         there: bool [B, N], which of the cache's positions hold a token that may be attended to, the new ones included.
+        at: int64 [1], the position of the new ones.
     """
 
     there: Tensor | None = None
+    at: Tensor | None = None
+
+    def visible(self, window: int | None) -> Tensor:
+        """Which of the cache's positions the new tokens attend to, bool [B, 1, 1, N]."""
+        assert self.there is not None, "a frame of this kind is made with it"
+        assert self.at is not None, "and with this"
+        if window is None:
+            return self.there[:, None, None]
+        positions = torch.arange(self.there.shape[1], device=self.device)
+        return (self.there & (positions > self.at - window))[:, None, None]
 
     @cached_property
     def real(self) -> None:

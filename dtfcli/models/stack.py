@@ -8,42 +8,25 @@ How one batch passes through it. The notable choices:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import CACHE_NAME, RoutedCache
 from .calibration import track_thresholds
 from .configuration_fields import CAUSAL_MODES
+from .entrance import EntranceMixin, Pass
 from .kernels import available
-from .keys import as_mask
 from .layers import DecisionLayerMixin, RoutedLayerMixin, RoutedOutput
 from .outputs import RoutedModelOutput, RoutingRecord
 from .pretrained import DynamicPreTrainedMixin
-from .routers import Router, RoutingFrame, TokenFrame
-from .routing import slot_room
-from .stock import StockStack
+from .routers import Router, RoutingFrame
 
 
-@dataclass
-class Pass:
-    """One batch on its way through the stack."""
-
-    hidden_states: Tensor
-    frame: RoutingFrame
-    layer_inputs: dict[str, Any]
-    positions: Tensor
-    surprises: tuple[Tensor, ...] = ()
-    prior_errors: list[Tensor] = field(default_factory=list)
-    records: list[RoutingRecord] = field(default_factory=list)
-
-
-class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
+class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
     """The stack of layers.
 
     Attributes:
@@ -229,118 +212,10 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             return self.training_capacities
         return self.config.layer_capacities(None if self.training else self.capacity_override)
 
-    def enter(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: RoutedCache | None = None,
-        looks: bool = True,
-    ) -> Pass:
-        """A batch [B, T, D] before its first layer. Positions count real tokens, so padding shifts nothing.
-
-        Args:
-            inputs_embeds, attention_mask, position_ids, cache: as of `forward`.
-            looks: whether routed layers may look at how many tokens enter; else `_holds` says if that went well.
-        """
-        (batch, tokens), device = inputs_embeds.shape[:2], inputs_embeds.device
-        past = 0 if cache is None else cache.get_seq_length()
-        seen = None if attention_mask is None else attention_mask.bool().to(device)
-        if cache is not None and cache.length is not None:
-            if tokens == 1 and past:
-                cache.fix(None if seen is None else seen[:, :past])
-                return self._enter_fixed(inputs_embeds, position_ids, cache)
-            cache.loosen()
-        if seen is not None and self._has_no_padding(seen, tokens, looks):
-            seen = None
-        asked = position_ids
-        if position_ids is None:
-            if seen is None:
-                position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
-            else:
-                position_ids = (seen.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        capacities, room = self.capacities(), None
-        if not looks:
-            room = {i: slot_room(capacity, tokens, self.config.sink_tokens) for i, capacity in capacities.items()}
-            if isinstance(cache, RoutedCache):
-                cache.make_room()
-        thresholds = None
-        if self.training and self.mode in CAUSAL_MODES:
-            # As they are now: tracking moves them before checkpointing runs the layers again.
-            thresholds = {i: router.threshold(self.mode).clone() for i, router in self.routers.items()}
-        return Pass(
-            hidden_states=inputs_embeds,
-            positions=position_ids,
-            frame=RoutingFrame(
-                config=self.config,
-                mode=self.mode,
-                shape=(batch, tokens),
-                device=device,
-                capacities=capacities,
-                seen=seen,
-                past=past,
-                thresholds=thresholds,
-                room=room,
-                noise=torch.rand(batch, tokens, device=device) if self.training and self.explores else None,
-            ),
-            layer_inputs={
-                "attention_mask": self._mask(inputs_embeds, seen, cache, asked, looks),
-                CACHE_NAME: cache,
-                "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
-            },
-        )
-
-    def _enter_fixed(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: RoutedCache) -> Pass:
-        """A token of each row, [B, 1, D], on top of a cache whose places are fixed."""
-        assert cache.fixed is not None, "`fix` was called"
-        there = cache.fixed.there.index_fill_(1, cache.fixed.at, True)
-        if position_ids is None:
-            position_ids = there.sum(1, keepdim=True) - 1
-        frame = TokenFrame(
-            config=self.config,
-            mode=self.mode,
-            shape=(len(inputs_embeds), 1),
-            device=inputs_embeds.device,
-            capacities=self.capacities(),
-            room=dict.fromkeys(self.routed, 1),
-            there=there,
-            kernels=self.triton_kernels,
-        )
-        visible = there[:, None, None]
-        layer_inputs = {
-            "attention_mask": as_mask(visible, inputs_embeds.dtype, self.config._attn_implementation),
-            CACHE_NAME: cache,
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
-        }
-        return Pass(hidden_states=inputs_embeds, frame=frame, layer_inputs=layer_inputs, positions=position_ids)
-
-    def _has_no_padding(self, seen: Tensor, tokens: int, looks: bool) -> bool:
-        """Whether a mask, bool [B, S + T], can be left out. `generate` always gives one, mostly for nothing.
-
-        A causal mode that looks in every layer may look here, too, and one that does not before it starts. Of a row
-        alone it is assumed (`_holds` sees whether that was right), and a single token takes its mask as it is.
-        """
-        if self.training or self.mode not in CAUSAL_MODES:
-            return False
-        if looks or (len(seen) > 1 and tokens > 1):
-            return bool(seen.all())
-        return tokens > 1
-
-    def _mask(
-        self, inputs_embeds: Tensor, seen: Tensor | None, cache: RoutedCache | None, asked: Tensor | None, looks: bool
-    ) -> Any:
-        """The attention mask of layers that are not routed."""
-        if looks or seen is None or self.config._attn_implementation != "sdpa":
-            # By place: Transformers 5.24 renamed the cache's argument. Without a mask it waits for the device to see
-            # whether given positions begin again within a row: ours do not. With one, whether there is padding.
-            return create_causal_mask(self.config, inputs_embeds, seen, cache, asked)
-        positions = torch.arange(seen.shape[1], device=seen.device)
-        new = positions[-inputs_embeds.shape[1] :, None]
-        return (seen.unsqueeze(1) & (positions <= new)).unsqueeze(1)
-
     def step(self, index: int, passing: Pass, **kwargs: Any) -> None:
         """Take a batch through one layer."""
         layer, hidden_states = self.layers[index], passing.hidden_states
+        inputs = passing.layer_inputs[self.config.layer_kind(index)]
         if isinstance(layer, RoutedLayerMixin):
             static, change = passing.surprises or (None, None)
             out = self.route(index, passing, passing.frame, **kwargs)
@@ -363,15 +238,16 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
                 )
             )
         elif isinstance(layer, DecisionLayerMixin):
-            passing.hidden_states, static, change, error = layer(hidden_states, **passing.layer_inputs, **kwargs)
+            passing.hidden_states, static, change, error = layer(hidden_states, **inputs, **kwargs)
             passing.surprises = (static, change)
             passing.prior_errors.append(error)
         else:
-            passing.hidden_states = layer(hidden_states, **passing.layer_inputs, **kwargs)
+            passing.hidden_states = layer(hidden_states, **inputs, **kwargs)
 
     def route(self, index: int, passing: Pass, frame: RoutingFrame, **kwargs: Any) -> RoutedOutput:
         """What a routed layer makes of a batch before it."""
-        how = {"frame": frame, "capacity": frame.capacities[index], **passing.layer_inputs}
+        inputs = passing.layer_inputs[self.config.layer_kind(index)]
+        how = {"frame": frame, "capacity": frame.capacities[index], **inputs}
         return RoutedOutput(*self.layers[index](passing.hidden_states, *passing.surprises, **how, **kwargs))
 
     def _require_thresholds(self, mode: str) -> None:

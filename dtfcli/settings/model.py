@@ -20,7 +20,9 @@ Architecture = Literal["dtf", "mod", "random", "layerdrop", "dense"]
 class ScratchSettings(Group):
     """`model.scratch.*`: the backbone's shape when there is no base model."""
 
-    family: Literal["llama", "qwen2"] = Field("llama", description="Which backbone to build.")
+    family: Literal["gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"] = Field(
+        "llama", description="Which backbone to build."
+    )
     hidden_size: Count = Field(256, description="Width of the residual stream, D.")
     intermediate_size: Count = Field(704, description="Width of the feed-forward blocks.")
     num_hidden_layers: Count = Field(6, description="Decoder layers.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head
+from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head, for_head
 from dtfcli.models.routing import cost_loss, masked_mean
 from dtfcli.training.distillation import Distillation, DistillLosses
 
@@ -76,7 +76,7 @@ class Objective(nn.Module):
         if not self.routed:
             embedded, head = embedded_with_head(self.model.model.embed_tokens, self.model.lm_head, input_ids)
             hidden_states = self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            lm_loss = causal_lm_loss(hidden_states, head, labels, targets)
+            lm_loss = causal_lm_loss(for_head(hidden_states, self.model.config), head, labels, targets)
             return self._with_distillation(Losses(lm_loss, lm_loss), input_ids, labels, targets)
         output = self.model(
             input_ids=input_ids,

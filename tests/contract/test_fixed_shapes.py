@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from dtfcli.models.fixed import EnteredRows, FixedLayerCache
+from dtfcli.training.compiling import compile_layers
 from tests.contract.test_no_waiting import Watched
 from tests.contract.test_no_waiting import watched as watched  # a fixture
 from tests.tiny import routed_model, shared_routed_model, tokens
@@ -177,3 +178,20 @@ def test_a_layer_that_no_row_enters_reads_no_weights() -> None:
     torch.nn.init.normal_(linear.weight)
     with torch.no_grad(), EnteredRows(torch.tensor([[False], [True], [False]])):
         assert torch.allclose(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mod", "forecast error", "forecast error of an MLP", "forecast error of attention"])
+def test_layers_compile_whole(name: str) -> None:
+    """As for a GPU, where few operations matter; each kind of layer without a graph break."""
+    fields = dict(CASES[name])
+    model: Any = routed_model("llama", fields.pop("architecture", "dtf"), 0.5, kv_tokens="all", **fields)
+    ids = tokens(1, 16)
+    expected, _ = _decode(model, ids, 10, None, 20)
+    compile_layers(model, backend="aot_eager")
+    torch._dynamo.reset()  # layers of other models count, too
+    torch._dynamo.utils.counters.clear()
+    logits, _ = _decode(model, ids, 10, None, 20)
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # a dense layer, a routed one, …
+    assert not torch._dynamo.utils.counters["graph_break"]

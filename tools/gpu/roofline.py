@@ -33,8 +33,8 @@ GRAPHED = 1.5e-6
 """Seconds between two kernels of a CUDA graph."""
 COMPILED = {"dense": 24, "routed": 30}
 """Operations of a layer in fixed shapes that `torch.compile` leaves: counted in what it made for a CPU."""
-VIEWS = """view reshape squeeze transpose slice expand detach aten.t. select. alias permute split empty unbind as_strided
-lift""".split()
+VIEWS = ["view", "reshape", "squeeze", "transpose", "slice", "expand", "detach", "aten.t.", "select.", "alias"]
+VIEWS += ["permute", "split", "empty", "unbind", "as_strided", "lift"]
 
 
 @dataclass(frozen=True)
