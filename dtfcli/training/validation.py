@@ -19,12 +19,17 @@ ALONE = Processes()
 
 def to_batch(rows: np.ndarray, device: torch.device) -> Tensor:
     """Rows [B, T], possibly a memory map, → their token ids, an int64 tensor on the device."""
-    return torch.from_numpy(token_ids(rows)).to(device)
+    return _moved(torch.from_numpy(token_ids(rows)), device)
 
 
 def to_labels(rows: np.ndarray, device: torch.device) -> Tensor:
     """Rows [B, T] → labels, not shifted, an int64 tensor on the device; -100 is not a target."""
-    return torch.from_numpy(target_labels(rows)).to(device)
+    return _moved(torch.from_numpy(target_labels(rows)), device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device. To a GPU from pinned memory, or the host would wait until all that was launched before is done."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def evaluation_rows(validation: np.ndarray, count: int) -> np.ndarray:
