@@ -31,10 +31,10 @@ quickstart: $(INSTALLED)
 PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
 
 test: $(INSTALLED)
-	HYPOTHESIS_PROFILE=dev $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long"
+	HYPOTHESIS_PROFILE=dev $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not long and not gpu"
 
 test-all: $(INSTALLED)
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest $(PARALLEL) -m "not long"
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from dtfcli.models.conversion import convert, to_dense
 from dtfcli.models.families import FAMILIES
 from dtfcli.models.layers import RoutedLayerMixin
+from tests.budget import examples
 from tests.tiny import SHAPE, tokens
 
 WINDOWS = ["sliding_attention", "full_attention"] * 3
@@ -99,7 +100,7 @@ def test_capacity_1_is_dense(family: str, option: str) -> None:
 
 @pytest.mark.parametrize("family", NEW)
 @every_option
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=examples(3), deadline=None)
 @given(data=st.data())
 def test_cached_is_uncached_is_chunked(family: str, option: str, data: st.DataObject) -> None:
     """For any split, with padding or without, with layers that look and with some that do not."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from dtfcli.models.fixed import EnteredRows, FixedLayerCache
 from dtfcli.training.compiling import compile_layers
+from tests.budget import examples
 from tests.contract.test_no_waiting import Watched
 from tests.contract.test_no_waiting import watched as watched  # a fixture
 from tests.tiny import routed_model, shared_routed_model, tokens
@@ -49,7 +50,7 @@ def _decode(model: Any, ids: Tensor, prompt: int, mask: Tensor | None, length: i
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(4), deadline=None)
 @given(data=st.data())
 def test_fixed_is_growing(name: str, family: str, data: st.DataObject) -> None:
     """Rows, padding, short prompts."""

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtfcli.models import stack
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
+from tests.budget import examples
 from tests.tiny import OPTIONS, routed_model, shared_routed_model, tokens
 
 WAITS = {
@@ -110,7 +111,11 @@ def blind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     return model
 
 
-every_case = pytest.mark.parametrize("blind", EVERY_CASE, indirect=True)
+QUICK = ("dtf", "mod", "layerdrop", "forecast error", "forecast error, one budget", "random, attention")
+every_case = pytest.mark.parametrize(
+    "blind", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EVERY_CASE], indirect=True
+)
+"""`make test` tries some of them."""
 
 
 @every_case
@@ -159,9 +164,11 @@ def _in_chunks(model: Any, ids: Tensor, mask: Tensor | None, sizes: list[int]) -
     return torch.cat(logits, dim=1), cache
 
 
-@pytest.mark.parametrize("name", EVERY_CASE)
-@pytest.mark.parametrize("enough", [True, False])
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EVERY_CASE]
+)
+@pytest.mark.parametrize("enough", [True, pytest.param(False, marks=pytest.mark.slow)])
+@settings(max_examples=examples(4), deadline=None)
 @given(data=st.data())
 def test_looking_changes_nothing(name: str, enough: bool, data: st.DataObject) -> None:
     """Rows, chunks, padding on either side, too few slots: the same logits, the same cache."""
