@@ -1,11 +1,17 @@
 """Errors that end a command with one or two lines instead of a traceback.
 
 A message names the field or file, the value found there, and the remedy. The exit codes are those of the
-command line: 1 failed while running, 2 the user's input is wrong.
+command line: 1 failed while running, 2 the user's input is wrong. `reading` makes such errors of what a damaged file
+raises.
 """
 
 import difflib
-from collections.abc import Iterable
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 class DTFError(Exception):
@@ -40,3 +46,82 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest candidate, or "" when none is close."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+BROKEN: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
+    *(RuntimeError, NameError, EOFError, ImportError, struct.error),
+)
+"""What reading a damaged file raises, here and in most libraries; nesting without end is a RuntimeError."""
+_LARGEST_JSON = 2**26
+"""Bytes. No configuration or report comes near; parsed, it would take up to twenty times as much."""
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line, without a period."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # "Validation error for field 'x':" says nothing without the line after it.
+    reason = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return reason[:300].rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def reading(
+    path: Path | str,
+    remedy: str,
+    error: type[DTFError] = CheckpointError,
+    also: tuple[type[Exception], ...] = (),
+    what: str = "cannot be read",
+) -> Iterator[None]:
+    """Turn what a damaged file raises while it is read into one line that names it and the remedy.
+
+    Args:
+        path: the file, or what else names it in the message.
+        remedy: what to do, such as "save the model again".
+        error: the kind of error to raise.
+        also: further exceptions, of the library that reads.
+        what: is wrong with it.
+
+    Raises:
+        DTFError: of the kind `error`.
+    """
+    try:
+        yield
+    except DTFError:
+        raise
+    except (*BROKEN, *also) as problem:
+        raise error(f"{path}: {what} ({reason_of(problem)}); {remedy}.") from problem
+
+
+def leads_out(folder: Path, file: Path) -> bool:
+    """Whether a file is a link to a place outside its folder; the Hub's cache, which is made of links, is inside.
+
+    Raises:
+        OSError, RuntimeError: it leads nowhere, or to itself.
+    """
+    if not file.is_symlink():
+        return False
+    target, root = file.resolve(strict=True), folder.resolve()
+    in_cache = "snapshots" in root.parts and target.parent.name == "blobs"
+    if in_cache:
+        cache = Path(*root.parts[: len(root.parts) - 1 - root.parts[::-1].index("snapshots")])
+        in_cache = target.is_relative_to(cache / "blobs")
+    return not in_cache and not target.is_relative_to(root)
+
+
+def read_json_object(path: Path, remedy: str, error: type[DTFError] = CheckpointError) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        DTFError: of the kind `error`; it is missing, too large, not UTF-8, no JSON, or something else than an object.
+    """
+    with reading(path, remedy, error, what="cannot be read as JSON"):
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise error(f"{path}: {size} bytes, too large for a file of its kind; {remedy}.")
+        document = json.loads(path.read_text("utf-8-sig"))
+    if not isinstance(document, dict):
+        raise error(f"{path}: holds no JSON object but {type(document).__name__}; {remedy}.")
+    return document

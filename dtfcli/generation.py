@@ -139,7 +139,7 @@ def generate(
         ConfigError: the prompt does not fit the model, there is no chat template, or `topk` routing.
     """
     sampling = sampling or Sampling()
-    encoded = _encode(model, tokenizer, [prompt], sampling, chat)
+    encoded = _padded(model, tokenizer, _token_rows(model, tokenizer, [prompt], sampling, chat))
     streamer = _CallbackStreamer(tokenizer, on_text) if on_text else None
     sequences, seconds, stats = _run(model, tokenizer, encoded, sampling, streamer, use_cache)
     return _results(tokenizer, [prompt], encoded, sequences, seconds, stats)[0]
@@ -154,27 +154,48 @@ def generate_many(
     chat: bool = False,
     use_cache: bool = True,
     batch_size: int = 8,
-) -> Iterator[Generated]:
-    """Continue many prompts, left-padded in batches; the same texts as one by one when decoding is greedy.
+) -> Iterator[tuple[int, Generated]]:
+    """Continue many prompts in left-padded batches; the same texts as one by one when decoding is greedy.
+
+    Prompts of about the same length share a batch, so that little is padding. The longest come first: what does not
+    fit into memory fails at once.
+
+    Yields:
+        The place of a prompt in `prompts`, and its continuation.
 
     Raises:
-        ConfigError: as `generate`.
+        ConfigError: as `generate`, before anything is written; or a batch size below 1.
     """
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size}: at least 1 prompt at a time.")
     sampling = sampling or Sampling()
-    for start in range(0, len(prompts), batch_size):
-        batch = list(prompts[start : start + batch_size])
-        encoded = _encode(model, tokenizer, batch, sampling, chat)
+    rows = _token_rows(model, tokenizer, prompts, sampling, chat)
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        encoded = _padded(model, tokenizer, [rows[place] for place in places])
         sequences, seconds, stats = _run(model, tokenizer, encoded, sampling, None, use_cache)
-        yield from _results(tokenizer, batch, encoded, sequences, seconds, stats)
+        results = _results(tokenizer, [prompts[place] for place in places], encoded, sequences, seconds, stats)
+        yield from zip(places, results, strict=True)
 
 
-def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], sampling: Sampling, chat: bool
-) -> dict[str, torch.Tensor]:
+def require_causal(model: Any) -> None:
+    """Refuse a model that cannot write.
+
+    Raises:
+        ConfigError: its routing is `topk`.
+    """
     if getattr(model, "routing", None) == "topk":
         raise ConfigError(
             "routing 'topk' sees the whole sequence: it cannot write one token after another. Use --routing threshold."
         )
+
+
+def _token_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sampling: Sampling, chat: bool
+) -> list[list[int]]:
+    """Token ids of each prompt; raises ConfigError for one that the model cannot continue."""
+    require_causal(model)
     if chat:
         if not tokenizer.chat_template:
             raise ConfigError("--chat: this model's tokenizer has no chat template; leave --chat out.")
@@ -187,21 +208,35 @@ def _encode(
             for prompt in prompts
         ]
     rows = [tokenizer(prompt, add_special_tokens=not chat)["input_ids"] for prompt in prompts]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = _start_token(tokenizer)
     if any(not row for row in rows):
         if start is None:
             raise ConfigError(
                 "the prompt is empty and the tokenizer has no token that starts a document; give a PROMPT."
             )
         rows = [row or [start] for row in rows]
-    width = max(map(len, rows))
+    longest = max(map(len, rows), default=0)
     limit = model.config.max_position_embeddings
-    if width + sampling.max_new_tokens > limit:
+    if longest + sampling.max_new_tokens > limit:
         raise ConfigError(
-            f"the prompt has {width} tokens and --max-new-tokens is {sampling.max_new_tokens}: together more than the "
-            f"model's {limit} positions. Shorten the prompt or ask for at most {max(0, limit - width)} new tokens."
+            f"the prompt has {longest} tokens and --max-new-tokens is {sampling.max_new_tokens}: together more than "
+            f"the model's {limit} positions. Shorten the prompt or ask for at most {max(0, limit - longest)} new "
+            "tokens."
         )
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (start or 0)
+    return rows
+
+
+def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that starts a document, or stands between two."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def _padded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
+) -> dict[str, torch.Tensor]:
+    """Rows of token ids as `input_ids` and `attention_mask` [B, T], padded on the left."""
+    width = max(map(len, rows))
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (_start_token(tokenizer) or 0)
     return {
         "input_ids": torch.tensor([[filler] * (width - len(row)) + row for row in rows], device=model.device),
         "attention_mask": torch.tensor(

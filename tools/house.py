@@ -20,7 +20,7 @@ LEVELS = [
     for level in (
         "errors models quiet",
         "registration settings generation shares",
-        "data runs",
+        "data runs serving",
         "loading inspection",
         "cost",
         "training",

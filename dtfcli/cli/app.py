@@ -19,6 +19,7 @@ from dtfcli.cli.eval import evaluate
 from dtfcli.cli.generate import generate
 from dtfcli.cli.inspect_routing import inspect_routing
 from dtfcli.cli.push import push
+from dtfcli.cli.serve import serve
 from dtfcli.cli.train import train
 from dtfcli.errors import DTFError, did_you_mean
 
@@ -62,6 +63,7 @@ app.command("train")(train)
 app.command("compare")(compare)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("inspect-routing")(inspect_routing)
 app.command("bench")(bench)
 app.command("push")(push)

@@ -32,6 +32,7 @@ Prompts = Annotated[
     typer.Option("--prompts", help="A file with a prompt on each line, or .jsonl with a 'prompt' each."),
 ]
 Output = Annotated[Path | None, typer.Option("--output", help="Where --prompts writes its .jsonl.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Prompts of --prompts that are continued together.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Recompute the prefix for every token; slow.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")]
 
@@ -47,6 +48,7 @@ def generate(
     chat: AsChat = False,
     prompts: Prompts = None,
     output: Output = None,
+    batch_size: BatchSize = 8,
     no_cache: NoCache = False,
     stats: Stats = False,
     routing: options.Routing = "auto",
@@ -66,7 +68,7 @@ def generate(
       dtf generate MODEL "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
       dtf generate MODEL "import " --capacity 0.25      # route fewer tokens
       echo "A sentence to continue:" | dtf generate MODEL
-      dtf generate MODEL --prompts prompts.txt --output answers.jsonl
+      dtf generate MODEL --prompts prompts.jsonl --output answers.jsonl --batch-size 32
     """
     from dtfcli.cli import generate_view, render
     from dtfcli.generation import Sampling
@@ -85,7 +87,7 @@ def generate(
 
         run(Chat(loaded, tokenizer, sampling, **how, show_stats=stats))
     elif isinstance(asked, list):
-        found = generate_many(loaded, tokenizer, asked, sampling, **how)
+        found = generate_many(loaded, tokenizer, asked, sampling, **how, batch_size=batch_size)
         _keep_continuations(render.track(found, len(asked), "generating"), output, json)
     elif json:
         render.emit_json(continue_text(loaded, tokenizer, asked, sampling, **how))
@@ -118,11 +120,12 @@ def _prompts(prompt: str | None, prompts: Path | None, output: Path | None, json
     return _prompt_or_stdin(prompt)
 
 
-def _keep_continuations(found: Iterable[Any], output: Path | None, json: bool) -> None:
-    """Write the continuations to --output, and print them with --json."""
+def _keep_continuations(found: Iterable[tuple[int, Any]], output: Path | None, json: bool) -> None:
+    """Write the continuations to --output in the order of their prompts, and print them with --json."""
     from dtfcli.cli import render
 
-    results = [{"prompt": r.prompt, "text": r.text, "new_tokens": r.new_tokens} for r in found]
+    in_order = [result for _, result in sorted(found, key=lambda item: item[0])]
+    results = [{"prompt": r.prompt, "text": r.text, "new_tokens": r.new_tokens} for r in in_order]
     if output is not None:
         output.write_text("".join(json_module.dumps(r, ensure_ascii=False) + "\n" for r in results), "utf-8")
         render.note(f"{len(results)} continuations in {output}")

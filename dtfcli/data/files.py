@@ -18,12 +18,13 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dtfcli.data.sources import DEFAULT_FIELD, Shard, SourceReader, SourceReport, first_line
-from dtfcli.errors import DataError
+from dtfcli.errors import DataError, leads_out
 from dtfcli.settings.data import Source
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -183,7 +184,7 @@ class FolderReader(_LocalReader):
     def __init__(self, where: str, source: Source, root: Path):
         super().__init__(where, source, root)
         self.other_splits: Counter[str] = Counter()
-        self.unreadable_folders = 0
+        self.unreadable_folders = self.outside = 0
         endings: Counter[str] = Counter()
         found = []
         for file in self._walk():
@@ -194,6 +195,7 @@ class FolderReader(_LocalReader):
         if not found:
             known = " ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))
             others = f"found: {', '.join(sorted(endings)[:8])}" if endings else "it is empty"
+            others = f"{self.outside} links out of the folder are not followed" if self.outside else others
             raise DataError(f"{where}.path = '{source.path}': no {known} file beneath this folder ({others}).")
         self.files = [file for file in found if self._in_split(file)]
         if not self.files:
@@ -216,6 +218,8 @@ class FolderReader(_LocalReader):
             report.skip(f"of split '{split}'", count)
         if self.unreadable_folders:
             report.skip("unreadable folder", self.unreadable_folders)
+        if self.outside:
+            report.skip("link out of the folder", self.outside)
         return report
 
     def _walk(self) -> list[Path]:
@@ -226,7 +230,15 @@ class FolderReader(_LocalReader):
         for folder, folders, names in os.walk(self.root, onerror=count_error):
             folders[:] = [name for name in folders if not name.startswith(".")]
             files += [Path(folder, name) for name in names if not name.startswith(".")]
-        return sorted(file for file in files if file.is_file())
+        return sorted(file for file in files if self._is_ours(file))
+
+    def _is_ours(self, file: Path) -> bool:
+        """Whether this is a file, and no link to one outside the folder."""
+        with suppress(OSError, RuntimeError):  # a link to itself
+            if file.is_file():
+                self.outside += (outside := leads_out(self.root, file))
+                return not outside
+        return False
 
     def _in_split(self, file: Path) -> bool:
         """Whether the source's split has this file; texts, and tables that name no split, are of "train"."""

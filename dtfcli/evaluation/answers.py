@@ -13,6 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter
+
+from dtfcli.errors import reading
+
 
 @dataclass(frozen=True)
 class AnsweredBatch:
@@ -50,12 +54,14 @@ class AnswerStore:
         """Read the file, if it exists."""
         if self.path is None or not self.path.exists():
             return
-        for line in self.path.read_text("utf-8", errors="replace").splitlines():
+        with reading(self.path, "delete it"):
+            content = self.path.read_text("utf-8", errors="replace")
+        for line in content.splitlines():
             try:
                 record = json.loads(line)
                 key = record.pop("key")
-                self._known[key] = AnsweredBatch(**record)
-            except (ValueError, TypeError, KeyError, AttributeError):
+                self._known[key] = TypeAdapter(AnsweredBatch).validate_json(json.dumps(record), strict=True)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 continue
 
     def key(self, content: Any) -> str:

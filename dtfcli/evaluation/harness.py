@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate as lm_evaluate
 
-from dtfcli.errors import ConfigError, DataError
+from dtfcli.errors import DataError
 from dtfcli.evaluation import sandbox
 from dtfcli.evaluation.answers import AnswerStore
 from dtfcli.evaluation.compare import jackknife_stderr
@@ -19,6 +19,7 @@ from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.evaluation.local_data import Origin, evaluated_split, fewshot_split, task_data
 from dtfcli.evaluation.report import Items, Metric, TaskScore, is_causal, shares_of
 from dtfcli.evaluation.suites import Job, TaskIndex
+from dtfcli.evaluation.task_files import explained_task_errors
 
 SEED = 1234
 """lm-eval's own default for few-shot sampling, NumPy and torch."""
@@ -64,16 +65,9 @@ def load_job(job: Job, index: TaskIndex, data_dir: Path | None) -> LoadedJob:
         DataError: a dataset is not available, or has too few examples for the shots.
         ConfigError: a task file is wrong.
     """
-    with task_data(data_dir) as origins:
-        try:
-            loaded = index.manager.load([job.name])
-        except (DataError, ConfigError):
-            raise
-        except Exception as error:  # a mistake in a task file can raise anything
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ConfigError(
-                f"--tasks {job.name}: the task cannot be loaded. {type(error).__name__}: {reason}"
-            ) from error
+    explained = explained_task_errors(job.name, index.manager.task_index.get(job.name), data_dir)
+    with task_data(data_dir) as origins, explained:
+        loaded = index.manager.load([job.name])
     for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
         # A task file with 0 shots keeps them: its prompt holds examples already, or must not have any.

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from dtfcli.errors import DataError
+from dtfcli.errors import DataError, DTFError, leads_out, reading, reason_of
 
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -62,8 +62,11 @@ def task_data(data_dir: Path | None) -> Iterator[dict[str, Origin]]:
                 original(task, dataset_kwargs, **options)
                 origins[name] = Origin(path, task.DATASET_NAME, "hub")
                 return
+            _check_links(name, folder)
             kept = {k: v for k, v in (dataset_kwargs or {}).items() if k not in ("trust_remote_code", "revision")}
             task.dataset = datasets.load_dataset(str(folder), task.DATASET_NAME, **kept)
+        except DTFError:
+            raise
         except Exception as error:  # each library raises its own
             raise DataError(_unavailable(name, path, folder, data_dir, error)) from error
         wanted = evaluated_split(task)
@@ -77,10 +80,19 @@ def task_data(data_dir: Path | None) -> Iterator[dict[str, Origin]]:
         ConfigurableTask.download = original
 
 
+def _check_links(task: str, folder: Path) -> None:
+    for file in sorted(folder.rglob("*")):
+        with reading(file, "put the file itself there", DataError):
+            if leads_out(folder, file):
+                raise DataError(
+                    f"{task}: {file}: a link out of its folder, not followed; copy the file there."
+                )
+
+
 def _unavailable(task: str, dataset: str, folder: Path | None, data_dir: Path | None, error: Exception) -> str:
     if folder is not None and folder.is_dir():
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return f"{task}: the dataset in {folder} cannot be read. {reason}"
+        reason = reason_of(error.__cause__ or error)
+        return f"{task}: the dataset in {folder} cannot be read ({reason}); download it again, or leave the task out."
     places = [str(data_dir)] if data_dir is not None else []
     return (
         f"{task}: the dataset {dataset} is not available from {', '.join([*places, 'the local cache'])} or the Hub. "

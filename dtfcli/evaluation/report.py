@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dtfcli.errors import ConfigError, DTFError
+from dtfcli.errors import ConfigError, DTFError, reason_of
 from dtfcli.loading.paths import ModelPath, weights_hash
 from dtfcli.models.configuration_fields import CAUSAL_MODES, ROUTING_MODES
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, SETTINGS_FILE
@@ -193,8 +193,8 @@ def _read_json(path: Path, label: str) -> dict[str, Any]:
         raise ConfigError(f"{label}: there is no such file; `dtf eval MODEL` writes one (eval/latest.json).") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{label}: cannot be read ({error}); {remedy}.") from error
-    except ValueError as error:
-        raise ConfigError(f"{label}: not valid JSON ({error}); {remedy}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{label}: not valid JSON ({reason_of(error)}); {remedy}.") from error
     if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
         raise ConfigError(f'{label}: has no "results"; {remedy}.')
     return document

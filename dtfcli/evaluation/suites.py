@@ -13,6 +13,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from dtfcli.errors import ConfigError, did_you_mean
+from dtfcli.evaluation.task_files import check_task_files
 
 VALIDATION_TEXT = "validation_text"
 """A task of our own: the text that a run held out."""
@@ -114,6 +115,8 @@ class TaskIndex:
             raise ConfigError(f"--include-path {include_path}: no such folder; give one with .yaml task files.")
         if include_path is not None and not any(include_path.rglob("*.yaml")):
             raise ConfigError(f"--include-path {include_path}: has no .yaml task files.")
+        if include_path is not None:
+            check_task_files(include_path)
         mine = [include_path] if include_path is not None else []
         root = Path(lm_eval.__file__).parent / "tasks"
         folders = [root / name for name in _SUITE_FOLDERS]

@@ -18,7 +18,19 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, Repo
 from huggingface_hub.utils import validate_repo_id
 
 from dtfcli.errors import ConfigError, DTFError
-from dtfcli.hub.errors import PASSING, WAITS, HTTPError, HubAccessError, delay_before_next, explain, reason, status_of
+from dtfcli.hub.errors import (
+    ANY_TROUBLE,
+    NO_JSON,
+    PASSING,
+    WAITS,
+    HTTPError,
+    HubAccessError,
+    delay_before_next,
+    explain,
+    odd_answer,
+    reason,
+    status_of,
+)
 from dtfcli.hub.upload import CARD_FILE, OnProgress, Upload, is_replaced_by_a_push
 
 T = TypeVar("T")
@@ -82,18 +94,20 @@ class HubClient:
         Raises:
             HubAccessError: the token is refused or read-only, or somebody else owns the repository.
         """
-        account = self._ask(self.api.whoami, "the Hub does not name the owner of your token")
-        access = account.get("auth", {}).get("accessToken", {})
+        nameless = "the Hub does not name the owner of your token"
+        account = self._ask(self.api.whoami, nameless)
+        try:
+            user, roles, access = _account(account)
+        except NO_JSON as error:
+            raise odd_answer(error, nameless) from error
         if access.get("role") == "read":
             name = access.get("displayName", "")
             raise HubAccessError(
                 f"your token{f' {name!r}' if name else ''} may only read: create one with write access in your "
                 "settings on the Hub, then run `hf auth login`."
             )
-        user = account["name"]
         full = repo_id(repo, username)
         owner, slash, name = full.rpartition("/")
-        roles = {entry.get("name", ""): entry.get("roleInOrg") for entry in account.get("orgs", [])}
         known = {item.lower(): item for item in (user, *roles)}
         owner = owner if slash else user
         if owner.lower() not in known:
@@ -129,11 +143,12 @@ class HubClient:
 
     def _with_files(self, target: Target) -> Target:
         """The target with the head of its branch and the names of its files."""
-        info = self._ask(
-            lambda: self.api.model_info(target.repo, revision=target.branch),
-            f"the files of {target.repo} cannot be listed",
-        )
-        return replace(target, head=info.sha, names=tuple(item.rfilename for item in info.siblings or []))
+        failed = f"the files of {target.repo} cannot be listed"
+        info = self._ask(lambda: self.api.model_info(target.repo, revision=target.branch), failed)
+        names = tuple(item.rfilename for item in info.siblings or [])
+        if not all(isinstance(name, str) for name in (info.sha, *names)):
+            raise odd_answer(TypeError("a commit or a file without a name"), failed)
+        return replace(target, head=info.sha, names=names)
 
     def check_card(self, upload: Upload) -> None:
         """Let the Hub check the card's metadata.
@@ -144,7 +159,8 @@ class HubClient:
         content = upload.files[CARD_FILE]
         assert isinstance(content, bytes)
         try:
-            self._ask(ModelCard(content.decode("utf-8")).validate, "the model card cannot be checked", upload.repo)
+            card = ModelCard(content.decode("utf-8"))
+            self._ask(card.validate, "the model card cannot be checked", upload.repo, refused=True)
         except ValueError as error:
             reasons = " ".join(str(error).split())
             raise ConfigError(f"{CARD_FILE}: the Hub refuses the metadata of the model card ({reasons}).") from error
@@ -185,14 +201,23 @@ class HubClient:
                 ),
                 failed,
                 target.repo,
+                refused=True,
             )
         return commit.oid
 
-    def _ask(self, call: Callable[[], T], failed: str, repo: str = "", *, missing: bool = False) -> T:
-        """Make a request that may be repeated; `missing` passes "no such repository" on."""
+    def _ask(
+        self, call: Callable[[], T], failed: str, repo: str = "", *, missing: bool = False, refused: bool = False
+    ) -> T:
+        """Make a request that may be repeated; `missing` passes "no such repository" on, `refused` a ValueError."""
         for wait in (*WAITS, None):
             try:
                 return call()
+            except NO_JSON as error:
+                raise odd_answer(error, failed) from error
+            except ValueError as error:
+                if refused or isinstance(error, (HTTPError, OSError)):
+                    raise
+                raise odd_answer(error, failed) from error
             except (HTTPError, OSError) as error:
                 status = status_of(error)
                 if missing and isinstance(error, RepositoryNotFoundError) and status == 404:
@@ -207,6 +232,19 @@ class HubClient:
         raise AssertionError("the last round returns or raises")
 
 
+def _account(answer: Any) -> tuple[str, dict[str, str | None], dict[str, Any]]:
+    """Who a token belongs to, their role in each organization, and what is known about the token.
+
+    Raises:
+        TypeError, LookupError, AttributeError: the answer is not the Hub's.
+    """
+    roles = {entry["name"]: entry.get("roleInOrg") for entry in answer.get("orgs") or []}
+    access = (answer.get("auth") or {}).get("accessToken") or {}
+    if not all(isinstance(name, str) for name in (answer["name"], *roles)) or not isinstance(access, dict):
+        raise TypeError("a user or an organization without a name")
+    return answer["name"], roles, access
+
+
 @contextmanager
 def _explained(failed: str, repo: str) -> Iterator[None]:
     """Explain the errors of calls that repeat their requests themselves."""
@@ -214,5 +252,5 @@ def _explained(failed: str, repo: str) -> Iterator[None]:
         yield
     except DTFError:
         raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except ANY_TROUBLE as error:
         raise explain(error, failed, repo) from error

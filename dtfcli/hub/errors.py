@@ -1,11 +1,12 @@
 """The errors of the Hub's client: which to retry, how long to wait, and their remedies."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from dtfcli.errors import DTFError, HubError
+from dtfcli.errors import DTFError, HubError, reason_of
 
 # The base of all errors of a request: httpx before huggingface_hub 2, httpx2 since.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -62,8 +63,27 @@ def reason(error: BaseException) -> str:
     return str(status) if status is not None else f"nothing ({type(error).__name__})"
 
 
+ODD_ANSWERS: tuple[type[Exception], ...] = (
+    *(LookupError, TypeError, AttributeError, NameError, ArithmeticError, AssertionError),
+)
+"""What the Hub's client raises when an answer has another form than it expects; besides ValueError."""
+NO_JSON: tuple[type[Exception], ...] = (*ODD_ANSWERS, json.JSONDecodeError)
+ANY_TROUBLE: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError, *ODD_ANSWERS)
+"""What calls raise that repeat their requests themselves."""
+
+
+def odd_answer(error: BaseException, failed: str) -> HubError:
+    """Something answered, but not as the Hub does: a proxy, a login page of a network, another server."""
+    return HubError(
+        f"{failed}: the answer is not the Hub's ({type(error).__name__}: {reason_of(error)}); check the network and "
+        "HF_ENDPOINT, then push again."
+    )
+
+
 def explain(error: BaseException, failed: str, repo: str) -> DTFError:
     """An error with a remedy."""
+    if isinstance(error, NO_JSON):
+        return odd_answer(error, failed)
     status = status_of(error)
     said = getattr(error, "server_message", None)
     detail = f" ({' '.join(str(said).split())[:200]})" if said else ""

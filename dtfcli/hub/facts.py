@@ -161,13 +161,21 @@ def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> 
     folders = [folder for folder in (source.named, source.run) if folder is not None]
     found = [path for folder in folders for path in (folder / EVALUATIONS).glob("*.json")]
     own = []
-    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in sorted(found, key=_written, reverse=True):
         with suppress(ConfigError):  # a damaged or foreign file does not stop a push
             report = EvalReport.read(path, str(path))
             own += [report] if _digest(report) in digests else []
     if found and not own:
         return None, [f"{found[0].parent} has no results of these weights; {remedy} would add them to the card."]
     return next((report for report in own if report.causal), own[0] if own else None), []
+
+
+def _written(path: Path) -> float:
+    """When a file was written; one that cannot be looked at comes last."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _digest(report: EvalReport) -> str | None:

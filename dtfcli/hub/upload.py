@@ -12,16 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from dtfcli.errors import CheckpointError, ConfigError
+from dtfcli.errors import CheckpointError, ConfigError, read_json_object, reading
 from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.card import model_card
 from dtfcli.hub.facts import LocalModel, choose_results, gather_facts
 from dtfcli.hub.leaks import find_leaks
 from dtfcli.loading.adapters import read_adapter_config
+from dtfcli.loading.checks import INDEX, WEIGHTS, check_built_config, check_files, weight_names
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.loading.paths import resolve_model_path
+from dtfcli.models.conversion import ROUTING_FIELD_NAMES
 from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import replaced_folder
 from dtfcli.runs.folder import BEST_MODEL, CURVES_FILE, FINAL_MODEL, MERGED_MODEL, SETTINGS_FILE
@@ -30,7 +34,6 @@ from dtfcli.runs.public import public_name, without_local_traces
 OnProgress = Callable[[str], None]
 
 CARD_FILE = "README.md"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
@@ -39,6 +42,7 @@ _CONFIGS = ("config.json", "generation_config.json")
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _STALE_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
 _UNKNOWN_OWNER = "YOUR-NAME"
+_AGAIN = "save the model again"
 
 
 @dataclass(frozen=True)
@@ -164,9 +168,27 @@ def _open(named: Path, merge_into: Path | None, tell: OnProgress) -> LocalModel:
         folder = _merge(named, merge_into)
     elif is_adapter:
         base = _adapters_base(named, run)
-    config = _read_json(folder / "config.json")
+    config = _checked_config(folder)
     weights = _weight_files(folder) if base is None else [folder / _ADAPTER_WEIGHTS]
     return LocalModel(named, folder, run, base, config, weights)
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder whose files fit it; of a routed model, one that a routed model can be built by.
+
+    Raises:
+        CheckpointError: a file is damaged, or they do not fit each other.
+    """
+    path = folder / "config.json"
+    config = read_json_object(path, _AGAIN)
+    stored = check_files(folder)
+    if str(config.get("model_type", "")).startswith("dynamic_"):
+        with reading(path, _AGAIN, also=(StrictDataclassError,)), quiet_libraries():
+            built = AutoConfig.for_model(**config)
+            check_built_config(path, built, stored)
+        # Fields that an earlier version did not write have their defaults.
+        config = {name: getattr(built, name) for name in ROUTING_FIELD_NAMES} | config
+    return config
 
 
 def _files(source: LocalModel) -> dict[str, bytes | Path]:
@@ -181,7 +203,7 @@ def _files(source: LocalModel) -> dict[str, bytes | Path]:
         files[_ADAPTER_CONFIG] = _cleaned(folder / _ADAPTER_CONFIG)
     files |= {path.name: path for path in source.weights}
     if len(source.weights) > 1:
-        files[_INDEX] = folder / _INDEX
+        files[INDEX] = folder / INDEX
     if run is not None and (run / CURVES_FILE).is_file():
         files[CURVES_FILE] = run / CURVES_FILE
     return files
@@ -221,20 +243,12 @@ def _merge(adapter: Path, folder: Path) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model, without shards of an earlier save."""
-    index = folder / _INDEX
-    names = [_WEIGHTS]
-    if not (folder / _WEIGHTS).is_file() and index.is_file():
-        mapping = _read_json(index).get("weight_map")
-        names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index}: names files outside its folder; save the model again.")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
+    names = weight_names(folder)
+    if not names:
         pickled = next(folder.glob("*.bin"), None)
         found = f", only {pickled.name}, a pickle, which is never uploaded" if pickled else ""
-        what = missing[0] if missing else _WEIGHTS
         raise CheckpointError(
-            f"{folder}: has no {what}{found}. Save it with save_pretrained, which writes safetensors."
+            f"{folder}: has no {WEIGHTS}{found}. Save it with save_pretrained, which writes safetensors."
         )
     return [folder / name for name in names]
 
@@ -245,6 +259,10 @@ def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     entries = mapped.values() if isinstance(mapped, dict) else []
     classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
     modules = sorted({str(name).rpartition(".")[0] for name in classes if "--" not in str(name)})
+    if foreign := [module for module in modules if not module.isidentifier()]:
+        raise CheckpointError(
+            f"{folder}: auto_map in its config.json names {foreign[0]!r}, no file of its folder; {_AGAIN}."
+        )
     found = {folder / f"{module}.py" for module in modules}
     if not found and str(config.get("model_type", "")).startswith("dynamic_"):
         raise CheckpointError(
@@ -254,6 +272,10 @@ def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     try:
         for path in sorted(found):
             found |= {Path(name) for name in get_relative_import_files(path)}
+        if outside := [path for path in found if path.resolve().parent != folder.resolve()]:
+            raise CheckpointError(f"{folder}: its code imports {outside[0]}, outside its folder; {_AGAIN}.")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{folder}: its code is not UTF-8 text; {_AGAIN}.") from error
     except OSError as error:
         missing = Path(error.filename or "").name
         raise CheckpointError(f"{folder}: its code needs {missing}, which is missing; save the model again.") from error
@@ -264,21 +286,11 @@ def _cleaned(path: Path) -> bytes | Path:
     """A JSON file without local traces; the file itself if it has none."""
     if path.suffix != ".json" or path.name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
         return path
-    document = _read_json(path)
+    document = read_json_object(path, _AGAIN)
     clean = without_local_traces(document)
     if clean == document:
         return path
     return (json.dumps(clean, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); save the model again.") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: not a JSON object; save the model again.")
-    return document
 
 
 def _check_leaks(files: dict[str, bytes | Path], source: LocalModel) -> None:

@@ -11,7 +11,6 @@ The notable choices:
 """
 
 import copy
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dtfcli.errors import CheckpointError
+from dtfcli.errors import CheckpointError, read_json_object
+from dtfcli.loading.checks import check_ranks
 from dtfcli.loading.paths import resolve_model_path
 from dtfcli.models.pretrained import is_added
 from dtfcli.settings import Settings
@@ -138,11 +138,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json_object(path, "save it again")
         base = config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: a LoRA adapter whose configuration is damaged ({type(error).__name__}); save it again."
+            f"{path}: a LoRA adapter whose configuration is damaged ({type(error.__cause__ or error).__name__}); "
+            "save it again."
         ) from error
     if not isinstance(base, str) or not base:
         raise CheckpointError(
@@ -163,7 +164,9 @@ def apply_adapter(model: Any, folder: Path) -> Any:
 
     Raises:
         ValueError: tensors are missing from the folder, or do not belong to this model; nothing is drawn afresh.
+        CheckpointError: its files are damaged.
     """
+    check_ranks(folder)
     added = {_PREFIX + name for name in model.state_dict() if is_added(name)}
     with warnings.catch_warnings(action="ignore"):  # of missing keys, which are refused below
         wrapped = PeftModel.from_pretrained(model, str(folder))

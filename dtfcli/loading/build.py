@@ -22,7 +22,7 @@ from dtfcli.data.tokenizer import data_tokenizer
 from dtfcli.errors import ConfigError
 from dtfcli.loading.adapters import read_adapter_config
 from dtfcli.loading.base_configs import BASE_CONFIGS
-from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weights
+from dtfcli.loading.load import base_config, explained_load_errors, load_tokenizer, load_weights
 from dtfcli.loading.paths import resolve_model_path
 from dtfcli.models.configuration_fields import unread_fields
 from dtfcli.models.conversion import convert, routed_config
@@ -46,7 +46,7 @@ def build_model(
     """
     if meta:
         with torch.device("meta"):
-            return _route(_new_dense(_dense_config(settings, tokenizer), settings), settings)
+            return _route(_blank(settings, tokenizer), settings)
     with torch.random.fork_rng():
         torch.manual_seed(settings.run.seed)
         if settings.model.base:
@@ -129,10 +129,16 @@ def _base_config(base: str, revision: str | None, trust_remote_code: bool) -> An
         if source.is_adapter and not (Path(source.path) / "config.json").is_file():
             config = read_adapter_config(Path(source.path))
             return _base_config(config["base_model_name_or_path"], config.get("revision"), trust_remote_code)
-        if source.kind == "gguf":
-            file = Path(source.path)
-            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
-        return AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust_remote_code)
+        return base_config(source, trust_remote_code)
+
+
+def _blank(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """The dense model that a run starts from, without its weights."""
+    config, base = _dense_config(settings, tokenizer), settings.model.base
+    if not base:
+        return _new_dense(config, settings)
+    with explained_load_errors(resolve_model_path(base, settings.model.revision or None)):
+        return _new_dense(config, settings)
 
 
 def _new_dense(config: Any, settings: Settings) -> PreTrainedModel:

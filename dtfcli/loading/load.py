@@ -1,6 +1,6 @@
 """A path → model and tokenizer, whatever kind of path it is; nothing is silently missing."""
 
-import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,22 +8,28 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from dtfcli.errors import CheckpointError, ConfigError, DTFError, HubError
+from dtfcli.errors import BROKEN, CheckpointError, ConfigError, DTFError, HubError, reading, reason_of
 from dtfcli.loading.adapters import apply_adapter, read_adapter_config
+from dtfcli.loading.checks import check_built_config, check_config, check_files
 from dtfcli.loading.devices import DTYPES, has_fast_bfloat16, resolve_device
 from dtfcli.loading.paths import ModelPath, resolve_model_path
 from dtfcli.models.conversion import ROUTING_FIELD_NAMES, convert, load_dense, load_whole
 from dtfcli.quiet import quiet_libraries
+
+_DAMAGE: tuple[type[Exception], ...] = (*BROKEN, SafetensorError, StrictDataclassError, pickle.UnpicklingError)
+"""What damaged files raise in Transformers, peft, safetensors and torch."""
 
 
 def load_model(
@@ -58,9 +64,8 @@ def load_model(
     source = resolve_model_path(path, revision)
     target = resolve_device(str(device))
     with explained_load_errors(source):
-        model = load_weights(
-            source, _load_dtype(source, dtype, target, trust_remote_code), attn_implementation, trust_remote_code
-        )
+        wanted = _load_dtype(source, dtype, target, trust_remote_code)
+        model = load_weights(source, wanted, attn_implementation, trust_remote_code)
     _set_routing(model, None if routing == "auto" else routing, capacity, str(path))
     return model.to(target).eval()  # type: ignore[arg-type]  # wrapped by Transformers without its types
 
@@ -80,7 +85,29 @@ def load_tokenizer(
     if source.kind == "gguf":
         place, options["gguf_file"] = str(Path(source.path).parent), Path(source.path).name
     with explained_load_errors(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(place, revision=source.revision, **options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, revision=source.revision, **options)
+            _try_out(tokenizer)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise ValueError(str(error)) from error  # a bare Exception is all that the library `tokenizers` raises
+    return tokenizer
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Use a tokenizer once: some damage shows only then.
+
+    Raises:
+        TypeError, ValueError, Exception: it cannot be used.
+    """
+    ids = tokenizer("a")["input_ids"]
+    tokenizer.decode(ids)
+    template = tokenizer.chat_template
+    if not isinstance(template, str | dict | None):
+        raise TypeError(f"its chat template is no text but {type(template).__name__}")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise TypeError(f"model_max_length = {tokenizer.model_max_length!r}: not a number")
 
 
 def _resolve_tokenizer_path(path: str | Path, revision: str | None) -> ModelPath:
@@ -98,7 +125,9 @@ def load_weights(
 
     Raises:
         ValueError: weights are missing, or are not known to the model.
+        CheckpointError: a file promises more than the weights hold.
     """
+    _check_promises(source, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -108,6 +137,33 @@ def load_weights(
     if adapter is not None:
         return _load_adapter(adapter, dtype, attn_implementation, trust_remote_code)
     return load_whole(source.path, revision=source.revision, **options)
+
+
+def base_config(source: ModelPath, trust_remote_code: bool) -> Any:
+    """The configuration of a model, checked on its own: its weights may not be here."""
+    place, options = source.path, dict[str, Any]()
+    if source.kind == "gguf":
+        file = Path(source.path)
+        place, options = str(file.parent), {"gguf_file": file.name}
+    elif source.kind == "hub":
+        values, _ = PreTrainedConfig.get_config_dict(source.path, revision=source.revision)
+        check_config(f"{source.path}: config.json", values, None)
+        return AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=trust_remote_code)
+    named = source.path if source.kind == "gguf" else str(Path(place) / "config.json")
+    with reading(named, "save or download the model again", also=(StrictDataclassError,)):
+        try:
+            return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
+        except ValueError as error:
+            raise _wants_code(named, error) or error from error
+
+
+def _check_promises(source: ModelPath, trust_remote_code: bool) -> None:
+    """Refuse a model whose configuration asks for more than its weights, before anything is built."""
+    if source.is_adapter:
+        check_files(Path(source.path))
+        return
+    stored = None if source.kind == "hub" else check_files(Path(source.path))
+    check_built_config(source.path, base_config(source, trust_remote_code), stored)
 
 
 def _adapter_folder(source: ModelPath) -> Path | None:
@@ -140,7 +196,9 @@ def _load_adapter(
             model: Any = load_weights(source, torch.float32, attn_implementation, trust_remote_code)
     except (CheckpointError, HubError) as error:
         raise type(error)(f"{folder}: the base model of this adapter cannot be had. {error}") from error
-    own = AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    own = None
+    if (folder / "config.json").is_file():
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(own, "routed_layer_indices"):
         model = _routed_like(model, own)
     model = apply_adapter(model, folder)
@@ -180,7 +238,7 @@ def _load_dtype(source: ModelPath, dtype: str | torch.dtype, device: torch.devic
         return DTYPES[dtype]
     if source.kind == "gguf" or source.is_adapter:
         return torch.float32
-    own = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust_remote_code).dtype
+    own = base_config(source, trust_remote_code).dtype
     slow_half = own == torch.bfloat16 and not has_fast_bfloat16(device)
     if own is None or slow_half or (own == torch.float16 and device.type == "cpu"):
         return torch.float32
@@ -209,17 +267,29 @@ def explained_load_errors(source: ModelPath, what: str = "model") -> Iterator[No
     """
     try:
         with quiet_libraries():
+            if source.kind != "hub":
+                check_files(Path(source.path))
             yield
     except DTFError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except _DAMAGE as error:
         name = source.path if source.revision is None else f"{source.path}@{source.revision}"
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if (refused := _wants_code(name, error)) is not None:
+            raise refused from error
         if source.kind == "hub" and isinstance(error, OSError):
             raise _hub_error(name, error, what) from error
-        if isinstance(error, json.JSONDecodeError):
-            reason = f"its config.json is not JSON ({reason})"
-        raise CheckpointError(f"{name}: the {what} cannot be loaded. {reason}") from error
+        remedy = f"Save or download the {what} again."
+        raise CheckpointError(f"{name}: the {what} cannot be loaded. {reason_of(error)}. {remedy}") from error
+
+
+def _wants_code(name: str, error: Exception) -> CheckpointError | None:
+    """The error of a model that brings its own code; None: something else is wrong."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return CheckpointError(
+        f"{name}: runs code that comes with it, which is not trusted; read that code, then allow it with "
+        "--trust-remote-code (model.trust_remote_code = true for a base)."
+    )
 
 
 def _hub_error(name: str, error: BaseException, what: str) -> DTFError:

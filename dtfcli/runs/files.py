@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dtfcli.errors import DTFError
+from dtfcli.errors import DTFError, reading
 
 
 @contextmanager
@@ -144,11 +145,28 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """Lines of a metrics.jsonl, up to the first that is damaged; a kill cuts off the last one.
+
+    Raises:
+        CheckpointError: the file cannot be read at all.
+    """
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    with reading(path, "check its permissions, or start a new run"):
+        content = path.read_bytes()
+    for line in content.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            metrics = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
             break
+        if not _is_metrics(metrics):
+            break
+        lines.append(metrics)
     return lines
+
+
+def _is_metrics(line: Any) -> bool:
+    """Whether a line is what `MetricsLog` writes: figures by name, and a whole number for the step."""
+    if not isinstance(line, dict) or not isinstance(line.get("step", 0), int):
+        return False
+    figures = [value for name, value in line.items() if name.startswith(("train/", "val/"))]
+    return all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in figures)

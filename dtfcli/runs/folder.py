@@ -31,7 +31,8 @@ STATE_FILE = "state.json"
 EVALUATIONS = "eval"
 """Results of `dtf eval`, in a run folder or a model folder."""
 
-_CHECKPOINT_NAME = re.compile(r"step-\d+")
+_CHECKPOINT_NAME = re.compile(r"step-\d{1,12}")
+_MOST_PROCESSES = 2**16
 
 
 def new_run_folder(settings: Settings, *, rename: bool) -> Path:
@@ -88,7 +89,7 @@ def run_settings(folder: Path) -> Settings:
         raise CheckpointError(f"{folder}: no run to resume (it has no {SETTINGS_FILE}).{hint}")
     try:
         return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, the run cannot be resumed. Start a new one.") from error
 
 
@@ -126,9 +127,11 @@ def processes_of(run: Path) -> int | None:
     """How many processes trained a run up to its newest checkpoint that can be read; None: there is none."""
     for folder in list_checkpoints(run):
         try:
-            return int(json.loads((folder / STATE_FILE).read_text())["state"]["processes"])
-        except (OSError, ValueError, KeyError, TypeError):
+            found = json.loads((folder / STATE_FILE).read_text("utf-8"))["state"]["processes"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
+        if isinstance(found, int) and 0 < found <= _MOST_PROCESSES:
+            return int(found)
     return None
 
 

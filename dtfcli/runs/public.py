@@ -22,7 +22,7 @@ def run_settings_table(run: Path) -> dict[str, Any]:
     path = run / SETTINGS_FILE
     try:
         return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); copy the model folder elsewhere and push that.") from error
 
 

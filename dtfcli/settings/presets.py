@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from dtfcli.errors import ConfigError, did_you_mean
+from dtfcli.errors import ConfigError, did_you_mean, reason_of
 
 
 def presets_dir() -> Path:
@@ -56,6 +56,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); give a TOML file.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise ConfigError(f"{path}: not valid TOML: {reason_of(error)}; give a TOML file.") from error
 
 
 def read_preset(name: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from dtfcli.runs.files import shared_folder
 from dtfcli.runs.folder import STATE_FILE, checkpoint_folder, list_checkpoints, step_of
 
@@ -89,13 +91,19 @@ def read_state(folder: Path) -> TrainingState:
         ValueError: what is damaged.
     """
     try:
-        content = json.loads((folder / STATE_FILE).read_text())
-        state = TrainingState(**{field.name: content["state"][field.name] for field in fields(TrainingState)})
+        content = json.loads((folder / STATE_FILE).read_text("utf-8"))
+        values = {field.name: content["state"][field.name] for field in fields(TrainingState)}
+        state = TypeAdapter(TrainingState).validate_json(json.dumps(values), strict=True)
         hashes = dict(content["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{STATE_FILE} cannot be read") from error
+    if min(state.step, state.metrics_bytes) < 0 or state.processes < 1:
+        raise ValueError(f"{STATE_FILE} has numbers below zero")
+    root = folder.resolve()
     for name, expected in hashes.items():
         path = folder / name
+        if not path.resolve().is_relative_to(root):
+            raise ValueError(f"{name} lies outside its folder")
         if not path.is_file():
             raise ValueError(f"{name} is missing")
         try:

@@ -58,7 +58,9 @@ def test_the_version_is_the_packages() -> None:
     assert metadata.version("dtfcli") == dtfcli.__version__
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["inspect-routing"], ["env"], ["presets", "list"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["generate"], ["inspect-routing"], ["serve"], ["env"], ["presets", "list"]]
+)
 def test_every_command_explains_itself_with_examples(dtf: Dtf, command: list[str]) -> None:
     result = dtf(*command, "--help")
     assert result.code == 0

@@ -12,6 +12,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -253,8 +254,24 @@ GENERATE = [
     ("generate {model} --prompts empty.txt --output out.jsonl", ["empty.txt", "one on each line"]),
     ("generate {model} --prompts prompts.txt --output taken.toml", ["taken.toml", "exists already"]),
     ("generate {model} --prompts prompts.txt", ["--output FILE.jsonl"]),
+    ("generate {model} --prompts prompts.txt --output out.jsonl --batch-size 0", ["--batch-size 0", "at least 1"]),
     ("generate {model} a --chat", ["chat"]),
     ("generate {model} a --max_new_token 3", ["Did you mean '--max-new-tokens'"]),
+]
+
+SERVE = [
+    ("serve", ["MODEL", "--help"]),
+    ("serve nowhere/at/all --port 0", ["nowhere/at/all", "no such file or folder"]),
+    ("serve folder --port 0", ["folder", "empty folder", "model folder"]),
+    ("serve {model} --port 0 --routing topk", ["topk", "--routing threshold"]),
+    ("serve {dense} --port 0 --routing threshold", ["routing", "dense"]),
+    ("serve {model} --port 0 --capacity 2", ["capacity", "2"]),
+    ("serve {model} --port 0 --device gpu", ["device", "gpu", "cuda"]),
+    ("serve {model} --port many", ["--port", "many"]),
+    ("serve {model} --port 70000", ["--port", "70000", "65535"]),
+    ("serve {model} --host not.an.address.invalid --port 0", ["--host not.an.address.invalid", "localhost"]),
+    ("serve {model} --host 192.0.2.1 --port 0", ["--host 192.0.2.1", "not an address of this machine", "localhost"]),
+    ("serve {model} --continuous-batching", ["--continuous-batching", "paged cache", "Leave it out"]),
 ]
 
 INSPECT = [
@@ -351,6 +368,30 @@ PUSH = [
     ("push {model} me/new --dry-run out --eval-results other.json", ["other.json", "other weights", "dtf eval"]),
     ("push {model} me/new --dry-run out --eval-results empty.json", ["empty.json", "hold no figure"]),
 ]
+
+STRANGERS = [
+    ("generate six.gguf x", ["six.gguf", "cannot be read", "cut off", "download the GGUF file again"]),
+    ("train dtf-smollm2-135m model.base=six.gguf", ["six.gguf", "cut off", "download the GGUF file again"]),
+    ("generate wide x", ["config.json: hidden_size = 1000000000", "more than the weights can have", "again"]),
+    ("generate deep x", ["config.json: num_hidden_layers = 1000000000", "more than the weights can have", "again"]),
+    ("inspect-routing listed x", ["config.json", "holds no JSON object but list", "save or download the model again"]),
+    ("generate text x", ["config.json", "hidden_size = 'wide'", "not a whole number", "again"]),
+    (
+        "generate kernel x",
+        ["config.json", "attn_implementation = 'some/kernel'", "code on the Hub", "take the entry out"],
+    ),
+    ("generate code x", ["code/config.json", "runs code that comes with it", "--trust-remote-code"]),
+    ("generate linked x", ["tokenizer.json", "a link out of its folder", "copy the file there"]),
+    ("generate indexed x", ["model.safetensors.index.json", "names files outside its folder", "again"]),
+    ("generate cut x", ["cut/model.safetensors", "not a safetensors file", "save or download the model again"]),
+    ("generate hot x", ["generation_config.json: temperature = 'hot'", "delete the entry"]),
+    ("generate words x", ["the tokenizer cannot be loaded", "again"]),
+    ("push called me/new --dry-run out", ["auto_map", "'../mine'", "no file of its folder", "save the model again"]),
+    ("push nested me/new --dry-run out", ["config.json", "nested too deeply", "save the model again"]),
+    ("eval {scored} --tasks x --include-path tasks", ["broken.yaml", "cannot be read", "mend the task file"]),
+    ("train --config deep.toml", ["deep.toml", "not valid TOML", "give a TOML file"]),
+]
+"""Files of others: damaged, made to look like what they are not, or leading out of their folder."""
 
 
 @pytest.fixture(scope="module")
@@ -453,6 +494,53 @@ def test_generate(
 ) -> None:
     before = _contents(workplace)
     _check(dtf(*shlex.split(command.format(**folders))), [text.format(**folders) for text in expected])
+    assert _contents(workplace) == before
+
+
+@pytest.mark.parametrize(("command", "expected"), SERVE, ids=[row[0] for row in SERVE])
+def test_serve(
+    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
+) -> None:
+    before = _contents(workplace)
+    _check(dtf(*shlex.split(command.format(**folders))), expected)
+    assert _contents(workplace) == before
+
+
+def _strangers_files(model: Path) -> None:
+    """Copies of a model in the working folder, each with something wrong, and files of other kinds."""
+    changes: dict[str, Any] = {
+        "wide": {"hidden_size": 10**9},
+        "deep": {"num_hidden_layers": 10**9},
+        "text": {"hidden_size": "wide"},
+        "kernel": {"attn_implementation": "some/kernel"},
+        "code": {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}},
+        "called": {"auto_map": {"AutoConfig": "../mine.Config"}},
+    }
+    for name in (*changes, "listed", "linked", "indexed", "cut", "hot", "words", "nested"):
+        config = Path(shutil.copytree(model, name)) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes.get(name, {})))
+    Path("listed/config.json").write_text("[]")
+    Path("nested/config.json").write_text("[" * 100_000)
+    Path("linked/tokenizer.json").unlink()
+    Path("linked/tokenizer.json").symlink_to(model / "tokenizer.json")
+    Path("indexed/model.safetensors").rename("indexed/model-00001-of-00001.safetensors")
+    Path("indexed/model.safetensors.index.json").write_text('{"weight_map": {"x": "../model.safetensors"}}')
+    Path("cut/model.safetensors").write_bytes(b"\xff" * 20)
+    Path("hot/generation_config.json").write_text('{"temperature": "hot"}')
+    Path("words/tokenizer.json").write_text('{"model": 3}')
+    Path("six.gguf").write_bytes(b"GGUF\3\0")
+    Path("deep.toml").write_text("a = " + "[" * 10_000)
+    Path("tasks").mkdir()
+    Path("tasks/broken.yaml").write_text("task: [")
+
+
+@pytest.mark.parametrize(("command", "expected"), STRANGERS, ids=[row[0] for row in STRANGERS])
+def test_strangers_files(
+    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
+) -> None:
+    _strangers_files(Path(folders["dense"]))
+    before = _contents(workplace)
+    _check(dtf(*shlex.split(command.format(**folders))), expected)
     assert _contents(workplace) == before
 
 

@@ -96,7 +96,7 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
     save_file(state, tmp_path / "lost_backbone" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "unknown_type").mkdir()
     (tmp_path / "unknown_type" / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
-    (tmp_path / "unknown_type" / "model.safetensors").write_bytes(b"")
+    shutil.copy(folder / "dense" / "model.safetensors", tmp_path / "unknown_type")
     return {
         "missing": (folder / "routde", f"no such file or folder. Did you mean '{folder}/routed'?"),
         "missing with a revision": (f"{folder}/nothing@main", "no such file or folder"),
@@ -114,8 +114,8 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
         "no weights": (tmp_path / "no_weights", "no weights"),
         "words": (tmp_path / "words", "not a model folder"),
         "day": (folder / "outputs" / "2026-01-01", "inside it are"),
-        "broken config": (tmp_path / "broken_config", "cannot be loaded"),
-        "cut weights": (tmp_path / "cut", "cannot be loaded"),
+        "broken config": (tmp_path / "broken_config" / "config.json", "cannot be read as JSON"),
+        "cut weights": (tmp_path / "cut" / "model.safetensors", "not a safetensors file"),
         "lost router key": (tmp_path / "lost_key", "router.beta_ce"),
         "lost backbone key": (tmp_path / "lost_backbone", "missing: model.layers.1.mlp.up_proj.weight"),
         "unknown type": (tmp_path / "unknown_type", "nonsense"),
@@ -124,8 +124,9 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
 
 def test_wrong_models_are_explained(folder: Path, tmp_path: Path) -> None:
     for name, (path, message) in wrong_models(folder, tmp_path).items():
+        named = Path(path).parent if name in ("broken config", "cut weights") else path
         with pytest.raises(DTFError) as caught:
-            dtfcli.load_model(path, device="cpu")
+            dtfcli.load_model(named, device="cpu")
         text = str(caught.value)
         assert message in text, name
         assert str(path) in text, name

@@ -1,0 +1,54 @@
+"""`dtf serve`: Transformers' OpenAI-style server with a dense or routed model."""
+
+from typing import Annotated
+
+import typer
+
+from dtfcli.cli import options
+from dtfcli.errors import ConfigError
+
+Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0: reachable from other machines.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")]
+ContinuousBatching = Annotated[
+    bool, typer.Option("--continuous-batching", help="Refused: routed layers cannot use its paged cache.")
+]
+
+
+def serve(
+    model: options.Model,
+    host: Host = "localhost",
+    port: Port = 8000,
+    continuous_batching: ContinuousBatching = False,
+    routing: options.Routing = "auto",
+    capacity: options.Capacity = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    attn_implementation: options.AttnImplementation = "sdpa",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Serve a model to OpenAI clients: chat completions, completions and responses, streamed or whole.
+
+    It is the server of `transformers serve`, which cannot open routed models by itself. Ctrl-C ends it.
+
+    \b
+    Examples:
+      dtf serve outputs/2026-01-31/quickstart
+      dtf serve MODEL --host 0.0.0.0 --port 8080
+      dtf serve MODEL --capacity 0.25      # route fewer tokens
+    """
+    if continuous_batching:
+        raise ConfigError(
+            "--continuous-batching: its paged cache holds every token in every layer, a routed layer only those it "
+            "routed. Leave it out; for a dense model: transformers serve MODEL --continuous-batching."
+        )
+    from dtfcli import serving
+    from dtfcli.cli import render
+
+    serving.require_server(host, port)
+    loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
+    loaded, tokenizer = loading.open(model)
+    for remark in serving.require_model(loaded, tokenizer):
+        render.warn(f"{model}: {remark}.")
+    render.note(f"clients call the model {model}")
+    serving.serve(model, loaded, tokenizer, host=host, port=port)

@@ -1,0 +1,92 @@
+"""Answers that are not the Hub's: of a proxy, of a network's login page, or damaged."""
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtfcli.errors import DTFError
+from dtfcli.hub.push import PushOptions, push
+from tests.budget import examples
+from tests.hub.standin import Answer, Handler, Hub
+from tests.strangers.damage import DEEP, changed
+from tests.strangers.test_readers import QUIET
+
+ROUTES = ("whoami", "validate", "create", "info", "refs", "branch", "preupload", "batch", "commit")
+BODIES = (
+    b"",
+    b"<html>Log in</html>",
+    b"[" * DEEP,
+    "ä".encode("utf-16"),
+    b"\xff\xfe",
+    b"{",
+    b"null",
+    b"3",
+    b"[]",
+    b"{}",
+)
+
+
+def spoil(rng: Random, body: Any) -> bytes:
+    """The bytes of a damaged answer."""
+    if rng.random() < 0.3:
+        return rng.choice(BODIES)
+    return json.dumps(changed(rng, {} if body is None else body)[0]).encode()
+
+
+def push_with(rng: Random, route: str, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One push, during which a route answers amiss."""
+    hub.repositories.clear()
+    if rng.random() < 0.5:
+        hub.create("me/new", files={"README.md": b"---\n{}\n---\nold\n"})
+    healthy = getattr(Handler, f"on_{route}")
+
+    def answer(self: Handler, *args: Any, **named: Any) -> Answer:
+        found = healthy(self, *args, **named)
+        return Answer(found.status, json.loads("null") if found.body is None else found.body, "spoiled")
+
+    def send(self: Handler, answer: Answer, retry_after: int | None = None) -> None:
+        is_spoiled = answer.code == "spoiled"
+        content = spoil(rng, answer.body) if is_spoiled else json.dumps(answer.body or {}).encode()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        if answer.code and not is_spoiled:
+            self.send_header("X-Error-Code", answer.code)
+        self.end_headers()
+        self.wfile.write(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Handler, f"on_{route}", answer)
+        patch.setattr(Handler, "_answer", send)
+        try:
+            push(model, "me/new", PushOptions(revision="v1" if route == "branch" else None))
+        except DTFError as error:
+            said = str(error)
+            assert len(said) < 800, said
+            assert said.endswith((".", "?")), said
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_odd_answers(route: str, hub: Hub, healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @settings(max_examples=examples(5), derandomize=True, **QUIET)
+    @given(seed=st.integers(0, 2**32))
+    def cases(seed: int) -> None:
+        push_with(Random(seed), route, hub, healthy / "models" / "dense", monkeypatch)
+
+    cases()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("route", ROUTES)
+def test_odd_answers_many_times(route: str, hub: Hub, healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @settings(max_examples=50, **QUIET)
+    @given(seed=st.integers(0, 2**32))
+    def cases(seed: int) -> None:
+        push_with(Random(seed), route, hub, healthy / "models" / "dense", monkeypatch)
+
+    cases()
