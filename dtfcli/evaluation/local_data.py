@@ -84,9 +84,7 @@ def _check_links(task: str, folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         with reading(file, "put the file itself there", DataError):
             if leads_out(folder, file):
-                raise DataError(
-                    f"{task}: {file}: a link out of its folder, not followed; copy the file there."
-                )
+                raise DataError(f"{task}: {file}: a link out of its folder, not followed; copy the file there.")
 
 
 def _unavailable(task: str, dataset: str, folder: Path | None, data_dir: Path | None, error: Exception) -> str:

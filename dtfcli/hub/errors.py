@@ -64,7 +64,7 @@ def reason(error: BaseException) -> str:
 
 
 ODD_ANSWERS: tuple[type[Exception], ...] = (
-    *(LookupError, TypeError, AttributeError, NameError, ArithmeticError, AssertionError),
+    *(LookupError, TypeError, AttributeError, NameError, ArithmeticError, AssertionError, RecursionError),
 )
 """What the Hub's client raises when an answer has another form than it expects; besides ValueError."""
 NO_JSON: tuple[type[Exception], ...] = (*ODD_ANSWERS, json.JSONDecodeError)
@@ -90,7 +90,7 @@ def explain(error: BaseException, failed: str, repo: str) -> DTFError:
     if any(isinstance(link, OfflineModeIsEnabled) for link in _chain(error)):
         return HubError(f"{failed}: offline mode is on; unset HF_HUB_OFFLINE to push.")
     if status is None and isinstance(error, ValueError):
-        return HubError(f"{failed}: {next(iter(str(error).splitlines()), '')}")
+        return odd_answer(error, failed)
     if status is None:
         return HubError(
             f"{failed}: the Hub cannot be reached ({type(error).__name__}); check the network and try again."

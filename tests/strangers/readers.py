@@ -99,7 +99,7 @@ def _texts(name: str) -> Callable[[Path], Any]:
 def _task(folder: Path) -> Any:
     index = TaskIndex(["arc_easy"], folder / "tasks")  # without the thousands of lm-eval's own
     if "strangers_task" not in index.manager.task_index:
-        raise ConfigError(f"{folder}: the task has another name, or none")
+        raise ConfigError(f"{folder}: the task has another name, or none.")
     jobs = plan_jobs(["strangers_task"], index)
     return load_job(jobs[0], index, folder / "data").requests()
 
