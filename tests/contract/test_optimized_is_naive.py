@@ -227,10 +227,14 @@ def test_routed_layer(family: str, architecture: str, gate: str, mode: str, leng
             stack.step(below, passing)
     entering = passing.hidden_states.clone().requires_grad_()
     surprises = tuple(s.clone().requires_grad_() for s in passing.surprises)
-    how = {"frame": passing.frame, "capacity": passing.frame.capacities[index], **passing.layer_inputs}
+    how = {
+        "frame": passing.frame,
+        "capacity": passing.frame.capacities[index],
+        **passing.layer_inputs["full_attention"],
+    }
     out, scores, selected, _, gates, *_ = layer(entering, *surprises, **how)
 
-    cos, sin = passing.layer_inputs["position_embeddings"]
+    cos, sin = passing.layer_inputs["full_attention"]["position_embeddings"]
     stock = type(layer).__mro__[2]  # the backbone's own decoder layer
     threshold = float(layer.router.threshold("threshold"))
     weight = torch.randn_like(out) * mask.unsqueeze(-1)

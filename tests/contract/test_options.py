@@ -231,12 +231,12 @@ def test_what_a_layer_learns_from(
         with torch.no_grad():
             passing = stack.enter(stack.embed_tokens(input_ids), mask)
         entering = passing.hidden_states.clone().requires_grad_()
-        out = layer(entering, frame=passing.frame, capacity=0.5, **passing.layer_inputs)
+        out = layer(entering, frame=passing.frame, capacity=0.5, **passing.layer_inputs["full_attention"])
     finally:
         model.eval()
         model.set_training_routing("topk")
         model.config.explore = 1.0
-    cos, sin = passing.layer_inputs["position_embeddings"]
+    cos, sin = passing.layer_inputs["full_attention"]["position_embeddings"]
     weight = torch.randn_like(out.hidden_states) * mask.unsqueeze(-1)
     ours = (out.hidden_states * weight).sum() + (out.miss * out.weight).sum() + (out.ranked * mask).sum()
     theirs = torch.zeros(())

@@ -113,7 +113,11 @@ def test_sizes_are_what_skipping_loses(fields: dict[str, str]) -> None:
         states = []
         for enters in (True, False):
             chosen[0, token] = enters
-            how = {"frame": replace(frame, chosen={index: chosen.clone()}), "capacity": 0.5, **passing.layer_inputs}
+            how = {
+                "frame": replace(frame, chosen={index: chosen.clone()}),
+                "capacity": 0.5,
+                **passing.layer_inputs["full_attention"],
+            }
             states.append(layer(passing.hidden_states, **how)[0][0, token])
         assert sizes[token] == pytest.approx((states[0] - states[1]).norm().item(), rel=1e-3)
 
