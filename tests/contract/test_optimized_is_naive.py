@@ -234,7 +234,7 @@ def test_routed_layer(family: str, architecture: str, gate: str, mode: str, leng
     }
     out, scores, selected, _, gates, *_ = layer(entering, *surprises, **how)
 
-    cos, sin = passing.layer_inputs["full_attention"]["position_embeddings"]
+    cos, sin = inputs["position_embeddings"]
     stock = type(layer).__mro__[2]  # the backbone's own decoder layer
     threshold = float(layer.router.threshold("threshold"))
     weight = torch.randn_like(out) * mask.unsqueeze(-1)
