@@ -227,11 +227,8 @@ def test_routed_layer(family: str, architecture: str, gate: str, mode: str, leng
             stack.step(below, passing)
     entering = passing.hidden_states.clone().requires_grad_()
     surprises = tuple(s.clone().requires_grad_() for s in passing.surprises)
-    how = {
-        "frame": passing.frame,
-        "capacity": passing.frame.capacities[index],
-        **passing.layer_inputs["full_attention"],
-    }
+    inputs = passing.layer_inputs["full_attention"]
+    how = {"frame": passing.frame, "capacity": passing.frame.capacities[index], **inputs}
     out, scores, selected, _, gates, *_ = layer(entering, *surprises, **how)
 
     cos, sin = inputs["position_embeddings"]
