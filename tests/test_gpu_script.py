@@ -63,7 +63,7 @@ class TestRehearsal:
 
     def test_each_phase_is_measured_for_each_model(self, rehearsed: Path) -> None:
         cases = read_json(rehearsed / "bench.json")["cases"]
-        assert [case["phase"] for case in cases] == ["train", "prefill", "decode"]
+        assert [case["phase"] for case in cases] == ["train", "prefill", "decode", "decode"]
         train, *inference = cases
         rows = train["report"]["training"]
         assert [row["architecture"] for row in rows] == ARCHITECTURES

@@ -8,15 +8,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from dtfcli.models.conversion import convert
+from dtfcli.models.families import FAMILIES as BACKBONES
 
 VOCABULARY = 97
 FAMILIES = ("llama", "qwen2")
@@ -63,9 +60,8 @@ SHAPE = {
 def dense_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A dense model in eval mode, float32."""
     torch.manual_seed(seed)
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SHAPE | changes)).eval()
-    return Qwen2ForCausalLM(Qwen2Config(**SHAPE | changes)).eval()
+    stock = BACKBONES[family]
+    return stock.dense_model(stock.dense_config(**SHAPE | {"pad_token_id": None} | changes)).eval()
 
 
 def routed_model(
