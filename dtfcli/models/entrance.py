@@ -42,6 +42,7 @@ class EntranceMixin(StockStack):
     """Whether rotary embeddings differ with the kind of attention, as in Gemma 3."""
     triton_kernels: bool
     routed: tuple[int, ...]
+    kinds: tuple[str, ...]
     routers: Mapping[int, Router]
     mode: str
     explores: bool
@@ -141,7 +142,7 @@ class EntranceMixin(StockStack):
     ) -> dict[str, dict[str, Any]]:
         """What layers take besides hidden states, for each kind of attention there is."""
         inputs = {}
-        for kind in {self.config.layer_kind(index) for index in range(len(self.layers))}:
+        for kind in set(self.kinds):
             by_kind = (kind,) if self.rotary_by_kind else ()
             embeddings = self.rotary_emb(inputs_embeds, position_ids, *by_kind)
             inputs[kind] = {"attention_mask": mask(kind), CACHE_NAME: cache, "position_embeddings": embeddings}

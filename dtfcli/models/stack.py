@@ -31,6 +31,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
 
     Attributes:
         routed: indices of the routed layers.
+        kinds: of each layer's attention: with or without a sliding window.
         training_mode: how training routes, "topk" or "threshold".
         training_capacities: γ of each routed layer while training, where it is not the model's own.
         capacity_override: γ of all routed layers in eval; None: the model's own.
@@ -50,6 +51,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
             if config.by_surprise:
                 self.layers[index - 1] = self.decision_layer_class(config, index - 1)
         self.routed = tuple(config.routed_layer_indices)
+        self.kinds = tuple(config.layer_kind(index) for index in range(len(self.layers)))
         self.training_mode = "topk"
         self.training_capacities: Mapping[int, float] | None = None
         self.capacity_override: float | None = None
@@ -215,7 +217,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
     def step(self, index: int, passing: Pass, **kwargs: Any) -> None:
         """Take a batch through one layer."""
         layer, hidden_states = self.layers[index], passing.hidden_states
-        inputs = passing.layer_inputs[self.config.layer_kind(index)]
+        inputs = passing.layer_inputs[self.kinds[index]]
         if isinstance(layer, RoutedLayerMixin):
             static, change = passing.surprises or (None, None)
             out = self.route(index, passing, passing.frame, **kwargs)
@@ -246,7 +248,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
 
     def route(self, index: int, passing: Pass, frame: RoutingFrame, **kwargs: Any) -> RoutedOutput:
         """What a routed layer makes of a batch before it."""
-        inputs = passing.layer_inputs[self.config.layer_kind(index)]
+        inputs = passing.layer_inputs[self.kinds[index]]
         how = {"frame": frame, "capacity": frame.capacities[index], **inputs}
         return RoutedOutput(*self.layers[index](passing.hidden_states, *passing.surprises, **how, **kwargs))
 
