@@ -1,5 +1,5 @@
 # make quickstart   train a small model here, in minutes, and look at what it does
-# make test         the quick tests, while you work: under five minutes on two cores
+# make test         the quick tests, while you work: about six minutes on two cores
 # make test-all     all tests, what CI runs: about half an hour on two cores
 # make check        lint, format, types, and who imports whom
 # make docs         check that the generated pages of docs/ are current
