@@ -139,10 +139,11 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
     def _looks_at(self, inputs_embeds: Tensor, asked: Mapping[str, Any]) -> bool:
         """Whether the layers of a pass over these look at how many tokens enter."""
         free = inputs_embeds.device.type == "cpu" if self.looks is None else self.looks
+        if free or self.training or self.mode not in CAUSAL_MODES:
+            return True
         # What is captured on the way has to be that of a single run.
         captured = ("output_hidden_states", "output_attentions")
-        captures = any(asked.get(name, getattr(self.config, name, False)) for name in captured)
-        return free or captures or self.training or self.mode not in CAUSAL_MODES
+        return any(asked.get(name, getattr(self.config, name, False)) for name in captured)
 
     def _holds(self, passing: Pass, attention_mask: Tensor | None) -> bool:
         """Whether what was assumed without a look was right: every token had a slot, and a row alone has no padding."""
