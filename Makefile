@@ -1,21 +1,22 @@
 # make quickstart   train a small model here, in minutes, and look at what it does
 # make test         the quick tests, while you work: about six minutes on two cores
-# make test-all     all tests, what CI runs: about half an hour on two cores
+# make test-all     all tests, what CI runs: about half an hour on two cores; then test-lowest
+# make test-lowest  the promises on the lowest versions that pyproject.toml allows; makes .venv-lowest first
 # make check        lint, format, types, and who imports whom
 # make docs         check that the generated pages of docs/ are current
-# Each makes .venv first when it is missing or pyproject.toml has changed.
+# Each makes its environment first when it is missing or pyproject.toml has changed.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all check docs
+.PHONY: help quickstart test test-all test-lowest check docs
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -35,6 +36,24 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
+	$(MAKE) test-lowest
+
+# What meets the libraries: caches, conversion, saved models, settings, the loop, the Hub, a benchmark, the commands.
+MEETING := tests/contract/test_cache.py tests/contract/test_families.py tests/contract/test_lossless_conversion.py \
+	tests/contract/test_stock_clients.py tests/loading tests/settings tests/training/test_loop.py tests/hub/test_push.py \
+	tests/evaluation/test_evaluate.py tests/cli/test_cli.py tests/test_deprecations.py
+LOWEST := .venv-lowest
+
+$(LOWEST)/.installed: pyproject.toml tools/lowest.py
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) -m tools.lowest > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile --constraint $(LOWEST)/lowest.txt --editable '.[gguf]' \
+		hypothesis psutil pytest pytest-xdist || { echo "make test-lowest: pip could not install the lowest versions in \
+	pyproject.toml (above: why). Without a package registry, run the other targets one by one." >&2; exit 1; }
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed
+	HYPOTHESIS_PROFILE=dev $(LOWEST)/bin/python -m pytest $(PARALLEL) -m "not slow and not long and not gpu" $(MEETING)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

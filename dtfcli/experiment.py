@@ -212,6 +212,7 @@ def preview(settings: Settings, processes: int | None = None, accelerator: str =
         micro_batch_size=settings.training.micro_batch_size,
         dtype=dtype,
         checkpointing=settings.training.gradient_checkpointing,
-        parent=settings.distill.enabled and not settings.lora.enabled,  # with LoRA it shares the model's tensors
+        parent=settings.distill.enabled and not settings.shares_parent,
+        nf4=settings.lora.quantize == "nf4",
     )
     return Preview(settings, account, plan_run(settings, None), scaling)

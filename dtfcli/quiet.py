@@ -24,6 +24,15 @@ _WITHOUT_SWITCH = (
     "lm_eval.models.huggingface",
 )
 
+_AT_IMPORT = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Of kernels for other devices that were not found, and torch of torchao's enumerations."""
+
+
+def quiet_imports() -> None:
+    """Silence what libraries of quantization remark when they are imported: peft imports those that are installed."""
+    for name in _AT_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 
 @contextmanager
 def quiet_libraries(*, bars: bool = False, verbose: bool = False, prints: bool = False) -> Iterator[None]:

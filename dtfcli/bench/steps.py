@@ -102,8 +102,8 @@ def bench_training(
         entries += [_Entry(architecture, share, model, _OwnObjective(model)) for share in options.capacities]
     check_kernels(options.kernels, dense.device)
     for model in (dense, *routed.values()):
-        if options.kernels == "liger":
-            use_liger(model)
+        if options.kernels == "liger" and (left := use_liger(model)):
+            tell(f"torch runs {', '.join(left)}, for which Liger has no kernel")
         if options.compiled:
             compile_layers(model)
 

@@ -58,7 +58,11 @@ DataDir = Annotated[
 ]
 IncludePath = Annotated[
     Path | None,
-    typer.Option("--include-path", help="A folder with your own lm-eval task files (.yaml).", show_default=False),
+    typer.Option(
+        "--include-path",
+        help="A folder with your own lm-eval task files (.yaml); Python code in them needs --trust-remote-code.",
+        show_default=False,
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -89,6 +93,7 @@ def evaluate(
     attn_implementation: options.AttnImplementation = "sdpa",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    quantize: options.Quantize = None,
     json: options.Json = False,
 ) -> None:
     """Score models on benchmarks with lm-evaluation-harness; several models are compared item by item.
@@ -100,6 +105,7 @@ def evaluate(
       dtf eval outputs/2026-01-31/quickstart
       dtf eval MODEL --tasks general --limit 20 --data-dir benchmarks
       dtf eval MODEL --tasks arc_easy,mmlu_anatomy --capacity 0.25
+      dtf eval MODEL --tasks arc_easy --quantize int8
       dtf eval outputs/2026-01-31/quickstart outputs/2026-01-31/mod outputs/2026-01-31/dense
     """
     from dtfcli.cli import eval_view
@@ -107,7 +113,9 @@ def evaluate(
 
     _check(models, output)
     sources = [resolve_model_path(model, revision) for model in models]
-    loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
+    loading = options.Loading(
+        routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code, quantize
+    )
 
     with eval_view.EvalProgress(several=len(models) > 1) as show:
         from dtfcli.evaluation.plan import EvalOptions, make_plan
@@ -120,6 +128,7 @@ def evaluate(
             data_dir=data_dir,
             include_path=include_path,
             confirm_run_unsafe_code=confirm_run_unsafe_code,
+            trust_remote_code=trust_remote_code,
             verbose="--debug" in sys.argv,
         )
         candidates = [Candidate(m, source, partial(loading.open, m)) for m, source in zip(models, sources, strict=True)]

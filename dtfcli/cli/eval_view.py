@@ -96,12 +96,14 @@ def _top_level(report: "EvalReport") -> list[str]:
 
 
 def _heading(report: "EvalReport") -> str:
+    weights = f", weights in {report.quantize}" if report.quantize else ""
     if report.architecture == "dense":
-        return f"{report.model}: dense, {report.device} {report.dtype}"
+        return f"{report.model}: dense, {report.device} {report.dtype}{weights}"
     causal = "causal" if report.causal else "NOT causal: each token's path depends on later ones"
     share = report.routed_share["overall"] if report.routed_share else None
     routed = f", {share:.0%} of the tokens routed" if share is not None else ""
-    return f"{report.model}: {report.architecture}, routing {report.routing} ({causal}), γ {report.capacity}{routed}"
+    how = f"routing {report.routing} ({causal}), γ {report.capacity}{routed}{weights}"
+    return f"{report.model}: {report.architecture}, {how}"
 
 
 def show_report(report: "EvalReport") -> None:

@@ -3,6 +3,7 @@
 import json as json_module
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,7 @@ def generate(
     attn_implementation: options.AttnImplementation = "sdpa",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    quantize: options.Quantize = None,
     json: options.Json = False,
 ) -> None:
     """Continue a prompt; the text appears as it is written, and stdout holds the continuation alone.
@@ -67,20 +69,19 @@ def generate(
       dtf generate outputs/2026-01-31/quickstart "def main("
       dtf generate MODEL "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
       dtf generate MODEL "import " --capacity 0.25      # route fewer tokens
+      dtf generate MODEL "import " --quantize int8      # weights in 8 bits
       echo "A sentence to continue:" | dtf generate MODEL
       dtf generate MODEL --prompts prompts.jsonl --output answers.jsonl --batch-size 32
     """
     from dtfcli.cli import generate_view, render
-    from dtfcli.generation import Sampling
+    from dtfcli.generation import Sampling, generate_many
+    from dtfcli.generation import generate as continue_text
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     asked = _prompts(prompt, prompts, output, json)
-    loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
-    loaded, tokenizer = loading.open(model)
+    how_to_load = (routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code, quantize)
+    loaded, tokenizer = options.Loading(*how_to_load).open(model)
     how: dict[str, Any] = {"chat": chat, "use_cache": not no_cache}
-
-    from dtfcli.generation import generate as continue_text
-    from dtfcli.generation import generate_many
 
     if asked is None:
         from dtfcli.cli.interactive import Chat, run
@@ -90,7 +91,8 @@ def generate(
         found = generate_many(loaded, tokenizer, asked, sampling, **how, batch_size=batch_size)
         _keep_continuations(render.track(found, len(asked), "generating"), output, json)
     elif json:
-        render.emit_json(continue_text(loaded, tokenizer, asked, sampling, **how))
+        document = asdict(continue_text(loaded, tokenizer, asked, sampling, **how))
+        render.emit_json(document if quantize is None else document | {"quantization": loaded.quantization})
     else:
         result = continue_text(loaded, tokenizer, asked, sampling, **how, on_text=render.write)
         render.write("\n")

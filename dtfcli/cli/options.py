@@ -77,6 +77,19 @@ Capacity = Annotated[
     ),
 ]
 
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(
+        "--quantize",
+        help=(
+            "Hold the backbone's projections in 8 or 4 bits a weight, and say what it cost: int8 changes little, int4 "
+            "takes less memory and costs more. Routers and thresholds stay as they are."
+        ),
+        show_default=False,
+        rich_help_panel=COMMON,
+    ),
+]
+
 
 def complete_preset(incomplete: str) -> list[tuple[str, str]]:
     """Preset names, each with what it is for."""
@@ -112,10 +125,20 @@ class Loading:
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    quantize: str | None = None
 
     def open(self, model: str) -> tuple[Any, Any]:
-        """Model and tokenizer; imports torch and Transformers."""
+        """Model and tokenizer; what quantizing cost is said on stderr. Imports torch and Transformers."""
         from dtfcli.loading.load import load_model, load_tokenizer
 
-        loaded = load_model(model, **asdict(self))
+        loading = asdict(self)
+        kind = loading.pop("quantize")
+        if kind is not None:
+            from dtfcli.cli import render
+            from dtfcli.cost.quantized import in_words, load_quantized
+
+            loaded, tokenizer, done = load_quantized(model, kind, loading)
+            render.note(f"{model}: {in_words(done)}")
+            return loaded, tokenizer
+        loaded = load_model(model, **loading)
         return loaded, load_tokenizer(model, revision=self.revision, trust_remote_code=self.trust_remote_code)

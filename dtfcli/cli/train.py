@@ -48,6 +48,13 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything, show settings, size and cost of the model, and stop."),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the base model (model.trust_remote_code=true); --resume asks for it anew.",
+    ),
+]
 Accelerator = Annotated[
     str,
     typer.Option(
@@ -66,6 +73,7 @@ def train(
     num_processes: NumProcesses = None,
     dry_run: DryRun = False,
     accelerator: Accelerator = "",
+    trust_remote_code: TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Train a model: DTF, MoD or dense, from scratch or from a pretrained one.
@@ -86,11 +94,12 @@ def train(
         if dry_run or config is not None:
             option = "--dry-run" if dry_run else "--config"
             raise ConfigError(f"{option}: a resumed run keeps the settings it began with; leave it out.")
-        _resume(list(arguments or ()), num_processes, json)
+        _resume(list(arguments or ()), num_processes, trust_remote_code, json)
         return
     from dtfcli.settings import load_settings
 
     preset, overrides = options.split_preset(arguments)
+    overrides = [*overrides, *(["model.trust_remote_code=true"] if trust_remote_code else [])]
     settings = load_settings(preset, overrides, config)
     if dry_run:
         _dry_run(settings, num_processes, accelerator, json)
@@ -123,13 +132,13 @@ def _launched(settings: "Settings", processes: int | None) -> bool:
     return True
 
 
-def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
+def _resume(arguments: list[str], processes: int | None, trusted: bool, json: bool) -> None:
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
     if overrides:
         raise ConfigError(f"{overrides[0]}: a resumed run keeps the settings it began with; leave it out.")
     if len(arguments) > 1:
         raise ConfigError(f"--resume takes one run folder, not {len(arguments)}: {' '.join(arguments)}.")
-    from dtfcli.runs.folder import locked, newest_run, processes_of, run_settings
+    from dtfcli.runs.folder import SETTINGS_FILE, locked, newest_run, processes_of, run_settings
     from dtfcli.settings.overrides import environment_name
 
     if arguments and arguments[0]:
@@ -137,6 +146,11 @@ def _resume(arguments: list[str], processes: int | None, json: bool) -> None:
     else:
         folder = newest_run(Path(os.environ.get(environment_name("run.output_dir"), "outputs")))
     settings = run_settings(folder)
+    if settings.model.trust_remote_code and not trusted:  # the folder may be somebody else's
+        raise ConfigError(
+            f"{folder / SETTINGS_FILE}: model.trust_remote_code = true: code that comes with {settings.model.base} "
+            "would run; if you trust it, add --trust-remote-code."
+        )
     if "WORLD_SIZE" not in os.environ:  # else one of the others may be at work already
         with locked(folder):
             pass  # reported before any process is started

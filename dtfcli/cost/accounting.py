@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from dtfcli.loading.quantization import NF4_BYTES, numel, projections
 from dtfcli.models.losses import CHUNK_ELEMENTS
 from dtfcli.models.pretrained import is_added
 
@@ -58,6 +59,7 @@ def describe(
     dtype: str,
     checkpointing: bool | str,
     parent: bool = False,
+    nf4: bool = False,
 ) -> Account:
     """Count a model.
 
@@ -68,6 +70,7 @@ def describe(
         dtype: precision of the computation: float32, bfloat16 or float16.
         checkpointing: `training.gradient_checkpointing`: whether activations are recomputed.
         parent: whether a frozen copy of the backbone is kept to learn from.
+        nf4: whether the projections will be held in nf4; the model still has them whole.
     """
     named = list(model.named_parameters())
     flops = forward_flops_per_token(model, seq_len)
@@ -78,8 +81,20 @@ def describe(
         flops_per_token=flops,
         share_of_dense=flops / forward_flops_per_token(model, seq_len, dense=True),
         training_bytes=_training_bytes(model, seq_len, micro_batch_size, BYTES[dtype], checkpointing)
-        + (BYTES[dtype] * sum(p.numel() for name, p in named if not is_added(name)) if parent else 0),
+        + (BYTES[dtype] * sum(p.numel() for name, p in named if not is_added(name)) if parent else 0)
+        - (int(sum(nf4_savings(model, BYTES[dtype]))) if nf4 else 0),
     )
+
+
+def nf4_savings(model: nn.Module, width: int) -> tuple[float, float]:
+    """Bytes that projections in nf4 save of a model's float32 weights, and of autocast's copies.
+
+    Args:
+        model: with its projections whole.
+        width: bytes of a number in the precision of the computation.
+    """
+    weights = sum(layer.weight.numel() for _, layer in projections(model))
+    return weights * (4 - NF4_BYTES), float(weights * width if width < 4 else 0)
 
 
 def forward_flops_per_token(
@@ -133,7 +148,7 @@ def training_step_flops(model: Any, seq_len: int) -> float:
         for layer, share in shares.items():
             attention = model.model.layers[layer].self_attn
             for weight in (attention.k_proj.weight, attention.v_proj.weight):
-                flops -= 2.0 * (1 + weight.requires_grad) * share * weight.numel()
+                flops -= 2.0 * (1 + weight.requires_grad) * share * numel(weight)
     return flops + (_learning_flops(model, shares, seq_len) if shares else 0.0)
 
 
@@ -159,7 +174,7 @@ def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> fl
         elif is_routed(config, name):
             for_all = "k_proj" in name or "v_proj" in name  # explored tokens see the keys of tokens that entered
             seen = float(more > 0 and not config.keeps_every_key) if for_all else 0.0
-            flops += 2.0 * (more + seen) * parameter.numel()
+            flops += 2.0 * (more + seen) * numel(parameter)
     return flops
 
 
@@ -195,7 +210,7 @@ def _matrix_flops(
             share = shares.get(layer, 1.0) if is_routed(config, name) else 1.0
             if _every_key(config) and layer in shares and ("k_proj" in name or "v_proj" in name):
                 share += 1.0  # keys and values of all tokens, and again of the routed ones
-            yield parameter, 2.0 * parameter.numel() * share
+            yield parameter, 2.0 * numel(parameter) * share
 
 
 def routed_shares(config: Any, seq_len: int) -> dict[int, float]:

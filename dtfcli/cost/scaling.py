@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 
-from dtfcli.cost.accounting import BYTES, LAYER, activation_bytes, forward_flops_per_token, training_step_flops
+from dtfcli.cost.accounting import (
+    BYTES,
+    LAYER,
+    activation_bytes,
+    forward_flops_per_token,
+    nf4_savings,
+    training_step_flops,
+)
 from dtfcli.errors import ConfigError, did_you_mean
 from dtfcli.loading.devices import compute_dtype, resolve_device
 from dtfcli.models.pretrained import is_added
@@ -121,13 +128,14 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
     copies = float(width * every if width < 4 else 0)
     if sharded:
         copies = 2.0 * width * max(layers.values()) + 4.0 * (outside + trained_outside)
+    saved = nf4_savings(model, width) if settings.lora.quantize == "nf4" else (0.0, 0.0)
     flops = training_step_flops(model, length)
     if training.gradient_checkpointing is True:  # "selective" keeps what was multiplied
         flops += forward_flops_per_token(model, length)
     parent = 0.0  # bytes of a dense parent to learn from
     if settings.distill.enabled:
         flops += forward_flops_per_token(model, length, dense=True)
-        if not settings.lora.enabled:  # with LoRA it shares the model's tensors
+        if not settings.shares_parent:
             parent = float(width * sum(p.numel() for name, p in named if not is_added(name)))
     tokens = settings.tokens_per_update / processes
     micro_batches = settings.accumulation_steps(processes)
@@ -137,10 +145,10 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
         processes=processes,
         sharding=training.sharding,
         accelerator=accelerator,
-        weights=4 * every / parts,
+        weights=4 * every / parts - saved[0],
         gradients=4 * trained / parts,
         optimizer=8 * trained / parts,
-        copies=copies + parent,
+        copies=copies - saved[1] + parent,
         activations=activation_bytes(
             model, length, training.micro_batch_size, width, checkpointing=training.gradient_checkpointing
         ),

@@ -19,7 +19,7 @@ from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.evaluation.local_data import Origin, evaluated_split, fewshot_split, task_data
 from dtfcli.evaluation.report import Items, Metric, TaskScore, is_causal, shares_of
 from dtfcli.evaluation.suites import Job, TaskIndex
-from dtfcli.evaluation.task_files import explained_task_errors
+from dtfcli.evaluation.task_files import explained_task_errors, sandboxed_templates
 
 SEED = 1234
 """lm-eval's own default for few-shot sampling, NumPy and torch."""
@@ -48,6 +48,7 @@ class LoadedJob:
         """Everything that the answers depend on, except the model."""
         return {name: {**task.dump_config(), "splits": str(task.dataset)} for name, task in self.tasks.items()}
 
+    @sandboxed_templates()
     def requests(self) -> int:
         """The number of requests; an estimate until `score` has built them."""
         total = 0
@@ -66,7 +67,7 @@ def load_job(job: Job, index: TaskIndex, data_dir: Path | None) -> LoadedJob:
         ConfigError: a task file is wrong.
     """
     explained = explained_task_errors(job.name, index.manager.task_index.get(job.name), data_dir)
-    with task_data(data_dir) as origins, explained:
+    with task_data(data_dir) as origins, sandboxed_templates(), explained:
         loaded = index.manager.load([job.name])
     for name, task in loaded["tasks"].items():
         own = task.get_config("num_fewshot")
@@ -91,13 +92,14 @@ def score(
     np.random.seed(SEED)
     torch.manual_seed(SEED)
     lm.begin(store)
-    found: Any = lm_evaluate(
-        lm=lm,
-        task_dict=loaded.loaded,
-        limit=loaded.job.limit,
-        log_samples=True,
-        confirm_run_unsafe_code=unsafe_code,
-    )
+    with sandboxed_templates():
+        found: Any = lm_evaluate(
+            lm=lm,
+            task_dict=loaded.loaded,
+            limit=loaded.job.limit,
+            log_samples=True,
+            confirm_run_unsafe_code=unsafe_code,
+        )
     tasks, own = loaded.tasks, loaded.job.name
     items = {name: _items(found["samples"][name], task) for name, task in tasks.items()}
     results = {

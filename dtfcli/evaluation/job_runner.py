@@ -23,6 +23,7 @@ from dtfcli.evaluation.report import Items, TaskScore, is_causal, model_hash, ru
 from dtfcli.evaluation.suites import VALIDATION_TEXT, Job
 from dtfcli.evaluation.validation_text import HeldOut, held_out_rows, score_rows
 from dtfcli.loading.paths import ModelPath
+from dtfcli.loading.quantization import quantization_of
 from dtfcli.shares import ShareMeter, measured_shares
 
 _PACKAGES = ("dtfcli", "lm_eval", "torch", "transformers", "datasets")
@@ -178,6 +179,8 @@ class JobRunner:
             "positions": lm.max_length,
             "versions": versions(),
         }
+        if (quantized := quantization_of(lm.model)) is not None:
+            circumstances |= {"quantize": quantized.kind, "torchao": importlib.metadata.version("torchao")}
         return self.state / f"{job.job.name}-{fingerprint(circumstances)}.jsonl"
 
     def _run_held_out(self, text: HeldOut) -> None:

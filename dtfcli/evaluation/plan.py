@@ -24,6 +24,7 @@ class EvalOptions:
         data_dir: a folder of datasets (`<owner>/<name>/…`), used instead of the Hub.
         include_path: a folder of lm-eval task files.
         confirm_run_unsafe_code: allow tasks that run code which the model writes.
+        trust_remote_code: allow files of `include_path` to name Python code, which then runs.
         verbose: show what lm-eval prints.
     """
 
@@ -33,6 +34,7 @@ class EvalOptions:
     data_dir: str | Path | None = None
     include_path: str | Path | None = None
     confirm_run_unsafe_code: bool = False
+    trust_remote_code: bool = False
     verbose: bool = False
 
 
@@ -80,7 +82,7 @@ def make_plan(tasks: str | Sequence[str] = "quick_test", options: EvalOptions | 
         raise ConfigError(f"--data-dir {options.data_dir}: no such folder; it holds datasets as OWNER/NAME/….")
     include = Path(options.include_path).expanduser() if options.include_path is not None else None
     with quiet_libraries(verbose=options.verbose):
-        index = TaskIndex(names, include)
+        index = TaskIndex(names, include, options.trust_remote_code)
     jobs = plan_jobs(names, index, options.num_fewshot, options.limit)
     unsafe = [leaf for job in jobs for leaf, config in index.configs(job.name) if config.get("unsafe_code")]
     if unsafe and not options.confirm_run_unsafe_code:

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dtfcli.errors import ConfigError, DTFError, reason_of
 from dtfcli.loading.paths import ModelPath, weights_hash
+from dtfcli.loading.quantization import plain_tensors
 from dtfcli.models.configuration_fields import CAUSAL_MODES, ROUTING_MODES
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, SETTINGS_FILE
 from dtfcli.shares import ShareMeter
@@ -118,6 +119,8 @@ class EvalReport:
         started: UTC.
         seconds: of this run of the command.
         reused: requests answered by an earlier run that was stopped.
+        quantize: int8 or int4, where the model's weights were quantized for the evaluation; None: they were plain.
+        quantization: what that changed (`loading.quantization.Quantization`).
     """
 
     model: str = ""
@@ -140,6 +143,8 @@ class EvalReport:
     started: str = ""
     seconds: float = 0.0
     reused: int = 0
+    quantize: str | None = None
+    quantization: dict[str, Any] | None = None
     items: dict[str, Items] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -302,7 +307,8 @@ def model_hash(model: Any, source: ModelPath | None) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in plain_tensors(tensor):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -3,7 +3,7 @@
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dtfcli.evaluation.plan import EvalOptions, EvalPlan, make_plan
 from dtfcli.evaluation.report import EvalReport, check_writable, is_causal, results_folder, save, shares_of
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.loading.paths import ModelPath, resolve_model_path
+from dtfcli.loading.quantization import quantization_of
 from dtfcli.quiet import quiet_libraries
 
 UNFINISHED = "unfinished"
@@ -57,7 +58,7 @@ def evaluate(
         routing, capacity: for the evaluation; None: the model's own. A loaded model keeps them afterwards.
         on_event: called with every `EvalEvent`.
         options: fields of `EvalOptions`: limit, num_fewshot, batch_size, data_dir, include_path,
-            confirm_run_unsafe_code.
+            confirm_run_unsafe_code, trust_remote_code (of task files).
 
     Returns:
         The report; nothing is written.
@@ -158,6 +159,7 @@ def run_plan(
             stores = runner.run(runner.load())
         except torch.OutOfMemoryError as error:
             raise DTFError("out of memory: lower --batch-size.") from error
+    quantized = quantization_of(model)
     report = EvalReport(
         model=candidate.name,
         model_hash=runner.hash,
@@ -179,6 +181,8 @@ def run_plan(
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - clock, 3),
         reused=runner.reused,
+        quantize=None if quantized is None else quantized.kind,
+        quantization=None if quantized is None else asdict(quantized),
         items=runner.items,
     )
     return report, stores

@@ -105,18 +105,23 @@ def plan_jobs(
 class TaskIndex:
     """All known tasks, with the content of their files."""
 
-    def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
+    def __init__(self, names: Sequence[str], include_path: Path | None = None, trusted: bool = False) -> None:
         """Read the task files of the suites; read all of lm-eval's only if `names` has other tasks.
 
+        Args:
+            names: suites, tasks, groups, tags.
+            include_path: a folder of more task files.
+            trusted: whether these may name Python code.
+
         Raises:
-            ConfigError: `include_path` is not a folder of task files.
+            ConfigError: `include_path` is not a folder of task files, or one of these names code without trust.
         """
         if include_path is not None and not include_path.is_dir():
             raise ConfigError(f"--include-path {include_path}: no such folder; give one with .yaml task files.")
         if include_path is not None and not any(include_path.rglob("*.yaml")):
             raise ConfigError(f"--include-path {include_path}: has no .yaml task files.")
         if include_path is not None:
-            check_task_files(include_path)
+            check_task_files(include_path, trusted)
         mine = [include_path] if include_path is not None else []
         root = Path(lm_eval.__file__).parent / "tasks"
         folders = [root / name for name in _SUITE_FOLDERS]

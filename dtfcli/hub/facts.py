@@ -144,10 +144,15 @@ def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> 
         label: names the given one in messages.
 
     Raises:
-        ConfigError: the given one measured other weights.
+        ConfigError: the given one measured other weights, or these in fewer bits.
     """
     digests = [weights_hash(folder) for folder in _same_weights(source)]
     remedy = f"`dtf eval {source.named}`"
+    if given is not None and given.quantize:
+        raise ConfigError(
+            f"{label}: measured the model with weights in {given.quantize}, and plain ones are pushed; run {remedy} "
+            "without --quantize."
+        )
     if given is not None:
         measured = _digest(given)
         if measured is None:
@@ -164,7 +169,7 @@ def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> 
     for path in sorted(found, key=_written, reverse=True):
         with suppress(ConfigError):  # a damaged or foreign file does not stop a push
             report = EvalReport.read(path, str(path))
-            own += [report] if _digest(report) in digests else []
+            own += [report] if _digest(report) in digests and not report.quantize else []
     if found and not own:
         return None, [f"{found[0].parent} has no results of these weights; {remedy} would add them to the card."]
     return next((report for report in own if report.causal), own[0] if own else None), []

@@ -1,5 +1,10 @@
 """The one place that builds and opens models.
 
 In: settings, or a path that names a model. Out: a model and its tokenizer.
-`paths` says what MODEL means, `build` makes a model from settings, `load` opens one, `adapters` is LoRA.
+`paths` says what MODEL means, `build` makes a model from settings, `load` opens one, `adapters` is LoRA,
+`quantization` puts weights into fewer bits.
 """
+
+from dtfcli.quiet import quiet_imports
+
+quiet_imports()

@@ -25,6 +25,8 @@ from dtfcli.loading.adapters import apply_adapter, read_adapter_config
 from dtfcli.loading.checks import check_built_config, check_config, check_files
 from dtfcli.loading.devices import DTYPES, has_fast_bfloat16, resolve_device
 from dtfcli.loading.paths import ModelPath, resolve_model_path
+from dtfcli.loading.quantization import check_quantize
+from dtfcli.loading.quantization import quantize as quantize_weights
 from dtfcli.models.conversion import ROUTING_FIELD_NAMES, convert, load_dense, load_whole
 from dtfcli.quiet import quiet_libraries
 
@@ -41,6 +43,7 @@ def load_model(
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """A trained model, dense or routed, in eval mode.
 
@@ -55,19 +58,26 @@ def load_model(
         revision: branch, tag or commit of a Hub id.
         attn_implementation: sdpa, eager or flash_attention_2; None: Transformers chooses.
         trust_remote_code: run code that comes with the model; dtf's own classes need none.
+        quantize: int8 or int4: the backbone's projections in so many bits, by torchao; None: as they are.
 
     Raises:
         CheckpointError: no model is there, or it is damaged.
-        ConfigError: a routing option for a dense model, or one that the model refuses; an unknown device or dtype.
+        ConfigError: a routing option for a dense model, or one that the model refuses; an unknown device or dtype; or
+            the model cannot be quantized so, or not here.
         HubError: the Hub cannot be reached.
     """
     source = resolve_model_path(path, revision)
     target = resolve_device(str(device))
+    if quantize is not None:
+        check_quantize(quantize, target)
     with explained_load_errors(source):
         wanted = _load_dtype(source, dtype, target, trust_remote_code)
         model = load_weights(source, wanted, attn_implementation, trust_remote_code)
     _set_routing(model, None if routing == "auto" else routing, capacity, str(path))
-    return model.to(target).eval()  # type: ignore[arg-type]  # wrapped by Transformers without its types
+    model = model.to(target).eval()  # type: ignore[arg-type]  # wrapped by Transformers without its types
+    if quantize is not None:
+        quantize_weights(model, quantize)
+    return model
 
 
 def load_tokenizer(

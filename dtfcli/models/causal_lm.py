@@ -290,6 +290,19 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             for index, router in self.model.routers.items()
         }
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refuse Transformers' continuous batching, `generate_batch` included: its paged cache fits no routed layer.
+
+        Raises:
+            ValueError: always; says why, and what to use instead.
+        """
+        raise ValueError(
+            "continuous batching (init_continuous_batching, generate_batch) does not work with routed models: its "
+            "paged cache holds every token in every layer, a routed layer only those that it routed. Use "
+            "generate(input_ids, attention_mask=…) with a batch of prompts padded on the left, or on the command line "
+            "dtf generate --prompts FILE --batch-size N, or dtf serve without --continuous-batching"
+        )
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *sizes: Any
     ) -> None:

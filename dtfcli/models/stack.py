@@ -70,10 +70,12 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
         """Take our Triton kernels where they have a part: surprise, and decoding in fixed shapes. On a GPU; not saved.
 
         Raises:
-            ValueError: they cannot run here.
+            ValueError: they cannot run here, or weights are no plain tensors.
         """
         if used and not available(self.embed_tokens.weight):
             raise ValueError("our kernels need Triton and a GPU: install triton, or leave them out")
+        if used and any(type(parameter) is not torch.nn.Parameter for parameter in self.parameters()):
+            raise ValueError("our kernels read plain weights, and these are quantized or sharded: use one of the two")
         self.triton_kernels = used
         for layer in self.layers:
             if isinstance(layer, DecisionLayerMixin):

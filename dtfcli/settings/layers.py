@@ -22,7 +22,7 @@ ROUTING_NAMES = tuple(f.name for f in fields(RoutingFields) if f.name != "archit
 """The `model.*` keys that come from `RoutingFields`."""
 
 _SWITCHED = {
-    "lora": ("r", "alpha", "dropout", "targets", "merge"),
+    "lora": ("r", "alpha", "dropout", "targets", "quantize", "merge"),
     "distill": ("weight", "temperature", "hidden_weight"),
 }
 """Groups with a switch, `enabled`, and what is read only while it is on."""

@@ -75,6 +75,12 @@ class Settings(BaseSettings):
         ):
             remedy = f"{why}; set model.base to a pretrained model"
             require(not group.enabled or bool(self.model.base), f"{name}.enabled", True, remedy)
+        require(
+            self.lora.quantize == "none" or self.training.sharding != "fsdp2",
+            "lora.quantize",
+            self.lora.quantize,
+            "fsdp2 cannot spread weights in 4 bits; leave training.sharding at ddp, or lora.quantize at none",
+        )
         self.accumulation_steps()
         return self
 
@@ -82,6 +88,11 @@ class Settings(BaseSettings):
     def tokens_per_update(self) -> int:
         """Tokens per optimizer step, over all processes."""
         return self.training.tokens_per_update or self.training.micro_batch_size * self.data.seq_len
+
+    @property
+    def shares_parent(self) -> bool:
+        """Whether a dense parent is made of the model's own tensors, which stay frozen and as they are."""
+        return self.lora.enabled and self.lora.quantize == "none"
 
     def with_model(self, **changes: Any) -> "Settings":
         """The same with other values of `model.*`, checked again."""

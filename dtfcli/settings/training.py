@@ -75,7 +75,7 @@ class TrainingSettings(Group):
     )
     compile: bool = Field(False, description="Compile each layer with torch.compile.")
     kernels: Literal["torch", "liger"] = Field(
-        "torch", description="What runs norms and SwiGLU: torch, or on GPUs liger (pip install 'dtfcli[liger]')."
+        "torch", description="What runs norms, SwiGLU and GEGLU: torch, or on GPUs liger (pip install 'dtfcli[liger]')."
     )
     sharding: Literal["ddp", "fsdp2"] = Field(
         "ddp",
@@ -147,6 +147,11 @@ class LoraSettings(Group):
         min_length=1,
         description="Projections of the backbone's blocks that get adapters.",
         examples=['["q_proj", "v_proj"]'],
+    )
+    quantize: Literal["none", "nf4"] = Field(
+        "none",
+        description="Hold the frozen projections in 4 bits while training (QLoRA): nf4 needs dtfcli[qlora]; saved "
+        "adapters belong to the base as it is.",
     )
     merge: bool = Field(False, description="Also write merged_model/: the final model with its adapters merged in.")
 

@@ -150,7 +150,8 @@ def train_command(settings: Settings) -> list[str]:
     """The command that begins a run, or goes on with it from its checkpoint."""
     started = _started(settings)
     if started is not None:
-        return [sys.executable, "-m", "dtfcli", "train", "--resume", str(started)]
+        trusted = ["--trust-remote-code"] if settings.model.trust_remote_code else []
+        return [sys.executable, "-m", "dtfcli", "train", "--resume", str(started), *trusted]
     config = Path(settings.run.output_dir).expanduser() / "configs" / f"{settings.run.name}.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(settings.to_toml(), "utf-8")

@@ -1,9 +1,9 @@
 """Checkpoints that a run can be resumed from, and folders that appear whole or not at all.
 
 Choices: `accelerate` writes and reads the states (weights as safetensors, the rest loaded with weights_only), for
-sharded runs torch's distributed checkpoints do; ours is that a checkpoint is written beside its place, hashed, and
-then renamed. A kill at any moment leaves the previous checkpoints as they were; a file damaged later is noticed by
-its hash and the checkpoint before it is used.
+sharded runs torch's distributed checkpoints do (`stored_states` lets neither run code); ours is that a checkpoint is
+written beside its place, hashed, and then renamed. A kill at any moment leaves the previous checkpoints as they were; a
+file damaged later is noticed by its hash and the checkpoint before it is used.
 """
 
 import hashlib

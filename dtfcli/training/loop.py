@@ -23,6 +23,7 @@ import torch
 from dtfcli.cost.accounting import training_step_flops
 from dtfcli.data.hub import SourceLost
 from dtfcli.errors import DTFError
+from dtfcli.loading.quantization import numel
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import BEST_MODEL, CURVES_FILE, FINAL_MODEL, locked
 from dtfcli.settings import Settings
@@ -126,7 +127,7 @@ def _explained_stops(run: Run) -> Iterator[None]:
 def fit(run: Run) -> None:
     """Update the weights until all steps are done; evaluate, log and save on the way."""
     plan, state = run.plan, run.state
-    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in run.model.parameters()]
+    parameters = [(numel(parameter), parameter.requires_grad) for parameter in run.model.parameters()]
     sizes = {"parameters": sum(n for n, _ in parameters), "trainable": sum(n for n, trained in parameters if trained)}
     run.tell("start", str(run.folder), metrics=sizes)
     while state.step < plan.total_steps:

@@ -53,7 +53,9 @@ def save_merged(run: Run) -> None:
 
     with quiet_libraries(), shared_folder(run.folder / MERGED_MODEL, run.processes) as partial:
         if run.processes.is_main:
-            adapted = run.states.detached(run.model, from_base)
+            # Into the base as it is, not into 4 bits: a merged model computes what its adapter folder does.
+            quantized = run.settings.lora.quantize != "none"
+            adapted = from_base() if quantized else run.states.detached(run.model, from_base)
             load_adapter_state(adapted, state)
             merge(adapted).save_pretrained(partial)
             run.tokenizer.save_pretrained(partial)

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from dtfcli.errors import ConfigError, DataError, DTFError
 from dtfcli.loading.adapters import adapt
 from dtfcli.loading.build import build_model, build_tokenizer
 from dtfcli.loading.devices import compute_dtype
+from dtfcli.loading.quantization import check_nf4, quantize_nf4
 from dtfcli.runs.files import MetricsLog, tidy_folders
 from dtfcli.runs.folder import CHECKPOINTS, FINAL_MODEL, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
@@ -87,6 +89,8 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     check_trackers(settings)
     accelerator, processes = connect(settings)
     check_kernels(settings.training.kernels, processes.device)
+    if settings.lora.quantize == "nf4":
+        check_nf4()
     settings = for_processes(settings, processes.count)
     stop.agree = processes.any
     folder = processes.from_main(lambda: resume or new_run_folder(settings, rename=rename))
@@ -106,10 +110,8 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
 
     torch.manual_seed(settings.run.seed + processes.rank)  # each drops out other numbers
     distillation = _distillation(settings, model, processes.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.run.seed)
-        adapt(model, settings)
-    states.prepare(_objective(settings, model, distillation), lambda: _optimizer(settings, model))
+    _adapt(settings, model, processes.device)
+    states.prepare(_objective(settings, model, distillation, warn), lambda: _optimizer(settings, model))
 
     state = TrainingState(data=data.fingerprint, processes=processes.count)
     if resume is None:
@@ -185,14 +187,27 @@ def _distillation(settings: Settings, model: Any, device: torch.device) -> Disti
         return None
     model.to(device)  # before the parent is made, which may share its tensors
     dtype = compute_dtype(settings.run.dtype, device)
-    return Distillation(dense_parent(model, share=settings.lora.enabled, dtype=dtype), settings.distill)
+    return Distillation(dense_parent(model, share=settings.shares_parent, dtype=dtype), settings.distill)
 
 
-def _objective(settings: Settings, model: Any, distillation: Distillation | None) -> Objective:
+def _adapt(settings: Settings, model: Any, device: torch.device) -> None:
+    """Freeze and adapt the backbone, if the settings say so; what was fitted, and the parent, are of the plain base."""
+    if settings.lora.quantize == "nf4":
+        quantize_nf4(model, device, compute_dtype(settings.run.dtype, device))
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.run.seed)
+        adapt(model, settings)
+
+
+def _objective(
+    settings: Settings, model: Any, distillation: Distillation | None, warn: Callable[[str], None]
+) -> Objective:
     if settings.training.gradient_checkpointing:
         recompute_activations(model, selective=settings.training.gradient_checkpointing == "selective")
     if settings.training.kernels == "liger":
-        use_liger(model)
+        left = use_liger(model)
+        if left:
+            warn(f"training.kernels = 'liger': torch runs {', '.join(left)}, for which Liger has no kernel.")
     if settings.training.compile:
         compile_layers(model)
     return Objective(model, distillation)

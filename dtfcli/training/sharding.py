@@ -34,6 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from dtfcli.training.processes import Processes
+from dtfcli.training.stored_states import explained_states, load_shards
 
 _SHARDS = "shards"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -117,8 +118,13 @@ class Replicated:
         self.accelerator.save_state(str(folder))
 
     def load(self, folder: Path) -> None:
-        """Read what `save` has written."""
-        self.accelerator.load_state(str(folder))
+        """Read what `save` has written.
+
+        Raises:
+            CheckpointError: a file is damaged, does not fit, or holds more than data.
+        """
+        with explained_states(folder):
+            self.accelerator.load_state(str(folder))
 
 
 class Sharded(Replicated):
@@ -229,6 +235,6 @@ class Sharded(Replicated):
 
     def load(self, folder: Path) -> None:
         weights, states = get_state_dict(self.objective.model, self.optimizer)
-        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder / _SHARDS)
+        load_shards({"model": weights, "optimizer": states}, folder / _SHARDS)
         set_state_dict(self.objective.model, self.optimizer, model_state_dict=weights, optim_state_dict=states)
-        self.accelerator.load_state(str(folder))  # last, because filling the optimizer may draw numbers
+        super().load(folder)  # the random generators; last, because filling the optimizer may draw numbers

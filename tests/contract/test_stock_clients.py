@@ -150,3 +150,33 @@ def test_weights_that_are_there_only_while_their_module_runs() -> None:
         router.register_forward_pre_hook(gather)
         router.register_forward_hook(release)
     torch.testing.assert_close(model(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_continuous_batching_is_refused_with_a_way_out(tmp_path: Path, architecture: str) -> None:
+    """Where dtf is not installed as well: the code that travels with a saved model says it."""
+    shared_routed_model("llama", architecture).save_pretrained(tmp_path)
+    code = """
+import sys
+sys.modules["dtfcli"] = None  # importing it fails
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+def with_manager():
+    with model.continuous_batching_context_manager():
+        pass
+def in_one_go():
+    model.generate_batch([[1, 2, 3]], max_new_tokens=2)
+for start in (model.init_continuous_batching, with_manager, in_one_go):
+    try:
+        start()
+    except ValueError as error:
+        print(error)
+"""
+    given = [sys.executable, "-c", code, str(tmp_path)]
+    here = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(given, capture_output=True, text=True, env=here, check=False)
+    said = result.stdout.splitlines()
+    assert len(said) == 3, result.stderr
+    for line in said:
+        assert "paged cache holds every token in every layer" in line
+        assert "dtf generate --prompts FILE --batch-size N" in line

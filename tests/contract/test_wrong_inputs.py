@@ -103,6 +103,12 @@ TRAIN = [
     ("train quickstart distill.enabled=true", ["distill.enabled = true", "no dense parent", "model.base"]),
     ("train quickstart lora.r=8", ["lora.r = 8", "nothing reads it", "lora.enabled is false"]),
     ("train quickstart distill.temperature=2", ["distill.temperature = 2", "nothing reads it"]),
+    ("train quickstart lora.quantize=nf4", ['lora.quantize = "nf4"', "nothing reads it", "lora.enabled is false"]),
+    ("train dtf-qwen2.5-0.5b-lora lora.quantize=int4", ["lora.quantize", "int4", "none, nf4"]),
+    (
+        "train dtf-qwen2.5-0.5b-lora lora.quantize=nf4 training.sharding=fsdp2",
+        ['lora.quantize = "nf4"', "fsdp2 cannot", "training.sharding at ddp"],
+    ),
     ("train dtf-qwen2.5-0.5b-lora lora.r=0", ["lora.r = 0", "at least 1"]),
     ("train dtf-qwen2.5-0.5b-lora lora.dropout=1", ["lora.dropout = 1", "less than 1"]),
     ("train dtf-qwen2.5-0.5b-lora 'lora.targets=[\"w_in\"]'", ["lora.targets", "not a projection", "gate_proj"]),
@@ -224,6 +230,7 @@ DATA = [
     ("train quickstart logging.wandb.enabld=true", ["logging.wandb.enabld", "Did you mean 'logging.wandb.enabled'"]),
     ("train quickstart logging.wandb.enabled=true", ["logging.wandb.enabled", "pip install 'dtfcli[wandb]'"]),
     ("train quickstart logging.tensorboard.enabled=true", ["tensorboard", "pip install 'dtfcli[tensorboard]'"]),
+    ("train dtf-qwen2.5-0.5b-lora lora.quantize=nf4", ["lora.quantize = 'nf4'", "pip install 'dtfcli[qlora]'"]),
     ("train quickstart logging.trackio.enabled=true", ["trackio", "pip install 'dtfcli[trackio]'"]),
 ]
 
@@ -256,6 +263,8 @@ GENERATE = [
     ("generate {model} --prompts prompts.txt", ["--output FILE.jsonl"]),
     ("generate {model} --prompts prompts.txt --output out.jsonl --batch-size 0", ["--batch-size 0", "at least 1"]),
     ("generate {model} a --chat", ["chat"]),
+    ("generate {model} a --quantize int3", ["--quantize", "int3", "int8", "int4"]),
+    ("generate {model} a --quantize int4", ["quantize = 'int4'", "mlp.down_proj has 48 inputs", "choose int8"]),
     ("generate {model} a --max_new_token 3", ["Did you mean '--max-new-tokens'"]),
 ]
 
@@ -330,6 +339,7 @@ EVAL = [
     ("eval {dense} --routing threshold", ["routing", "dense"]),
     ("eval {dense} --capacity 0.5", ["capacity", "dense"]),
     ("eval {model} {model}", ["named twice"]),
+    ("eval {model} --quantize nf4", ["--quantize", "nf4", "int8", "int4"]),
     ("eval {model} --device gpu", ["device", "gpu", "cuda"]),
     ("eval {model} --task general", ["--task", "Did you mean '--tasks'"]),
     ("eval {scored} --tasks validation_text", ["validation_text", "no run folder"]),
@@ -366,6 +376,7 @@ PUSH = [
     ("push {model} me/new --dry-run out --eval-results taken.toml", ["taken.toml", "not valid JSON", "dtf eval"]),
     ("push {model} me/new --dry-run out --eval-results folder", ["folder", "cannot be read"]),
     ("push {model} me/new --dry-run out --eval-results other.json", ["other.json", "other weights", "dtf eval"]),
+    ("push {model} me/new --dry-run out --eval-results fewer.json", ["fewer.json", "int8", "without --quantize"]),
     ("push {model} me/new --dry-run out --eval-results empty.json", ["empty.json", "hold no figure"]),
 ]
 
@@ -389,6 +400,10 @@ STRANGERS = [
     ("push called me/new --dry-run out", ["auto_map", "'../mine'", "no file of its folder", "save the model again"]),
     ("push nested me/new --dry-run out", ["config.json", "nested too deeply", "save the model again"]),
     ("eval {scored} --tasks x --include-path tasks", ["broken.yaml", "cannot be read", "mend the task file"]),
+    (
+        "eval {scored} --tasks x --include-path coded",
+        ["coded/x.yaml: process_docs = !function y.z", "names Python code", "take it out", "--trust-remote-code"],
+    ),
     ("train --config deep.toml", ["deep.toml", "not valid TOML", "give a TOML file"]),
 ]
 """Files of others: damaged, made to look like what they are not, or leading out of their folder."""
@@ -472,8 +487,8 @@ def test_data_and_trackers(
     expected: list[str],
 ) -> None:
     find_spec = importlib.util.find_spec
-    trackers = ("wandb", "tensorboard", "trackio")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in trackers else find_spec(name))
+    missing = ("wandb", "tensorboard", "trackio", "bitsandbytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else find_spec(name, *_))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folders["scored"])
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained("chat")
@@ -532,6 +547,8 @@ def _strangers_files(model: Path) -> None:
     Path("deep.toml").write_text("a = " + "[" * 10_000)
     Path("tasks").mkdir()
     Path("tasks/broken.yaml").write_text("task: [")
+    Path("coded").mkdir()
+    Path("coded/x.yaml").write_text("task: x\nprocess_docs: !function y.z\n")
 
 
 @pytest.mark.parametrize(("command", "expected"), STRANGERS, ids=[row[0] for row in STRANGERS])
@@ -582,6 +599,7 @@ def test_push(
     (workplace / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
     score = {"acc": {"value": 0.5}}
     (workplace / "other.json").write_text(json.dumps({"model_hash": "a" * 64, "results": {"x": {"metrics": score}}}))
+    (workplace / "fewer.json").write_text(json.dumps({"quantize": "int8", "results": {"x": {"metrics": score}}}))
     (workplace / "empty.json").write_text('{"results": {}}')
     before = _contents(workplace)
     result = dtf(*shlex.split(command.format(**folders)))

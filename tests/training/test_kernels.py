@@ -1,6 +1,6 @@
 """`training.kernels = "liger"`: which operations go to the library, and that nothing else changes.
 
-Liger's kernels need a GPU; here its two functions are played by torch's, with its signatures. The kernels themselves
+Liger's kernels need a GPU; here its three functions are played by torch's, with its signatures. The kernels themselves
 are compared in `test_liger_itself`, where they are installed and can run: on a GPU, or in an interpreter of Triton
 that knows them (`TRITON_INTERPRET=1`).
 """
@@ -17,9 +17,10 @@ import torch
 
 from dtfcli.errors import ConfigError
 from dtfcli.models.conversion import convert
+from dtfcli.models.families import FAMILIES
 from dtfcli.training import kernels
 from dtfcli.training.objectives import Objective
-from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, tokens
+from tests.tiny import ARCHITECTURES, dense_model, tokens
 
 CAN_RUN = torch.cuda.is_available() or os.environ.get("DTF_LIGER_INTERPRETED") == "1"
 
@@ -31,15 +32,24 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def liger_rms_norm(X: Any, W: Any, eps: float, offset: float, casting_mode: str, in_place: bool) -> Any:
         called.append("norm")
-        assert (offset, casting_mode, in_place) == (0.0, "llama", False)
-        return torch.nn.functional.rms_norm(X, W.shape, W, eps)
+        assert not in_place
+        x = X.float() * torch.rsqrt(X.float().pow(2).mean(-1, keepdim=True) + eps)
+        if casting_mode == "llama":
+            return x.to(X.dtype) * (offset + W)
+        assert casting_mode == "gemma"
+        return (x * (offset + W.float())).to(X.dtype)
 
     def liger_swiglu(a: Any, b: Any) -> Any:
         called.append("swiglu")
         return torch.nn.functional.silu(a) * b
 
+    def liger_geglu(a: Any, b: Any) -> Any:
+        called.append("geglu")
+        return torch.nn.functional.gelu(a, approximate="tanh") * b
+
     functional: Any = ModuleType("liger_kernel.transformers.functional")
-    functional.liger_rms_norm, functional.liger_swiglu = liger_rms_norm, liger_swiglu
+    for function in (liger_rms_norm, liger_swiglu, liger_geglu):
+        setattr(functional, function.__name__, function)
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, functional.__name__, functional)
@@ -54,8 +64,16 @@ def losses_and_gradients(model: Any) -> list[torch.Tensor]:
 
 
 def model_of(family: str, architecture: str) -> Any:
+    """A small model whose norms have weights unlike those that they start with."""
     model = dense_model(family)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
     return model if architecture == "dense" else convert(model, architecture)
+
+
+def norms_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
 
 
 @pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
@@ -65,24 +83,50 @@ def test_norms_and_feed_forward_blocks_are_ligers(family: str, architecture: str
     names = list(model.state_dict())
     expected = losses_and_gradients(copy.deepcopy(model))
     assert stand_in == []  # a copy made before is not changed
-    kernels.use_liger(model)
+    assert kernels.use_liger(model) == []
     assert list(model.state_dict()) == names
     for plain, ours in zip(expected, losses_and_gradients(model), strict=True):
         torch.testing.assert_close(ours, plain)
     layers = model.config.num_hidden_layers
-    assert stand_in.count("norm") == 2 * layers + 1
-    assert stand_in.count("swiglu") == layers
+    assert stand_in.count("norm") == len(norms_of(model)) > 2 * layers
+    assert stand_in.count("geglu" if family == "gemma3_text" else "swiglu") == layers
     # A copy made afterwards runs on its own weights.
     again = copy.deepcopy(model)
     torch.nn.init.zeros_(again.model.norm.weight)
     assert not torch.equal(again(tokens(1, 8)).logits, model(tokens(1, 8)).logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_round_where_the_family_does(family: str, stand_in: list[str]) -> None:
+    """In bfloat16 the order of multiplying and rounding shows; in float32 it does not."""
+    model = model_of(family, "dense").bfloat16()
+    stock = [copy.deepcopy(norm) for norm in norms_of(model)]
+    kernels.use_liger(model)
+    for norm, plain in zip(norms_of(model), stock, strict=True):
+        x = torch.randn(2, 8, len(norm.weight), dtype=torch.bfloat16)
+        assert torch.equal(norm(x), plain(x))
+    assert stand_in.count("norm") == len(stock)
+
+
 def test_other_activations_keep_their_own_block(stand_in: list[str]) -> None:
     model = dense_model("llama", hidden_act="gelu")
-    kernels.use_liger(model)
+    assert kernels.use_liger(model) == ["LlamaMLP with gelu"]
     losses_and_gradients(model)
-    assert "swiglu" not in stand_in
+    assert set(stand_in) == {"norm"}
+
+
+def test_geglu_in_other_families(stand_in: list[str]) -> None:
+    model = dense_model("llama", hidden_act="gelu_pytorch_tanh")
+    expected = losses_and_gradients(copy.deepcopy(model))
+    assert kernels.use_liger(model) == []
+    for plain, ours in zip(expected, losses_and_gradients(model), strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert "geglu" in stand_in
+
+
+def test_a_model_without_anything_for_it() -> None:
+    with pytest.raises(ConfigError, match=r"no kernel for any block of this model \(Sequential\); leave it at 'torch'"):
+        kernels.use_liger(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,9 +140,11 @@ def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(
     not (CAN_RUN and importlib.util.find_spec("liger_kernel")), reason="Liger's kernels need a GPU or the interpreter"
 )
-@pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
-def test_liger_itself(architecture: str) -> None:
-    model = model_of("llama", architecture)
+@pytest.mark.parametrize(
+    ("family", "architecture"), [*((name, "dense") for name in FAMILIES), *(("llama", name) for name in ARCHITECTURES)]
+)
+def test_liger_itself(family: str, architecture: str) -> None:
+    model = model_of(family, architecture)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     expected = losses_and_gradients(copy.deepcopy(model))
     kernels.use_liger(model)

@@ -1,0 +1,118 @@
+"""What quantizing a model costs: bytes, loss and routed share before and after, over a passage of prose."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dtfcli.errors import DTFError
+from dtfcli.loading.devices import resolve_device
+from dtfcli.loading.load import load_model, load_tokenizer
+from dtfcli.loading.quantization import Quantization, check_quantize, quantize
+from dtfcli.quiet import quiet_libraries
+from dtfcli.shares import measured_shares
+
+SAMPLE = """\
+The ferry left at six, while the harbor was still gray and the gulls had not yet made up their minds about the day. On
+the upper deck a woman in a green coat counted the crates that were being carried aboard: forty of apples, twelve of
+nails, three marked FRAGILE in letters that somebody had painted twice. She had crossed the strait every Thursday for
+nineteen years, and in that time she had learned to read the water as other people read a newspaper. A band of darker
+blue beyond the lighthouse meant wind by noon. A smooth patch near the rocks meant that the tide had turned. Nothing
+in particular meant that there would be fog, except that the cook, who was never wrong, had put on his thick socks.
+
+"You will want to sit on the left side," she told a boy who was traveling alone. "On the right you see only the open
+sea, and it looks the same whether you are going out or coming home."
+
+The boy had a letter in his pocket for an uncle he had never met. According to his mother the uncle repaired clocks,
+kept bees, and owed the family 250 crowns since the winter of 1931; according to his father he did none of these
+things. The boy did not know which of the two stories he wanted to be true. He moved to the left side, put his bag
+between his feet, and watched the town grow smaller: first the people, then the doors, then the windows, until there
+was only the church tower, as thin as a pencil, and a little smoke.
+
+Halfway across, the engine stopped. It did not cough or complain; it simply stopped, and in the silence everyone could
+suddenly hear the apples shifting in their crates. The captain came down from the bridge, wiped his hands on his
+trousers and asked, quite politely, whether anyone on board happened to know something about clocks.
+"""
+"""Prose of our own, which no model has been trained on."""
+_MOST_TOKENS = 512
+
+
+def load_quantized(model: str, kind: str, loading: dict[str, Any]) -> tuple[Any, Any, Quantization]:
+    """Open a model, quantize it, and measure what that did to it.
+
+    Args:
+        model: anything that `load_model` takes.
+        kind: int8 or int4.
+        loading: the other arguments of `load_model`, by name.
+
+    Returns:
+        The quantized model, its tokenizer, and the figures, which are also the model's `quantization_of`.
+
+    Raises:
+        ConfigError, CheckpointError, HubError: as `load_model`.
+    """
+    check_quantize(kind, resolve_device(str(loading.get("device", "auto"))))
+    loaded: Any = load_model(model, **loading)
+    named = {name: loading[name] for name in ("revision", "trust_remote_code") if name in loading}
+    tokenizer = load_tokenizer(model, **named)
+    return loaded, tokenizer, quantize_and_measure(loaded, tokenizer, kind)
+
+
+def quantize_and_measure(model: Any, tokenizer: Any, kind: str) -> Quantization:
+    """Quantize a model in place, with loss and routed share of the sample before and after.
+
+    Routing is the model's own where that is causal, else by threshold, if it has thresholds for its γ. A tokenizer that
+    makes fewer than two tokens of the sample leaves nothing to measure.
+
+    Args:
+        model: as for `quantize`, in eval mode.
+        tokenizer: its tokenizer.
+        kind: int8 or int4.
+
+    Raises:
+        ConfigError: it cannot be quantized so.
+    """
+    with quiet_libraries():  # some say that a text is longer than their model takes
+        ids = tokenizer(SAMPLE)["input_ids"]
+    ids = ids[: min(_MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or _MOST_TOKENS)]
+    before = _measure(model, ids)
+    done = quantize(model, kind)
+    after = _measure(model, ids)
+    if before is None or after is None:
+        return done
+    model.quantization = replace(
+        done,
+        tokens=len(ids),
+        loss_before=before[0],
+        loss_after=after[0],
+        routed_before=before[1],
+        routed_after=after[1],
+    )
+    return model.quantization
+
+
+@torch.inference_mode()
+def _measure(model: Any, ids: list[int]) -> tuple[float, float | None] | None:
+    """Nats per token, and the share of tokens that routed layers took; None: there is nothing to measure."""
+    if len(ids) < 2:
+        return None
+    row = torch.tensor([ids], device=model.device)
+    if not hasattr(model, "set_routing"):
+        return float(model(input_ids=row, labels=row, use_cache=False).loss), None
+    try:
+        with model.routing_mode(model.causal_routing, model.model.capacity_override), measured_shares(model) as meter:
+            loss = float(model(input_ids=row, labels=row, use_cache=False, output_logits=False).loss)
+    except (ValueError, DTFError):  # not calibrated: whoever asked for topk need not have thresholds
+        return None
+    return loss, meter.read().overall
+
+
+def in_words(done: Quantization) -> str:
+    """One line: what quantizing changed."""
+    said = f"quantized {done.kind}: {done.bytes_before / 1e6:,.1f} MB → {done.bytes_after / 1e6:,.1f} MB"
+    if done.loss_before is None or done.loss_after is None:
+        return said
+    said += f"; on {done.tokens} tokens of the sample: loss {done.loss_before:.3f} → {done.loss_after:.3f}"
+    if done.routed_before is None or done.routed_after is None:
+        return said
+    return f"{said}, routed {done.routed_before:.1%} → {done.routed_after:.1%}"

@@ -1,0 +1,256 @@
+"""Weights in fewer bits: the backbone's projections in int8 or int4 to run a model, in nf4 under adapters to train one.
+
+The notable choices:
+
+- Only linear layers of decoder layers: attention and MLP. Embeddings and head stay as they are, and so does all that
+  routing adds: a threshold is a quantile of scores, and scores are what routers make of hidden states.
+- Weights only. torchao has the formats and kernels of int8 (one scale for each output) and int4 (scale and zero for 32
+  inputs of an output), bitsandbytes those of nf4 (QLoRA's).
+- Products with int4 are in bfloat16, whatever the model is in: the kernel for GPUs takes nothing else, and that for a
+  CPU takes sixty times as long in float32.
+- Quantized weights are computed from plain ones whenever a model is opened, and never saved: files hold plain weights.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtfcli.errors import ConfigError
+from dtfcli.models.pretrained import is_added
+
+KINDS = ("int8", "int4")
+GROUP = 32
+"""Inputs that share a scale in int4."""
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""Of a weight in nf4: 4 bits, and for each 64 of them a scale in 8 bits, of which 256 share one in float32."""
+_INT4_OUTPUTS = 16
+"""torch packs so many rows together on a CPU."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What quantizing has done to a model.
+
+    Attributes:
+        kind: int8 or int4.
+        bytes_before, bytes_after: of all weights of the model.
+        tokens: of the sample that both were measured on; 0: nothing was measured.
+        loss_before, loss_after: nats per token of the sample.
+        routed_before, routed_after: share of the sample's tokens that entered routed layers; None: a dense model.
+    """
+
+    kind: str
+    bytes_before: int
+    bytes_after: int
+    tokens: int = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    routed_before: float | None = None
+    routed_after: float | None = None
+
+
+class _InBfloat16(nn.Linear):
+    """A linear map whose product is in bfloat16, from and to any precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.bfloat16)).to(x.dtype)
+
+
+def check_quantize(kind: str, device: torch.device) -> None:
+    """Refuse what cannot be quantized here, before anything is loaded.
+
+    Args:
+        kind: int8 or int4.
+        device: that computes.
+
+    Raises:
+        ConfigError: an unknown kind, torchao is missing, or the device has no kernel.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"quantize = {kind!r}: choose {' or '.join(KINDS)}, or leave it out.")
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(f"quantize = {kind!r}: torchao is not installed; run pip install 'dtfcli[quantize]'.")
+    if kind == "int4" and device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"quantize = 'int4': runs on cpu and cuda, and this is {device.type}; choose int8.")
+
+
+def quantize(model: Any, kind: str) -> Quantization:
+    """Quantize the projections of a model's decoder layers, in place and where they are.
+
+    Args:
+        model: dense or routed, without adapters, in the precision that it is to compute in.
+        kind: int8 or int4.
+
+    Returns:
+        What it did, which is also `quantization_of(model)`.
+
+    Raises:
+        ConfigError: the model is quantized already, a layer cannot be, or what `check_quantize` refuses.
+    """
+    check_quantize(kind, model.device)
+    _check_plain(model, kind)
+    layers = dict(projections(model))
+    if kind == "int4":
+        _check_groups(layers, model.device)
+    config, before = _torchao_config(kind, model.device), weight_bytes(model)
+    if kind == "int4":
+        for layer in layers.values():
+            layer.__class__ = _InBfloat16
+            layer.weight = nn.Parameter(layer.weight.data.to(torch.bfloat16), requires_grad=False)
+    from torchao.quantization import quantize_
+
+    quantize_(model, config, lambda module, name: name in layers)
+    left = [name for name, layer in layers.items() if not _is_quantized(layer.weight)]
+    assert not left, f"torchao left out {left[:3]}"
+    model.quantization = Quantization(kind, before, weight_bytes(model))
+    model.save_pretrained = _refuse_to_save
+    return model.quantization
+
+
+def quantization_of(model: Any) -> Quantization | None:
+    """What quantizing has done to a model; None: its weights are plain."""
+    return getattr(model, "quantization", None)
+
+
+def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Names and modules of the linear layers of attention and MLPs; of an adapted one the base alone."""
+    for name, module in model.named_modules():
+        inside = ".layers." in f".{name}" and not is_added(name) and ".lora_" not in name
+        if inside and isinstance(module, nn.Linear):
+            yield name, module
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a weight: itself, or the parts that a quantized one consists of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters; tied ones count once."""
+    return sum(part.nbytes for parameter in model.parameters() for part in plain_tensors(parameter))
+
+
+def numel(parameter: Tensor) -> int:
+    """Weights of a parameter: in nf4 two of them share an element."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
+
+
+def _is_quantized(parameter: Tensor) -> bool:
+    return hasattr(parameter, "__tensor_flatten__") or not parameter.is_floating_point()
+
+
+def _check_plain(model: Any, kind: str) -> None:
+    if getattr(model.config, "quantization_config", None) is not None or any(map(_is_quantized, model.parameters())):
+        raise ConfigError(f"quantize = {kind!r}: the weights of this model are quantized already; leave it out.")
+    if getattr(model.model, "triton_kernels", False):
+        raise ConfigError(f"quantize = {kind!r}: our Triton kernels read plain weights; use one of the two.")
+    if next(projections(model), None) is None:
+        raise ConfigError(f"quantize = {kind!r}: {type(model).__name__} has no linear layers in model.layers.")
+
+
+def _check_groups(layers: dict[str, nn.Linear], device: torch.device) -> None:
+    for name, layer in layers.items():
+        if layer.in_features % GROUP:
+            raise ConfigError(
+                f"quantize = 'int4': {name} has {layer.in_features} inputs, no multiple of {GROUP}; choose int8."
+            )
+        if device.type == "cpu" and layer.out_features % _INT4_OUTPUTS:
+            raise ConfigError(
+                f"quantize = 'int4': {name} has {layer.out_features} outputs, no multiple of {_INT4_OUTPUTS}, which "
+                "the kernel for cpu needs; choose int8."
+            )
+
+
+def _torchao_config(kind: str, device: torch.device) -> Any:
+    """Torchao's name for a format; it would also change the settings of torch.compile for the whole process."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+    if kind == "int8":
+        return Int8WeightOnlyConfig(set_inductor_config=False)
+    if device.type == "cuda":
+        return Int4WeightOnlyConfig(GROUP, set_inductor_config=False, int4_packing_format="tile_packed_to_4d")
+    try:
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    except ImportError as error:
+        raise ConfigError(
+            f"quantize = 'int4': this torchao has no int4 for cpu where 0.18 has it ({error}); choose int8, or install "
+            "torchao==0.18."
+        ) from error
+    return PrototypeInt4WeightOnlyConfig(GROUP, set_inductor_config=False)
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In place of `save_pretrained`.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError("a quantized model is not saved: load it without quantize and save that; it is quantized again.")
+
+
+def check_nf4() -> None:
+    """Refuse nf4 where bitsandbytes is missing.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("lora.quantize = 'nf4': bitsandbytes is not installed; run pip install 'dtfcli[qlora]'.")
+
+
+def quantize_nf4(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the projections of a model's decoder layers into nf4, in place: for adapters to be trained upon.
+
+    Args:
+        model: dense or routed, without adapters, in float32.
+        device: where the quantized layers go.
+        dtype: precision of their products.
+
+    Raises:
+        ConfigError: bitsandbytes is missing.
+    """
+    check_nf4()
+    for name, layer in list(projections(model)):
+        weight = layer.weight.data
+        frozen = _nf4_class()(
+            layer.in_features, layer.out_features, layer.bias is not None, dtype, quant_type="nf4", device="meta"
+        )
+        frozen.weight = type(frozen.weight)(
+            weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=frozen
+        )
+        if layer.bias is not None:
+            frozen.bias = layer.bias
+        model.set_submodule(name, frozen.to(device).train(layer.training))
+
+
+@cache
+def _nf4_class() -> Any:
+    """The linear layer of bitsandbytes, with a state dict like any other: it is quantized before one is loaded."""
+    import bitsandbytes
+
+    class FrozenNF4(bitsandbytes.nn.Linear4bit):
+        """A linear layer in nf4."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # In eval mode it would pack weights anew for a CPU's kernels, which fails where 64 does not divide inputs.
+            self.support_avx512bf16_for_cpu = False
+
+        def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+            found: dict[str, Any] = {}
+            super()._save_to_state_dict(found, prefix, keep_vars)
+            own = (f"{prefix}weight", f"{prefix}bias")
+            destination.update({name: x for name, x in found.items() if name in own})
+
+    return FrozenNF4

@@ -1,0 +1,221 @@
+"""Weights in fewer bits: the backbone's projections alone, and what comes out stays near."""
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dtfcli
+from dtfcli.cost.quantized import SAMPLE, in_words, quantize_and_measure
+from dtfcli.errors import ConfigError
+from dtfcli.evaluation.report import model_hash
+from dtfcli.loading.quantization import check_quantize, projections, quantization_of, quantize, weight_bytes
+from dtfcli.models.conversion import convert
+from dtfcli.models.pretrained import is_added
+from dtfcli.training.compiling import compile_layers
+from tests.conftest import Outcome
+from tests.tiny import dense_model, tokens, word_tokenizer
+
+pytest.importorskip("torchao")
+
+FORECAST = {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("llama", {}),
+    "dtf": ("llama", {"architecture": "dtf"}),
+    "dtf, forecast error": ("qwen2", {"architecture": "dtf", **FORECAST}),
+    "mod": ("qwen2", {"architecture": "mod", "predictor_loss_weight": 0.1}),
+    "mod, MLP": ("qwen3", {"architecture": "mod", "routed_part": "mlp"}),
+    "mod, attention": ("llama", {"architecture": "mod", "routed_part": "attention", "kv_tokens": "all"}),
+}
+NEAR = {"int8": 0.1, "int4": 1.0}
+"""Largest mean difference of logits whose standard deviation is about 1."""
+
+
+def model_of(name: str) -> Any:
+    """A small model whose sizes int4 can take, and calibrated."""
+    family, fields = MODELS[name]
+    model: Any = dense_model(family, intermediate_size=64)
+    if fields:
+        architecture = fields["architecture"]
+        rest = {key: value for key, value in fields.items() if key != "architecture"}
+        model = convert(model, architecture, 0.5, **rest)
+        model.calibrate([{"input_ids": tokens(16, 48, seed=7)}])
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(tokens(4, 24)).logits
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_projections_alone(name: str, kind: str) -> None:
+    plain = model_of(name)
+    model = copy.deepcopy(plain)
+    done = quantize(model, kind)
+    changed = {name for name, layer in projections(plain)}
+    assert len(changed) == 7 * 6
+    before = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if key.removesuffix(".weight") in changed:
+            assert type(after[key]) is not nn.Parameter, key
+        else:
+            assert type(after[key]) in (nn.Parameter, torch.Tensor), key
+            assert torch.equal(after[key].nan_to_num(), tensor.nan_to_num()), key
+    assert not [name for name in changed if is_added(name) or "lm_head" in name]
+    assert done.kind == kind == quantization_of(model).kind
+    assert done.bytes_before == weight_bytes(plain) > done.bytes_after == weight_bytes(model)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_near_the_plain_model_and_generates_alike_with_and_without_a_cache(name: str, kind: str) -> None:
+    plain = model_of(name)
+    model = copy.deepcopy(plain)
+    quantize(model, kind)
+    if name != "dense":  # all tokens enter: a score near its threshold may fall on the other side
+        plain.set_routing("threshold", 1.0)
+        model.set_routing("threshold", 1.0)
+    difference = (logits(model) - logits(plain)).abs().mean()
+    assert 0 < difference < NEAR[kind]
+    if name != "dense" and kind == "int8":
+        model.set_routing("threshold")
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    for more in ({}, {"num_beams": 2}):
+        cached = model.generate(tokens(2, 12), output_logits=True, **how, **more)
+        again = model.generate(tokens(2, 12), output_logits=True, use_cache=False, **how, **more)
+        if kind == "int8":
+            assert torch.equal(cached.sequences, again.sequences)
+            assert torch.allclose(torch.stack(cached.logits), torch.stack(again.logits), atol=1e-3)
+        else:  # products in bfloat16: one row and many are rounded differently, and a close choice may fall otherwise
+            assert (cached.logits[0] - again.logits[0]).abs().mean() < 0.05
+            assert cached.sequences.shape == again.sequences.shape
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_decoding_in_fixed_shapes(kind: str) -> None:
+    torch._dynamo.reset()
+    model = model_of("dtf, forecast error")
+    quantize(model, kind)
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    growing = model.generate(tokens(2, 12), **how)
+    assert torch.equal(model.generate(tokens(2, 12), cache_implementation="static", **how), growing)
+    compile_layers(model, "aot_eager")
+    with torch.no_grad():  # torch.compile takes no tensor subclass under inference_mode
+        assert torch.equal(model.generate(tokens(2, 12), cache_implementation="static", **how), growing)
+
+
+def test_kernels_that_read_plain_weights_are_refused() -> None:
+    model = model_of("dtf")
+    model.model.triton_kernels = True
+    with pytest.raises(ConfigError, match="Triton kernels read plain weights"):
+        quantize(model, "int8")
+    model.model.triton_kernels = False
+    quantize(model, "int8")
+    with pytest.raises(ValueError, match=r"quantized|install triton"):
+        model.model.use_triton_kernels()
+
+
+def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("dense")
+    with pytest.raises(ConfigError, match="quantize = 'int3': choose int8 or int4"):
+        quantize(model, "int3")
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj has 48 inputs, no multiple of 32; choose int8"):
+        quantize(dense_model(), "int4")
+    with pytest.raises(ConfigError, match=r"k_proj has 8 outputs, no multiple of 16"):
+        quantize(dense_model(intermediate_size=64, num_key_value_heads=1), "int4")
+    with pytest.raises(ConfigError, match="this is mps; choose int8"):
+        check_quantize("int4", torch.device("mps"))
+    quantize(model, "int8")
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize(model, "int8")
+    with pytest.raises(ConfigError, match="is not saved"):
+        model.save_pretrained("nowhere")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "torchao" else find_spec(name))
+    with pytest.raises(ConfigError, match=r"pip install 'dtfcli\[quantize\]'"):
+        check_quantize("int8", torch.device("cpu"))
+
+
+def test_a_model_that_is_quantized_by_its_own_configuration_is_refused() -> None:
+    model = model_of("dense")
+    model.config.quantization_config = {"quant_method": "other"}
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize(model, "int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_precision(dtype: torch.dtype) -> None:
+    for kind in ("int8", "int4"):
+        model = model_of("mod").to(dtype)
+        quantize(model, kind)
+        assert logits(model).dtype == dtype
+        assert torch.isfinite(logits(model)).all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A routed model with its tokenizer."""
+    path = tmp_path_factory.mktemp("quantized") / "model"
+    model_of("dtf, forecast error").save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_loaded_in_fewer_bits(folder: Path) -> None:
+    model: Any = dtfcli.load_model(folder, quantize="int8", device="cpu")
+    assert quantization_of(model).kind == "int8"
+    assert quantization_of(dtfcli.load_model(folder, device="cpu")) is None
+    digests = {model_hash(m, None) for m in (model, dtfcli.load_model(folder, device="cpu"))}
+    assert len(digests) == 2
+    assert model_hash(copy.deepcopy(model), None) in digests
+
+
+@pytest.mark.parametrize("name", ["dense", "dtf", "mod"])
+def test_what_it_cost(name: str) -> None:
+    model = model_of(name)
+    routed = hasattr(model, "set_routing")
+    if routed:
+        model.set_routing("topk", 0.5)  # measured causally all the same, and left as it was
+    done = quantize_and_measure(model, word_tokenizer(), "int8")
+    assert done == quantization_of(model)
+    assert done.tokens == min(512, len(word_tokenizer()(SAMPLE)["input_ids"]))
+    assert done.loss_before != done.loss_after
+    assert abs(done.loss_before - done.loss_after) < 0.2
+    assert (done.routed_before is not None) == routed
+    if routed:
+        assert model.routing == "topk"
+        assert abs(done.routed_before - done.routed_after) < 0.1
+    words = in_words(done)
+    assert all(word in words for word in ["quantized int8", " MB → ", "tokens of the sample: loss"])
+    assert ("routed" in words) == routed
+
+
+def test_nothing_to_measure() -> None:
+    uncalibrated = convert(dense_model(intermediate_size=64), "dtf", 0.5)
+    assert "loss" not in in_words(quantize_and_measure(uncalibrated, word_tokenizer(), "int8"))
+    done = quantize_and_measure(model_of("dense"), lambda text: {"input_ids": [1]}, "int8")
+    assert done.tokens == 0
+    assert "loss" not in in_words(done)
+
+
+def test_generate_says_what_it_cost(dtf: Callable[..., Outcome], folder: Path) -> None:
+    result = dtf("generate", str(folder), "a b", "-n", "3", "--quantize", "int4", "--json", "--device", "cpu")
+    assert result.code == 0, result
+    assert "quantized int4: " in result.stderr
+    found = json.loads(result.stdout)["quantization"]
+    assert found["kind"] == "int4"
+    assert found["bytes_after"] < found["bytes_before"]
+    assert found["routed_after"] is not None
+    plain = dtf("generate", str(folder), "a b", "-n", "3", "--json", "--device", "cpu")
+    assert "quantization" not in json.loads(plain.stdout)
+    assert "quantized" not in plain.stderr
