@@ -9,6 +9,7 @@ lm-eval would load them even at 0 shots.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def task_data(data_dir: Path | None) -> Iterator[dict[str, Origin]]:
                 return
             _check_links(name, folder)
             kept = {k: v for k, v in (dataset_kwargs or {}).items() if k not in ("trust_remote_code", "revision")}
+            kept["cache_dir"] = str(_cache_of(folder))
             task.dataset = datasets.load_dataset(str(folder), task.DATASET_NAME, **kept)
         except DTFError:
             raise
@@ -85,6 +87,17 @@ def _check_links(task: str, folder: Path) -> None:
         with reading(file, "put the file itself there", DataError):
             if leads_out(folder, file):
                 raise DataError(f"{task}: {file}: a link out of its folder, not followed; copy the file there.")
+
+
+def _cache_of(folder: Path) -> Path:
+    """Where `datasets` caches what it makes of a folder, as it is now.
+
+    Its own cache knows a folder that has a card by the folder's name alone: it would answer with the rows of another
+    folder of this name, or with those of before a change.
+    """
+    files = sorted((str(file.relative_to(folder)), file.stat()) for file in folder.rglob("*") if file.is_file())
+    state = [str(folder.resolve()), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "dtf" / sha256(repr(state).encode()).hexdigest()[:16]
 
 
 def _unavailable(task: str, dataset: str, folder: Path | None, data_dir: Path | None, error: Exception) -> str:

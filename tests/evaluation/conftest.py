@@ -83,7 +83,7 @@ metadata:
 def write_dataset(folder: Path, splits: dict[str, int], seed: int = 0) -> None:
     """Questions of 3 to 40 words with four answers of 1 to 3 words, as .jsonl with a card."""
     rng = random.Random(seed)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for split, count in splits.items():
         rows = [
             {

@@ -16,7 +16,7 @@ import dtfcli
 from dtfcli.errors import CheckpointError, ConfigError, DataError
 from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.evaluation.report import EvalReport, Metric, write_document
-from tests.evaluation.conftest import ITEMS
+from tests.evaluation.conftest import ITEMS, write_dataset
 from tests.tiny import ARCHITECTURES, dense_model, routed_model, tokens, word_tokenizer
 
 Evaluate = Callable[..., EvalReport]
@@ -162,6 +162,19 @@ def test_examples_come_from_the_scored_split_where_there_is_no_other(evaluate: E
     assert result.missing_splits == ("train",)
     assert result.split == "validation"
     assert result.fewshot_from == "validation (item excluded)"
+
+
+def test_a_changed_folder_is_read_again(task_dir: Path, tmp_path: Path) -> None:
+    """Also one of the same name elsewhere: the cache of `datasets` knows only the name."""
+    from dtfcli.evaluation.harness import load_job
+    from dtfcli.evaluation.suites import Job, TaskIndex
+
+    found = []
+    for place, items in (("one", 6), ("other", 9), ("other", 7)):
+        write_dataset(tmp_path / place / "toy" / "quiz", {"train": 4, "validation": items})
+        loaded = load_job(Job("toy_text", None), TaskIndex(["toy_text"], task_dir), tmp_path / place)
+        found.append(len(loaded.tasks["toy_text"].eval_docs))
+    assert found == [6, 9, 7]
 
 
 def test_an_item_is_never_its_own_example(data_dir: Path, task_dir: Path) -> None:
