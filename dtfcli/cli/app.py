@@ -22,6 +22,7 @@ from dtfcli.cli.push import push
 from dtfcli.cli.serve import serve
 from dtfcli.cli.train import train
 from dtfcli.errors import DTFError, did_you_mean
+from dtfcli.quiet import quiet_imports
 
 # Typer before 0.27 raises Click's usage errors, later versions their own; these are the right ones in both.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -76,6 +77,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a γ must not end a command on an ASCII terminal
+    quiet_imports()
     sys.exit(run(sys.argv[1:]))
 
 
