@@ -38,9 +38,10 @@ test-all: $(INSTALLED)
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
 	$(MAKE) test-lowest
 
-# What meets the libraries: caches, conversion, saved models, settings, the loop, the Hub, a benchmark, the commands.
+# What meets the libraries: caches, conversion, saved models, settings, the loop, a benchmark, the commands. Not the Hub:
+# huggingface_hub 1.5 checks a card at the real one, whatever HF_ENDPOINT says.
 MEETING := tests/contract/test_cache.py tests/contract/test_families.py tests/contract/test_lossless_conversion.py \
-	tests/contract/test_stock_clients.py tests/loading tests/settings tests/training/test_loop.py tests/hub/test_push.py \
+	tests/contract/test_stock_clients.py tests/loading tests/settings tests/training/test_loop.py \
 	tests/evaluation/test_evaluate.py tests/cli/test_cli.py tests/test_deprecations.py
 # All but a speed: older typer and rich print the help in 0.6 s of processor time instead of 0.35.
 MEETING += --deselect tests/cli/test_cli.py::test_help_answers_at_once

@@ -56,8 +56,9 @@ class FullLayerCache(SurpriseHistory, DynamicLayer):
         return sum(stored) + self.surprise_nbytes
 
     def reset(self) -> None:
+        self.keys = self.values = self.surprise = None
+        self.is_initialized = False  # Transformers 5.17 would keep the length and write zeros
         super().reset()
-        self.surprise = None
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -155,7 +155,7 @@ def test_thresholds_follow_capacity_and_calibration(architecture: str) -> None:
 
     def thresholds(at: int) -> list[float]:
         with torch.no_grad():
-            out = model(ids[:, at : at + 1], cache=cache, output_routing=True)
+            out = model(ids[:, at : at + 1], past_key_values=cache, output_routing=True)
         return [record.threshold.item() for record in out.routing]
 
     def expected(capacity: float | None = None) -> list[float]:

@@ -79,8 +79,15 @@ def test_a_stock_harness_would_let_padding_compete(tokenizer: PreTrainedTokenize
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_dense_model_scores_as_in_the_stock_harness(
-    batch_size: int, evaluate: Evaluate, data_dir: Path, task_dir: Path, tokenizer: PreTrainedTokenizerFast
+    batch_size: int,
+    evaluate: Evaluate,
+    data_dir: Path,
+    task_dir: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # it would know another `quiz`
     model = dense_model()
     ours = evaluate(model, "toy_choice,toy_text,toy_writing", num_fewshot=2, limit=10, batch_size=batch_size)
     manager = TaskManager(include_defaults=False, include_path=[task_dir])

@@ -63,9 +63,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrainResu
         ("dtf", "ddp"),
         pytest.param("dtf", "fsdp2", marks=pytest.mark.slow),
         pytest.param("mod", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("dense", "ddp", marks=pytest.mark.slow),
-        pytest.param("dense", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("layerdrop", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("dense", "ddp", marks=pytest.mark.long),
+        pytest.param("dense", "fsdp2", marks=pytest.mark.long),
+        pytest.param("layerdrop", "fsdp2", marks=pytest.mark.long),
     ],
 )
 def test_two_processes_reach_the_losses_of_one(
@@ -106,7 +106,7 @@ def test_two_processes_reach_the_losses_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["dtf", "dense"])
+@pytest.mark.parametrize("architecture", ["dtf", pytest.param("dense", marks=pytest.mark.long)])
 def test_two_processes_share_the_base_of_adapters(
     tmp_path: Path, alone: Callable[[str], TrainResult], architecture: str
 ) -> None:
