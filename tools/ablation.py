@@ -53,7 +53,7 @@ STUDIES: dict[str, dict[str, str]] = {
         "thesis's score, forecast": f"model.score=surprise {GRADIENT}",
     },
     "layers": {
-        "every second": "model=dtf",
+        "forecast error": "model=dtf",
         "chosen": "model.routed_layers=auto model.flops_share=0.904",
         "dense": "model=dense",
     },
