@@ -22,7 +22,6 @@ from dtfcli.loading.paths import resolve_model_path
 from dtfcli.runs.folder import MERGED_MODEL
 from dtfcli.settings import Settings
 from dtfcli.settings.after import HubSettings
-from dtfcli.training.choosing import unmeasured
 from dtfcli.training.loop import TrainResult, train_model
 from dtfcli.training.plan import TrainPlan, for_processes, plan_run
 from dtfcli.training.processes import is_main_process
@@ -198,7 +197,6 @@ def preview(settings: Settings, processes: int | None = None, accelerator: str =
     scaling = None
     dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
     tokenizer = None if settings.model.base or not settings.data.tokenizer else build_tokenizer(settings)
-    settings = unmeasured(settings)
     model = adapt(build_model(settings, meta=True, tokenizer=tokenizer), settings)
     if processes is not None:
         settings = for_processes(settings, processes)

@@ -20,7 +20,7 @@ def test_every_point_can_be_planned(steps: str, tmp_path: Path, monkeypatch: pyt
     arguments = ["--novels", str(tmp_path), "--model", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", ["ablation", *arguments, "--steps", steps])
     ablation.main()
-    assert list(calls) == [f"choosers-{steps}", f"layers-{steps}", f"details-{steps}"]
+    assert list(calls) == [f"choosers-{steps}", f"details-{steps}"]
     planned = []
     for name, given in calls.items():
         points = [given[at + 1] for at, item in enumerate(given) if item == "--point"]
@@ -28,6 +28,5 @@ def test_every_point_can_be_planned(steps: str, tmp_path: Path, monkeypatch: pyt
         runs = plan_points("dtf-smollm2-135m", parse_points(points), [1, 2, 3], overrides, tmp_path)
         assert len(runs) == 3 * len(points), name
         planned.append(runs)
-    choosers, layers, details = ({run.key for run in runs} for runs in planned)
+    choosers, details = ({run.key for run in runs} for runs in planned)
     assert len(choosers & details) == 3, "the best recipe is trained once for all"
-    assert len(choosers & layers) == 6, "and so is the dense model"

@@ -52,11 +52,6 @@ STUDIES: dict[str, dict[str, str]] = {
         "random, forecast": "model=random",
         "thesis's score, forecast": f"model.score=surprise {GRADIENT}",
     },
-    "layers": {
-        "forecast error": "model=dtf",
-        "chosen": "model.routed_layers=auto model.flops_share=0.904",
-        "dense": "model=dense",
-    },
     "details": {
         "forecast error": "model=dtf",
         "not fitted": "training.fit_tokens=0",

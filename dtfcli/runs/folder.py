@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from dtfcli.errors import CheckpointError, ConfigError, did_you_mean
 from dtfcli.runs.files import explained_write_errors
 from dtfcli.settings import Settings
+from dtfcli.settings.describe import STRUCK, problems
+from dtfcli.settings.overrides import lookup, remove
 
 try:
     import fcntl
@@ -80,7 +84,7 @@ def run_settings(folder: Path) -> Settings:
     """The settings of an existing run, exactly as it was started: the environment has no say.
 
     Raises:
-        CheckpointError: this is not a run folder, or its settings are damaged.
+        CheckpointError: this is not a run folder, or its settings are damaged or of an earlier version.
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -88,7 +92,14 @@ def run_settings(folder: Path) -> Settings:
         hint = "" if folder.is_dir() else did_you_mean(folder.name, siblings)
         raise CheckpointError(f"{folder}: no run to resume (it has no {SETTINGS_FILE}).{hint}")
     try:
-        return Settings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        for key, (neutral, _) in STRUCK.items():
+            if lookup(values, key) == neutral:
+                remove(values, key)
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problem = problems(Settings, error)[0].text
+        raise CheckpointError(f"{path}: damaged, or of another version. {problem} Start a new run.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, the run cannot be resumed. Start a new one.") from error
 

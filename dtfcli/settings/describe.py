@@ -16,6 +16,19 @@ from pydantic_core import ErrorDetails
 
 from dtfcli.errors import did_you_mean
 
+STRUCK: dict[str, tuple[Any, str]] = {
+    "model.budget": ("layer", "every layer has a γ of its own; give model.capacity a list where they should differ"),
+    "model.forecast_factor": (0.0, "forecasts are linear"),
+    "model.score_factor": (0.0, "predicted costs are linear"),
+    "model.surprise_scale": ("raw", "surprise is never rescaled"),
+    "model.flops_share": (
+        None,
+        "list layers in model.routed_layers; `dtf inspect-routing MODEL --sensitivity` measures what each one costs",
+    ),
+    "training.router_warmup_steps": (0, "it made models worse; all parameters are trained from the first step"),
+}
+"""Settings that earlier versions had: the value that meant nothing, and the remedy for every other."""
+
 _COMPARISONS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -188,6 +201,9 @@ def _translate(schema: type[BaseModel], details: ErrorDetails, origin: Callable[
     location, kind, context = details["loc"], details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
         name = show_key(location)
+        if name in STRUCK:
+            line = f"{name}{origin(name)}: this setting is gone, since {STRUCK[name][1]}. Leave it out."
+            return Problem(tuple(location), line, known=False)
         return Problem(tuple(location), f"{name}: unknown key{origin(name)}.{_unknown(schema, location)}", known=False)
     if kind == "value_error":
         # Our validators raise "name = value: remedy"; pydantic knows the group, or the field itself.

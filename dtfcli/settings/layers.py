@@ -30,9 +30,7 @@ _SWITCHED = {
 S = TypeVar("S", bound=BaseModel)
 
 
-_ROUTER_KEYS = tuple(
-    f"training.{name}" for name in ("learning_rates.router", "decay_router_scalars", "router_warmup_steps")
-)
+_ROUTER_KEYS = ("training.learning_rates.router", "training.decay_router_scalars")
 _OTHER_KEYS = ("training.capacity_schedule", "training.fit_tokens")
 _TOKEN_KEYS = ("training.calibration_tokens", "training.threshold_fraction")
 _NO_ROUTER = {"random": _ROUTER_KEYS, "layerdrop": (*_ROUTER_KEYS, *_TOKEN_KEYS)}
@@ -54,8 +52,6 @@ def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
         if "model.explore" in unread:
             unread["training.fit_tokens"] = "there is no forecast to fit, and no score that predicts"
     unread |= dict.fromkeys(_NO_ROUTER.get(architecture, ()), f"model.architecture is {architecture}")
-    if model.get("bypass") == "forecast":  # there is something to train while the backbone is frozen
-        unread.pop("training.router_warmup_steps", None)
     return unread
 
 
@@ -91,13 +87,8 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
         unread["data.shuffle_buffer"] = "no entry of data.sources has streaming = true"
     if not lookup(values, "logging.wandb.enabled"):
         unread["logging.wandb.project"] = "logging.wandb.enabled is false"
-    layers = lookup(values, "model.routed_layers")
-    if isinstance(layers, list):
+    if isinstance(lookup(values, "model.routed_layers"), list):
         unread["model.dense_edges"] = "model.routed_layers lists the layers"
-    if layers == "auto":
-        unread["model.capacity"] = "model.routed_layers is auto, which chooses it by model.flops_share"
-    else:
-        unread["model.flops_share"] = f"model.routed_layers is {'a list' if isinstance(layers, list) else 'alternate'}"
     if not lookup(values, "eval.after"):
         unread |= dict.fromkeys(["eval.tasks", "eval.limit", "eval.data_dir"], "eval.after is empty")
     for group, names in _SWITCHED.items():

@@ -53,7 +53,7 @@ class ScratchSettings(Group):
 
 def _check_alone(name: str, value: Any) -> Any:
     """Check one routing field by itself, so that a mistake elsewhere does not hide this one."""
-    if value is not None and (name, value) != ("routed_layers", "auto"):
+    if value is not None:
         check_routing_fields({name: value})
     return value
 
@@ -83,11 +83,6 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
         description="dtf (routes by surprise), mod (Mixture-of-Depths), dense (the stock model), or a control: "
         "random (a fixed random score), layerdrop (routed layers kept or left out whole).",
     )
-    flops_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None,
-        description="With routed_layers 'auto': the share of dense FLOPs that a forward pass may take. Layers, their γ "
-        "and, unless it is set, the routed part are chosen by what skipping each layer costs.",
-    )
     base: str = Field("", description="Hub id, model folder or .gguf file to start from; empty: from scratch.")
     revision: str = Field("", description="Branch, tag or commit of a Hub base; empty: its default branch.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
@@ -107,16 +102,6 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
             "explored tokens need masks that flash_attention_2 does not take; use model.attn_implementation = 'sdpa'",
         )
         fields, layers = self.routing_fields(), None if self.base else self.scratch.num_hidden_layers
-        if self.routed_layers == "auto":
-            remedy = "it measures layers of a pretrained model that choose tokens"
-            require(
-                bool(self.base) and self.architecture != "layerdrop",
-                "routed_layers",
-                "auto",
-                f"{remedy}; set model.base, or for layerdrop model.layer_order" if not self.base else remedy,
-            )
-            require(self.flops_share is not None, "routed_layers", "auto", "set model.flops_share, such as 0.8")
-            del fields["routed_layers"]
         check_routing_fields({"architecture": self.architecture, **fields}, layers)
         return self
 

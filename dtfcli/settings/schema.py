@@ -7,7 +7,6 @@ value and the remedy.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tomlkit
 from pydantic import Field, model_validator
@@ -93,11 +92,6 @@ class Settings(BaseSettings):
     def shares_parent(self) -> bool:
         """Whether a dense parent is made of the model's own tensors, which stay frozen and as they are."""
         return self.lora.enabled and self.lora.quantize == "none"
-
-    def with_model(self, **changes: Any) -> "Settings":
-        """The same with other values of `model.*`, checked again."""
-        model = ModelSettings.model_validate(self.model.model_dump() | changes)
-        return self.model_copy(update={"model": model})
 
     def accumulation_steps(self, processes: int = 1) -> int:
         """Micro-batches per optimizer step on each process.

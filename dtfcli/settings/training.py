@@ -105,9 +105,6 @@ class TrainingSettings(Group):
         description="Training tokens to which forecasts and predicted costs are fitted by least squares before the "
         "first update; unset: 32 for each unit of the hidden size, 0: none.",
     )
-    router_warmup_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] = Field(
-        0, description="First N updates train only routers, priors and predictors; the backbone is frozen."
-    )
 
     @model_validator(mode="after")
     def _check_kernels(self) -> "TrainingSettings":
@@ -126,12 +123,6 @@ class TrainingSettings(Group):
                 f"γ must have arrived where thresholds take over (threshold_fraction = {self.threshold_fraction:g}); "
                 f"at most {left:g}",
             )
-        require(
-            not self.router_warmup_steps or self.max_steps is None or self.router_warmup_steps < self.max_steps,
-            "router_warmup_steps",
-            self.router_warmup_steps,
-            f"the backbone would never be trained; fewer than max_steps = {self.max_steps}",
-        )
         return self
 
 

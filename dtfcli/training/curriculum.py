@@ -4,7 +4,7 @@ All are pure functions of the step, so that resuming needs no state.
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,6 @@ from dtfcli.settings.training import TrainingSettings
 
 def phase_of(step: int, total_steps: int, training: TrainingSettings) -> str:
     """What update `step` (from 0) is about, for those who watch."""
-    if step < training.router_warmup_steps:
-        return "Training routers, the backbone is frozen"
     if annealing_left(step, total_steps, training):
         return "Training, γ on its way"
     if step >= first_by_threshold(total_steps, training):
@@ -63,14 +61,3 @@ def annealed_capacity(model: Any, left: float, start: float) -> Iterator[float]:
         yield sum(capacities.values()) / len(capacities)
     finally:
         stack.training_capacities = None
-
-
-def keep_gradients(param_groups: Iterable[dict[str, Any]], names: Container[str]) -> None:
-    """Drop the gradients of all other groups: the optimizer passes them over, moments and decay included.
-
-    The gradients are computed all the same: whatever reduces or shards them counts on every parameter having one.
-    """
-    for group in param_groups:
-        if group["name"] not in names:
-            for parameter in group["params"]:
-                parameter.grad = None

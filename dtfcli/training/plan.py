@@ -83,11 +83,6 @@ def plan_run(settings: Settings, train_rows: int | None) -> TrainPlan | None:
         if train_rows is None:
             return None
         total = max(1, int(training.epochs * train_rows / rows_per_update))
-    if training.router_warmup_steps and training.router_warmup_steps >= total:
-        raise ConfigError(
-            f"training.router_warmup_steps = {training.router_warmup_steps}: the backbone would never be trained; "
-            f"fewer than the {total} updates of the run."
-        )
     every = max(1, total // _EVALUATIONS, _affordable_interval(settings))
     return TrainPlan(
         seq_len=seq_len,

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from dtfcli.runs.files import MetricsLog, tidy_folders
 from dtfcli.runs.folder import CHECKPOINTS, FINAL_MODEL, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import TrainingState, find_checkpoint
-from dtfcli.training.choosing import choose_layers
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.fitting import fit_routing
@@ -102,7 +101,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
         emit(TrainEvent("warning", message))
 
     states = (Sharded if settings.training.sharding == "fsdp2" else Replicated)(accelerator, processes)
-    settings, tokenizer, model, data = _materials(settings, accelerator, processes, states, progress)
+    tokenizer, model, data = _materials(settings, accelerator, states, progress)
     plan = plan_run(settings, len(data.train))
     assert plan is not None, "known once the rows are"
     if resume is None and states.needs_weights and hasattr(model, "fit_routing"):
@@ -143,22 +142,16 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
 
 
 def _materials(
-    settings: Settings, accelerator: Accelerator, processes: Processes, states: Replicated, progress: OnProgress
-) -> tuple[Settings, Any, Any, TokenizedData]:
-    """Tokenizer, model and tokenized text; and the settings, with layers chosen where these leave it open."""
-    build = partial(_built, meta=not states.needs_weights, progress=progress)
-    auto = settings.model.routed_layers == "auto"
+    settings: Settings, accelerator: Accelerator, states: Replicated, progress: OnProgress
+) -> tuple[Any, Any, TokenizedData]:
+    """Tokenizer, model and tokenized text."""
     # The first process of a machine fills the caches, the others read them.
     with accelerator.local_main_process_first():
         progress("Preparing the tokenizer", None)
         tokenizer = build_tokenizer(settings, on_progress=progress)
-        model = None if auto else build(settings, tokenizer)
+        model = _built(settings, tokenizer, meta=not states.needs_weights, progress=progress)
         data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
-    if auto:
-        settings = processes.from_main(partial(choose_layers, settings, data.train, progress))
-        with accelerator.local_main_process_first():
-            model = build(settings, tokenizer)
-    return settings, tokenizer, model, data
+    return tokenizer, model, data
 
 
 def _built(settings: Settings, tokenizer: Any, *, meta: bool, progress: OnProgress) -> Any:

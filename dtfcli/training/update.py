@@ -16,7 +16,7 @@ from dtfcli.data.targets import count_targets
 from dtfcli.errors import DTFError
 from dtfcli.runs.folder import list_checkpoints
 from dtfcli.training.calibrate import QUICK_CALIBRATION_TOKENS, calibrate
-from dtfcli.training.curriculum import annealed_capacity, annealing_left, first_by_threshold, keep_gradients
+from dtfcli.training.curriculum import annealed_capacity, annealing_left, first_by_threshold
 from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import TrainPlan
 from dtfcli.training.setup import Run
@@ -55,9 +55,6 @@ def update(run: Run) -> dict[str, Any]:
     sums = run.processes.mean(sums)
     if run.objective.routed:
         _average_thresholds(run)
-    if step < run.settings.training.router_warmup_steps:
-        keep_gradients(run.optimizer.param_groups, [name for name in GROUPS if name != "base"])
-        rates["base"] = 0.0
     metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
     check_finite(run, metrics)
     run.optimizer.step()

@@ -160,11 +160,11 @@ def test_lower_precision_keeps_the_routers(runs: dict[str, TrainResult]) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "step"), [("step", 1), ("step", 3), ("step", 5)])
 def test_killed_and_resumed(tmp_path: Path, base: Path, kind: str, step: int) -> None:
-    """Dropout in the adapters, distillation, annealing and warm-up: all of it goes on where it was."""
+    """Dropout in the adapters, distillation, annealing: all of it goes on where it was."""
     groups: dict[str, Any] = {
         "lora": LORA | {"dropout": 0.3},
         "distill": {"enabled": True},
-        "training": {"capacity_schedule": "cosine", "capacity_fraction": 0.9, "router_warmup_steps": 2},
+        "training": {"capacity_schedule": "cosine", "capacity_fraction": 0.9},
     }
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from dtfcli.errors import DTFError
+from dtfcli.errors import CheckpointError, DTFError
 from dtfcli.runs.files import MetricsLog, read_metrics, replaced_folder, tidy_folders
+from dtfcli.runs.folder import run_settings
 
 
 def test_metrics_log(tmp_path: Path) -> None:
@@ -71,3 +72,13 @@ def test_what_cannot_be_written_is_explained(tmp_path: Path, error: Exception, r
 def test_other_errors_are_not_explained_away(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes differ"), replaced_folder(tmp_path / "x"):
         raise RuntimeError("shapes differ")
+
+
+def test_settings_of_an_earlier_version(tmp_path: Path) -> None:
+    """A setting that is gone does no harm where it was off; otherwise the error names it and the remedy."""
+    path = tmp_path / "settings.toml"
+    path.write_text('[model]\nbudget = "layer"\n[training]\nrouter_warmup_steps = 0\n')
+    assert run_settings(tmp_path).training.max_steps is None
+    path.write_text("[training]\nrouter_warmup_steps = 3\n")
+    with pytest.raises(CheckpointError, match=r"settings\.toml.* training\.router_warmup_steps: .*gone.* Leave it out"):
+        run_settings(tmp_path)

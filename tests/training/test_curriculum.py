@@ -1,15 +1,13 @@
-"""Capacity annealing and the routers' warm-up: functions of the step, and what runs make of them."""
+"""Capacity annealing: a function of the step, and what runs make of it."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dtfcli.errors import ConfigError
 from dtfcli.experiment import train
-from dtfcli.models.pretrained import is_added
 from dtfcli.runs.files import read_metrics
 from dtfcli.settings import load_settings
 from dtfcli.settings.training import TrainingSettings
@@ -99,46 +97,17 @@ def test_an_annealed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert shares == pytest.approx([0.5] * 3, abs=0.02), "on the text of the calibration"
 
 
-@pytest.mark.parametrize("architecture", ["dtf", "mod"])
-def test_the_warm_up_leaves_the_backbone_alone(
-    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit, decay included, while routers and priors move; then the backbone moves too."""
-    states: list[dict[str, torch.Tensor]] = []
-
-    def update(run: Any, update: Any = loop.update) -> Any:
-        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        metrics = update(run)
-        states.append({name: (p.detach() - before[name]) for name, p in run.model.named_parameters()})
-        return metrics
-
-    monkeypatch.setattr(loop, "update", update)
-    training = {"router_warmup_steps": 3, "weight_decay": 0.5, "warmup_ratio": 0.0, "log_every": 1}
-    result = train(small_settings(tmp_path, architecture, training=training))
-    for step, changes in enumerate(states):
-        moved = {name for name, change in changes.items() if change.abs().max() > 0}
-        added = {name for name in changes if is_added(name)}
-        assert moved >= {name for name in added if "weight" in name and "norm" not in name}
-        assert (moved <= added) == (step < 3)
-    lines = [line for line in read_metrics(result.run_dir / "metrics.jsonl") if "lr/base" in line]
-    assert [line["lr/base"] == 0 for line in lines] == [True] * 3 + [False] * 3
-    assert all(line["lr/router"] > 0 for line in lines)
-    assert load_file(result.final_model_path / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["training.capacity_fraction=0.5"], "nothing reads it, since training.capacity_schedule is constant"),
         (["training.capacity_start=0.5"], "nothing reads it"),
         (["model=dense", "training.capacity_schedule=linear"], "model.architecture is dense"),
-        (["model=dense", "training.router_warmup_steps=5"], "model.architecture is dense"),
         (["training.capacity_schedule=linear", "training.capacity_fraction=0"], "greater than 0"),
         (
             ["training.capacity_schedule=linear", "training.capacity_fraction=0.8", "training.threshold_fraction=0.3"],
             r"thresholds take over \(threshold_fraction = 0.3\); at most 0.7",
         ),
-        (["training.max_steps=20", "training.router_warmup_steps=20"], "fewer than max_steps = 20"),
     ],
 )
 def test_settings(overrides: list[str], message: str) -> None:

@@ -2,10 +2,8 @@
 
 import errno
 import json
-import math
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +13,11 @@ from accelerate import Accelerator
 
 from dtfcli import experiment
 from dtfcli.cost.peak import matmul_peak
-from dtfcli.errors import ConfigError, DataError, DTFError
+from dtfcli.errors import DataError, DTFError
 from dtfcli.runs.folder import list_checkpoints
-from dtfcli.training import update
 from dtfcli.training.checkpoint import read_state
 from dtfcli.training.interrupt import StopRequested, StopSignal
-from dtfcli.training.optim import GROUPS
 from dtfcli.training.plan import plan_run
-from dtfcli.training.sharding import Replicated
 from dtfcli.training.tracking import Stopwatch
 from dtfcli.training.validation import calibration_batches, calibration_rows, evaluation_rows
 from tests.training.small_runs import small_settings
@@ -47,44 +42,6 @@ def test_plan_by_epochs(tmp_path: Path) -> None:
     assert plan_run(settings, None) is None
     with pytest.raises(DataError, match="no row of"):
         plan_run(settings, 0)
-
-
-def test_a_warm_up_that_would_be_all_there_is(tmp_path: Path) -> None:
-    values = small_settings(tmp_path).model_dump(exclude_none=True)
-    del values["training"]["max_steps"]
-    values["training"] |= {"epochs": 1, "router_warmup_steps": 25}
-    with pytest.raises(ConfigError, match=r"router_warmup_steps = 25: .* fewer than the 25 updates"):
-        plan_run(type(small_settings(tmp_path)).model_validate(values), 100)
-
-
-def test_gradients_are_unscaled_once_for_all_groups(tmp_path: Path) -> None:
-    """float16's loss scaling refuses to be taken off twice."""
-    weights = {name: torch.nn.Parameter(torch.zeros(3)) for name in GROUPS[:2]}
-    scale = 4.0
-    for weight in weights.values():
-        weight.grad = torch.full((3,), 2.0) * scale
-
-    class Scaling:
-        calls = 0
-
-        def unscale_gradients(self) -> None:
-            self.calls += 1
-            for weight in weights.values():
-                assert weight.grad is not None
-                weight.grad /= scale
-
-    groups = [{"name": name, "params": [weight]} for name, weight in weights.items()]
-    run: Any = SimpleNamespace(
-        accelerator=Scaling(),
-        optimizer=SimpleNamespace(param_groups=groups),
-        settings=small_settings(tmp_path, training={"gradient_clip": 1.0}),
-    )
-    run.states = Replicated(run.accelerator, run)
-    assert update._clip_gradients(run) == pytest.approx(math.sqrt(2 * 3 * 2.0**2))
-    assert run.accelerator.calls == 1
-    for weight in weights.values():
-        assert weight.grad is not None
-        assert weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
 
 
 def test_evaluations_stay_affordable(tmp_path: Path) -> None:
