@@ -9,7 +9,6 @@ from dtfcli.cli import render
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from dtfcli.inspection.comparison import Comparison
     from dtfcli.inspection.corpus import CorpusRouting
     from dtfcli.inspection.sensitivity import Sensitivity
     from dtfcli.inspection.statistics import Summary
@@ -24,7 +23,7 @@ _STOPS = ("#6e6e78", "#3c5ac8", "#a032aa", "#e15a14")
 """From no routed layer to all of them; readable on dark and on light terminals."""
 
 
-def show_text(report: "TextRouting", summary: "Summary", comparison: "Comparison | None" = None) -> None:
+def show_text(report: "TextRouting", summary: "Summary") -> None:
     """Print a text colored by depth, its heat map, the tokens at both ends, and the tables."""
     from rich.text import Text
 
@@ -38,13 +37,13 @@ def show_text(report: "TextRouting", summary: "Summary", comparison: "Comparison
     render.out.print(_heat_map(report, render.out.width))
     _left_out(len(report.source), _HEAT_SHOWN)
     render.out.print(_extremes(report))
-    _show_tables(summary, comparison)
+    _show_tables(summary)
 
 
 def show_corpus(report: "CorpusRouting") -> None:
     """Print what was added up over a corpus."""
     _headline(report, report.summary)
-    _show_tables(report.summary, None)
+    _show_tables(report.summary)
 
 
 def show_sensitivity(found: "Sensitivity") -> None:
@@ -189,14 +188,12 @@ def _extremes(report: "TextRouting") -> "Text":
     return lines
 
 
-def _show_tables(summary: "Summary", comparison: "Comparison | None") -> None:
+def _show_tables(summary: "Summary") -> None:
     from rich.text import Text
 
     from dtfcli.inspection.tables import all_tables
 
-    if comparison is not None:
-        _show_comparison(comparison)
-    for data in all_tables(summary, comparison):
+    for data in all_tables(summary):
         title = Text(f"\n{data.title}  ", "bold").append(data.note, "not bold dim")
         render.out.print(title, _table(data), sep="\n")
     if summary.depth_with_loss is not None:
@@ -204,21 +201,6 @@ def _show_tables(summary: "Summary", comparison: "Comparison | None") -> None:
         line = f"\ndepth with the token's loss r = {own:+.2f}"
         line += "" if following is None else f", with the next token's r = {following:+.2f}"
         render.out.print(line, markup=False)
-
-
-def _show_comparison(comparison: "Comparison") -> None:
-    from rich.text import Text
-
-    first, second = comparison.first, comparison.second
-    losses = comparison.losses
-    lines = Text("\nA ", "bold").append(f"{first.model}\n", "not bold").append("B ").append(second.model, "not bold")
-    render.out.print(lines)
-    rows = [["routed", f"{first.routed_share:.1%}", f"{second.routed_share:.1%}"]]
-    if losses is not None:
-        rows.append(["loss", f"{losses[0]:.3f}", f"{losses[1]:.3f}"])
-    render.out.print(render.table(["", "A", "B"], rows))
-    if comparison.depth_correlation is not None:
-        render.out.print(f"depth of A with depth of B  r = {comparison.depth_correlation:+.2f}", markup=False)
 
 
 def _table(data: "TableData") -> Any:

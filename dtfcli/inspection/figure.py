@@ -214,7 +214,7 @@ def _draw_layers(axes: Axes, report: TextRouting | CorpusRouting, summary: Summa
 
 
 def _shown_groups(summary: Summary) -> dict[str, list[GroupRow]]:
-    return {name: summary.groups[name] for name in ("class", "python", "frequency") if name in summary.groups}
+    return {name: summary.groups[name] for name in ("class", "frequency") if name in summary.groups}
 
 
 def _draw_groups(axes: Axes, summary: Summary) -> None:

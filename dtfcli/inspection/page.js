@@ -53,7 +53,6 @@ function drawHead() {
   if (data.file) badge(data.file);
   const s = data.summary;
   if (s.windows > s.texts) badge(s.windows + " windows, each routed on its own");
-  if (data.comparison) badge("A " + data.comparison.first), badge("B " + data.comparison.second);
   const tile = (name, value, note) => {
     const box = document.createElement("div");
     const shown = make("dd", value);
@@ -155,7 +154,7 @@ function rankOf(id, values) {
   }
   return ranks.get(id);
 }
-const LINEAR = ["selected", "gate", "s_ce", "s_cu"];
+const LINEAR = ["selected", "gate", "s_ce", "s_cu", "ce_part"];
 /** For the measure in force: a class for each token, and the legend's ends. */
 function coloring() {
   const { measure, layer } = state;
@@ -164,14 +163,8 @@ function coloring() {
     const rank = rankOf("loss", text.loss);
     return { of: (t) => level(rank[t]), ends: ["well predicted", "badly"] };
   }
-  if (measure === "depthDifference" || measure === "lossDifference") {
-    const values = data.comparison[measure === "depthDifference" ? "depth" : "loss"];
-    const most = measure === "depthDifference" ? 1 : 3;
-    return { of: (t) => side(values[t], most), ends: ["B more", "A more"], diverging: true };
-  }
-  if (measure === "ce_part") return { of: (t) => side(2 * at(layer, measure, t) - 1, 1), ends: ["CU", "CE"], diverging: true };
   if (LINEAR.includes(measure)) {
-    const ends = measure === "selected" ? ["passed by", "routed"] : ["0", "1"];
+    const ends = measure === "selected" ? ["passed by", "routed"] : measure === "ce_part" ? ["CU", "CE"] : ["0", "1"];
     return { of: (t) => level(Math.min(1, Math.max(0, at(layer, measure, t)))), ends, steps: measure === "selected" ? 1 : 0 };
   }
   const values = layers[layer].measures[measure];
@@ -180,8 +173,6 @@ function coloring() {
   return { of: (t) => level(rank[t]), ends: [number(order[0]), number(order[order.length - 1])], note: "by rank" };
 }
 const level = (share) => (share === null ? "plain" : "c" + Math.round(TOP * share));
-const side = (value, most) =>
-  value === null ? "plain" : "v" + Math.round((TOP * (Math.max(-1, Math.min(1, value / most)) + 1)) / 2);
 
 // ---- the text
 
@@ -229,7 +220,7 @@ function drawText() {
 }
 let painted = [];
 function paint() {
-  const { of, ends, steps, diverging, note } = coloring();
+  const { of, ends, steps, note } = coloring();
   for (let t = 0; t < T; t++) {
     const name = of(t);
     if (painted[t] === name) continue;
@@ -240,9 +231,9 @@ function paint() {
     painted[t] = name;
   }
   const ramp = make("span", null, "ramp");
-  if (steps && !diverging) {
+  if (steps) {
     for (let i = 0; i <= steps; i++) ramp.append(make("i", steps > 1 ? String(i) : "", "wide c" + Math.round((TOP * i) / steps)));
-  } else for (let i = 0; i <= TOP; i++) ramp.append(make("i", null, (diverging ? "v" : "c") + i));
+  } else for (let i = 0; i <= TOP; i++) ramp.append(make("i", null, "c" + i));
   const inner = steps > 1 ? [make("span", "layers"), ramp] : [make("span", ends[0]), ramp, make("span", ends[1])];
   if (note) inner.push(make("span", note));
   $("legend").replaceChildren(...inner);
@@ -266,13 +257,9 @@ function drawDetail() {
   const list = document.createElement("dl");
   const row = (name, value) => list.append(make("dt", name), make("dd", value));
   row("token", t + " of " + T + " · id " + text.ids[t]);
-  row("class", text.classNames[text.classes[t]] + (text.python ? ", " + text.python[t] : ""));
+  row("class", text.classNames[text.classes[t]]);
   row("depth", text.depth[t] + " of " + L + (sinks.has(t) ? " (a sink, always routed)" : ""));
   row("loss", text.loss[t] === null ? "– (nothing before it)" : number(text.loss[t]) + " nats");
-  if (data.comparison) {
-    row("depth A − B", number(data.comparison.depth[t]));
-    row("loss A − B", number(data.comparison.loss[t]));
-  }
   const table = document.createElement("table");
   const hidden = L && "ce_part" in layers[0].measures ? ["score", "gate", "change_surprise"] : ["score"]; // G follows from S_CE and S_CU
   const measures = L ? ["score", ...Object.keys(layers[0].measures).filter((name) => !hidden.includes(name))] : [];
@@ -551,7 +538,6 @@ function drawControls() {
   const measure = $("measure"), layer = $("layer");
   offer(measure, "depth", "depth: routed layers");
   if (text.loss.some((v) => v !== null)) offer(measure, "loss", "loss of the token");
-  if (data.comparison) offer(measure, "depthDifference", "depth, A − B"), offer(measure, "lossDifference", "loss, A − B");
   offer(layer, "-1", "all layers");
   layers.forEach((entry, l) => offer(layer, String(l), "layer " + entry.layer));
   if (L) ["selected", ...Object.keys(layers[0].measures)].forEach((name) => offer(measure, name, NAMES[name] + " of a layer"));

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from dtfcli.inspection.comparison import Comparison
 from dtfcli.inspection.corpus import CorpusRouting
-from dtfcli.inspection.palette import DIVERGING, LEVELS, SEQUENTIAL, readable_on, shades
+from dtfcli.inspection.palette import LEVELS, SEQUENTIAL, readable_on, shades
 from dtfcli.inspection.statistics import Summary
 from dtfcli.inspection.tables import all_tables
 from dtfcli.inspection.text import TextRouting
@@ -23,13 +22,13 @@ _DIGITS = 4
 """Significant digits of the page's figures; the JSON output has all."""
 
 
-def render_page(report: TextRouting | CorpusRouting, summary: Summary, comparison: Comparison | None = None) -> str:
+def render_page(report: TextRouting | CorpusRouting, summary: Summary) -> str:
     """The page, ready to be written to a file."""
     style = _part("page.css").replace("/*palette*/", _palette_css())
     script = _part("page.js")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
     policy += "; base-uri 'none'; form-action 'none'"
-    data = embed_json(page_data(report, summary, comparison))
+    data = embed_json(page_data(report, summary))
     title = f"Routing of {report.model or report.architecture}"
     parts = {"title": _escape(title), "policy": policy, "style": style, "data": data, "script": script}
     page = _part("page.html")
@@ -37,9 +36,7 @@ def render_page(report: TextRouting | CorpusRouting, summary: Summary, compariso
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def page_data(
-    report: TextRouting | CorpusRouting, summary: Summary, comparison: Comparison | None = None
-) -> dict[str, Any]:
+def page_data(report: TextRouting | CorpusRouting, summary: Summary) -> dict[str, Any]:
     """What the page's script reads."""
     data: dict[str, Any] = report.heading() | {
         "summary": {
@@ -53,20 +50,13 @@ def page_data(
             "ce": summary.driven_by_ce,
             "jaccard": None if summary.agreement is None else summary.agreement.overall.jaccard,
         },
-        "tables": [table.to_dict() for table in all_tables(summary, comparison)],
+        "tables": [table.to_dict() for table in all_tables(summary)],
     }
     if isinstance(report, CorpusRouting):
         data["file"] = report.file
         data["cut"] = report.cut_documents
     else:
         data["text"] = _text_data(report)
-    if comparison is not None:
-        data["comparison"] = {
-            "first": comparison.first.model,
-            "second": comparison.second.model,
-            "depth": _rounded(comparison.depth_difference),
-            "loss": _rounded(comparison.loss_difference),
-        }
     return _finite(data)
 
 
@@ -78,10 +68,9 @@ def _text_data(report: TextRouting) -> dict[str, Any]:
         "tail": report.source.tail,
         "ids": report.source.ids,
         "special": [i for i, special in enumerate(report.source.special) if special],
-        "code": report.python is not None,
+        "code": any(line.startswith(("    ", "\t")) for line in report.source.text.splitlines()),
         "classNames": names,
         "classes": [names.index(name) for name in report.classes],
-        "python": report.python,
         "windows": report.windows,
         "depth": report.depth,
         "sinks": [i for i, sink in enumerate(report.sinks) if sink],
@@ -120,17 +109,12 @@ def _finite(value: Any) -> Any:
 def _palette_css() -> str:
     """Background and text color of each level, light and dark, as custom properties and classes."""
     sides = []
-    for index in (0, 1):
+    for stops in SEQUENTIAL:
         lines = []
-        for letter, stops in (("c", SEQUENTIAL[index]), ("v", DIVERGING[index])):
-            for level, shade in enumerate(shades(stops)):
-                lines.append(f"--{letter}{level}:{shade};--{letter}f{level}:{readable_on(shade)};")
+        for level, shade in enumerate(shades(stops)):
+            lines.append(f"--c{level}:{shade};--cf{level}:{readable_on(shade)};")
         sides.append("".join(lines))
-    rules = "".join(
-        f".{letter}{level}{{background-color:var(--{letter}{level});color:var(--{letter}f{level})}}"
-        for letter in "cv"
-        for level in range(LEVELS)
-    )
+    rules = "".join(f".c{level}{{background-color:var(--c{level});color:var(--cf{level})}}" for level in range(LEVELS))
     light, dark = sides
     return (
         f":root{{{light}}}@media(prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}"

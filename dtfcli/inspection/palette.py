@@ -1,8 +1,7 @@
 """Colors of depth, the same in page, picture and terminal.
 
 Lightness goes one way only, so that the ramps read without color vision and in print: on a light ground deeper is
-darker, on a dark ground deeper is brighter. Differences use blue and orange, which all common kinds of color vision
-tell apart.
+darker, on a dark ground deeper is brighter.
 """
 
 LEVELS = 17
@@ -13,12 +12,6 @@ SEQUENTIAL = (
     ("#23262d", "#3b2c22", "#6b3d16", "#a95d10", "#e58e1a", "#ffd27a"),
 )
 """Stops from no depth to full depth, on a light and on a dark ground."""
-
-DIVERGING = (
-    ("#0b4f8a", "#5d9fce", "#c9dfee", "#f3f1ec", "#fbd9a8", "#e58a2b", "#8a3a06"),
-    ("#8ecbff", "#3f8fd0", "#274a6b", "#23262d", "#5b3a1a", "#c9751a", "#ffd08a"),
-)
-"""Stops from the second model's side over neither to the first model's."""
 
 
 def shades(stops: tuple[str, ...], levels: int = LEVELS) -> list[str]:

@@ -10,7 +10,7 @@ Notable choices:
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dtfcli.inspection.agreement import Agreement
 from dtfcli.inspection.oracle import OracleRouting
 from dtfcli.inspection.text import MEASURES, TextRouting
-from dtfcli.inspection.token_classes import CLASSES, PYTHON_CLASSES
+from dtfcli.inspection.token_classes import CLASSES
 from dtfcli.shares import POSITION_NAMES, POSITION_STARTS
 
 FREQUENCIES = (("once", 1), ("2-3", 2), ("4-9", 4), ("10-99", 10), ("100+", 100))
@@ -29,7 +29,6 @@ LOSSES = (("below 0.1", 0.0), ("0.1-1", 0.1), ("1-3", 1.0), ("3-6", 3.0), ("6 an
 POSITIONS = ("0", *POSITION_NAMES)
 GROUPINGS = {
     "class": CLASSES,
-    "python": PYTHON_CLASSES,
     "frequency": tuple(name for name, _ in FREQUENCIES),
     "position": POSITIONS,
     "loss": tuple(name for name, _ in LOSSES),
@@ -117,6 +116,14 @@ class Summary:
     agreement: Agreement | None
     oracle: OracleRouting | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The parts of the JSON document that are sums: "summary", "agreement" and, where there is one, "oracle"."""
+        document = {
+            "summary": replace(self, agreement=None, oracle=None),
+            "agreement": None if self.agreement is None else self.agreement.to_dict(),
+        }
+        return document if self.oracle is None else document | {"oracle": self.oracle.to_dict()}
+
 
 @dataclass
 class _Layer:
@@ -157,8 +164,6 @@ class RoutingStatistics:
             self._add_layer(layer, counted, positions)
         sums = _token_sums(report)[counted]
         groupings = {"class": np.array(report.classes), "position": np.array(POSITIONS)[positions]}
-        if report.python is not None:
-            groupings["python"] = np.array(report.python)
         for grouping, names in groupings.items():
             self._add_groups(grouping, names[counted], sums)
         known = counted & ~np.isnan(report.loss)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtfcli.inspection.agreement import Agreement
-from dtfcli.inspection.comparison import Comparison
 from dtfcli.inspection.oracle import CHOOSERS, OracleRouting
 from dtfcli.inspection.sensitivity import Sensitivity
 from dtfcli.inspection.statistics import POSITIONS, GroupRow, Summary
@@ -15,7 +14,6 @@ Kind = Literal["text", "count", "share", "number", "difference"]
 
 _TITLES = {
     "class": ("Token class", "what kind of token"),
-    "python": ("Python", "part of speech in the source"),
     "frequency": ("Frequency", "how often the token occurs in what was read"),
     "position": ("Position", "tokens before it in its row"),
     "loss": ("Loss", "how badly the token was predicted, nats"),
@@ -57,20 +55,16 @@ class TableData:
         }
 
 
-def all_tables(summary: Summary, comparison: Comparison | None = None) -> list[TableData]:
-    """Layers, groups, positions by layer, agreement of modes, and the comparison with another model."""
+def all_tables(summary: Summary) -> list[TableData]:
+    """Layers, groups, positions by layer, agreement of modes, and the oracle."""
     tables = [layers_table(summary)]
     tables += [group_table(grouping, rows) for grouping, rows in summary.groups.items()]
     if summary.layers:
         tables.append(positions_table(summary))
     if summary.agreement is not None:
-        tables.append(agreement_table(summary.agreement, "modes"))
+        tables.append(agreement_table(summary.agreement))
     if summary.oracle is not None:
         tables += oracle_tables(summary.oracle)
-    if comparison is not None:
-        tables.append(difference_table(comparison))
-        if comparison.agreement.layers:
-            tables.append(agreement_table(comparison.agreement, "models"))
     return tables
 
 
@@ -131,9 +125,9 @@ def positions_table(summary: Summary) -> TableData:
     return TableData("positions", "Layers by position", "routed share by a token's position in its row", columns, rows)
 
 
-def agreement_table(agreement: Agreement, key: str) -> TableData:
+def agreement_table(agreement: Agreement) -> TableData:
     """Shares of two ways of routing and how far they agree, by layer and overall."""
-    first, second = ("A", "B") if key == "models" else (agreement.first, agreement.second)
+    first, second = agreement.first, agreement.second
     columns: list[tuple[str, Kind]] = [
         ("layer", "text"),
         (first, "share"),
@@ -146,12 +140,8 @@ def agreement_table(agreement: Agreement, key: str) -> TableData:
         [name, *overlap.shares, overlap.same, overlap.jaccard, overlap.kappa]
         for name, overlap in [*((str(i), o) for i, o in agreement.layers.items()), ("all", agreement.overall)]
     ]
-    if key == "models":
-        title, note = "Decisions of A and B", "in the layers that both models route"
-    else:
-        title = f"{first} against {second}"
-        note = "same text, same γ; topk sees the whole text and is not causal"
-    return TableData(key, title, note, columns, rows)
+    note = "same text, same γ; topk sees the whole text and is not causal"
+    return TableData("modes", f"{first} against {second}", note, columns, rows)
 
 
 def oracle_tables(oracle: OracleRouting) -> list[TableData]:
@@ -188,28 +178,3 @@ def sensitivity_table(found: Sensitivity) -> TableData:
     rows = [[layer, "yes" if layer in found.routed else "", list(found.cost(layer))] for layer in found.layers]
     note = "loss without the layer minus that with all, nats per token; ± standard error over documents"
     return TableData("sensitivity", "Without a layer", note, columns, rows)
-
-
-def difference_table(comparison: Comparison) -> TableData:
-    """Depth and loss of two models by token class."""
-    columns: list[tuple[str, Kind]] = [
-        ("class", "text"),
-        ("tokens", "count"),
-        ("A routed", "share"),
-        ("B routed", "share"),
-        ("A − B", "difference"),
-        ("loss A − B", "difference"),
-    ]
-    rows: list[list[Any]] = [
-        [
-            row.name,
-            row.tokens,
-            row.first_share,
-            row.second_share,
-            [row.difference, row.error],
-            [row.loss_difference, row.loss_error],
-        ]
-        for row in comparison.groups
-    ]
-    note = "paired by token; ± standard error; a difference of 1 is all routed layers"
-    return TableData("difference", "A against B", note, columns, rows)

@@ -14,7 +14,7 @@ from dtfcli.errors import ConfigError
 from dtfcli.inspection.agreement import Agreement, agreement_of
 from dtfcli.inspection.losses import next_token_losses
 from dtfcli.inspection.oracle import OracleRouting, against_oracle
-from dtfcli.inspection.token_classes import classify, classify_python
+from dtfcli.inspection.token_classes import classify
 from dtfcli.inspection.tokens import TokenizedText, tokenize
 
 Floats = NDArray[np.float64]
@@ -97,8 +97,6 @@ class Inspected:
 
 def inspected(model: Any, name: str) -> Inspected:
     """What is said about a model that is looked at."""
-    if not hasattr(model, "set_routing"):
-        return Inspected(name, "dense", "dense", 1.0)
     return Inspected(name, model.config.architecture, model.routing, model.capacity)
 
 
@@ -113,7 +111,6 @@ class TextRouting(Inspected):
         sinks: [T], tokens that are routed always, whatever their score.
         windows: first token of each stretch that the model saw apart, because the text is longer than its positions.
         classes: one of `token_classes.CLASSES` for each token.
-        python: one of `token_classes.PYTHON_CLASSES` for each, when the text is Python.
         agreement: of this mode with the other one, causal and `topk`; None where one of them is not available.
         oracle: the router against the tokens with the largest update, where it was asked for.
     """
@@ -124,7 +121,6 @@ class TextRouting(Inspected):
     sinks: Flags
     windows: list[int]
     classes: list[str]
-    python: list[str] | None = None
     agreement: Agreement | None = None
     oracle: OracleRouting | None = None
     _depth: Floats = field(init=False, repr=False)
@@ -149,8 +145,8 @@ class TextRouting(Inspected):
 
     @property
     def depth_share(self) -> Floats:
-        """[T]: depth over the number of routed layers; 1 throughout for a dense model."""
-        return self._depth / len(self.layers) if self.layers else np.ones(len(self.source))
+        """[T]: depth over the number of routed layers."""
+        return self._depth / len(self.layers)
 
     @property
     def routed_share(self) -> float:
@@ -176,7 +172,6 @@ class TextRouting(Inspected):
             "windows": self.windows,
             "positions": self.positions.tolist(),
             "classes": self.classes,
-            "python_classes": self.python,
             "sinks": self.sinks.tolist(),
             "depth": self.depth,
             "loss": [None if math.isnan(value) else value for value in self.loss.tolist()],
@@ -216,8 +211,6 @@ def inspect_text(
     text: str,
     *,
     name: str = "",
-    python: bool = False,
-    dense: bool = False,
     against: Collection[Against] = OTHER_MODE,
 ) -> TextRouting:
     """Run a text through a routed model, in the model's routing mode, and keep every decision.
@@ -229,16 +222,13 @@ def inspect_text(
         tokenizer: its tokenizer.
         text: any text.
         name: what to call the model.
-        python: the text is Python source; its tokens get Python's classes too.
-        dense: take a dense model too; it has no layers here, but a loss for each token.
         against: route again in other ways, and compare.
 
     Raises:
         ConfigError: the model is dense, or not calibrated for its mode and capacity, or the text is empty; or there is
             no choice of tokens to compare with the oracle's.
     """
-    if not dense:
-        require_routed(model, name)
+    require_routed(model, name)
     if "oracle" in against:
         _require_choice(model)
     source = tokenize(tokenizer, text)
@@ -255,8 +245,7 @@ def inspect_text(
         sinks=np.concatenate([sinks for _, _, sinks in passes]),
         windows=windows,
         classes=classify(source),
-        python=classify_python(source) if python else None,
-        agreement=_other_mode(model, source.ids, size, layers) if "mode" in against and layers else None,
+        agreement=_other_mode(model, source.ids, size, layers) if "mode" in against else None,
         oracle=against_oracle(model, rows) if "oracle" in against else None,
     )
 

@@ -1,14 +1,9 @@
-"""What kind of token each one is: a class by its text and what stands around it, and its part of speech in Python.
+"""What kind of token each one is: a class by its text and by the text around it.
 
 Classes are read off the text, not off the vocabulary, so that byte-level and SentencePiece tokenizers give the same
 ones. They are a reading aid, not linguistics: "name-like" is any capitalized word that does not begin a sentence.
 """
 
-import bisect
-import builtins
-import io
-import keyword
-import tokenize as python_tokens
 import unicodedata
 from collections.abc import Sequence
 
@@ -37,20 +32,8 @@ CLASSES = (
 - word start: begins any other word.
 """
 
-PYTHON_CLASSES = ("keyword", "identifier", "builtin", "number", "string", "comment", "operator", "layout")
-"""Of a token in Python source, by its first character that is not white space; layout: white space alone."""
-
 _SENTENCE_END = ".!?…:\n"
 _SKIPPED_BACKWARDS = " \t\"'“”‘’«»([{*_—–-"
-_STRINGS = {
-    python_tokens.STRING,
-    *(
-        getattr(python_tokens, f"{kind}STRING_{part}")
-        for kind in "FT"
-        for part in ("START", "MIDDLE", "END")
-        if hasattr(python_tokens, f"{kind}STRING_{part}")
-    ),
-}
 
 
 def classify(tokens: TokenizedText) -> list[str]:
@@ -103,51 +86,3 @@ def _begins_sentence(text: str, place: int) -> bool:
     while place > 0 and text[place - 1] in _SKIPPED_BACKWARDS:
         place -= 1
     return place == 0 or text[place - 1] in _SENTENCE_END
-
-
-def classify_python(tokens: TokenizedText) -> list[str] | None:
-    """One of `PYTHON_CLASSES` for each token of a Python source, or None where Python itself cannot read it."""
-    try:
-        marks = _python_marks(tokens.text)
-    except (python_tokens.TokenError, SyntaxError, ValueError):
-        return None
-    places = [place for place, _ in marks]
-    result = []
-    for piece, start, special in zip(tokens.pieces, tokens.starts, tokens.special, strict=True):
-        lead = len(piece) - len(piece.lstrip())
-        at = bisect.bisect_right(places, start + lead) - 1
-        inside = _inside(marks, at)
-        if special or (not piece.strip() and inside != "string"):
-            result.append("layout")
-        else:
-            result.append(inside)
-    return result
-
-
-def _inside(marks: Sequence[tuple[int, str]], at: int) -> str:
-    return marks[at][1] if at >= 0 else "layout"
-
-
-def _python_marks(text: str) -> list[tuple[int, str]]:
-    """Places in the text where a Python token begins, and where layout begins after one; in order."""
-    lines = [0]
-    for line in io.StringIO(text, newline=""):
-        lines.append(lines[-1] + len(line))
-    marks: list[tuple[int, str]] = [(0, "layout")]
-    for token in python_tokens.generate_tokens(io.StringIO(text, newline="").readline):
-        begin = lines[min(token.start[0] - 1, len(lines) - 1)] + token.start[1]
-        end = lines[min(token.end[0] - 1, len(lines) - 1)] + token.end[1]
-        if end > begin:
-            marks += [(begin, _python_class(token)), (end, "layout")]
-    return sorted(marks, key=lambda mark: mark[0])
-
-
-def _python_class(token: python_tokens.TokenInfo) -> str:
-    if token.type == python_tokens.NAME:
-        if keyword.iskeyword(token.string):
-            return "keyword"
-        return "builtin" if hasattr(builtins, token.string) else "identifier"
-    if token.type in _STRINGS:
-        return "string"
-    kinds = {python_tokens.NUMBER: "number", python_tokens.COMMENT: "comment", python_tokens.OP: "operator"}
-    return kinds.get(token.type, "layout")

@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import Outcome
@@ -294,7 +292,6 @@ INSPECT = [
     ("inspect-routing {model} --file folder", ["--file", "folder", "it is empty"]),
     ("inspect-routing {model} --file rows.jsonl", ["rows.jsonl", "--text-field", "body"]),
     ("inspect-routing {model} --file rows.jsonl --text-field bdy", ["--text-field", "bdy", "Did you mean 'body'"]),
-    ("inspect-routing {model} --file rows.jsonl --compare {model}", ["--compare", "one text"]),
     ("inspect-routing {model} --file rows.jsonl --limit 0", ["--limit 0", "at least 1"]),
     ("inspect-routing {model} a --limit 3", ["--limit", "leave it out"]),
     ("inspect-routing {model} a --text-field body", ["--text-field", "leave it out"]),
@@ -304,8 +301,6 @@ INSPECT = [
     ("inspect-routing {model} a --html nowhere/page.html", ["nowhere", "does not exist"]),
     ("inspect-routing {model} a --output folder", ["--output folder", "name a file"]),
     ("inspect-routing {model} a --output x.png --png x.png", ["x.png", "twice"]),
-    ("inspect-routing {model} a --compare {other}", ["--compare", "tokenizer is another one"]),
-    ("inspect-routing {model} a --compare nowhere/at/all", ["nowhere/at/all", "no such file"]),
     ("inspect-routing {model} a --capacity 2", ["capacity", "2"]),
 ]
 
@@ -412,7 +407,7 @@ STRANGERS = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Routed and dense models, one with another tokenizer, one with an end-of-text token; adapters that lack things."""
+    """Routed and dense models, one with an end-of-text token; adapters that lack things."""
     root = tmp_path_factory.mktemp("models")
     for name, model in (("model", routed_model()), ("dense", dense_model()), ("scored", routed_model())):
         model.save_pretrained(root / name)
@@ -420,9 +415,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrained
         if name == "scored":
             tokenizer.eos_token = "z"
         tokenizer.save_pretrained(root / name)
-    routed_model().save_pretrained(root / "other")
-    letters = Tokenizer(WordLevel({chr(ord("z") - i): i for i in range(26)} | {"<unk>": 26}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>").save_pretrained(root / "other")
     for name, base in (("orphan", "./gone/base"), ("unnamed", None), ("hollow", "dense")):
         (root / name).mkdir()
         shutil.copy(root / "model" / "config.json", root / name)
@@ -430,7 +422,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrained
         (root / name / "adapter_config.json").write_text(json.dumps(adapter))
         if name != "hollow":
             (root / name / "adapter_model.safetensors").write_bytes(b"")
-    names = ("model", "dense", "scored", "other", "orphan", "unnamed", "hollow")
+    names = ("model", "dense", "scored", "orphan", "unnamed", "hollow")
     return {name: str(root / name) for name in names}
 
 

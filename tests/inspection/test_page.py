@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli.inspection.comparison import compare_routing
 from dtfcli.inspection.corpus import Corpus, inspect_corpus
 from dtfcli.inspection.figure import draw_figure
 from dtfcli.inspection.page import page_data, render_page
-from dtfcli.inspection.palette import DIVERGING, SEQUENTIAL, contrast, luminance, readable_on, shades
+from dtfcli.inspection.palette import SEQUENTIAL, contrast, luminance, readable_on, shades
 from dtfcli.inspection.statistics import summarize
 from dtfcli.inspection.text import inspect_text
 from tests.inspection.conftest import TEXT
@@ -90,12 +89,7 @@ def routed_model_of_bytes() -> Any:
     return model
 
 
-def test_the_page_of_a_comparison_and_of_a_corpus(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    first = inspect_text(routed_model(), words, TEXT, name="a")
-    second = inspect_text(routed_model(architecture="mod"), words, TEXT, name="b")
-    data = page_data(first, summarize(first), compare_routing(first, second))
-    assert len(data["comparison"]["depth"]) == len(first.source)
-    assert {"layers", "class", "difference", "models", "modes"} <= {table["key"] for table in data["tables"]}
+def test_the_page_of_a_corpus(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text(json.dumps({"text": TEXT}))
     corpus = inspect_corpus(routed_model(), words, Corpus(file))
@@ -109,7 +103,7 @@ def test_the_page_of_a_comparison_and_of_a_corpus(words: PreTrainedTokenizerFast
     assert height > 400
 
 
-@pytest.mark.parametrize("ramp", [*SEQUENTIAL, *DIVERGING])
+@pytest.mark.parametrize("ramp", SEQUENTIAL)
 def test_text_is_readable_on_every_shade(ramp: tuple[str, ...]) -> None:
     assert min(contrast(shade, readable_on(shade)) for shade in shades(ramp)) >= 4.5
 

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli.errors import ConfigError, DataError
-from dtfcli.inspection.comparison import compare_routing
+from dtfcli.errors import DataError
 from dtfcli.inspection.corpus import Corpus, inspect_corpus
 from dtfcli.inspection.statistics import RoutingStatistics, summarize
 from dtfcli.inspection.text import inspect_text
 from tests.inspection.conftest import TEXT
-from tests.tiny import dense_model, routed_model
 
 TEXTS = [TEXT, "a b c w33 . b a", "w40 w41 w42 w43 a a a a a a a a b"]
 
@@ -101,33 +99,6 @@ def test_limit_and_field(dtf_model: Any, words: PreTrainedTokenizerFast, tmp_pat
     assert inspect_corpus(dtf_model, words, Corpus(file, limit=2, text_field="body")).summary.texts == 2
     with pytest.raises(DataError, match="--text-field"):
         inspect_corpus(dtf_model, words, Corpus(file))
-
-
-def test_two_models(words: PreTrainedTokenizerFast) -> None:
-    first = inspect_text(routed_model(), words, TEXT, name="a")
-    second = inspect_text(routed_model(architecture="mod", seed=1), words, TEXT, name="b")
-    found = compare_routing(first, second)
-    np.testing.assert_allclose(found.depth_difference, first.depth_share - second.depth_share)
-    np.testing.assert_allclose(found.loss_difference[1:], (first.loss - second.loss)[1:])
-    for i, overlap in enumerate(found.agreement.layers.values()):
-        assert overlap.both == int((first.layers[i].selected & second.layers[i].selected).sum())
-    for row in found.groups:
-        chosen = (np.array(first.classes) == row.name) & ~first.sinks
-        assert row.difference == pytest.approx(found.depth_difference[chosen].mean())
-    same = compare_routing(first, first)
-    assert same.agreement.overall.jaccard == 1
-    assert not same.depth_difference.any()
-
-
-def test_a_dense_model_has_losses_to_compare(words: PreTrainedTokenizerFast) -> None:
-    first = inspect_text(routed_model(capacity=1.0), words, TEXT, name="a")
-    second = inspect_text(dense_model(), words, TEXT, name="b", dense=True)
-    found = compare_routing(first, second)
-    assert not found.agreement.layers
-    assert found.losses is not None
-    np.testing.assert_allclose(found.loss_difference[1:], 0, atol=1e-4)  # γ = 1 is the dense model
-    with pytest.raises(ConfigError, match="tokenizer"):
-        compare_routing(first, inspect_text(dense_model(), words, TEXT + " a", name="b", dense=True))
 
 
 def test_nothing_to_sum() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli.inspection.token_classes import CLASSES, PYTHON_CLASSES, classify, classify_python
+from dtfcli.inspection.token_classes import CLASSES, classify
 from dtfcli.inspection.tokens import TokenizedText, short, tokenize, visible
 from tests.budget import examples
 
@@ -95,29 +95,6 @@ def _by_word(text: str) -> dict[str, str]:
 def test_classes(cut: str, expected: dict[str, str]) -> None:
     found = _by_word(cut)
     assert {piece: found[piece] for piece in expected} == expected
-
-
-def test_python_classes(byte_level: PreTrainedTokenizerFast) -> None:
-    text = 'def f(x):  # add\n    return len(x) + 1.5, f"{x} the cat"\n'
-    tokens = tokenize(byte_level, text)
-    classes = classify_python(tokens)
-    assert classes is not None
-    assert set(classes) <= set(PYTHON_CLASSES)
-    by_place: dict[int, str] = {}
-    for start, piece, kind in zip(tokens.starts, tokens.pieces, classes, strict=True):
-        for i, c in enumerate(piece):
-            if not c.isspace():
-                by_place.setdefault(start + i, kind)
-    for word, kind in [
-        ("def", "keyword"),
-        ("f(", "identifier"),
-        ("# add", "comment"),
-        ("len", "builtin"),
-        ("+", "operator"),
-        ("1.5", "number"),
-    ]:
-        assert by_place[text.index(word)] == kind, word
-    assert classify_python(tokenize(byte_level, "def f(:\n  '''never closed")) is None
 
 
 def test_short() -> None:
