@@ -13,6 +13,7 @@ from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.evaluation.report import EvalReport
 from dtfcli.loading.paths import weights_hash
 from dtfcli.models.configuration_fields import resolve_routed_layers
+from dtfcli.models.pretrained import is_added
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, MERGED_MODEL, METRICS_FILE
 from dtfcli.runs.public import (
@@ -54,7 +55,7 @@ class ModelFacts:
         repo: owner/name.
         config: the model's config.json.
         parameters: of all parts.
-        added_parameters: of routers, priors and predictors.
+        added_parameters: of the parts that routing adds.
         weights_sha256: of each weight file.
         revision: branch; None for the default branch.
         routed_layers: indices; empty for a dense model.
@@ -219,7 +220,7 @@ def _count_parameters(weights: list[Path]) -> tuple[int, int]:
                     if "threshold" in name:  # a table, not a parameter
                         continue
                     total += size
-                    added += size * any(part in name for part in ("router", "prior", "predictor"))
+                    added += size * is_added(name)
         except Exception as error:  # SafetensorError, whose place in the library has moved
             raise CheckpointError(f"{path}: not a safetensors file ({error}); save the model again.") from error
     return total, added

@@ -317,12 +317,17 @@ def test_a_control_says_what_it_is(architecture: str, words: str) -> None:
 
 
 def test_it_says_how_tokens_are_chosen_and_what_the_others_take() -> None:
-    """Only what such a model reads: no gate for predicted costs, whose gate is 1."""
-    fields = {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp", "budget": "model"}
+    """Only what such a model reads: no gate for predicted scores, whose gate is 1, and nothing of another score."""
+    fields = {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"}
     card = str(model_card(_facts(config=CONFIG | fields)))
     assert "cheap forecast of its update would be far off" in card
     assert "take a forecast of the update and store only keys and values" in card
-    for row in ("| routed part | mlp |", "| score | `forecast_error` |", "| γ is the share of each | model |"):
+    for row in ("| routed part | mlp |", "| score | `forecast_error` |"):
         assert row in card
     assert "| gate |" not in card
     assert "| keys and values of |" not in card
+    assert "surprise" not in card
+    assert "its update is large" in str(model_card(_facts(config=CONFIG | {"score": "update_size"})))
+    by_surprise = str(model_card(_facts(config=CONFIG | {"score": "surprise"})))
+    assert "the token surprised the decision layer below it" in by_surprise
+    assert "forecast" not in by_surprise
