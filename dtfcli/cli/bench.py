@@ -154,11 +154,15 @@ class _Models:
 
     def __call__(self, dtype: "torch.dtype") -> dict[str, Any]:
         """The models by name, "dense" among them, sharing weights of this dtype."""
+        import torch
+
         from dtfcli.loading.build import build_comparison
 
-        built: dict[str, Any] = (
-            dict(build_comparison(self.settings, dtype=dtype)) if self.settings is not None else self._trained(dtype)
-        )
+        if self.settings is None:
+            built = self._trained(dtype)
+        else:
+            with torch.device(self._device):  # a processor takes minutes to draw billions of numbers
+                built = dict(build_comparison(self.settings, dtype=dtype))
         return {name: model.to(self._device) for name, model in built.items()}
 
     def _trained(self, dtype: "torch.dtype") -> dict[str, Any]:
