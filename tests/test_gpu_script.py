@@ -17,12 +17,12 @@ def test_the_rehearsal_measures_something_of_each_kind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.gpu", "--rehearse", "--out", str(tmp_path)]
     run = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr + (tmp_path / "results.json").read_text("utf-8")
-    _, tests, bench, fixed, train = (entry["values"] for entry in json.loads((tmp_path / "results.json").read_text()))
+    _, tests, bench, static, train = (entry["values"] for entry in json.loads((tmp_path / "results.json").read_text()))
     assert tests["passed"] > 3
     assert [row["architecture"] for row in bench["training"]] == ["dense", "dtf", "dtf", "mod", "mod"]
     assert {row["phase"] for row in bench["results"]} == {"prefill", "decode"}
-    assert fixed["fixed"]
-    assert all(row["theory"] > 0 and row["time_ratio"] > 0 for row in bench["results"] + fixed["results"])
+    assert static["static"]
+    assert all(row["theory"] > 0 and row["time_ratio"] > 0 for row in bench["results"] + static["results"])
     assert train["steps"] == 3
     assert train["tokens_per_second"] > 0
     assert 0 < train["mfu"] < 1

@@ -28,7 +28,7 @@ LINES = 25
 """Of a failed process's output: its end says what went wrong."""
 
 SMALL, LARGE = "dtf-qwen2.5-0.5b", "dtf-qwen2.5-7b"
-FIXED = ("--fixed", "--triton")
+STATIC = ("--static", "--triton")
 COMPILED = "training.compile=true"
 TRAIN = (
     *("model.base=", "model.scratch.family=qwen2", "model.scratch.hidden_size=896", "model.scratch.vocab_size=8192"),
@@ -76,14 +76,14 @@ def stages(scratch: Path) -> list[Stage]:
         bench("0.5B", 60, SMALL, "train", 1024, 8),
         bench("0.5B", 60, SMALL, "prefill,decode", 1024, 1),
         bench("7B", 75, LARGE, "prefill,decode", 1024, 1),
-        bench("7B fixed", 60, LARGE, "decode", 1024, 1, *FIXED),
-        bench("0.5B fixed", 45, SMALL, "decode", 1024, 1, *FIXED),
+        bench("7B static", 60, LARGE, "decode", 1024, 1, *STATIC),
+        bench("0.5B static", 45, SMALL, "decode", 1024, 1, *STATIC),
         bench("0.5B", 45, SMALL, "prefill", 8192, 1),
         bench("7B", 60, LARGE, "prefill", 8192, 1, "--repeats", "3"),
         train("0.5B dtf", 90, scratch, "model=dtf", *TRAIN),
         train("0.5B dense", 75, scratch, "model=dense", *TRAIN),
-        bench("7B fixed, compiled", 100, LARGE, "decode", 1024, 1, *FIXED, COMPILED),
-        bench("0.5B fixed, compiled", 90, SMALL, "decode", 1024, 1, *FIXED, COMPILED),
+        bench("7B static, compiled", 100, LARGE, "decode", 1024, 1, *STATIC, COMPILED),
+        bench("0.5B static, compiled", 90, SMALL, "decode", 1024, 1, *STATIC, COMPILED),
         bench("0.5B compiled", 120, SMALL, "train", 1024, 8, COMPILED),
         train("0.5B dtf, compiled", 120, scratch, "model=dtf", COMPILED, *TRAIN),
         train("0.5B dense, compiled", 120, scratch, "model=dense", COMPILED, *TRAIN),
@@ -99,7 +99,7 @@ def rehearsal(scratch: Path) -> list[Stage]:
         environment(),
         tests(120, scratch, "tests/runs/test_files.py"),
         bench("toy", 120, SMALL, "train,prefill,decode", 64, 2, *toy),
-        bench("toy fixed", 120, SMALL, "decode", 32, 1, "--fixed", *toy),
+        bench("toy static", 120, SMALL, "decode", 32, 1, "--static", *toy),
         train("toy dtf", 120, scratch, "model=dtf", "run.device=cpu", *TOY_SHAPE, *TOY_TRAIN),
     ]
 

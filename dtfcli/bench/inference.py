@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from dtfcli.bench.report import BenchOptions, PhaseResult
 from dtfcli.cost.accounting import LAYER, forward_flops_per_token, is_routed
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
-from dtfcli.models.fixed import fixed_layers
 from dtfcli.models.pretrained import is_added
+from dtfcli.models.static import static_layers
 from dtfcli.shares import measured_shares
 from dtfcli.training.compiling import compile_layers
 
@@ -65,9 +65,9 @@ def bench_inference(
     prompt, continuation = input_ids[:, : options.seq_len], input_ids[:, options.seq_len :]
     measures: dict[str, Callable[[Any], _Timing]] = {
         "prefill": lambda model: _prefill(dense, model, prompt, options.repeats),
-        "decode": lambda model: _decode(dense, model, prompt, continuation, options.fixed),
+        "decode": lambda model: _decode(dense, model, prompt, continuation, options.static),
     }
-    if options.compiled and options.fixed:
+    if options.compiled and options.static:
         for model in (dense, *routed.values()):
             compile_layers(model)
     results = []
@@ -99,30 +99,30 @@ def _prefill(dense: Any, routed: Any, prompt: Tensor, repeats: int) -> _Timing:
     )
 
 
-class _DenseFixed:
-    """The dense model decoding in fixed shapes, just as routed ones do."""
+class _DenseStatic:
+    """The dense model with a static cache, as routed ones have it."""
 
     def __init__(self, dense: Any, cache: Any, length: int) -> None:
         self.dense, self.cache = dense, cache
-        cache.layers, self.state = fixed_layers(cache.layers, length, None)
+        cache.layers, self.state = static_layers(cache.layers, length, None)
 
     def _step(self, ids: Tensor, positions: Tensor) -> Tensor:
-        there = self.state.there.index_fill_(1, self.state.at, True)
-        seen = {"attention_mask": there[:, None, None], "position_ids": positions, CACHE_NAME: self.cache}
+        filled = self.state.filled.index_fill_(1, self.state.position, True)
+        seen = {"attention_mask": filled[:, None, None], "position_ids": positions, CACHE_NAME: self.cache}
         logits = self.dense(ids, **seen).logits
         self.state.advance()
         return logits
 
     def __call__(self, token: Tensor) -> Tensor:
-        return self.state.run(self._step, token, self.state.at.expand(len(token), 1))
+        return self.state.run(self._step, token, self.state.position.expand(len(token), 1))
 
 
-def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor, fixed: bool) -> _Timing:
+def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor, static: bool) -> _Timing:
     length = prompt.shape[1] + continuation.shape[1]
     dense_cache = dense(prompt, use_cache=True, logits_to_keep=1)[CACHE_NAME]
-    routed_cache = RoutedCache(routed.config, length if fixed else None)
+    routed_cache = RoutedCache(routed.config, length if static else None)
     routed(prompt, logits_to_keep=1, **{CACHE_NAME: routed_cache})
-    dense_fixed = _DenseFixed(dense, dense_cache, length) if fixed else None
+    dense_static = _DenseStatic(dense, dense_cache, length) if static else None
     pairs: list[tuple[float, float]] = []
     shares: list[float] = []
     layers_read: list[float] = []
@@ -133,14 +133,14 @@ def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor, fixed
 
     hook = routed.model.register_forward_hook(note_records)
     for token in continuation.split(1, dim=1):
-        plain = partial(dense_fixed or partial(dense, **{CACHE_NAME: dense_cache}), token)
+        plain = partial(dense_static or partial(dense, **{CACHE_NAME: dense_cache}), token)
         ours = partial(routed, token, **{CACHE_NAME: routed_cache})
         turns = []
         for turn in range(_TURNS):
             if turn:
                 dense_cache.crop(-1)
-                if dense_fixed is not None:
-                    dense_fixed.state.crop(1)
+                if dense_static is not None:
+                    dense_static.state.crop(1)
                 routed_cache.crop(-1)
             turns.append((_seconds(plain), _seconds(ours)))
         pairs.append((statistics.median(a for a, _ in turns), statistics.median(b for _, b in turns)))

@@ -21,10 +21,10 @@ class BenchOptions:
         calibration_tokens: random tokens on which thresholds are measured.
         micro_batches: of an update; a training step is the mean of one. Weights are cast once for all of them.
         stock: also measure the dense model as Transformers trains it.
-        compiled: compile layers, as `training.compile` does; and those that decode in fixed shapes.
+        compiled: compile layers, as `training.compile` does; in decoding only with a static cache.
         kernels: of norms and SwiGLU, as `training.kernels`; also those of "stock".
-        fixed: decode in fixed shapes, on a GPU by a CUDA graph; dense, too.
-        triton: with our kernels: surprise in one pass, and in fixed shapes no weights read where no row enters.
+        static: decode with a static cache, on a GPU by a CUDA graph; dense, too.
+        triton: with our kernel: a static cache reads no weights of a layer that no row enters.
         seed: of the token ids.
     """
 
@@ -40,7 +40,7 @@ class BenchOptions:
     stock: bool = False
     compiled: bool = False
     kernels: str = "torch"
-    fixed: bool = False
+    static: bool = False
     triton: bool = False
     seed: int = 0
 
@@ -128,7 +128,7 @@ class BenchReport:
     batch: int
     seq_len: int
     new_tokens: int
-    fixed: bool
+    static: bool
     triton: bool
     matmul_gflops: float
     results: list[PhaseResult]

@@ -45,7 +45,7 @@ def bench(
         batch=options.batch,
         seq_len=options.seq_len,
         new_tokens=options.new_tokens,
-        fixed=options.fixed,
+        static=options.static,
         triton=options.triton,
         matmul_gflops=(matmul_peak(dense.device, dense.dtype) or 0.0) / 1e9,
         results=bench_inference(dense, routed, options, tell),

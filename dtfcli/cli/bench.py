@@ -39,16 +39,15 @@ Stock = Annotated[
     bool,
     typer.Option("--stock", help="Also train the dense model as Transformers does, with whole logits: much memory."),
 ]
-Fixed = Annotated[
+Static = Annotated[
     bool,
-    typer.Option("--fixed", help="Decode in fixed shapes, on a GPU by a CUDA graph: every layer is computed."),
+    typer.Option("--static", help="Decode with a static cache, on a GPU by a CUDA graph: every layer is computed."),
 ]
 Triton = Annotated[
     bool,
     typer.Option(
         "--triton",
-        help="With our own kernels, on a GPU: surprise in one pass; with --fixed, no weights are read of a layer that "
-        "no row enters.",
+        help="Decode with our own kernel, on a GPU: with --static, no weights are read of a layer that no row enters.",
     ),
 ]
 CalibrationTokens = Annotated[
@@ -67,7 +66,7 @@ def bench(
     threads: Threads = None,
     micro_batches: MicroBatches = 1,
     stock: Stock = False,
-    fixed: Fixed = False,
+    static: Static = False,
     triton: Triton = False,
     calibration_tokens: CalibrationTokens = 4096,
     device: options.Device = "auto",
@@ -93,7 +92,9 @@ def bench(
     from dtfcli.bench.run import bench as measure
     from dtfcli.cli import bench_view, render
 
-    asked = _phases(phases, stock, fixed)
+    asked = _phases(phases, stock, static)
+    if triton and not static:
+        raise ConfigError("--triton: our kernel works with a static cache; add --static, or leave it out.")
     source, overrides = options.split_preset(arguments)
     models = _Models(source or "quickstart", overrides, device, revision, trust_remote_code)
     _use_threads(threads)
@@ -108,7 +109,7 @@ def bench(
         calibration_tokens=calibration_tokens,
         micro_batches=micro_batches,
         stock=stock,
-        fixed=fixed,
+        static=static,
         triton=triton,
         **models.chosen(),
     )
@@ -184,15 +185,15 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _phases(text: str, stock: bool, fixed: bool) -> list[str]:
+def _phases(text: str, stock: bool, static: bool) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [text]:
         if name not in PHASES:
             raise ConfigError(f"--phases {name}: choose from {', '.join(PHASES)}.{did_you_mean(name, PHASES)}")
     if stock and "train" not in names:
         raise ConfigError("--stock is about training steps: add train to --phases, or leave it out.")
-    if fixed and "decode" not in names:
-        raise ConfigError("--fixed is about decoding: add decode to --phases, or leave it out.")
+    if static and "decode" not in names:
+        raise ConfigError("--static is about decoding: add decode to --phases, or leave it out.")
     return names
 
 

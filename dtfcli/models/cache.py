@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from .fixed import FixedLayerCache, FixedState, fixed_layers
+from .static import StaticLayerCache, StaticState, static_layers
 
 CACHE_NAME = "cache" if "cache" in signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 """What Transformers calls a cache in arguments and outputs: 5.24 renamed `past_key_values`; users may say either."""
 
 _SPARE_SLOTS = 31
-"""Room for tokens to come, whenever a layer needs more: what is stored is copied for every 32nd token only."""
+"""Slots for tokens to come, whenever a layer needs more: what is stored is copied for every 32nd token only."""
 
 
 class SurpriseHistory:
@@ -120,7 +120,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         """No row stores more than this; exact where the host knows the counts."""
         return self._most if self._counts is None else max(self._counts, default=0)
 
-    def lacks_room(self, width: int) -> bool:
+    def may_lack_slots(self, width: int) -> bool:
         """Whether this many slots more may be too many for what is allocated, as far as the host knows."""
         return self._counts is None and self.keys is not None and self._most + width > self.keys.shape[2]
 
@@ -164,7 +164,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
             # What lies in free slots is overwritten before any mask shows it.
             kept_keys, kept_values = self.keys, self.values = keys, values
         else:
-            kept_keys, kept_values = self._room_for(longest)
+            kept_keys, kept_values = self.reserve(longest)
             for r, (row, start, count) in enumerate(zip(rows, before, counts, strict=True)):
                 kept_keys[row, :, start : start + count] = keys[r, :, :count]
                 kept_values[row, :, start : start + count] = values[r, :, :count]
@@ -187,7 +187,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         if most == 0:
             kept_keys, kept_values = self.keys, self.values = keys, values
         else:
-            kept_keys, kept_values = self._room_for(most + width)
+            kept_keys, kept_values = self.reserve(most + width)
             # What lies in free slots is overwritten before any mask shows it.
             slots = (before.unsqueeze(1) + torch.arange(width, device=before.device)).view(-1, 1, width, 1)
             kept_keys.scatter_(2, slots.expand_as(keys), keys)
@@ -195,7 +195,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         self._counts, self._most, self._stored = None, most + width, before + routed.sum(1)
         return kept_keys[:, :, : self._most], kept_values[:, :, : self._most]
 
-    def _room_for(self, slots: int) -> tuple[Tensor, Tensor]:
+    def reserve(self, slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values with at least this many slots and some to come, in tensors that may be written to."""
         assert self.keys is not None
         assert self.values is not None
@@ -285,20 +285,20 @@ class RoutedCache(Cache):
 
     Args:
         config: of the model.
-        length: positions, prompt included, that decoding in fixed shapes is to hold (`fixed`); None: it grows.
+        length: positions, prompt included, that decoding in fixed shapes is to hold (`static`); None: it grows.
 
     Raises:
         ValueError: this model cannot decode in fixed shapes: `layerdrop`, keys of routed tokens alone, the thesis's
             score, which remembers earlier tokens.
     """
 
-    fixed: FixedState | None = None
+    static: StaticState | None = None
     """The state of a cache that has fixed shapes by now."""
 
     def __init__(self, config: Any, length: int | None = None) -> None:
         if length is not None and (not config.keeps_every_key or config.by_surprise):
             raise ValueError(
-                "a cache of fixed length takes an architecture that routes tokens, kv_tokens = 'all' and a score of "
+                "a static cache takes an architecture that routes tokens, kv_tokens = 'all' and a score of "
                 "the token alone, such as 'forecast_error'; leave the length, or cache_implementation = 'static', out"
             )
         self.length = length
@@ -307,72 +307,72 @@ class RoutedCache(Cache):
             layers=[RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
         )
 
-    def make_room(self) -> None:
-        """See that a token more can be placed in every layer: one look at the device where a layer may have too few.
+    def reserve(self) -> None:
+        """Make slots for one more token in every layer; waits for the device where a layer may have too few.
 
         As far as the host knows, every token that is placed could be a stored one; after 31 of them it has to look.
         """
         stores = [layer for layer in self.layers if isinstance(layer, RoutedLayerCache)]
-        if any(store.lacks_room(1) for store in stores):
+        if any(store.may_lack_slots(1) for store in stores):
             for store, counts in zip(stores, torch.stack([store.stored for store in stores]).tolist(), strict=True):
                 store.counts = counts
                 if store.keys is not None:
-                    store._room_for(store.most + _SPARE_SLOTS)
+                    store.reserve(store.most + _SPARE_SLOTS)
 
-    def fix(self, seen: Tensor | None) -> FixedState:
-        """Give keys and values of the positions seen their fixed places; nothing if they have them.
+    def to_static(self, seen: Tensor | None) -> StaticState:
+        """Give the keys and values so far their fixed places; nothing if they have them.
 
         Args:
             seen: bool [B, S], False for padding; None: there is none.
 
         Raises:
-            ValueError: there is no room for another token.
+            ValueError: the cache is full.
         """
         seen_so_far = self.get_seq_length()
         if self.length is None or seen_so_far >= self.length:
             raise ValueError(f"the cache is made for {self.length} positions and all are taken: give it more")
-        if self.fixed is None:
-            self.layers, self.fixed = fixed_layers(self.layers, self.length, seen)
-        return self.fixed
+        if self.static is None:
+            self.layers, self.static = static_layers(self.layers, self.length, seen)
+        return self.static
 
-    def loosen(self) -> None:
+    def to_dynamic(self) -> None:
         """Let keys and values grow again, for several tokens at once; nothing if they do."""
-        if self.fixed is None:
+        if self.static is None:
             return
-        fixed: list[Any] = self.layers
-        growing = [FullLayerCache() for _ in fixed]
-        for layer, its in zip(growing, fixed, strict=True):
-            layer.update(*(part.clone() for part in its.filled()))
-        self.layers, self.fixed = [*growing], None
+        static: list[Any] = self.layers
+        growing = [FullLayerCache() for _ in static]
+        for layer, its in zip(growing, static, strict=True):
+            layer.update(*(part.clone() for part in its.stored()))
+        self.layers, self.static = [*growing], None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last positions; their number is negative, as in Transformers."""
         super().crop(tokens_to_remove)
-        if self.fixed is not None and tokens_to_remove < 0:
-            self.fixed.crop(-tokens_to_remove)
+        if self.static is not None and tokens_to_remove < 0:
+            self.static.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.fixed is not None:
-            self.fixed.there.copy_(self.fixed.there.index_select(0, beam_idx.to(self.fixed.there.device)))
+        if self.static is not None:
+            self.static.filled.copy_(self.static.filled.index_select(0, beam_idx.to(self.static.filled.device)))
 
     def reset(self) -> None:
         """Forget everything."""
-        self.loosen()
+        self.to_dynamic()
         super().reset()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.loosen()
+        self.to_dynamic()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.loosen()
+        self.to_dynamic()
         super().batch_select_indices(indices)
 
     @property
     def nbytes(self) -> int:
         """Bytes held: keys and values of the tokens each layer keeps, and what routing remembers of them."""
-        kinds = (RoutedLayerCache, FullLayerCache, FixedLayerCache)
+        kinds = (RoutedLayerCache, FullLayerCache, StaticLayerCache)
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, kinds))
 
     @property

@@ -90,7 +90,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         return result if return_dict is not False else result.to_tuple()
 
     def _can_replay(self, input_ids: Tensor, cache: Any) -> bool:
-        """Whether this is a token of each row on top of a cache of fixed length, on a GPU, without gradients."""
+        """Whether this is a token of each row on top of a static cache, on a GPU, without gradients."""
         fits = isinstance(cache, RoutedCache) and cache.length is not None and cache.get_seq_length() > 0
         return fits and input_ids.shape[1] == 1 and input_ids.is_cuda and not torch.is_grad_enabled()
 
@@ -99,9 +99,9 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
     ) -> Tensor:
         """Logits [B, 1, V] of the next token in fixed shapes."""
         self.model.check_inputs(input_ids, None, attention_mask, cache)
-        state = cache.fix(None if attention_mask is None else attention_mask[:, :-1].bool())
+        state = cache.to_static(None if attention_mask is None else attention_mask[:, :-1].bool())
         if position_ids is None:
-            position_ids = state.there.sum(1, keepdim=True)
+            position_ids = state.filled.sum(1, keepdim=True)
 
         def step(ids: Tensor, positions: Tensor) -> Tensor:
             outputs = self.model(input_ids=ids, position_ids=positions, cache=cache)

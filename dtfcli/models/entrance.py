@@ -17,7 +17,7 @@ from .configuration_fields import CAUSAL_MODES
 from .keys import as_mask
 from .outputs import RoutingRecord
 from .routers import Router, RoutingFrame, TokenFrame
-from .routing import slot_room
+from .routing import slots_per_row
 from .stock import StockStack
 
 
@@ -67,19 +67,19 @@ class EntranceMixin(StockStack):
         seen = None if attention_mask is None else attention_mask.bool().to(device)
         if cache is not None and cache.length is not None:
             if tokens == 1 and past:
-                cache.fix(None if seen is None else seen[:, :past])
-                return self._enter_fixed(inputs_embeds, position_ids, cache)
-            cache.loosen()
+                cache.to_static(None if seen is None else seen[:, :past])
+                return self._enter_static(inputs_embeds, position_ids, cache)
+            cache.to_dynamic()
         if seen is not None and self._has_no_padding(seen, tokens, looks):
             seen = None
         asked = position_ids
         if position_ids is None:
             position_ids = _positions(seen, past, tokens, device)
-        capacities, room = self.capacities(), None
+        capacities, slots = self.capacities(), None
         if not looks:
-            room = {i: slot_room(capacity, tokens, self.config.sink_tokens) for i, capacity in capacities.items()}
+            slots = {i: slots_per_row(capacity, tokens, self.config.sink_tokens) for i, capacity in capacities.items()}
             if isinstance(cache, RoutedCache):
-                cache.make_room()
+                cache.reserve()
         thresholds = None
         if self.training and self.mode in CAUSAL_MODES:
             # As they are now: tracking moves them before checkpointing runs the layers again.
@@ -96,7 +96,7 @@ class EntranceMixin(StockStack):
                 seen=seen,
                 past=past,
                 thresholds=thresholds,
-                room=room,
+                slots_per_row=slots,
                 noise=torch.rand(batch, tokens, device=device) if self.training and self.explores else None,
             ),
             layer_inputs=self._inputs(
@@ -107,22 +107,22 @@ class EntranceMixin(StockStack):
             ),
         )
 
-    def _enter_fixed(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: RoutedCache) -> Pass:
-        """A token of each row, [B, 1, D], on top of a cache whose places are fixed."""
-        assert cache.fixed is not None, "`fix` was called"
-        there = cache.fixed.there.index_fill_(1, cache.fixed.at, True)
+    def _enter_static(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: RoutedCache) -> Pass:
+        """A token of each row, [B, 1, D], on top of a static cache."""
+        assert cache.static is not None, "`to_static` was called"
+        filled = cache.static.filled.index_fill_(1, cache.static.position, True)
         if position_ids is None:
-            position_ids = there.sum(1, keepdim=True) - 1
+            position_ids = filled.sum(1, keepdim=True) - 1
         frame = TokenFrame(
             config=self.config,
             mode=self.mode,
             shape=(len(inputs_embeds), 1),
             device=inputs_embeds.device,
             capacities=self.capacities(),
-            room=dict.fromkeys(self.routed, 1),
-            there=there,
-            at=cache.fixed.at,
-            kernels=self.triton_kernels,
+            slots_per_row=dict.fromkeys(self.routed, 1),
+            filled=filled,
+            position=cache.static.position,
+            triton_kernels=self.triton_kernels,
         )
 
         def mask(kind: str) -> Tensor:

@@ -18,8 +18,6 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cache import CACHE_NAME
-from .fixed import EnteredRows
-from .kernels import fused_surprise
 from .keys import EveryKey, OwnKeys, PlacedKeys, StoredKeys
 from .learning import Known, Lesson, learn
 from .priors import Forecast, PriorFFN
@@ -33,6 +31,7 @@ from .routing import (
     topk_capacity,
 )
 from .slots import Slots, assign_group, assign_slots, every_slot, gather_tokens, row_groups, scatter_tokens
+from .static import EnteredRows
 from .stock import StockLayer
 from .surprise import Surprise, surprise
 
@@ -87,14 +86,12 @@ class DecisionLayerMixin(StockLayer):
         super().__init__(config, layer_idx)
         self.prior = PriorFFN(config, config.prior_factor, config.prior_dropout)
         self.prior_input_gradient = config.prior_input_gradient
-        self.triton_kernels = False
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Surprise:
         """[B, T, D] → posterior [B, T, D]; D_st, D_ch, prior error: float32 [B, T]."""
         posterior = super().forward(hidden_states, **kwargs)
         guess = self.prior(hidden_states if self.prior_input_gradient else hidden_states.detach())
-        compute = fused_surprise if self.triton_kernels else surprise
-        return compute(hidden_states, posterior, guess, self.prior_input_gradient)
+        return surprise(hidden_states, posterior, guess, self.prior_input_gradient)
 
 
 class RoutedLayerMixin(StockLayer):
@@ -185,9 +182,9 @@ class RoutedLayerMixin(StockLayer):
             if frame.real is not None:
                 return [([], slots)], []
             return [([], slots._replace(routed=None))], [width] * rows  # K of T, in every row
-        if frame.room is not None:
+        if frame.slots_per_row is not None:
             everyone = every_slot(rows, tokens, frame.device)
-            width = frame.room[self.layer_idx]
+            width = frame.slots_per_row[self.layer_idx]
             return [([], everyone._replace(routed=selected) if tokens == 1 else assign_slots(selected, width))], []
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
@@ -294,7 +291,7 @@ class RoutedLayerMixin(StockLayer):
     def _processed(self, rows: list[int], slots: Slots, inside: Inside, frame: RoutingFrame) -> tuple[Tensor, Tensor]:
         """What the tokens of some slots are before and after the routed part, [R, K, D] each."""
         x_RKD = gather_tokens(inside.hidden_states, slots)
-        with EnteredRows(slots.routed) if frame.kernels and slots.routed is not None else nullcontext():
+        with EnteredRows(slots.routed) if frame.triton_kernels and slots.routed is not None else nullcontext():
             if self.part == "mlp":
                 return x_RKD, self.feed(x_RKD)
             keys = inside.keys.of_rows(rows, slots)

@@ -38,10 +38,10 @@ class RoutingFrame:
         column: the threshold column to use instead of the capacity's (calibration).
         thresholds: of each routed layer, where they must not be the router's own; None: they are.
         chosen: who enters, bool [B, T], in layers whose router is not to choose (as many of each row in `topk`).
-        room: slots of each routed layer, by layer index, where nobody looks at how many tokens enter; None: layers do.
+        slots_per_row: of each routed layer, by its index, where nobody looks at how many tokens enter; None: layers do.
         noise: uniform numbers [B, T] that draw the tokens to explore; None: none are.
         shows_updates: whether layers hand out what each token is before and after their routed part.
-        kernels: whether linear maps of a layer that no row enters read no weights (`fixed`).
+        triton_kernels: whether linear maps of a layer that no row enters read no weights (`static`).
     """
 
     config: Any
@@ -54,10 +54,10 @@ class RoutingFrame:
     column: int | None = None
     thresholds: Mapping[int, Tensor] | None = None
     chosen: Mapping[int, Tensor] | None = None
-    room: Mapping[int, int] | None = None
+    slots_per_row: Mapping[int, int] | None = None
     noise: Tensor | None = None
     shows_updates: bool = False
-    kernels: bool = False
+    triton_kernels: bool = False
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -98,24 +98,24 @@ class RoutingFrame:
 
 @dataclass(frozen=True)
 class TokenFrame(RoutingFrame):
-    """The frame of a token of each row on top of a cache of fixed length: what it says has the same shapes every time.
+    """The frame of a token of each row on top of a static cache: what it says has the same shapes every time.
 
     Attributes:
-        there: bool [B, N], which of the cache's positions hold a token that may be attended to, the new ones included.
-        at: int64 [1], the position of the new ones.
+        filled: bool [B, N], which of the cache's positions hold a token that may be attended to, the new ones included.
+        position: int64 [1], the position of the new ones.
     """
 
-    there: Tensor | None = None
-    at: Tensor | None = None
+    filled: Tensor | None = None
+    position: Tensor | None = None
 
     def visible(self, window: int | None) -> Tensor:
         """Which of the cache's positions the new tokens attend to, bool [B, 1, 1, N]."""
-        assert self.there is not None, "a frame of this kind is made with it"
-        assert self.at is not None, "and with this"
+        assert self.filled is not None, "a frame of this kind is made with it"
+        assert self.position is not None, "and with this"
         if window is None:
-            return self.there[:, None, None]
-        positions = torch.arange(self.there.shape[1], device=self.device)
-        return (self.there & (positions > self.at - window))[:, None, None]
+            return self.filled[:, None, None]
+        positions = torch.arange(self.filled.shape[1], device=self.device)
+        return (self.filled & (positions > self.position - window))[:, None, None]
 
     @cached_property
     def real(self) -> None:
@@ -125,9 +125,9 @@ class TokenFrame(RoutingFrame):
     @cached_property
     def sinks(self) -> Tensor | None:
         """Whether the new token is a sink, bool [B, 1]; None: there are none."""
-        assert self.there is not None, "a frame of this kind is made with it"
+        assert self.filled is not None, "a frame of this kind is made with it"
         count = self.config.sink_tokens
-        return self.there.sum(1, keepdim=True) <= count if count else None
+        return self.filled.sum(1, keepdim=True) <= count if count else None
 
 
 class Predictor(nn.Module):

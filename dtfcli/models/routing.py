@@ -102,7 +102,7 @@ def topk_capacity(capacity: float, length: int) -> int:
     return max(1, int(capacity * length)) if length and capacity else 0
 
 
-def slot_room(capacity: float, length: int, sinks: int) -> int:
+def slots_per_row(capacity: float, length: int, sinks: int) -> int:
     """Slots that are enough for almost every row of L tokens routed by a threshold calibrated to γ; at most L.
 
     Texts differ from the calibrated share by some points, short ones by chance too: γ L + 0.04 L + 2 √L, and the sinks.

@@ -19,11 +19,11 @@ from .cache import CACHE_NAME, RoutedCache
 from .calibration import track_thresholds
 from .configuration_fields import CAUSAL_MODES
 from .entrance import EntranceMixin, Pass
-from .kernels import available
 from .layers import DecisionLayerMixin, RoutedLayerMixin, RoutedOutput
 from .outputs import RoutedModelOutput, RoutingRecord
 from .pretrained import DynamicPreTrainedMixin
 from .routers import Router, RoutingFrame
+from .triton_kernels import available
 
 
 class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
@@ -67,7 +67,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
         return {i: self.layers[i].router for i in self.routed}
 
     def use_triton_kernels(self, used: bool = True) -> None:
-        """Take our Triton kernels where they have a part: surprise, and decoding in fixed shapes. On a GPU; not saved.
+        """Decode with our Triton kernels where the cache is static, on a GPU. Not saved.
 
         Raises:
             ValueError: they cannot run here, or weights are no plain tensors.
@@ -77,9 +77,6 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
         if used and any(type(parameter) is not torch.nn.Parameter for parameter in self.parameters()):
             raise ValueError("our kernels read plain weights, and these are quantized or sharded: use one of the two")
         self.triton_kernels = used
-        for layer in self.layers:
-            if isinstance(layer, DecisionLayerMixin):
-                layer.triton_kernels = used
 
     @merge_with_config_defaults
     @capture_outputs
@@ -117,8 +114,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
             if cache is not None:
                 cache.crop(-inputs_embeds.shape[1])
             passing = self._run(self.enter(*given), **kwargs)
-        if cache is not None and cache.fixed is not None:
-            cache.fixed.advance()
+        if cache is not None and cache.static is not None:
+            cache.static.advance()
         if self.training:
             track_thresholds(passing.records, self.routers, passing.frame)
         return RoutedModelOutput(
@@ -150,9 +147,9 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
     def _holds(self, passing: Pass, attention_mask: Tensor | None) -> bool:
         """Whether what was assumed without a look was right: every token had a slot, and a row alone has no padding."""
         frame = passing.frame
-        if frame.room is None or frame.shape[1] == 1:
+        if frame.slots_per_row is None or frame.shape[1] == 1:
             return True
-        assumed = [record.selected.sum(1).max() <= frame.room[record.layer] for record in passing.records]
+        assumed = [record.selected.sum(1).max() <= frame.slots_per_row[record.layer] for record in passing.records]
         if attention_mask is not None and frame.seen is None:
             assumed.append(attention_mask.to(frame.device).all())
         return bool(torch.stack(assumed).all()) if assumed else True

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from dtfcli.models.cache import CACHE_NAME
-from dtfcli.models.fixed import FixedLayerCache
+from dtfcli.models.static import StaticLayerCache
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile every decoder layer of a causal language model in place; parameter names stay as they are.
 
     A layer is compiled whole (`fullgraph`): a graph break would cost more than compiling gains. Shapes are known
-    beforehand in training by `topk` at the model's own γ, and in decoding in fixed shapes; everything else (evaluation,
-    the causal modes, a γ that is still annealed) runs as before.
+    beforehand in training by `topk` at the model's own γ, and in decoding with a static cache. Everything else
+    (evaluation, the causal modes, a γ that is still annealed) runs as before.
 
     Args:
         model: routed or stock, with its layers at `model.model.layers`.
@@ -36,12 +36,12 @@ def _compile(layer: Any, backend: str) -> None:
     compiled = torch.compile(layer._call_impl, backend=backend, fullgraph=True, dynamic=False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        fixed = layer.training and torch.is_grad_enabled()
+        static = layer.training and torch.is_grad_enabled()
         if "frame" in kwargs:  # a routed layer
-            fixed = fixed and kwargs["frame"].mode == "topk" and kwargs["capacity"] == layer.router.capacity
+            static = static and kwargs["frame"].mode == "topk" and kwargs["capacity"] == layer.router.capacity
         cache = kwargs.get(CACHE_NAME)
-        fixed = fixed or (cache is not None and isinstance(cache.layers[0], FixedLayerCache))
-        return compiled(*args, **kwargs) if fixed else layer._call_impl(*args, **kwargs)
+        static = static or (cache is not None and isinstance(cache.layers[0], StaticLayerCache))
+        return compiled(*args, **kwargs) if static else layer._call_impl(*args, **kwargs)
 
     # What `nn.Module.compile` sets; it is neither saved nor copied with the module.
     layer._compiled_call_impl = call

@@ -122,7 +122,7 @@ every_case = pytest.mark.parametrize(
 @torch.no_grad()
 def test_a_prompt_waits_once(blind: Any, watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the slots are enough; else layers look."""
-    monkeypatch.setattr(entrance, "slot_room", lambda capacity, length, sinks: length)
+    monkeypatch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: length)
     for mask, waits in ((None, 1), (torch.ones(2, 40).long(), 2)):  # a mask of several rows is looked at before
         ids = tokens(2, 40)
         blind(ids, use_cache=True)
@@ -183,7 +183,7 @@ def test_looking_changes_nothing(name: str, enough: bool, data: st.DataObject) -
     ids = tokens(rows, length, seed=data.draw(st.integers(0, 5)))
     with pytest.MonkeyPatch.context() as patch:
         if not enough:
-            patch.setattr(entrance, "slot_room", lambda capacity, length, sinks: 1)
+            patch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: 1)
         patch.setattr(model.model, "looks", True)
         expected, its = _in_chunks(model, ids, mask, sizes)
         patch.setattr(model.model, "looks", False)
@@ -219,7 +219,7 @@ def test_changing_a_cache_that_nobody_looked_at(name: str, monkeypatch: pytest.M
 @torch.no_grad()
 def test_hidden_states_are_those_of_one_run(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = routed_model("llama", "mod", 0.5)
-    monkeypatch.setattr(entrance, "slot_room", lambda capacity, length, sinks: 1)
+    monkeypatch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: 1)
     model.model.looks = False
     if asked == "config":
         model.config.output_hidden_states = True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
-from dtfcli.models.fixed import FixedLayerCache, StepGraph
+from dtfcli.models.static import StaticLayerCache, StepGraph
 from tests.gpu.cases import build, decode, noting_waits
 from tests.tiny import tokens
 
@@ -80,8 +80,8 @@ def test_replayed_is_growing(case: str, kernels: bool, rows: int, device: torch.
         replays(more)
         assert (logits - expected).abs().max() <= 1e-4
         assert cache.get_seq_length() == growing.get_seq_length() == 11 + more
-        assert isinstance(cache.layers[0], FixedLayerCache)
-        cache.loosen()
+        assert isinstance(cache.layers[0], StaticLayerCache)
+        cache.to_dynamic()
         for ours, its in zip(cache.layers, growing.layers, strict=True):
             real = slice(None) if mask is None else slice(rows, None)
             assert (ours.keys - its.keys)[:, :, real].abs().max() <= 1e-4

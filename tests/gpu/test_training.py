@@ -66,15 +66,6 @@ def test_rows_become_batches_on_the_device(device: torch.device, tmp_path: Path)
     assert torch.equal(labels.cpu(), expected)
 
 
-@pytest.mark.parametrize("case", ["dtf", "surprise, running, forecast"])
-def test_surprise_in_one_kernel_says_the_same(case: str, device: torch.device) -> None:
-    pytest.importorskip("triton", reason="the kernels need Triton")
-    model, ids = build(case, explore=0.0).to(device), tokens(2, 24).to(device)
-    expected = losses_and_gradients(copy.deepcopy(model), ids)
-    model.model.use_triton_kernels()
-    assert_alike(losses_and_gradients(model, ids), expected, 1e-3)
-
-
 @pytest.mark.parametrize("kind", ["dense", *ARCHITECTURES])
 def test_liger_says_the_same(kind: str, on_gpu: None, device: torch.device) -> None:
     pytest.importorskip("liger_kernel", reason="these are its kernels")

@@ -83,7 +83,7 @@ def test_decoded_tokens(case: str, device: torch.device) -> None:
 def test_prompts(case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, at its end, if the slots are enough; a mask of several rows is looked at before, too."""
     model = on_device(case, device)
-    monkeypatch.setattr(entrance, "slot_room", lambda capacity, length, sinks: length)
+    monkeypatch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: length)
     for rows, masked, most in ((2, False, 1), (1, True, 1), (2, True, 2)):
         ids = tokens(rows, 40).to(device)
         how: dict[str, Any] = {"use_cache": True, "attention_mask": torch.ones_like(ids) if masked else None}

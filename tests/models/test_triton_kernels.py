@@ -1,4 +1,4 @@
-"""Triton kernels = their naive twins, in value and gradient; and what they promise not to do: read, wait, allocate.
+"""The Triton kernel = its naive twin; and what it promises not to do: read, wait, allocate.
 
 On a GPU they run there, elsewhere in Triton's interpreter, which has to be asked for before Triton is first imported.
 The interpreter cuts bfloat16 off where a GPU rounds, so the tolerance there is a whole unit in the last place.
@@ -23,8 +23,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton is not installed: these are its kernels")
 
-from dtfcli.models import kernels  # noqa: E402  after the interpreter was asked for
-from dtfcli.models.surprise import surprise  # noqa: E402
+from dtfcli.models import triton_kernels  # noqa: E402  after the interpreter was asked for
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["plain", "slice", "transposed"]
@@ -65,7 +64,9 @@ def drawn_rows(data: st.DataObject, size: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def test_they_can_run_here() -> None:
-    assert kernels.available(torch.zeros(1, device=DEVICE)), "Triton was imported before TRITON_INTERPRET was set"
+    assert triton_kernels.available(torch.zeros(1, device=DEVICE)), (
+        "Triton was imported before TRITON_INTERPRET was set"
+    )
 
 
 @given(
@@ -76,8 +77,8 @@ def test_counted_linear(data: st.DataObject, size: int, width: int, dtype: torch
     x, count = drawn_rows(data, size, dtype)
     weight = matrix(width, size, dtype, layout)
     bias = matrix(1, width, dtype)[0] if data.draw(st.booleans()) else None
-    y = kernels.counted_linear(x, weight, bias, count)
-    assert_near(y, kernels.counted_linear_naive(x, weight, bias, count))
+    y = triton_kernels.counted_linear(x, weight, bias, count)
+    assert_near(y, triton_kernels.counted_linear_naive(x, weight, bias, count))
     assert not y[int(count) :].any()
 
 
@@ -86,28 +87,30 @@ def test_counted_linear(data: st.DataObject, size: int, width: int, dtype: torch
 def test_nan_weights_do_not_matter_where_nobody_enters(rows: int, dtype: torch.dtype) -> None:
     x = torch.full((rows, 33), torch.nan, dtype=dtype, device=DEVICE)
     weight = torch.full((9, 33), torch.nan, dtype=dtype, device=DEVICE)
-    y = kernels.counted_linear(x, weight, weight[:, 0].contiguous(), counter(0))
+    y = triton_kernels.counted_linear(x, weight, weight[:, 0].contiguous(), counter(0))
     assert torch.equal(y, torch.zeros(rows, 9, dtype=dtype, device=DEVICE))
 
 
 def test_a_count_beyond_the_rows_reads_no_further(reads: Any) -> None:
     whole = matrix(6, 20, torch.float32)
     weight = matrix(5, 20, torch.float32)
-    torch.testing.assert_close(kernels.counted_linear(whole[:4], weight, None, counter(99)), whole[:4] @ weight.T)
+    torch.testing.assert_close(
+        triton_kernels.counted_linear(whole[:4], weight, None, counter(99)), whole[:4] @ weight.T
+    )
     assert not reads(whole)[4:].any()
 
 
 def test_no_rows() -> None:
-    y = kernels.counted_linear(matrix(0, 8, torch.float32), matrix(3, 8, torch.float32), None, counter(0))
+    y = triton_kernels.counted_linear(matrix(0, 8, torch.float32), matrix(3, 8, torch.float32), None, counter(0))
     assert y.shape == (0, 3)
 
 
 def test_no_gradient_is_lost_in_silence() -> None:
     weight = matrix(3, 8, torch.float32).requires_grad_()
     with pytest.raises(AssertionError, match="no backward"):
-        kernels.counted_linear(matrix(2, 8, torch.float32), weight, None, counter(2))
+        triton_kernels.counted_linear(matrix(2, 8, torch.float32), weight, None, counter(2))
     with torch.no_grad():
-        kernels.counted_linear(matrix(2, 8, torch.float32), weight, None, counter(2))
+        triton_kernels.counted_linear(matrix(2, 8, torch.float32), weight, None, counter(2))
 
 
 @pytest.fixture
@@ -138,14 +141,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("count", [0, 1, 64])
 def test_weights_are_read_once_or_not_at_all(reads: Any, rows: int, count: int) -> None:
     x, weight = (matrix(n, 300, torch.bfloat16) for n in (rows, 21))
-    kernels.counted_linear(x, weight, None, counter(count))
+    triton_kernels.counted_linear(x, weight, None, counter(count))
     assert torch.equal(reads(weight), torch.full_like(weight, min(count, 1), dtype=torch.int64))
     assert not reads(x)[count:].any()
 
 
 def test_blocks_of_rows_without_any_read_no_weights(reads: Any) -> None:
     x, weight = matrix(130, 20, torch.float32), matrix(5, 20, torch.float32)
-    kernels.counted_linear(x, weight, None, counter(65))
+    triton_kernels.counted_linear(x, weight, None, counter(65))
     assert torch.equal(reads(weight), torch.full_like(weight, 2, dtype=torch.int64))  # two of three blocks of 64
 
 
@@ -170,8 +173,8 @@ def host_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operations]:
             return lambda *args, **kwargs: None
 
     with monkeypatch.context() as patch, Operations() as operations:
-        for name in ("_vector_kernel", "_matrix_kernel", "_surprise_kernel", "_surprise_backward_kernel"):
-            patch.setattr(kernels, name, Nothing())
+        for name in ("_vector_kernel", "_matrix_kernel"):
+            patch.setattr(triton_kernels, name, Nothing())
         yield operations
 
 
@@ -180,80 +183,5 @@ def test_the_host_allocates_the_output_and_launches(monkeypatch: pytest.MonkeyPa
     x, weight, count = matrix(rows, 20, torch.float32, "transposed"), matrix(5, 20, torch.float32), counter(1)
     bias = torch.randn(5, device=DEVICE)
     with host_operations(monkeypatch) as operations:
-        kernels.counted_linear(x, weight, bias, count)
+        triton_kernels.counted_linear(x, weight, bias, count)
     assert operations.names == ["aten::new_empty"]
-
-
-def test_surprise_only_looks_and_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = [torch.randn(2, 3, 8, device=DEVICE, requires_grad=True) for _ in range(3)]
-    with host_operations(monkeypatch) as operations:
-        results = kernels.fused_surprise(states[0], states[1], states[2])
-        torch.autograd.grad([x.sum() for x in results], states)
-    assert "aten::mul" not in operations.names
-    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::item"} & set(operations.names)
-
-
-def states_like(data: st.DataObject, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """Random [B, T, D], each token in one piece or not."""
-    batch, tokens, size = shape
-    layout = data.draw(st.sampled_from(LAYOUTS))
-    if layout == "transposed":
-        return torch.randn(size, tokens, batch).to(DEVICE, dtype).permute(2, 1, 0)
-    if layout == "slice":
-        return torch.randn(batch, tokens + 1, size + 3).to(DEVICE, dtype)[:, 1:, 2:-1]
-    return torch.randn(shape).to(DEVICE, dtype)
-
-
-@given(
-    data=st.data(),
-    shape=st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(1, 70) | st.just(2100)),
-    dtypes=st.sampled_from([(dtype,) * 3 for dtype in DTYPES] + [(torch.bfloat16, torch.bfloat16, torch.float32)]),
-    through_original=st.booleans(),
-)
-@settings(max_examples=examples(40))
-def test_fused_surprise(
-    data: st.DataObject, shape: tuple[int, int, int], dtypes: tuple[torch.dtype, ...], through_original: bool
-) -> None:
-    torch.manual_seed(data.draw(st.integers(0, 2**20)))
-    original, posterior, guess = (states_like(data, shape, dtype) for dtype in dtypes)
-    states = [original, posterior, guess]
-    wanted = [x.requires_grad_() for x in states if data.draw(st.booleans())] or [posterior.requires_grad_()]
-    ours = kernels.fused_surprise(original, posterior, guess, through_original)
-    twins = surprise(original, posterior, guess, through_original)
-    assert torch.equal(ours.posterior, posterior)
-    for a, b in zip(ours[1:], twins[1:], strict=True):
-        assert_near(a, b)
-    weights = [torch.randn_like(x) for x in ours]
-    if data.draw(st.booleans()):  # what `sum` sends back: one number, expanded
-        weights = [weight.new_ones(()).expand_as(weight) for weight in weights]
-    for a, b in zip(_gradients(ours, wanted, weights), _gradients(twins, wanted, weights), strict=True):
-        assert_near(a, b)
-
-
-def _gradients(results: tuple[Tensor, ...], wanted: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients of what depends on the wanted states at all: `posterior` may not."""
-    pairs = [(x, weight) for x, weight in zip(results, weights, strict=True) if x.requires_grad]
-    return torch.autograd.grad([x for x, _ in pairs], wanted, [weight for _, weight in pairs])
-
-
-@pytest.mark.parametrize("through_original", [True, False])
-def test_each_result_of_fused_surprise_alone(reads: Any, through_original: bool) -> None:
-    """Gradients of the prior error stop at the posterior; and each pass reads each state once."""
-    original, posterior, guess = states = [torch.randn(2, 3, 50, requires_grad=True) for _ in range(3)]
-    for which in range(1, 4):
-        result = kernels.fused_surprise(original, posterior, guess, through_original)[which]
-        twin = surprise(original, posterior, guess, through_original)[which]
-        ours, twins = (torch.autograd.grad(x.sum(), states) for x in (result, twin))
-        for a, b in zip(ours, twins, strict=True):
-            assert_near(a, b)
-    assert not ours[1].any()
-    for x in states:
-        assert torch.equal(reads(x), torch.full_like(x, 3 * 2, dtype=torch.int64))
-
-
-def test_fused_surprise_without_gradients() -> None:
-    original, posterior, guess = (torch.randn(2, 3, 50, device=DEVICE) for _ in range(3))
-    with torch.no_grad():
-        ours, twins = kernels.fused_surprise(original, posterior, guess), surprise(original, posterior, guess)
-    for a, b in zip(ours, twins, strict=True):
-        assert_near(a, b)

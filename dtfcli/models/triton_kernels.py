@@ -1,11 +1,11 @@
-"""Triton kernels beside their naive twins: what decoding and surprise cost on a GPU where small operations wait.
+"""The Triton kernel of the static cache and its naive twin: where no row enters a layer, no weights are read.
 
 Notable choices:
 
     counted     How many rows entered a routed layer is a number on the device, and the kernels look at it there: the
                 host never waits, shapes never change, a CUDA graph captures them. At 0 no weight is read.
-    one pass    Decoding waits for weights. Each is read once: a row of them at a time for one token, for more tokens
-                by matrix units. Surprise reads each hidden state once, and once more for its gradient.
+    one pass    Decoding takes as long as reading the weights. Each is read once: a row of them at a time for one
+                token, for more tokens by matrix units.
     no tuning   Block sizes follow from shapes alone. Launch each shape once before capturing it: that compiles it.
     float32     All sums. Products of float32 are exact (no tf32).
 
@@ -13,7 +13,7 @@ Nothing here is used unless asked for (`use_triton_kernels`): no GPU has yet sho
 file still imports, and `available` says no. The interpreter (TRITON_INTERPRET=1, set before Triton is first imported)
 runs the kernels on a CPU, for tests.
 
-Shape suffixes: M rows of hidden states, K their size, N outputs; B rows, T tokens of a row, D hidden size.
+Shape suffixes: M rows of hidden states, K their size, N outputs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from .surprise import Surprise
 
 try:  # inside `try`, or Transformers would demand it from whoever loads an uploaded model
     import triton
@@ -201,147 +198,3 @@ def _matrix_kernel(
         sum_MN += tl.load(bias + n_N, mask=n_N < N, other=0.0).to(tl.float32)[None, :]
     sum_MN = tl.where((m_M < entered)[:, None], sum_MN, 0.0)
     tl.store(y_MN, sum_MN.to(y.dtype.element_ty), mask=inside_MN)
-
-
-def fused_surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool = True) -> Surprise:
-    """Static surprise, change surprise and prior error of each token, each state read once; the twin is `surprise`.
-
-    D_st = ‖s‖² / D and D_ch = ‖s − guess‖² / D with s = posterior − original; the prior error is D_ch by value.
-
-    Args:
-        original, posterior, guess: [B, T, D], any float dtypes.
-        through_original: whether gradients of the prior reach `original`, or stop at the guess.
-
-    Returns:
-        posterior as given; D_st, D_ch, prior error: float32 [B, T].
-    """
-    assert available(original)
-    assert original.shape == posterior.shape == guess.shape
-    return Surprise(*_FusedSurprise.apply(original, posterior, guess, through_original))
-
-
-class _FusedSurprise(torch.autograd.Function):
-    """With s as above, m = s − guess, and 2 / D times the gradients g_st, g_ch, g_er of the three results:
-
-    posterior: g_st s + g_ch m + its own; guess: −(g_ch + g_er) m; original: −g_st s − (g_ch + g_er) m, or −g_st s.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(original, posterior, guess)
-        ctx.through_original = through_original
-        shape, size = original.shape[:-1], original.shape[-1]
-        static, change, error = (original.new_empty(shape, dtype=torch.float32) for _ in range(3))
-        states = [_rows(x) for x in (original, posterior, guess)]
-        if static.numel():
-            with _device_of(original):
-                _surprise_kernel[(static.numel(),)](
-                    *states, static, change, error, size, *(x.stride(0) for x in states), **_surprise_blocks(size)
-                )
-        return posterior.view_as(posterior), static, change, error
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        results = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
-            for x, wanted in zip(inputs, ctx.needs_input_grad[:3], strict=True)
-        ]
-        states = [_rows(x) for x in (*inputs, grads[0])]
-        weights = [grad.contiguous() for grad in grads[1:]]
-        tokens, size = states[0].shape
-        if tokens:
-            with _device_of(states[0]):
-                _surprise_backward_kernel[(tokens,)](
-                    *states,
-                    *weights,
-                    *results,
-                    size,
-                    *(x.stride(0) for x in states),
-                    ctx.through_original,
-                    **_surprise_blocks(size),
-                )
-        return *results, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[B, T, D] → [B · T, D] whose rows lie in one piece each; a copy only where they do not yet."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
-def _surprise_blocks(size: int) -> dict[str, int]:
-    """One program a token, 8 elements a thread: in half precision 16 bytes, the widest access there is."""
-    block = min(2048, max(32, _power_of_2(size)))
-    return {"BLOCK_D": block, "num_warps": max(1, block // 256)}
-
-
-@_jitted
-def _surprise_kernel(
-    original, posterior, guess, static, change, error, D, original_t, posterior_t, guess_t, BLOCK_D: tl.constexpr
-):
-    """D_st, D_ch and the prior error of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    static_D = tl.zeros([BLOCK_D], tl.float32)
-    change_D = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d_D = start + tl.arange(0, BLOCK_D)
-        before_D = tl.load(original + token * original_t + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-        after_D = tl.load(posterior + token * posterior_t + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-        guess_D = tl.load(guess + token * guess_t + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-        step_D = after_D - before_D
-        static_D += step_D * step_D
-        change_D += (step_D - guess_D) * (step_D - guess_D)
-    change_mean = tl.sum(change_D, axis=0) / D
-    tl.store(static + token, tl.sum(static_D, axis=0) / D)
-    tl.store(change + token, change_mean)
-    tl.store(error + token, change_mean)
-
-
-@_jitted
-def _surprise_backward_kernel(
-    original,
-    posterior,
-    guess,
-    grad_posterior,
-    grad_static,
-    grad_change,
-    grad_error,
-    to_original,
-    to_posterior,
-    to_guess,
-    D,
-    original_t,
-    posterior_t,
-    guess_t,
-    grad_posterior_t,
-    THROUGH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The gradients of one token's states, those that are wanted: the others are None."""
-    token = tl.program_id(0).to(tl.int64)
-    static = tl.load(grad_static + token) * 2 / D
-    change = tl.load(grad_change + token) * 2 / D
-    error = tl.load(grad_error + token) * 2 / D
-    for start in range(0, D, BLOCK_D):
-        d_D = start + tl.arange(0, BLOCK_D)
-        before_D = tl.load(original + token * original_t + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-        after_D = tl.load(posterior + token * posterior_t + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-        guess_D = tl.load(guess + token * guess_t + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-        step_D = after_D - before_D
-        miss_D = step_D - guess_D
-        if to_posterior is not None:
-            own_D = tl.load(grad_posterior + token * grad_posterior_t + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-            result_D = static * step_D + change * miss_D + own_D
-            tl.store(to_posterior + token * D + d_D, result_D.to(to_posterior.dtype.element_ty), mask=d_D < D)
-        if to_guess is not None:
-            result_D = -(change + error) * miss_D
-            tl.store(to_guess + token * D + d_D, result_D.to(to_guess.dtype.element_ty), mask=d_D < D)
-        if to_original is not None:
-            result_D = -static * step_D
-            if THROUGH:
-                result_D -= (change + error) * miss_D
-            tl.store(to_original + token * D + d_D, result_D.to(to_original.dtype.element_ty), mask=d_D < D)

@@ -1,15 +1,14 @@
-"""Triton's kernels on a GPU equal their naive twins in the shapes of real models; in a rehearsal in small ones.
+"""The Triton kernel on a GPU equals its naive twin in the shapes of real models; in a rehearsal in small ones.
 
-More shapes, layouts and gradients are drawn at random in `tests.models.test_kernels`, for the interpreter.
+More shapes and layouts are drawn at random in `tests.models.test_triton_kernels`, for the interpreter.
 """
 
 import pytest
 import torch
 from torch import Tensor
 
-from dtfcli.models import kernels
-from dtfcli.models.fixed import EnteredRows
-from dtfcli.models.surprise import surprise
+from dtfcli.models import triton_kernels
+from dtfcli.models.static import EnteredRows
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +46,7 @@ def assert_near(ours: Tensor, twins: Tensor) -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_counted_is_naive(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     """One row, a batch, a whole block of rows; what is beyond the count is NaN. Few kinds: each is compiled first."""
-    assert kernels.available(torch.zeros(1, device=device))
+    assert triton_kernels.available(torch.zeros(1, device=device))
     torch.manual_seed(0)
     size, width = shape_on(device, shape)
     weight, bias = normal(device, dtype, width, size), normal(device, dtype, width)
@@ -56,7 +55,9 @@ def test_counted_is_naive(shape: tuple[int, int], dtype: torch.dtype, device: to
         x[entering:] = torch.nan
         count = number(entering, device)
         added = bias if entering < rows or rows == 1 else None
-        ours, twins = (of(x, weight, added, count) for of in (kernels.counted_linear, kernels.counted_linear_naive))
+        ours, twins = (
+            of(x, weight, added, count) for of in (triton_kernels.counted_linear, triton_kernels.counted_linear_naive)
+        )
         assert_near(ours, twins)
 
 
@@ -66,8 +67,8 @@ def test_what_nobody_enters_is_not_read(rows: int, dtype: torch.dtype, device: t
     size, width = shape_on(device, SHAPES[0])
     x, weight = (torch.full((n, size), torch.nan, dtype=dtype, device=device) for n in (rows, width))
     nobody, nothing = number(0, device), torch.zeros(rows, width, dtype=dtype, device=device)
-    assert torch.equal(kernels.counted_linear(x, weight, weight[:, 0].contiguous(), nobody), nothing)
-    assert torch.equal(kernels.counted_linear(x, weight, None, nobody), nothing)
+    assert torch.equal(triton_kernels.counted_linear(x, weight, weight[:, 0].contiguous(), nobody), nothing)
+    assert torch.equal(triton_kernels.counted_linear(x, weight, None, nobody), nothing)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -88,22 +89,3 @@ def test_entered_rows(dtype: torch.dtype, device: torch.device) -> None:
         with EnteredRows(~some if rows == 1 else torch.zeros_like(some)):
             assert torch.equal(linear(x), torch.zeros_like(ours))
         linear.weight.copy_(weight)
-
-
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("through_original", [True, False])
-def test_fused_surprise_is_naive(dtype: torch.dtype, through_original: bool, device: torch.device) -> None:
-    """Values and gradients, at the hidden sizes of the same models."""
-    torch.manual_seed(0)
-    for size in (896, 3584):
-        shape = (2, 512, size) if device.type == "cuda" else (2, 3, size // 16)
-        states = [normal(device, dtype, *shape).requires_grad_() for _ in range(3)]
-        before, after, guess = states
-        fused = kernels.fused_surprise(before, after, guess, through_original)
-        naive = surprise(before, after, guess, through_original)
-        weights = [torch.randn_like(x) for x in fused]
-        for ours, twins in zip(fused, naive, strict=True):
-            assert_near(ours.detach(), twins.detach())
-        gradients = [torch.autograd.grad(results, states, weights) for results in (fused, naive)]
-        for ours, twins in zip(*gradients, strict=True):
-            assert_near(ours, twins)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
-from dtfcli.models.fixed import EnteredRows, FixedLayerCache
+from dtfcli.models.static import EnteredRows, StaticLayerCache
 from dtfcli.training.compiling import compile_layers
 from tests.budget import examples
 from tests.contract.test_no_waiting import Watched
@@ -52,7 +52,7 @@ def _decode(model: Any, ids: Tensor, prompt: int, mask: Tensor | None, length: i
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=examples(4), deadline=None)
 @given(data=st.data())
-def test_fixed_is_growing(name: str, family: str, data: st.DataObject) -> None:
+def test_static_is_growing(name: str, family: str, data: st.DataObject) -> None:
     """Rows, padding, short prompts."""
     _check(_model(name, family), False, data)
 
@@ -62,7 +62,7 @@ def test_fixed_is_growing(name: str, family: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("part", ["block", "mlp", "attention"])
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
-def test_fixed_with_kernels_is_growing(part: str, family: str, data: st.DataObject) -> None:
+def test_static_with_kernels_is_growing(part: str, family: str, data: st.DataObject) -> None:
     """With the kernels that look at who enters, in Triton's interpreter where there is no GPU."""
     pytest.importorskip("triton", reason="the kernels need Triton")
     name = "forecast error" if part == "block" else f"forecast error of {'an MLP' if part == 'mlp' else part}"
@@ -80,8 +80,8 @@ def _check(model: Any, kernels: bool, data: st.DataObject) -> None:
         patch.setattr(model.model, "triton_kernels", kernels)  # as `use_triton_kernels`, and back
         logits, cache = _decode(model, ids, prompt, mask, prompt + more + data.draw(st.integers(0, 9)))
     assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
-    assert isinstance(cache.layers[0], FixedLayerCache)
-    cache.loosen()
+    assert isinstance(cache.layers[0], StaticLayerCache)
+    cache.to_dynamic()
     for ours, its in zip(cache.layers, growing.layers, strict=True):
         assert torch.allclose(ours.keys, its.keys, rtol=1e-5, atol=1e-5)
         assert torch.allclose(ours.values, its.values, rtol=1e-5, atol=1e-5)
@@ -103,7 +103,7 @@ def test_nothing_moves_and_nobody_waits(name: str, watched: Watched) -> None:
     assert watched.waits == []
     assert places == [(x.keys.data_ptr(), x.values.data_ptr(), x.keys.shape) for x in cache.layers]
     assert cache.get_seq_length() == 30
-    assert int(cache.fixed.at) == 30
+    assert int(cache.static.position) == 30
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def test_generate(beams: int) -> None:
     assert torch.equal(model.generate(ids, **how), model.generate(ids, cache_implementation="static", **how))
 
 
-def test_what_cannot_be_fixed_is_refused() -> None:
+def test_what_cannot_be_static_is_refused() -> None:
     for fields in ({"kv_tokens": "routed", "score": "update_size"}, {"kv_tokens": "all"}):
         model: Any = routed_model("llama", "dtf", 0.5, **fields)
         with pytest.raises(ValueError, match="score of the token alone"):

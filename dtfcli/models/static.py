@@ -1,15 +1,15 @@
-"""Decoding in fixed shapes: a token of each row on top of a cache that never grows, so that a GPU can replay it.
+"""The static cache: decoding in fixed shapes, one token of each row at a time, so that a GPU can replay the step.
 
 A step of decoding is a hundred small operations; launching them costs the host more than computing them costs a GPU. A
 CUDA graph launches all of them at once, if shapes, addresses and control flow are the same for every token:
 
-    shapes      keys and values of N positions, whatever number is filled (`FixedLayerCache`)
-    positions   how many are filled is a number on the device (`FixedState.at`)
+    shapes      keys and values of N positions, whatever number is filled (`StaticLayerCache`)
+    positions   how many are filled is a number on the device (`StaticState.position`)
     routing     every row passes through the block, and those that skip it are put back. Where no row enters, the
-                kernels of `kernels` return at once, before they read any weight.
+                kernels of `triton_kernels` return at once, before they read any weight.
 
-The prompt runs as ever; its cache is copied into the fixed one when the first single token follows. It takes
-`kv_tokens = "all"` and scores of the token alone.
+The prompt runs as ever. Its cache is copied into the static one when the first single token follows. The model needs
+`kv_tokens = "all"` and a score of the token alone.
 
 Shape suffixes: B rows, H key/value heads, N positions that the cache is made for, E size of a head.
 """
@@ -23,16 +23,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import CacheLayerMixin
 
-from .kernels import counted_linear
+from .triton_kernels import counted_linear
 
 
 @dataclass
-class FixedState:
-    """What all layers of a fixed cache share."""
+class StaticState:
+    """What all layers of a static cache share."""
 
-    at: Tensor
+    position: Tensor
     """int64 [1], on the device: where the next token goes."""
-    there: Tensor
+    filled: Tensor
     """bool [B, N], which positions hold tokens that may be attended to."""
     length: int
     """How many positions are filled, as the host knows."""
@@ -43,14 +43,14 @@ class FixedState:
 
     def advance(self) -> None:
         """A token of each row more."""
-        self.at.add_(1)
+        self.position.add_(1)
         self.length += 1
 
     def crop(self, tokens: int) -> None:
         """Forget the last positions."""
-        self.at.sub_(tokens)
+        self.position.sub_(tokens)
         self.length -= tokens
-        self.there[:, self.length :] = False
+        self.filled[:, self.length :] = False
 
     def run(
         self, step: Callable[[Tensor, Tensor], Tensor], ids: Tensor, positions: Tensor, choices: Any = None
@@ -72,10 +72,10 @@ class FixedState:
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
         """What a step changes besides keys and values."""
-        return self.at, self.there
+        return self.position, self.filled
 
 
-class FixedLayerCache(CacheLayerMixin):
+class StaticLayerCache(CacheLayerMixin):
     """Keys and values of N positions in tensors that stay where they are.
 
     Args:
@@ -90,11 +90,11 @@ class FixedLayerCache(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, size: int, state: FixedState) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, size: int, state: StaticState) -> None:
         super().__init__()
         self.state = state
         self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values = (_with_room(part, size) for part in (keys, values))
+        self.keys, self.values = (_enlarged(part, size) for part in (keys, values))
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -102,11 +102,11 @@ class FixedLayerCache(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the keys and values of one token of each row, [B, H, 1, E]; returns those of all N positions."""
-        self.keys.index_copy_(2, self.state.at, key_states)
-        self.values.index_copy_(2, self.state.at, value_states)
+        self.keys.index_copy_(2, self.state.position, key_states)
+        self.values.index_copy_(2, self.state.position, value_states)
         return self.keys, self.values
 
-    def filled(self) -> tuple[Tensor, Tensor]:
+    def stored(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the positions seen, [B, H, S, E]."""
         return self.keys[:, :, : self.state.length], self.values[:, :, : self.state.length]
 
@@ -136,8 +136,8 @@ class FixedLayerCache(CacheLayerMixin):
             part.copy_(part.index_select(0, beam_idx.to(part.device)))
 
 
-def fixed_layers(layers: list[Any], length: int, seen: Tensor | None) -> tuple[list[Any], FixedState]:
-    """A `FixedLayerCache` of N positions for each layer of a cache, and the state that they share.
+def static_layers(layers: list[Any], length: int, seen: Tensor | None) -> tuple[list[Any], StaticState]:
+    """A `StaticLayerCache` of N positions for each layer of a cache, and the state that they share.
 
     Args:
         layers: whose keys and values hold all of the S positions seen.
@@ -145,18 +145,18 @@ def fixed_layers(layers: list[Any], length: int, seen: Tensor | None) -> tuple[l
         seen: bool [B, S], False for padding; None: there is none.
     """
     keys = layers[0].keys
-    there = torch.zeros(keys.shape[0], length, dtype=torch.bool, device=keys.device)
-    there[:, : keys.shape[2]] = True if seen is None else seen
-    state = FixedState(torch.full((1,), keys.shape[2], device=keys.device), there, keys.shape[2])
-    return [FixedLayerCache(layer.keys, layer.values, length, state) for layer in layers], state
+    filled = torch.zeros(keys.shape[0], length, dtype=torch.bool, device=keys.device)
+    filled[:, : keys.shape[2]] = True if seen is None else seen
+    state = StaticState(torch.full((1,), keys.shape[2], device=keys.device), filled, keys.shape[2])
+    return [StaticLayerCache(layer.keys, layer.values, length, state) for layer in layers], state
 
 
-def _with_room(part: Tensor, size: int) -> Tensor:
+def _enlarged(part: Tensor, size: int) -> Tensor:
     """[B, H, S, E] → [B, H, N, E]; zeros where nothing is filled: a masked key may be anything but NaN."""
     batch, heads, length, width = part.shape
-    room = part.new_zeros(batch, heads, size, width)
-    room[:, :, :length] = part
-    return room
+    enlarged = part.new_zeros(batch, heads, size, width)
+    enlarged[:, :, :length] = part
+    return enlarged
 
 
 class EnteredRows(TorchFunctionMode):
@@ -182,13 +182,13 @@ class StepGraph:
     """One step of decoding as a CUDA graph: captured once, replayed for every token.
 
     Args:
-        step: as of `FixedState.run`.
+        step: as of `StaticState.run`.
         state: as it is before the token; capturing leaves it as it was.
         ids, positions: of the first token.
     """
 
     def __init__(
-        self, step: Callable[[Tensor, Tensor], Tensor], state: FixedState, ids: Tensor, positions: Tensor
+        self, step: Callable[[Tensor, Tensor], Tensor], state: StaticState, ids: Tensor, positions: Tensor
     ) -> None:
         self.ids, self.positions = ids.clone(), positions.clone()
         before, length = [tensor.clone() for tensor in state.tensors], state.length
@@ -212,7 +212,7 @@ class StepGraph:
         return self.logits.clone()  # the next token overwrites them
 
 
-def _restore(state: FixedState, before: list[Tensor], length: int) -> None:
+def _restore(state: StaticState, before: list[Tensor], length: int) -> None:
     for tensor, value in zip(state.tensors, before, strict=True):
         tensor.copy_(value)
     state.length = length
