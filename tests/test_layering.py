@@ -12,6 +12,9 @@ LAZY = ("torch", "transformers", "datasets", "lm_eval")
 LIGHT = ("cli", "settings", "errors", "registration", "quiet")
 FIXED = ("forward", "load_model")  # signatures that others fixed: Transformers, and our published API
 TERMINAL = ("typer", "click", "rich", "prompt_toolkit")
+VAGUE = ("found", "done", "asked", "what", "own")
+MOST_VAGUE = 140
+"""Variables and parameters of these names in dtfcli/. Lower it when you rename one; new ones say what they hold."""
 
 FILES = sorted(house.FILES)
 ARROWS = house.graph()
@@ -83,12 +86,20 @@ def test_light_files_import_nothing_heavy(file: str) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_has_one_purpose(file: str) -> None:
     text = house.FILES[file].read_text(encoding="utf-8")
-    assert text.count("\n") <= 400
+    assert text.count("\n") <= 500
     tree = ast.parse(text)
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
     if house.room(file) != "cli":  # a command's options are its parameters
         assert not [f.name for f in functions if _parameters(f) > 7 and f.name not in FIXED and not _is_kernel(f)]
+
+
+def test_new_variables_say_what_they_hold() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in house.FILES.values()]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    names += [node.arg for node in nodes if isinstance(node, ast.arg)]
+    assert sum(name in VAGUE for name in names) <= MOST_VAGUE
 
 
 def _is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
