@@ -19,7 +19,7 @@ LEVELS = [
     level.split()
     for level in (
         "errors models quiet",
-        "registration settings generation shares",
+        "registration settings generation shares statistics",
         "data runs serving",
         "loading inspection",
         "cost",

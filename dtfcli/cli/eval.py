@@ -152,10 +152,10 @@ def _check(models: list[str], output: Path | None) -> None:
 def _finish(reports: list["EvalReport"], files: list[Path], output: Path | None, json: bool) -> None:
     """Write `output` and show the reports."""
     from dtfcli.cli import eval_view, render
-    from dtfcli.evaluation.compare import paired_differences
     from dtfcli.evaluation.report import plain, write_document
+    from dtfcli.evaluation.side_by_side import score_differences
 
-    differences = paired_differences(reports)
+    differences = score_differences(reports)
     document: Any = {"models": reports, "comparison": differences} if len(reports) > 1 else reports[0]
     if output is not None:
         write_document(document, output)

@@ -7,9 +7,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dtfcli.cli import render
 
 if TYPE_CHECKING:
-    from dtfcli.evaluation.compare import Difference
     from dtfcli.evaluation.job_runner import EvalEvent
     from dtfcli.evaluation.report import EvalReport, TaskScore
+    from dtfcli.evaluation.side_by_side import ScoreDifference
 
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "word_perplexity", "loss")
 
@@ -133,7 +133,7 @@ def show_report(report: "EvalReport") -> None:
     _show_remarks([report])
 
 
-def show_side_by_side(reports: list["EvalReport"], differences: list["Difference"]) -> None:
+def show_side_by_side(reports: list["EvalReport"], differences: list["ScoreDifference"]) -> None:
     """Print the scores of several models, and their differences to the first."""
     letters = [chr(ord("A") + place) for place in range(len(reports))]
     for letter, report in zip(letters, reports, strict=True):
@@ -155,7 +155,7 @@ def show_side_by_side(reports: list["EvalReport"], differences: list["Difference
     _show_remarks(reports)
 
 
-def _difference(difference: "Difference") -> str:
+def _difference(difference: "ScoreDifference") -> str:
     text = _number(difference.value, "+")
     if difference.stderr is not None:
         text += f" ± {_number(difference.stderr)}"

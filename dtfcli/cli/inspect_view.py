@@ -52,8 +52,8 @@ def show_sensitivity(found: "Sensitivity") -> None:
 
     from dtfcli.inspection.tables import sensitivity_table
 
-    data = sensitivity_table(found)
-    texts, tokens = len(found.losses.targets), int(found.losses.targets.sum())
+    data, targets = sensitivity_table(found), found.losses[None].targets
+    texts, tokens = len(targets), int(targets.sum())
     render.out.print(
         Text(f"{texts:,} texts, {tokens:,} tokens, loss {found.loss:.3f} nats with all layers", "dim"),
         Text(f"\n{data.title}  ", "bold").append(data.note, "not bold dim"),

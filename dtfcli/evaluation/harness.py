@@ -14,12 +14,12 @@ from lm_eval.evaluator import evaluate as lm_evaluate
 from dtfcli.errors import DataError
 from dtfcli.evaluation import sandbox
 from dtfcli.evaluation.answers import AnswerStore
-from dtfcli.evaluation.compare import jackknife_stderr
 from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.evaluation.local_data import Origin, evaluated_split, fewshot_split, task_data
 from dtfcli.evaluation.report import Items, Metric, TaskScore, is_causal, shares_of
 from dtfcli.evaluation.suites import Job, TaskIndex
 from dtfcli.evaluation.task_files import explained_task_errors, sandboxed_templates
+from dtfcli.statistics import jackknife_stderr
 
 SEED = 1234
 """lm-eval's own default for few-shot sampling, NumPy and torch."""

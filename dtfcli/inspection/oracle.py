@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from dtfcli.inspection.agreement import Overlap
-from dtfcli.inspection.losses import PairedLosses, next_token_losses
+from dtfcli.inspection.losses import next_token_losses
 from dtfcli.models.routers import RoutingFrame
+from dtfcli.statistics import Difference, TextLosses
 
 CHOOSERS = ("router", "oracle", "random", "every token")
 """Who may choose the tokens of a pass."""
@@ -58,19 +59,19 @@ class OracleRouting:
 
     Attributes:
         layers: by layer index.
-        losses: of each text, by who chose (`CHOOSERS`).
+        losses: by who chose (`CHOOSERS`), of each text.
     """
 
     layers: dict[int, OracleLayer]
-    losses: PairedLosses
+    losses: dict[str, TextLosses]
 
     def __add__(self, other: "OracleRouting") -> "OracleRouting":
         layers = {layer: own + other.layers[layer] for layer, own in self.layers.items()}
-        return OracleRouting(layers, self.losses + other.losses)
+        return OracleRouting(layers, {chooser: own + other.losses[chooser] for chooser, own in self.losses.items()})
 
-    def difference(self, chooser: str) -> tuple[float, float | None]:
-        """Loss of `chooser` minus the router's, nats per token, and its standard error over texts."""
-        return self.losses.difference(chooser, CHOOSERS[0])
+    def difference(self, chooser: str) -> Difference:
+        """Loss of `chooser` minus the router's, nats per token."""
+        return self.losses[chooser].minus(self.losses[CHOOSERS[0]])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -79,9 +80,12 @@ class OracleRouting:
                 {"layer": index, "rank_correlation": layer.rank_correlation} | layer.overlap.to_dict()
                 for index, layer in self.layers.items()
             ],
-            "loss": {chooser: self.losses.mean(chooser) for chooser in CHOOSERS},
-            "difference": {chooser: self.difference(chooser) for chooser in CHOOSERS[1:]},
-            "texts": len(self.losses.targets),
+            "loss": {chooser: losses.mean for chooser, losses in self.losses.items()},
+            "difference": {
+                chooser: (difference.value, difference.stderr)
+                for chooser, difference in ((name, self.difference(name)) for name in CHOOSERS[1:])
+            },
+            "texts": len(self.losses[CHOOSERS[0]].targets),
         }
 
 
@@ -103,8 +107,9 @@ def against_oracle(model: Any, windows: list[list[int]]) -> OracleRouting:
         for chooser, states in hidden.items():
             nats[chooser] += float(np.nansum(next_token_losses(model, states[0], row[0])))
         targets += len(ids) - 1
-    losses = PairedLosses({name: np.array([value]) for name, value in nats.items()}, np.array([targets]))
-    return OracleRouting(layers, losses)
+    return OracleRouting(
+        layers, {name: TextLosses(np.array([value]), np.array([targets])) for name, value in nats.items()}
+    )
 
 
 class _Walk:

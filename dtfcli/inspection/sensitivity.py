@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dtfcli.inspection.losses import PairedLosses, next_token_losses
+from dtfcli.inspection.losses import next_token_losses
 from dtfcli.inspection.tokens import tokenize
 from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.models.conversion import to_dense
-
-_WHOLE = "whole"
+from dtfcli.statistics import Difference, TextLosses
 
 
 @dataclass(frozen=True)
@@ -30,27 +29,27 @@ class Sensitivity:
         model: what the model is called.
         layers: those that were left out, one at a time.
         routed: those of them that route; for a dense model, that would by default.
-        losses: of each text, with all layers ("whole") and without each (its index as text).
+        losses: of each text without each layer, and with all of them (None).
     """
 
     model: str
     layers: list[int]
     routed: list[int]
-    losses: PairedLosses
+    losses: dict[int | None, TextLosses]
 
-    def cost(self, layer: int) -> tuple[float, float | None]:
-        """Loss without a layer minus that with it, nats per token, and the standard error over texts."""
-        return self.losses.difference(str(layer), _WHOLE)
+    def cost(self, layer: int) -> Difference:
+        """Loss without a layer minus that with it, nats per token, over texts."""
+        return self.losses[layer].minus(self.losses[None])
 
     @property
     def loss(self) -> float:
         """With all layers, nats per token."""
-        return self.losses.mean(_WHOLE)
+        return self.losses[None].mean
 
     @property
     def order(self) -> list[int]:
         """The routed layers, the costliest first: `model.layer_order`."""
-        return sorted(self.routed, key=lambda layer: -self.cost(layer)[0])
+        return sorted(self.routed, key=lambda layer: -self.cost(layer).value)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -58,11 +57,11 @@ class Sensitivity:
         return {
             "model": self.model,
             "loss": self.loss,
-            "texts": len(self.losses.targets),
-            "tokens": int(self.losses.targets.sum()),
+            "texts": len(self.losses[None].targets),
+            "tokens": int(self.losses[None].targets.sum()),
             "layers": [
-                {"layer": layer, "routed": layer in self.routed, "cost": cost, "stderr": error}
-                for layer, (cost, error) in costs.items()
+                {"layer": layer, "routed": layer in self.routed, "cost": cost.value, "stderr": cost.stderr}
+                for layer, cost in costs.items()
             ],
             "layer_order": self.order,
         }
@@ -93,19 +92,18 @@ def sensitivity(
     dense = model if routed is None else to_dense(model)
     count = dense.config.num_hidden_layers
     conditions: list[int | None] = [None, *range(count)]
-    losses: PairedLosses | None = None
+    losses: dict[int | None, TextLosses] = {}
     for text in texts:
         ids, size = tokenize(tokenizer, text).ids, dense.config.max_position_embeddings
         windows = [torch.tensor([ids[at : at + size]], device=dense.device) for at in range(0, len(ids), size)]
-        nats = {}
-        for done, layer in enumerate(conditions, 1):
+        targets = np.array([len(ids) - len(windows)])
+        for passes, layer in enumerate(conditions, 1):
             with _left_out(dense, layer):
-                nats[_WHOLE if layer is None else str(layer)] = np.array([sum(_nats(dense, row) for row in windows)])
+                loss = TextLosses(np.array([sum(_nats(dense, row) for row in windows)]), targets)
+            losses[layer] = losses[layer] + loss if layer in losses else loss
             if on_layer is not None:
-                on_layer(done, len(conditions))
-        own = PairedLosses(nats, np.array([len(ids) - len(windows)]))
-        losses = own if losses is None else losses + own
-    assert losses is not None, "no text"
+                on_layer(passes, len(conditions))
+    assert losses, "no text"
     by_default = resolve_routed_layers("alternate", 0, count)
     return Sensitivity(name, list(range(count)), by_default if routed is None else list(routed), losses)
 

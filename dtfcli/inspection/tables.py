@@ -8,6 +8,7 @@ from dtfcli.inspection.agreement import Agreement
 from dtfcli.inspection.oracle import CHOOSERS, OracleRouting
 from dtfcli.inspection.sensitivity import Sensitivity
 from dtfcli.inspection.statistics import POSITIONS, GroupRow, Summary
+from dtfcli.statistics import Difference
 
 Kind = Literal["text", "count", "share", "number", "difference"]
 """How a column is shown: a share as a percentage, a difference with its sign."""
@@ -165,16 +166,20 @@ def oracle_tables(oracle: OracleRouting) -> list[TableData]:
         "nats per token while somebody else chooses as many tokens; ± standard error over documents",
         columns,
         [
-            [name, oracle.losses.mean(name), list(oracle.difference(name)) if name != "router" else None]
+            [name, oracle.losses[name].mean, _with_error(oracle.difference(name)) if name != "router" else None]
             for name in CHOOSERS
         ],
     )
     return [layers, losses]
 
 
+def _with_error(difference: Difference) -> list[float | None]:
+    return [difference.value, difference.stderr]
+
+
 def sensitivity_table(found: Sensitivity) -> TableData:
     """What each layer costs to leave out."""
     columns: list[tuple[str, Kind]] = [("layer", "count"), ("routed", "text"), ("cost", "difference")]
-    rows = [[layer, "yes" if layer in found.routed else "", list(found.cost(layer))] for layer in found.layers]
+    rows = [[layer, "yes" if layer in found.routed else "", _with_error(found.cost(layer))] for layer in found.layers]
     note = "loss without the layer minus that with all, nats per token; ± standard error over documents"
     return TableData("sensitivity", "Without a layer", note, columns, rows)

@@ -2,5 +2,5 @@
 
 In: a preset, the axes of the grid, seeds; or runs that exist. Out: a `StudyReport`.
 Read in this order: `grid` (which runs), `execute` (trains what is missing), `measure` (what a run is worth),
-`statistics` (differences and their intervals), `report` (all of it as data); then `figure` and `page`, which draw.
+`differences` (with their intervals), `report` (all of it as data); then `figure` and `page`, which draw.
 """

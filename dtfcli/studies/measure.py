@@ -21,7 +21,7 @@ from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.conversion import to_dense
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE
-from dtfcli.studies.statistics import Losses
+from dtfcli.statistics import TextLosses
 
 _FILE, _ROUTED_FILE = "measured.json", "measured-routed.npz"
 _VERSION = 1
@@ -57,9 +57,9 @@ class Measured:
     routed: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
-    def losses(self) -> Losses:
+    def losses(self) -> TextLosses:
         """By document."""
-        return Losses(np.array(self.nats), np.array(self.targets))
+        return TextLosses(np.array(self.nats), np.array(self.targets))
 
     @property
     def loss(self) -> float:

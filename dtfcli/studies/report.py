@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dtfcli.inspection.agreement import Overlap, agreement_of
+from dtfcli.studies.differences import PointDifference, differences
 from dtfcli.studies.grid import Cell
 from dtfcli.studies.measure import Curve, Measured
 from dtfcli.studies.pairs import Pair
-from dtfcli.studies.statistics import Difference, differences
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class StudyReport:
 
     title: str
     rows: list[Row]
-    differences: list[Difference]
+    differences: list[PointDifference]
     agreement: list[Agreed]
     curves: dict[str, list[Curve]]
     share_curves: dict[str, list[Curve]]

@@ -10,7 +10,6 @@ from scipy import stats
 from torch import Tensor
 
 from dtfcli.errors import ConfigError
-from dtfcli.inspection.losses import PairedLosses
 from dtfcli.inspection.oracle import CHOOSERS, _Walk
 from dtfcli.inspection.statistics import RoutingStatistics, summarize
 from dtfcli.inspection.tables import all_tables
@@ -133,31 +132,15 @@ def test_texts_add_up(model: Any, words: Any) -> None:
     singles = [report.oracle for report in reports if report.oracle is not None]
     assert len(singles) == 3
     for chooser in CHOOSERS:
-        losses = [single.losses.mean(chooser) for single in singles]
-        assert total.losses.mean(chooser) == pytest.approx(np.average(losses, weights=total.losses.targets))
+        losses = [single.losses[chooser].mean for single in singles]
+        assert total.losses[chooser].mean == pytest.approx(np.average(losses, weights=total.losses[chooser].targets))
     tokens_seen = sum(len(report.source) - int(report.sinks.sum()) for report in reports)
     assert all(layer.overlap.tokens == tokens_seen for layer in total.layers.values())
-    router_loss = np.nansum(np.concatenate([report.loss for report in reports])) / total.losses.targets.sum()
-    assert total.losses.mean("router") == pytest.approx(router_loss, rel=1e-5)
+    router_loss = np.nansum(np.concatenate([report.loss for report in reports])) / total.losses["router"].targets.sum()
+    assert total.losses["router"].mean == pytest.approx(router_loss, rel=1e-5)
     keys = [table.key for table in all_tables(statistics.result())]
     assert keys[-2:] == ["oracle", "ceiling"]
     assert summarize(inspect_text(model, words, TEXT)).oracle is None, "only where it was asked for"
-
-
-def test_the_error_of_a_difference_is_that_of_a_jackknife() -> None:
-    rng = np.random.default_rng(0)
-    targets = rng.integers(50, 300, 400)
-    router = rng.normal(4.0, 0.5, 400) * targets
-    oracle = router - rng.normal(0.1, 0.3, 400) * targets
-    found = PairedLosses({"router": router, "oracle": oracle}, targets)
-    value, error = found.difference("oracle", "router")
-    d = oracle - router
-    left_out = np.array([(d.sum() - d[i]) / (targets.sum() - targets[i]) for i in range(400)])
-    jackknife = np.sqrt(399 / 400 * ((left_out - left_out.mean()) ** 2).sum())
-    assert value == pytest.approx(d.sum() / targets.sum())
-    assert error == pytest.approx(jackknife, rel=0.02)
-    single = PairedLosses({"router": router[:1], "oracle": oracle[:1]}, targets[:1])
-    assert single.difference("oracle", "router")[1] is None
 
 
 def test_there_must_be_a_choice(words: Any) -> None:

@@ -11,8 +11,8 @@ import pytest
 from lm_eval.api.metrics import mean, weighted_perplexity
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli.evaluation.compare import jackknife_stderr, paired_stderr
 from dtfcli.evaluation.report import Items
+from dtfcli.evaluation.side_by_side import paired_stderr
 from tests.conftest import Outcome
 from tests.tiny import dense_model, routed_model
 
@@ -26,9 +26,6 @@ def test_a_mean_is_paired_by_item() -> None:
     expected = statistics.stdev([y - x for x, y in zip(a, b, strict=True)]) / math.sqrt(8)
     assert paired_stderr(_items(a), _items(b), "acc") == pytest.approx(expected)
     assert paired_stderr(_items(a), _items(a), "acc") == 0.0
-    assert jackknife_stderr(lambda kept: mean([a[i] for i in kept]), 8) == pytest.approx(
-        statistics.stdev(a) / math.sqrt(8)
-    )
 
 
 def test_other_items_are_not_paired() -> None:
