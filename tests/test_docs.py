@@ -1,27 +1,62 @@
-"""The documentation names files and functions that exist, and every contract test stands among the promises."""
+"""The pages name files, functions, settings and options that exist; one page alone speaks of the thesis's score.
+
+`docs/cli.md` and `docs/settings.md` are generated from the code (`python -m tools.reference --check`), so the other
+pages are compared with them.
+"""
 
 import ast
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OLD = "history.md"  # tells of files that are gone
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+CURRENT = [page for page in PAGES if page.name != "history.md"]  # the history names files and settings that are gone
+WRITTEN = [page for page in CURRENT if page.name not in ("cli.md", "settings.md")]
+SETTINGS = set(re.findall(r"^\| `([\w.\[\]]+)` \|", (DOCS / "settings.md").read_text(encoding="utf-8"), re.M))
+GROUPS = {key.split(".")[0] for key in SETTINGS if "." in key}
+OPTIONS = {
+    section.split("\n", 1)[0]: {"--help", "--debug"} | set(re.findall(r"--[\w-]+", section))
+    for section in re.split(r"^#+ (?=dtf)", (DOCS / "cli.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+}
 
 
-CURRENT = pytest.mark.parametrize("page", [page for page in PAGES if page.name != OLD], ids=lambda page: page.name)
+def blocks(text: str, *kinds: str) -> list[str]:
+    """The fenced blocks of these kinds."""
+    return [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if kind in kinds]
 
 
-@CURRENT
+@pytest.fixture(params=WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def page(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
 def test_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`((?:dtfcli|tests|tools|presets|docs)/[\w/.-]*\w)`", text)
     linked = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
     missing = [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
     missing += [name for name in linked if not (page.parent / name).exists()]
+    assert missing == []
+
+
+def test_linked_headings_exist(page: Path, text: str) -> None:
+    missing = []
+    for name, anchor in re.findall(r"\]\(((?!https?:)[^)#\s]*)#([^)\s]+)\)", text):
+        target = (page.parent / name if name else page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.*)$", target, re.M)
+        anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        missing += [f"{name}#{anchor}"] if anchor not in anchors else []
     assert missing == []
 
 
@@ -77,13 +112,43 @@ def definitions(tree: ast.Module | ast.ClassDef, before: str = "") -> Iterator[s
             yield from (before + target.id for target in targets if isinstance(target, ast.Name))
 
 
+def test_named_settings_exist(text: str) -> None:
+    code = chain(blocks(text, "", "bash", "console"), re.findall(r"`([^`\n]+)`", text))
+    keys = {key for part in code for key in re.findall(r"(?<![\w./-])(\w+\.[a-z_.]+)(?==)", part)}
+    known = SETTINGS | {"model"}
+    assert [key for key in sorted(keys) if key.split(".")[0] in GROUPS and key not in known] == []
+
+
+def test_commands_have_the_options_that_the_page_gives_them(text: str) -> None:
+    unknown = []
+    for block in blocks(text, "", "bash", "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.match(r"(?:\$ |\S*bin/)?dtf ([a-z-]+)(?: ([a-z]+)(?= |$))?(.*)", line)
+            if command is None:
+                continue
+            name = next((n for n in (f"dtf {command[1]} {command[2]}", f"dtf {command[1]}") if n in OPTIONS), None)
+            given = re.findall(r"(?<!\S)--[\w-]+", command[3].split(" # ")[0])
+            unknown += [line] if name is None else [option for option in given if option not in OPTIONS[name]]
+    assert unknown == []
+
+
+def test_python_blocks_compile(page: Path, text: str) -> None:
+    for block in blocks(text, "python"):
+        compile(block, page.name, "exec")
+
+
+def test_only_the_thesis_page_has_the_quantities_of_surprise(page: Path, text: str) -> None:
+    if page.name != "thesis.md":
+        assert re.findall(r"\b(?:D_st|D_ch|S_CE|S_CU|by CE|rank CE|β_ce|β_cu)\b", text) == []
+
+
 def test_every_contract_test_holds_a_promise() -> None:
-    promises = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    promises = (DOCS / "promises.md").read_text(encoding="utf-8")
     tests = [f"tests/contract/{file.name}" for file in (ROOT / "tests" / "contract").glob("test_*.py")]
     assert [name for name in tests if name not in promises] == []
 
 
 def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    pages = [file.name for file in (ROOT / "docs").glob("*.md") if file.name != "index.md"]
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    pages = [file.name for file in DOCS.glob("*.md") if file.name != "index.md"]
     assert [name for name in pages if f"({name})" not in index] == []
