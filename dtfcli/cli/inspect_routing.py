@@ -11,7 +11,7 @@ from dtfcli.cli import options
 if TYPE_CHECKING:
     from dtfcli.inspection.corpus import Corpus, CorpusRouting
     from dtfcli.inspection.statistics import Summary
-    from dtfcli.inspection.text import Against, TextRouting
+    from dtfcli.inspection.text import TextRouting
 
 SAMPLE = '''def factorial(n):
     """Return n!, the product 1 * 2 * ... * n."""
@@ -105,8 +105,7 @@ def inspect_routing(
         _refuse_with_sensitivity(against_oracle, html, png)
         _show_sensitivity(model, loading, material, output, json)
     else:
-        against: list[Against] = ["mode", "oracle"] if against_oracle else ["mode"]
-        report, summary = _route(model, loading, material, against)
+        report, summary = _route(model, loading, material, against_oracle)
         _write_drawings(report, summary, html, png)
         _finish(report.to_dict() | summary.to_dict(), output, json, lambda: _show(report, summary))
 
@@ -144,7 +143,7 @@ def _material(text: str | None, file: Path | None, limit: int | None, text_field
 
 
 def _route(
-    model: str, loading: options.Loading, material: "str | Corpus", against: "list[Against]"
+    model: str, loading: options.Loading, material: "str | Corpus", oracle: bool
 ) -> "tuple[TextRouting | CorpusRouting, Summary]":
     """What the model does with a text, or in sum with every document of a corpus."""
     from dtfcli.cli import inspect_view, render
@@ -155,14 +154,14 @@ def _route(
     loaded, tokenizer = loading.open(model)
     require_routed(loaded, model)
     if isinstance(material, str):
-        text = inspect_text(loaded, tokenizer, material, name=model, against=against)
+        text = inspect_text(loaded, tokenizer, material, name=model, oracle=oracle)
         if len(text.windows) > 1:
             size = f"the model's {loaded.config.max_position_embeddings:,} positions"
             windows = f"{len(text.windows)} windows, each routed on its own"
             render.note(f"{len(text.source):,} tokens are more than {size}: cut into {windows}.")
         return text, summarize(text)
     with inspect_view.progress(material.limit) as on_document:
-        corpus = inspect_corpus(loaded, tokenizer, material, name=model, against=against, on_document=on_document)
+        corpus = inspect_corpus(loaded, tokenizer, material, name=model, oracle=oracle, on_document=on_document)
     if corpus.cut_documents:
         render.note(f"{corpus.cut_documents} documents are longer than the model's positions: cut into windows.")
     return corpus, corpus.summary

@@ -29,44 +29,42 @@ def show_text(report: "TextRouting", summary: "Summary") -> None:
 
     _headline(report, summary)
     layers = len(report.layers)
-    legend = Text("depth  ")
-    for depth in range(layers + 1) if layers <= 12 else range(0, layers + 1, -(-layers // 8)):
-        legend.append(f" {depth} ", _style(depth, layers))
-    render.out.print(legend, Text(), colored(report, stop=TOKENS_SHOWN), sep="\n")
+    if render.out.color_system is not None:  # without color the heat map alone says all
+        legend = Text("depth, the number of layers that routed a token:  ", "dim")
+        for depth in range(layers + 1) if layers <= 12 else range(0, layers + 1, -(-layers // 8)):
+            legend.append(f" {depth} ", f"not dim {_style(depth, layers)}")
+        render.out.print(legend, Text(), sep="\n")
+    render.out.print(colored(report, stop=TOKENS_SHOWN))
     _left_out(len(report.source), TOKENS_SHOWN)
     render.out.print(_heat_map(report, render.out.width))
     _left_out(len(report.source), _HEAT_SHOWN)
-    render.out.print(_extremes(report))
-    _show_tables(summary)
+    render.out.print(_extremes(report, render.out.width))
+    _show_tables(report, summary)
 
 
 def show_corpus(report: "CorpusRouting") -> None:
-    """Print what was added up over a corpus."""
+    """Print the sums over a corpus."""
     _headline(report, report.summary)
-    _show_tables(report.summary)
+    _show_tables(report, report.summary)
 
 
-def show_sensitivity(found: "Sensitivity") -> None:
-    """Print what each layer costs to leave out, and the order of the routed ones."""
+def show_sensitivity(sensitivity: "Sensitivity") -> None:
+    """Print the cost of each layer, and the order of the routed ones."""
     from rich.text import Text
 
     from dtfcli.inspection.tables import sensitivity_table
 
-    data, targets = sensitivity_table(found), found.losses[None].targets
-    texts, tokens = len(targets), int(targets.sum())
-    render.out.print(
-        Text(f"{texts:,} texts, {tokens:,} tokens, loss {found.loss:.3f} nats with all layers", "dim"),
-        Text(f"\n{data.title}  ", "bold").append(data.note, "not bold dim"),
-        _table(data),
-        sep="\n",
-    )
-    order = ",".join(map(str, found.order))
+    targets = sensitivity.losses[None].targets
+    counts = f"{len(targets):,} texts, {int(targets.sum()):,} tokens"
+    render.out.print(Text(f"{counts}, loss {sensitivity.loss:.3f} nats with all layers", "dim"))
+    _show_table(sensitivity_table(sensitivity))
+    order = ",".join(map(str, sensitivity.order))
     render.out.print(f"\nrouted layers, the costliest first: model.layer_order=[{order}]", markup=False)
 
 
 @contextmanager
 def progress(limit: int | None) -> Iterator[Callable[[int, float | None], None]]:
-    """A bar on stderr, where that is a terminal; yields what to call with documents done and the share read."""
+    """A bar on stderr, where that is a terminal; yields what to call with documents read and the share of the work."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -78,8 +76,8 @@ def progress(limit: int | None) -> Iterator[Callable[[int, float | None], None]]
     with Progress(*columns, console=render.err, disable=not render.err.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=1.0, documents=0)
 
-        def on_document(done: int, share: float | None) -> None:
-            bar.update(task, completed=done / limit if limit else share or 0.0, documents=done)
+        def on_document(count: int, share: float | None) -> None:
+            bar.update(task, completed=count / limit if limit else share or 0.0, documents=count)
 
         yield on_document
 
@@ -87,22 +85,17 @@ def progress(limit: int | None) -> Iterator[Callable[[int, float | None], None]]
 def _headline(report: "TextRouting | CorpusRouting", summary: "Summary") -> None:
     from rich.text import Text
 
+    from dtfcli.inspection.tables import key_figures
+
     causal = "causal" if report.causal else "NOT causal: every choice sees the whole text"
-    capacity = report.capacity if isinstance(report.capacity, float) else ", ".join(map(str, report.capacity))
-    title = Text(f"{report.architecture}, routing {report.routing} ({causal}), γ {capacity}: ", "bold")
-    title.append(f"{summary.routed_share:.0%} of the tokens of {len(summary.layers)} routed layers", "not bold")
-    render.out.print(title)
-    counts = f"{summary.tokens:,} tokens"
-    if summary.texts > 1:
-        counts = f"{summary.texts:,} documents, {counts}"
-    if summary.windows > summary.texts:
-        counts += f" in {summary.windows} windows"
-    parts = [counts]
-    if summary.loss is not None:
-        parts.append(f"loss {summary.loss:.3f} nats")
-    if summary.driven_by_ce is not None:
-        parts.append(f"CE drove {summary.driven_by_ce:.0%} of the choices, CU {1 - summary.driven_by_ce:.0%}")
-    render.out.print(Text("  ·  ".join(parts), "dim"), Text(), sep="\n")
+    title = Text(f"{report.name}, {report.gamma}, routing {report.routing} ({causal})", "bold")
+    windows = f" in {summary.windows} windows" if summary.windows > summary.texts else ""
+    render.out.print(title, Text(f"{report.reading.rule}{windows and f' The text is cut{windows}.'}", "dim"), sep="\n")
+    figures = render.table(
+        ["", "", ""], [[figure.name, figure.value, figure.note] for figure in key_figures(report, summary)]
+    )
+    figures.show_header = False
+    render.out.print(Text(), figures, Text(), sep="\n")
 
 
 def colored(report: "TextRouting", first: int = 0, stop: int | None = None) -> "Text":
@@ -141,71 +134,69 @@ def _left_out(tokens: int, shown: int) -> None:
 
 
 def _heat_map(report: "TextRouting", width: int) -> "Text":
-    """Layers × tokens, wrapped: · a token that passed by, ▒▓█ one that was routed, by the rank of its score."""
+    """Layers × tokens, wrapped: · a token that skipped, ▒▓█ one that was routed, by its score's rank among those."""
     from rich.text import Text
 
-    shown = min(len(report.source), _HEAT_SHOWN)
-    room = max(10, width - 10)
-    ranks = [layer.score.argsort().argsort() / len(layer.score) for layer in report.layers]
+    shown, columns = min(len(report.source), _HEAT_SHOWN), max(10, width - 10)
     heat = Text("\n")
-    for start in range(0, shown, room):
-        stop = min(start + room, shown)
+    for start in range(0, shown, columns):
+        stop = min(start + columns, shown)
         heat.append(f"tokens {start} to {stop - 1}\n", "dim")
-        for layer, rank in reversed(list(zip(report.layers, ranks, strict=True))):
+        for layer in reversed(report.layers):
             heat.append(f"layer {layer.layer:<3} ", "dim")
-            for t in range(start, stop):
-                if layer.selected[t]:
-                    high = rank[t]
-                    heat.append("█" if high > 2 / 3 else "▓" if high > 1 / 3 else "▒", "rgb(225,90,20)")
-                else:
-                    heat.append("·", "rgb(110,110,120)")
+            scores = sorted(layer.score[layer.selected])
+            for selected, score in zip(layer.selected[start:stop], layer.score[start:stop], strict=True):
+                third = min(2, 3 * sum(other < score for other in scores) // max(1, len(scores)))
+                heat.append(*(("▒▓█"[third], "rgb(225,90,20)") if selected else ("·", "rgb(110,110,120)")))
             heat.append("\n")
-    heat.append("· passed by  ▒▓█ routed, low to high score\n", "dim")
+    leading = report.reading.leading
+    name = report.reading.labels[leading] if leading == "predicted_cost" else "score"
+    skipping = "took the forecast" if report.bypass == "forecast" else "passed by"
+    heat.append(f"· {skipping}  ▒▓█ routed, low to high {name}\n", "dim")
     return heat
 
 
-def _extremes(report: "TextRouting") -> "Text":
-    """Which tokens, by their text, get most and least depth on average; those that occur most often first in a tie."""
+def _extremes(report: "TextRouting", width: int) -> "Text":
+    """Which tokens, by their text, get most and least depth on average; the most frequent first in a tie."""
     from rich.text import Text
 
     from dtfcli.inspection.tokens import short
 
-    found: dict[str, list[int]] = {}
-    depths = report.depth
+    depths: dict[str, list[int]] = {}
     for t, piece in enumerate(report.source.pieces):
         if not report.sinks[t]:
-            found.setdefault(short(piece), []).append(depths[t])
-    ranked = sorted(found.items(), key=lambda item: (-sum(item[1]) / len(item[1]), -len(item[1])))
-    lowest = sorted(found.items(), key=lambda item: (sum(item[1]) / len(item[1]), -len(item[1])))
+            depths.setdefault(short(piece), []).append(report.depth[t])
+    means = [(sum(group) / len(group), len(group), piece) for piece, group in depths.items()]
     lines = Text("\n")
-    for title, items in (("most routed ", ranked), ("least routed", lowest)):
-        lines.append(title + "  ", "bold")
-        for text, seen in items[:_EXTREMES]:
-            mean = sum(seen) / len(seen)
-            lines.append(f" {text} ", _style(mean, len(report.layers)))
-            lines.append(f" {mean:.3g}" + (f"×{len(seen)}" if len(seen) > 1 else "") + "  ", "dim")
-        lines.append("\n")
-    return lines
+    for title, sign in (("most routed ", -1), ("least routed", 1)):
+        line = Text(title + "  ", "bold")
+        for mean, count, piece in sorted(means, key=lambda row: (sign * row[0], -row[1]))[:_EXTREMES]:
+            entry = Text(f" {piece} ", _style(mean, len(report.layers)))
+            entry.append(f" {mean:.3g}" + (f" ({count}×)" if count > 1 else "") + "  ", "not bold dim")
+            if line.cell_len + entry.cell_len <= width:
+                line.append(entry)
+        lines.append(line).append("\n")
+    return lines.append("mean depth (times that the token occurs)", "dim")
 
 
-def _show_tables(summary: "Summary") -> None:
-    from rich.text import Text
-
+def _show_tables(report: "TextRouting | CorpusRouting", summary: "Summary") -> None:
     from dtfcli.inspection.tables import all_tables
 
-    for data in all_tables(summary):
-        title = Text(f"\n{data.title}  ", "bold").append(data.note, "not bold dim")
-        render.out.print(title, _table(data), sep="\n")
+    for data in all_tables(report, summary):
+        _show_table(data)
     if summary.depth_with_loss is not None:
-        own, following = summary.depth_with_loss, summary.depth_with_next_loss
-        line = f"\ndepth with the token's loss r = {own:+.2f}"
+        following = summary.depth_with_next_loss
+        line = f"\ndepth with the token's loss r = {summary.depth_with_loss:+.2f}"
         line += "" if following is None else f", with the next token's r = {following:+.2f}"
         render.out.print(line, markup=False)
 
 
-def _table(data: "TableData") -> Any:
+def _show_table(data: "TableData") -> None:
+    from rich.text import Text
+
     rows = [[_cell(kind, value) for (_, kind), value in zip(data.columns, row, strict=True)] for row in data.rows]
-    return render.table([name for name, _ in data.columns], rows)
+    title = Text(f"\n{data.title}", "bold").append(f"\n{data.note}", "not bold dim")
+    render.out.print(title, render.table([name for name, _ in data.columns], rows), sep="\n")
 
 
 def _cell(kind: str, value: Any) -> str:

@@ -69,7 +69,7 @@ class Chat:
         from dtfcli.cli.inspect_view import colored
         from dtfcli.inspection.text import inspect_text
 
-        report = inspect_text(self.model, self.tokenizer, prompt + answer, against=())
+        report = inspect_text(self.model, self.tokenizer, prompt + answer, other_mode=False)
         first = len(self.tokenizer(prompt)["input_ids"])
         render.out.print(colored(report, first))
 

@@ -1,6 +1,6 @@
 """Routing over the documents of a file or folder: read one at a time, added up, and forgotten."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dtfcli.data.documents import documents
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.inspection.statistics import RoutingStatistics, Summary
-from dtfcli.inspection.text import OTHER_MODE, Against, Inspected, inspect_text, inspected
+from dtfcli.inspection.text import Inspected, inspect_text, inspected
 from dtfcli.settings.data import Source
 
 OnDocument = Callable[[int, float | None], None]
@@ -34,10 +34,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class CorpusRouting(Inspected):
-    """What a model does with the documents of a corpus.
+    """The routing of all documents of a corpus.
 
     Attributes:
-        file: what was read.
+        file: the corpus.
         cut_documents: documents longer than the model's positions, routed in windows.
         summary: the sums.
     """
@@ -57,15 +57,15 @@ def inspect_corpus(
     corpus: Corpus,
     *,
     name: str = "",
-    against: Collection[Against] = OTHER_MODE,
+    oracle: bool = False,
     on_document: OnDocument | None = None,
 ) -> CorpusRouting:
     """Run the documents of a corpus through a routed model.
 
     Args:
-        model, tokenizer, name, against: as for `inspect_text`.
+        model, tokenizer, name, oracle: as for `inspect_text`.
         corpus: the documents.
-        on_document: called with the number of documents done and the share of the work, where it is known.
+        on_document: as for `read`.
 
     Raises:
         DataError: the file cannot be read, or holds no document.
@@ -73,7 +73,7 @@ def inspect_corpus(
     """
     statistics, cut = RoutingStatistics(), 0
     for text in read(corpus, on_document):
-        report = inspect_text(model, tokenizer, text, name=name, against=against)
+        report = inspect_text(model, tokenizer, text, name=name, oracle=oracle)
         statistics.add(report)
         cut += len(report.windows) > 1
     return CorpusRouting(
@@ -89,7 +89,7 @@ def read(corpus: Corpus, on_document: OnDocument | None = None) -> Iterator[str]
 
     Args:
         corpus: the documents.
-        on_document: called when a text was dealt with, with the number done and the share of the work, where known.
+        on_document: called after each text with the number of texts and the share of the work, where it is known.
 
     Raises:
         DataError: the file cannot be read, or holds no document.
@@ -102,11 +102,11 @@ def read(corpus: Corpus, on_document: OnDocument | None = None) -> Iterator[str]
 
     with _named_as_option():
         source = Source(path=str(corpus.file), text_field=corpus.text_field)
-        found = documents([source], seed=0, max_documents=corpus.limit, on_progress=on_progress)
-        for done, document in enumerate(found, 1):
+        texts = documents([source], seed=0, max_documents=corpus.limit, on_progress=on_progress)
+        for count, document in enumerate(texts, 1):
             yield document.text
             if on_document is not None:
-                on_document(done, share)
+                on_document(count, share)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from PIL import Image
 from dtfcli.inspection.corpus import CorpusRouting
 from dtfcli.inspection.palette import SEQUENTIAL, blend, readable_on
 from dtfcli.inspection.statistics import GroupRow, Summary
+from dtfcli.inspection.tables import key_figures
 from dtfcli.inspection.text import TextRouting
 from dtfcli.inspection.tokens import visible
 
@@ -83,17 +84,8 @@ def _headline(figure: Figure, report: TextRouting | CorpusRouting, summary: Summ
     name = visible(report.model or report.architecture)
     figure.text(left, 1 - 0.42 / height, name, fontsize=15, weight="bold", color=_INK, va="center", parse_math=False)
     causal = "causal" if report.causal else "NOT causal"
-    capacity = report.capacity if isinstance(report.capacity, float) else ", ".join(map(str, report.capacity))
-    facts = [
-        f"{report.architecture.upper()}, routing {report.routing} ({causal}), γ {capacity}",
-        f"{summary.routed_share:.1%} of {summary.tokens:,} tokens routed over {len(summary.layers)} layers",
-    ]
-    if summary.texts > 1:
-        facts.append(f"{summary.texts:,} documents")
-    if summary.loss is not None:
-        facts.append(f"loss {summary.loss:.2f} nats")
-    if summary.driven_by_ce is not None:
-        facts.append(f"{summary.driven_by_ce:.0%} of choices driven by CE")
+    facts = [f"{report.name}, {report.gamma}, {report.routing} ({causal})"]
+    facts += [f"{figure.name} {figure.value}" for figure in key_figures(report, summary)]
     figure.text(left, 1 - 0.71 / height, "   ·   ".join(facts), fontsize=9, color=_SOFT, va="center", parse_math=False)
 
 

@@ -1,20 +1,23 @@
-"""A router against an oracle: the tokens whose update by a layer is largest, which skipping would lose.
+"""A router against an oracle, which takes the tokens that lose most by skipping a layer.
 
-The size of a token's update is ‖y − x‖, y what the layer makes of x when every token enters. The oracle looks at it
-before it chooses, so no model can route by it; it takes as many tokens of each text and layer as the router does. What
-the loss gains when the oracle chooses is left to win for any router of this model that goes by this size.
+A token loses ‖y − z‖ by skipping, the *true cost*: y is the layer's output when every token enters, and z the token
+with its forecast, or as it was. The oracle knows y before it chooses, so no model can route by it; it takes as many
+tokens of each text and layer as the router does. The loss that the oracle saves is the most that a better router of
+this model could save, as far as routers go by this cost.
 
-Two things are measured. *Agreement*: along the router's own pass, how far its scores rank tokens as their sizes do
-(Spearman's ρ), and how far its choice is the oracle's. *Loss*: the same text once more, while the oracle chooses in all
-layers; also while a random choice does, and when every token enters.
+Three things are measured. *Forecasts*: which part of a token's update its forecast misses. *Agreement*, along the
+router's own pass: how far its scores rank tokens as their costs do (Spearman's ρ), and how far its choice is the
+oracle's. *Loss*: of the same text while the oracle, a random choice, or nobody chooses in all layers.
 """
 
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dtfcli.inspection.agreement import Overlap
@@ -32,24 +35,39 @@ class OracleLayer:
 
     Attributes:
         overlap: of the router's tokens with the oracle's.
-        weighted_correlation, weight: ρ of scores and sizes within each window, times its tokens; and those tokens.
+        weighted_correlation, weight: ρ of scores and costs within each window, times its tokens; and those tokens.
             Windows in which one of the two does not vary are left out.
+        missed: ‖Δ − f‖² / ‖Δ‖² of forecast f and update Δ, summed over the tokens that skip, and over those that enter;
+            None without forecasts.
     """
 
     overlap: Overlap
     weighted_correlation: float
     weight: int
+    missed: tuple[float, float] | None = None
 
     @property
     def rank_correlation(self) -> float | None:
         """Spearman's ρ, mean over windows by their tokens; None where it is not defined."""
         return self.weighted_correlation / self.weight if self.weight else None
 
+    @property
+    def missed_shares(self) -> tuple[float | None, float | None]:
+        """Mean share of the update that a forecast misses, of tokens that skip and of tokens that enter."""
+        if self.missed is None:
+            return None, None
+        skipping, routed = self.overlap.second_only + self.overlap.neither, self.overlap.both + self.overlap.first_only
+        return (self.missed[0] / skipping if skipping else None, self.missed[1] / routed if routed else None)
+
     def __add__(self, other: "OracleLayer") -> "OracleLayer":
+        missed = None
+        if self.missed is not None and other.missed is not None:
+            missed = self.missed[0] + other.missed[0], self.missed[1] + other.missed[1]
         return OracleLayer(
             self.overlap + other.overlap,
             self.weighted_correlation + other.weighted_correlation,
             self.weight + other.weight,
+            missed,
         )
 
 
@@ -66,8 +84,20 @@ class OracleRouting:
     losses: dict[str, TextLosses]
 
     def __add__(self, other: "OracleRouting") -> "OracleRouting":
-        layers = {layer: own + other.layers[layer] for layer, own in self.layers.items()}
-        return OracleRouting(layers, {chooser: own + other.losses[chooser] for chooser, own in self.losses.items()})
+        layers = {index: layer + other.layers[index] for index, layer in self.layers.items()}
+        losses = {chooser: each + other.losses[chooser] for chooser, each in self.losses.items()}
+        return OracleRouting(layers, losses)
+
+    @property
+    def missed(self) -> float | None:
+        """Mean share of the update that the forecasts of skipping tokens miss, over all layers."""
+        sums = [
+            (layer.missed[0], layer.overlap.second_only + layer.overlap.neither)
+            for layer in self.layers.values()
+            if layer.missed
+        ]
+        tokens = sum(count for _, count in sums)
+        return sum(total for total, _ in sums) / tokens if tokens else None
 
     def difference(self, chooser: str) -> Difference:
         """Loss of `chooser` minus the router's, nats per token."""
@@ -77,7 +107,13 @@ class OracleRouting:
         """For JSON."""
         return {
             "layers": [
-                {"layer": index, "rank_correlation": layer.rank_correlation} | layer.overlap.to_dict()
+                {
+                    "layer": index,
+                    "rank_correlation": layer.rank_correlation,
+                    "missed_skipping": layer.missed_shares[0],
+                    "missed_routed": layer.missed_shares[1],
+                }
+                | layer.overlap.to_dict()
                 for index, layer in self.layers.items()
             ],
             "loss": {chooser: losses.mean for chooser, losses in self.losses.items()},
@@ -90,26 +126,31 @@ class OracleRouting:
 
 
 @torch.inference_mode()
-def against_oracle(model: Any, windows: list[list[int]]) -> OracleRouting:
+def against_oracle(model: Any, windows: list[list[int]]) -> tuple[OracleRouting, dict[int, NDArray[np.float64]]]:
     """Measure a router on one text.
 
     Args:
         model: routes tokens, in eval mode and calibrated for its mode.
         windows: token ids of each stretch that the model sees apart.
+
+    Returns:
+        The measurement; and by layer the true cost of each token, root mean square per element, float64 [T].
     """
     layers: dict[int, OracleLayer] = {}
+    costs: dict[int, list[Tensor]] = defaultdict(list)
     nats, targets = dict.fromkeys(CHOOSERS, 0.0), 0
     for number, ids in enumerate(windows):
         row = torch.tensor([ids], device=model.device)
         walk = _Walk(model, row, np.random.default_rng([number, zlib.crc32(np.array(ids).tobytes())]))
-        hidden = {"router": walk.along_router(layers)}
+        hidden = {"router": walk.along_router(layers, costs)}
         hidden |= {chooser: walk.chosen_by(chooser) for chooser in CHOOSERS[1:]}
         for chooser, states in hidden.items():
             nats[chooser] += float(np.nansum(next_token_losses(model, states[0], row[0])))
         targets += len(ids) - 1
-    return OracleRouting(
-        layers, {name: TextLosses(np.array([value]), np.array([targets])) for name, value in nats.items()}
-    )
+    losses = {name: TextLosses(np.array([value]), np.array([targets])) for name, value in nats.items()}
+    per_element = model.config.hidden_size**-0.5
+    true_costs = {layer: per_element * torch.cat(rows).double().cpu().numpy() for layer, rows in costs.items()}
+    return OracleRouting(layers, losses), true_costs
 
 
 class _Walk:
@@ -119,18 +160,19 @@ class _Walk:
         self.stack, self.row, self.random = model.model, row, random
         self.counts: dict[int, int] = {}  # tokens that the router took, by layer
 
-    def along_router(self, layers: dict[int, OracleLayer]) -> Tensor:
-        """The router's own pass; adds what is seen of each layer to `layers`. Returns hidden states [1, T, D]."""
+    def along_router(self, layers: dict[int, OracleLayer], costs: dict[int, list[Tensor]]) -> Tensor:
+        """The router's own pass; adds the measurements of each layer. Returns hidden states [1, T, D]."""
         passing = self._enter()
         for index in range(len(self.stack.layers)):
-            sizes = self._sizes(index, passing) if index in self.stack.routed else None
+            skipped = self._skipping(index, passing) if index in self.stack.routed else None
             self.stack.step(index, passing)
-            if sizes is not None:
+            if skipped is not None:
                 record = passing.records[-1]
                 self.counts[index] = int(record.selected.sum())
-                oracle = _largest(sizes, self.counts[index], passing.frame)
-                seen = _compare(record.scores[0], record.selected[0], sizes, oracle, passing.frame)
-                layers[index] = layers[index] + seen if index in layers else seen
+                oracle = _largest(skipped.cost, self.counts[index], passing.frame)
+                layer = _compare(record.scores[0], record.selected[0], skipped, oracle, passing.frame)
+                layers[index] = layers[index] + layer if index in layers else layer
+                costs[index].append(skipped.cost)
         return self.stack.norm(passing.hidden_states)
 
     def chosen_by(self, chooser: str) -> Tensor:
@@ -149,40 +191,58 @@ class _Walk:
             passing.frame = replace(passing.frame, capacities={**passing.frame.capacities, index: 1.0})
             return torch.ones_like(self.row[0], dtype=torch.bool)
         if chooser == "random":
-            sizes = torch.from_numpy(self.random.random(self.row.shape[1], dtype=np.float32)).to(self.row.device)
+            cost = torch.from_numpy(self.random.random(self.row.shape[1], dtype=np.float32)).to(self.row.device)
         else:
-            sizes = self._sizes(index, passing)
-        return _largest(sizes, self.counts[index], passing.frame)
+            cost = self._skipping(index, passing).cost
+        return _largest(cost, self.counts[index], passing.frame)
 
     def _enter(self) -> Any:
         passing = self.stack.enter(self.stack.embed_tokens(self.row))
         passing.frame.prepare()
         return passing
 
-    def _sizes(self, index: int, passing: Any) -> Tensor:
-        """What each token would lose by skipping the layer, as a norm, float32 [T]; the pass stays where it is."""
-        states = []
+    def _skipping(self, index: int, passing: Any) -> "_Skipping":
+        """The loss of each token by skipping the layer; the pass stays at the layer."""
+        outputs = []
         for everyone in (True, False):
             chosen = None if everyone else {index: torch.zeros_like(self.row, dtype=torch.bool)}
             capacities = {**passing.frame.capacities, index: 1.0 if everyone else 0.5}
-            aside = replace(passing, frame=replace(passing.frame, capacities=capacities, chosen=chosen), records=[])
-            self.stack.step(index, aside)
-            states.append(aside.hidden_states)
-        return (states[0] - states[1])[0].float().norm(dim=-1)
+            frame = replace(passing.frame, capacities=capacities, chosen=chosen, shows_updates=everyone)
+            outputs.append(self.stack.route(index, passing, frame))
+        entered, skipped = outputs
+        cost = (entered.hidden_states - skipped.hidden_states)[0].float().norm(dim=-1)
+        if self.stack.config.bypass != "forecast":
+            return _Skipping(cost, None)
+        error = (entered.after - skipped.hidden_states)[0].float().square().sum(-1)
+        update = (entered.after - entered.before)[0].float().square().sum(-1)
+        return _Skipping(cost, error / update.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _largest(sizes: Tensor, count: int, frame: RoutingFrame) -> Tensor:
-    """The sinks and the largest other tokens, `count` together; bool [T]."""
+class _Skipping(NamedTuple):
+    """The loss of each token of a window by skipping a layer."""
+
+    cost: Tensor
+    """‖y − z‖, float32 [T]."""
+    missed: Tensor | None
+    """‖Δ − f‖² / ‖Δ‖², float32 [T]; None without forecasts."""
+
+
+def _largest(cost: Tensor, count: int, frame: RoutingFrame) -> Tensor:
+    """The sinks and the costliest other tokens, `count` together; bool [T]."""
     if frame.sinks is not None:
-        sizes = sizes.masked_fill(frame.sinks[0], torch.inf)
-    return torch.zeros_like(sizes, dtype=torch.bool).scatter_(0, sizes.topk(count).indices, True)
+        cost = cost.masked_fill(frame.sinks[0], torch.inf)
+    return torch.zeros_like(cost, dtype=torch.bool).scatter_(0, cost.topk(count).indices, True)
 
 
-def _compare(scores: Tensor, routed: Tensor, sizes: Tensor, oracle: Tensor, frame: RoutingFrame) -> OracleLayer:
+def _compare(scores: Tensor, routed: Tensor, skipped: _Skipping, oracle: Tensor, frame: RoutingFrame) -> OracleLayer:
     from scipy import stats
 
     counted = slice(None) if frame.sinks is None else ~frame.sinks[0].cpu().numpy()
-    ranked, updates, ours, theirs = (each.cpu().numpy()[counted] for each in (scores, sizes, routed, oracle))
-    varies = len(ranked) > 2 and np.ptp(ranked) > 0 and np.ptp(updates) > 0
-    correlation = float(stats.spearmanr(ranked, updates).statistic) if varies else 0.0
-    return OracleLayer(Overlap.of(ours, theirs), correlation * len(ranked), len(ranked) if varies else 0)
+    ranked, costs, ours, theirs = (each.cpu().numpy()[counted] for each in (scores, skipped.cost, routed, oracle))
+    varies = len(ranked) > 2 and np.ptp(ranked) > 0 and np.ptp(costs) > 0
+    correlation = float(stats.spearmanr(ranked, costs).statistic) if varies else 0.0
+    missed = None
+    if skipped.missed is not None:
+        shares = skipped.missed.cpu().numpy()[counted]
+        missed = float(shares[~ours].sum()), float(shares[ours].sum())
+    return OracleLayer(Overlap.of(ours, theirs), correlation * len(ranked), len(ranked) if varies else 0, missed)

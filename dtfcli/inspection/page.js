@@ -7,10 +7,7 @@ const layers = text ? text.layers : [];
 const L = layers.length;
 const TOP = 16; // levels of a ramp, counted from 0
 const $ = (id) => document.getElementById(id);
-const NAMES = {
-  selected: "routed", score: "score", gate: "gate", static_surprise: "D_st", change_surprise: "D_ch",
-  s_ce: "S_CE", s_cu: "S_CU", ce_part: "CE or CU",
-};
+const NAMES = text ? { selected: "routed", ...text.labels } : {}; // of the figures of a layer
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e0fff}]/gu;
 
 function visible(value) {
@@ -38,33 +35,22 @@ function number(value) {
   return value.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : 3);
 }
 const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1) + "%");
-function capacityText() {
-  return Array.isArray(data.capacity) ? data.capacity.join(", ") : String(data.capacity);
-}
 
 // ---- head
 
 function drawHead() {
-  $("model").textContent = data.model || data.architecture;
+  $("model").textContent = data.title;
+  $("rule").textContent = data.rule;
   const badge = (label, kind) => $("badges").append(make("span", label, "badge" + (kind ? " " + kind : "")));
-  badge(data.architecture.toUpperCase());
+  badge(data.name);
   badge(data.routing + (data.causal ? " · causal" : " · NOT causal: sees the whole text"), data.causal ? "good" : "bad");
-  badge("γ " + capacityText());
-  if (data.file) badge(data.file);
-  const s = data.summary;
-  if (s.windows > s.texts) badge(s.windows + " windows, each routed on its own");
-  const tile = (name, value, note) => {
-    const box = document.createElement("div");
-    const shown = make("dd", value);
-    if (note) shown.append(make("small", note));
+  data.badges.forEach((label) => badge(visible(label)));
+  for (const { name, value, note } of data.figures) {
+    const box = document.createElement("div"), shown = make("dd", value);
+    shown.append(make("small", note));
     box.append(make("dt", name), shown);
     $("tiles").append(box);
-  };
-  tile("Routed", percent(s.share), "of all tokens, over " + s.layers + " layers");
-  tile("Tokens", s.tokens.toLocaleString("en"), s.texts > 1 ? s.texts + " documents" : s.sinks + (s.sinks === 1 ? " sink" : " sinks"));
-  if (s.loss !== null) tile("Loss", s.loss.toFixed(3), "nats per token");
-  if (s.ce !== null) tile("Driven by CE", percent(s.ce), "of choices; CU the others");
-  if (s.jaccard !== null) tile("Causal and top-K", s.jaccard.toFixed(3), "Jaccard of the routed sets");
+  }
 }
 
 // ---- tables: click or press a heading to sort
@@ -154,7 +140,7 @@ function rankOf(id, values) {
   }
   return ranks.get(id);
 }
-const LINEAR = ["selected", "gate", "s_ce", "s_cu", "ce_part"];
+const ENDS = text ? { selected: [text.skipping, "routed"], ...text.ends } : {}; // of figures between 0 and 1
 /** For the measure in force: a class for each token, and the legend's ends. */
 function coloring() {
   const { measure, layer } = state;
@@ -163,9 +149,8 @@ function coloring() {
     const rank = rankOf("loss", text.loss);
     return { of: (t) => level(rank[t]), ends: ["well predicted", "badly"] };
   }
-  if (LINEAR.includes(measure)) {
-    const ends = measure === "selected" ? ["passed by", "routed"] : measure === "ce_part" ? ["CU", "CE"] : ["0", "1"];
-    return { of: (t) => level(Math.min(1, Math.max(0, at(layer, measure, t)))), ends, steps: measure === "selected" ? 1 : 0 };
+  if (measure in ENDS) {
+    return { of: (t) => level(Math.min(1, Math.max(0, at(layer, measure, t)))), ends: ENDS[measure], steps: measure === "selected" ? 1 : 0 };
   }
   const values = layers[layer].measures[measure];
   const rank = rankOf(measure + layer, values);
@@ -261,16 +246,17 @@ function drawDetail() {
   row("depth", text.depth[t] + " of " + L + (sinks.has(t) ? " (a sink, always routed)" : ""));
   row("loss", text.loss[t] === null ? "– (nothing before it)" : number(text.loss[t]) + " nats");
   const table = document.createElement("table");
-  const hidden = L && "ce_part" in layers[0].measures ? ["score", "gate", "change_surprise"] : ["score"]; // G follows from S_CE and S_CU
-  const measures = L ? ["score", ...Object.keys(layers[0].measures).filter((name) => !hidden.includes(name))] : [];
+  const measures = figuresOf(0), withThreshold = layers[0].threshold !== null;
   const head = document.createElement("tr");
-  ["layer", "", ...measures.map((name) => (name === "ce_part" ? "by" : NAMES[name]))].forEach((name) => head.append(make("th", name)));
+  ["layer", "", ...measures.map((name) => NAMES[name])].forEach((name) => head.append(make("th", name)));
+  if (withThreshold) head.insertBefore(make("th", "threshold"), head.children[3] || null);
   const body = layers.map((layer, l) => {
     const tr = document.createElement("tr");
     const mark = make("td", chosen[l][t] === "1" ? "●" : "○");
-    mark.setAttribute("aria-label", chosen[l][t] === "1" ? "routed" : "passed by");
+    mark.setAttribute("aria-label", way(l, t));
     tr.append(make("td", layer.layer), mark);
-    measures.forEach((name) => tr.append(make("td", name === "ce_part" ? (at(l, name, t) > 0.5 ? "CE" : "CU") : brief(at(l, name, t)))));
+    measures.forEach((name) => tr.append(make("td", brief(at(l, name, t)))));
+    if (withThreshold) tr.insertBefore(make("td", brief(layer.threshold)), tr.children[3] || null);
     return tr;
   });
   const thead = document.createElement("thead"), tbody = document.createElement("tbody");
@@ -279,9 +265,12 @@ function drawDetail() {
   table.append(thead, tbody);
   const scroll = make("div", null, "scroll");
   scroll.append(table);
-  box.replaceChildren(make("p", quoted(t), "token"), list, scroll);
+  box.replaceChildren(make("p", quoted(t), "token"), list, scroll, make("p", "● routed   ○ " + text.skipping, "note"));
 }
-const brief = (value) => (Math.abs(value) >= 1000 ? value.toFixed(0) : Math.abs(value) >= 10 ? value.toFixed(1) : value.toFixed(2));
+const brief = (value) => (value === null ? "–" : value === 0 ? "0" : Number(value.toPrecision(3)).toString());
+const way = (l, t) => (chosen[l][t] === "1" ? "routed" : text.skipping);
+/** The figures that a layer has, in the order of their labels. */
+const figuresOf = (l) => Object.keys(text.labels).filter((name) => name in layers[l].measures);
 const sinks = new Set(text ? text.sinks : []);
 
 // ---- the heat map
@@ -310,15 +299,15 @@ const rowHeight = () => Math.max(10, Math.min(20, Math.floor(280 / L)));
 const view = { first: 0, count: 0 };
 /** Level of a cell of the close view: nothing where the token passed by, else by the rank of its score. */
 function heat(l, t) {
-  return chosen[l][t] === "1" ? 6 + Math.round(10 * rankOf("score" + l, layers[l].measures.score)[t]) : 0;
+  return chosen[l][t] === "1" ? 6 + Math.round(10 * rankOf("score" + l, layers[l].score)[t]) : 0;
 }
 let overviewImage = null;
 function drawOverview() {
   const canvas = $("overview"), height = Math.max(48, 6 * L);
   const [pen, width] = surface(canvas, height);
   const room = width - LEFT, columns = Math.min(T, Math.floor(room));
-  const wanted = columns + "/" + height + "/" + shade.c.join();
-  if (!overviewImage || overviewImage.wanted !== wanted) {
+  const version = columns + "/" + height + "/" + shade.c.join();
+  if (!overviewImage || overviewImage.version !== version) {
     const image = document.createElement("canvas");
     image.width = columns, image.height = L;
     const brush = image.getContext("2d");
@@ -329,7 +318,7 @@ function drawOverview() {
       brush.fillStyle = shade.c[Math.round((TOP * routed) / (stop - first))];
       brush.fillRect(x, L - 1 - l, 1, 1);
     }
-    overviewImage = { wanted, image };
+    overviewImage = { version, image };
   }
   pen.imageSmoothingEnabled = false;
   pen.drawImage(overviewImage.image, LEFT, 0, room, height);
@@ -377,9 +366,10 @@ function listenToMaps() {
   close.addEventListener("mousemove", (event) => {
     const t = view.first + Math.floor((event.offsetX - LEFT) / CELL), l = L - 1 - Math.floor(event.offsetY / rowHeight());
     if (event.offsetX < LEFT || t >= view.first + view.count || l < 0 || l >= L) return;
-    const figures = Object.keys(layers[l].measures).map((name) => NAMES[name] + " " + number(at(l, name, t)).replace("CE or CU", "CE part"));
+    const figures = figuresOf(l).map((name) => NAMES[name] + " " + number(at(l, name, t)));
+    if (layers[l].threshold !== null) figures.push("threshold " + number(layers[l].threshold));
     tip.hidden = false;
-    tip.textContent = "token " + t + "  " + quoted(t) + "   layer " + layers[l].layer + (chosen[l][t] === "1" ? "  routed" : "  passed by") + "   " + figures.join("  ");
+    tip.textContent = "token " + t + "  " + quoted(t) + "   layer " + layers[l].layer + "  " + way(l, t) + "   " + figures.join("  ");
   });
   close.addEventListener("click", (event) => moveTo(view.first + Math.floor((event.offsetX - LEFT) / CELL), true));
   let held = false;
@@ -394,14 +384,14 @@ function listenToMaps() {
 
 function drawTokenTable() {
   const columns = [{ name: "token", kind: "count" }, { name: "text", kind: "text" }, { name: "class", kind: "text" }, { name: "depth", kind: "number" }, { name: "loss", kind: "number" }, { name: "next loss", kind: "number" }];
-  const dtf = L > 0 && "static_surprise" in layers[0].measures;
-  if (dtf) columns.push({ name: "mean D_st", kind: "number" });
+  const leads = text.leading in layers[0].measures;
+  if (leads) columns.push({ name: "mean " + NAMES[text.leading], kind: "number" });
   const count = new Map();
   text.ids.forEach((id) => count.set(id, (count.get(id) || 0) + 1));
   columns.push({ name: "times", kind: "count" });
   const rows = text.ids.map((id, t) => {
     const row = [t, quoted(t), text.classNames[text.classes[t]], text.depth[t], text.loss[t], t + 1 < T ? text.loss[t + 1] : null];
-    if (dtf) row.push(layers.reduce((sum, layer) => sum + layer.measures.static_surprise[t], 0) / L);
+    if (leads) row.push(layers.reduce((sum, layer) => sum + layer.measures[text.leading][t], 0) / L);
     row.push(count.get(id));
     return row;
   });
@@ -433,8 +423,8 @@ function drawTokenTable() {
 function search() {
   for (const t of state.hits) for (const span of spans[t]) span.classList.remove("hit");
   state.hits = [];
-  const wanted = $("search").value.toLowerCase();
-  if (wanted) {
+  const query = $("search").value.toLowerCase();
+  if (query) {
     const starts = [];
     let whole = "";
     for (let t = 0; t < T; t++) { whole += text.gaps[t]; starts.push(whole.length); whole += text.pieces[t]; }
@@ -442,14 +432,14 @@ function search() {
     // A few characters change their length in lower case; then only the tokens themselves are searched.
     if (lower.length === whole.length) {
       let t = 0;
-      for (let place = lower.indexOf(wanted); place >= 0; place = lower.indexOf(wanted, place + wanted.length)) {
+      for (let place = lower.indexOf(query); place >= 0; place = lower.indexOf(query, place + query.length)) {
         while (t + 1 < T && starts[t + 1] <= place) t++;
         if (state.hits[state.hits.length - 1] !== t) state.hits.push(t);
       }
-    } else for (let t = 0; t < T; t++) if (text.pieces[t].toLowerCase().includes(wanted)) state.hits.push(t);
+    } else for (let t = 0; t < T; t++) if (text.pieces[t].toLowerCase().includes(query)) state.hits.push(t);
     for (const t of state.hits) for (const span of spans[t]) span.classList.add("hit");
   }
-  $("hits").textContent = wanted ? state.hits.length + " found" : "";
+  $("hits").textContent = query ? state.hits.length + " found" : "";
 }
 function nextHit(direction) {
   if (!state.hits.length) return;
@@ -525,8 +515,8 @@ function listen() {
   $("search").addEventListener("input", search);
   $("search").addEventListener("keydown", (event) => { if (event.key === "Enter") nextHit(event.shiftKey ? -1 : 1); });
   const token = (event) => event.target.closest("[data-t]");
-  $("reading").addEventListener("mouseover", (event) => { const found = token(event); if (found) moveTo(Number(found.dataset.t), false); });
-  $("reading").addEventListener("click", (event) => { const found = token(event); if (found) moveTo(Number(found.dataset.t), false); });
+  $("reading").addEventListener("mouseover", (event) => { const span = token(event); if (span) moveTo(Number(span.dataset.t), false); });
+  $("reading").addEventListener("click", (event) => { const span = token(event); if (span) moveTo(Number(span.dataset.t), false); });
   listenToMaps();
 }
 function offer(select, value, label) {
@@ -540,7 +530,7 @@ function drawControls() {
   if (text.loss.some((v) => v !== null)) offer(measure, "loss", "loss of the token");
   offer(layer, "-1", "all layers");
   layers.forEach((entry, l) => offer(layer, String(l), "layer " + entry.layer));
-  if (L) ["selected", ...Object.keys(layers[0].measures)].forEach((name) => offer(measure, name, NAMES[name] + " of a layer"));
+  ["selected", ...figuresOf(0)].forEach((name) => offer(measure, name, NAMES[name] + " of a layer"));
 }
 
 readColors();

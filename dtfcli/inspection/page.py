@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
 from dtfcli.inspection.corpus import CorpusRouting
 from dtfcli.inspection.palette import LEVELS, SEQUENTIAL, readable_on, shades
 from dtfcli.inspection.statistics import Summary
-from dtfcli.inspection.tables import all_tables
+from dtfcli.inspection.tables import all_tables, key_figures
 from dtfcli.inspection.text import TextRouting
 
 _DIGITS = 4
@@ -38,24 +39,22 @@ def render_page(report: TextRouting | CorpusRouting, summary: Summary) -> str:
 
 def page_data(report: TextRouting | CorpusRouting, summary: Summary) -> dict[str, Any]:
     """What the page's script reads."""
-    data: dict[str, Any] = report.heading() | {
-        "summary": {
-            "texts": summary.texts,
-            "windows": summary.windows,
-            "tokens": summary.tokens,
-            "sinks": summary.sinks,
-            "share": summary.routed_share,
-            "loss": summary.loss,
-            "layers": len(summary.layers),
-            "ce": summary.driven_by_ce,
-            "jaccard": None if summary.agreement is None else summary.agreement.overall.jaccard,
-        },
-        "tables": [table.to_dict() for table in all_tables(summary)],
-    }
+    badges = [report.gamma]
     if isinstance(report, CorpusRouting):
-        data["file"] = report.file
-        data["cut"] = report.cut_documents
-    else:
+        badges.append(report.file)
+    if summary.windows > summary.texts:
+        badges.append(f"{summary.windows} windows, each routed on its own")
+    data: dict[str, Any] = {
+        "title": report.model or report.architecture,
+        "name": report.name,
+        "routing": report.routing,
+        "causal": report.causal,
+        "badges": badges,
+        "rule": report.reading.rule,
+        "figures": [asdict(figure) for figure in key_figures(report, summary)],
+        "tables": [table.to_dict() for table in all_tables(report, summary)],
+    }
+    if isinstance(report, TextRouting):
         data["text"] = _text_data(report)
     return _finite(data)
 
@@ -63,6 +62,10 @@ def page_data(report: TextRouting | CorpusRouting, summary: Summary) -> dict[str
 def _text_data(report: TextRouting) -> dict[str, Any]:
     names = sorted(set(report.classes))
     return {
+        "labels": report.reading.labels,
+        "ends": report.reading.ends,
+        "leading": report.reading.leading,
+        "skipping": "takes the forecast" if report.bypass == "forecast" else "passed by",
         "pieces": report.source.pieces,
         "gaps": report.source.gaps,
         "tail": report.source.tail,
@@ -78,9 +81,12 @@ def _text_data(report: TextRouting) -> dict[str, Any]:
         "layers": [
             {
                 "layer": layer.layer,
-                "threshold": layer.threshold,
+                "threshold": layer.shown_threshold,
                 "selected": "".join("1" if chosen else "0" for chosen in layer.selected),
-                "measures": {name: _rounded(values) for name, values in layer.measures().items()},
+                "score": _rounded(layer.score),
+                "measures": {
+                    name: _rounded(values) for name, values in layer.measures().items() if name in report.reading.labels
+                },
             }
             for layer in report.layers
         ],

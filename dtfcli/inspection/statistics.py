@@ -5,8 +5,8 @@ Notable choices:
 - Sink tokens are routed whatever they are, so they are counted in a layer's share and in nothing else here.
 - A standard error stands next to every mean over a group. It treats tokens as independent, which tokens of one text
   are not: read it as the least uncertainty there is.
-- Frequencies are taken over everything that was added, so they are known at the end. Until then each different token
-  has a row of sums, at most a vocabulary of them.
+- A token's frequency is that in all texts together, so it is known at the end. Until then each different token has a
+  row of sums, at most a vocabulary of them.
 """
 
 from collections import defaultdict
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from dtfcli.inspection.agreement import Agreement
 from dtfcli.inspection.oracle import OracleRouting
-from dtfcli.inspection.text import MEASURES, TextRouting
+from dtfcli.inspection.scores import LayerRouting
+from dtfcli.inspection.text import TextRouting
 from dtfcli.inspection.token_classes import CLASSES
 from dtfcli.shares import POSITION_NAMES, POSITION_STARTS
 
@@ -33,7 +34,7 @@ GROUPINGS = {
     "position": POSITIONS,
     "loss": tuple(name for name, _ in LOSSES),
 }
-"""Ways of telling tokens apart, each with its groups in the order of reading."""
+"""Ways of grouping tokens, each with its groups in order."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class GroupRow:
         tokens: how many, sinks left out.
         depth, depth_error: mean number of routed layers entered, and its standard error (None for a single token).
         routed_share, routed_error: the same over the number of routed layers.
-        static_surprise, static_error: mean D_st over tokens and routed layers (DTF), and its standard error.
-        loss: mean loss, nats, of those that have one.
+        leading, leading_error: mean of the leading figure (`scores.Reading`) over tokens and routed layers, and its
+            standard error; None without such a figure.
+        loss: mean loss, nats, of the tokens that have one.
     """
 
     name: str
@@ -55,8 +57,8 @@ class GroupRow:
     depth_error: float | None
     routed_share: float
     routed_error: float | None
-    static_surprise: float | None
-    static_error: float | None
+    leading: float | None
+    leading_error: float | None
     loss: float | None
 
 
@@ -67,27 +69,30 @@ class LayerSummary:
     Attributes:
         layer: index in the stack.
         routed_share: routed tokens over all tokens, sinks among them.
-        threshold: of the layer, in a mode that has one.
-        means: of each measure over tokens that are not sinks.
-        driven_by_ce: of the routed tokens that are not sinks, the share whose score the expected change contributed the
-            larger part to (DTF); None when there are none.
-        ranking_by_ce: the share of the score's variance that comes with its CE part, Cov(softplus(a), score) over
-            Var(score) (DTF): a part that is large but the same for all tokens decides nothing.
-        positions: routed share, mean gate and mean D_st by `POSITIONS`.
+        threshold, shown_threshold: of the layer, in a mode that has one; as in `LayerRouting`.
+        means, routed_means, skipping_means: of each figure over tokens that are not sinks: all of them, those that
+            entered, and the others.
+        positions: tokens and routed share by `POSITIONS`.
+        criteria: of a score by surprise; empty for others. "by CE": of the routed tokens that are not sinks, the share
+            whose score the expected change contributed the larger part to, None when there are none. "rank CE": the
+            share of the score's variance that comes with its CE part, Cov(softplus(a), score) over Var(score); a part
+            that is large but the same for all tokens decides nothing.
     """
 
     layer: int
     routed_share: float
     threshold: float | None
+    shown_threshold: float | None
     means: dict[str, float]
-    driven_by_ce: float | None
-    ranking_by_ce: float | None
-    positions: dict[str, dict[str, float | None]]
+    routed_means: dict[str, float]
+    skipping_means: dict[str, float]
+    positions: dict[str, dict[str, float]]
+    criteria: dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was added up.
+    """Sums over texts.
 
     Attributes:
         texts, windows, tokens, sinks: how much; a text longer than the model's positions has several windows.
@@ -95,7 +100,7 @@ class Summary:
         loss: mean over tokens that have one, nats.
         layers: one for each routed layer.
         groups: by the names of `GROUPINGS`, those that have tokens.
-        driven_by_ce: as in `LayerSummary`, over all layers.
+        criteria: "by CE" as in `LayerSummary`, over all layers.
         depth_with_loss, depth_with_next_loss: Pearson's r of a token's depth with its own loss, and with the loss of
             the token after it, which it helps to predict; None where one of them does not vary.
         agreement: of the causal mode and `topk`; None unless every text has it.
@@ -110,7 +115,7 @@ class Summary:
     loss: float | None
     layers: list[LayerSummary]
     groups: dict[str, list[GroupRow]]
-    driven_by_ce: float | None
+    criteria: dict[str, float | None]
     depth_with_loss: float | None
     depth_with_next_loss: float | None
     agreement: Agreement | None
@@ -130,13 +135,14 @@ class _Layer:
     """Sums over the tokens of one layer."""
 
     threshold: float | None
+    shown_threshold: float | None
     tokens: int = 0
     routed: int = 0
-    counted: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, dtype=np.int64))  # skipping, routed
+    sums: dict[str, NDArray[np.float64]] = field(default_factory=lambda: defaultdict(lambda: np.zeros(2)))  # likewise
+    positions: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(POSITIONS), 2)))
     choices: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, dtype=np.int64))
     score_moments: NDArray[np.float64] = field(default_factory=lambda: np.zeros(5))
-    positions: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(POSITIONS), 4)))
 
 
 class RoutingStatistics:
@@ -144,6 +150,7 @@ class RoutingStatistics:
 
     def __init__(self) -> None:
         self._texts = self._windows = self._tokens = self._sinks = 0
+        self._leading: str | None = None
         self._layers: dict[int, _Layer] = {}
         self._groups: dict[str, dict[str, NDArray[np.float64]]] = defaultdict(dict)
         self._by_id: dict[int, NDArray[np.float64]] = {}
@@ -157,6 +164,7 @@ class RoutingStatistics:
         counted = ~report.sinks
         positions = np.searchsorted(POSITION_STARTS, report.positions, side="right")
         self._texts += 1
+        self._leading = report.reading.leading
         self._windows += len(report.windows)
         self._tokens += len(report.source)
         self._sinks += int(report.sinks.sum())
@@ -166,9 +174,9 @@ class RoutingStatistics:
         groupings = {"class": np.array(report.classes), "position": np.array(POSITIONS)[positions]}
         for grouping, names in groupings.items():
             self._add_groups(grouping, names[counted], sums)
-        known = counted & ~np.isnan(report.loss)
-        bucket = np.searchsorted([least for _, least in LOSSES], report.loss[known], side="right") - 1
-        self._add_groups("loss", np.array(GROUPINGS["loss"])[bucket], sums[known[counted]])
+        with_loss = counted & ~np.isnan(report.loss)
+        bucket = np.searchsorted([least for _, least in LOSSES], report.loss[with_loss], side="right") - 1
+        self._add_groups("loss", np.array(GROUPINGS["loss"])[bucket], sums[with_loss[counted]])
         ids, place = np.unique(np.array(report.source.ids)[counted], return_inverse=True)
         totals = np.zeros((len(ids), sums.shape[1]))
         np.add.at(totals, place, sums)
@@ -182,18 +190,18 @@ class RoutingStatistics:
         if report.oracle is not None:
             self._oracle = report.oracle if self._oracle is None else self._oracle + report.oracle
 
-    def _add_layer(self, layer: Any, counted: NDArray[np.bool_], positions: NDArray[np.int64]) -> None:
-        total = self._layers.setdefault(layer.layer, _Layer(layer.threshold))
+    def _add_layer(self, layer: LayerRouting, counted: NDArray[np.bool_], positions: NDArray[np.int64]) -> None:
+        total = self._layers.setdefault(layer.layer, _Layer(layer.threshold, layer.shown_threshold))
         total.tokens += len(counted)
         total.routed += int(layer.selected.sum())
-        total.counted += int(counted.sum())
+        routed, skipping = counted & layer.selected, counted & ~layer.selected
+        total.counted += [int(skipping.sum()), int(routed.sum())]
         for name, values in layer.measures().items():
-            total.sums[name] += float(values[counted].sum())
-        static = np.zeros(len(counted)) if layer.static_surprise is None else layer.static_surprise
-        columns = np.stack([np.ones(len(counted)), layer.selected, layer.gate, static], axis=1)
+            total.sums[name] += [values[skipping].sum(), values[routed].sum()]
+        columns = np.stack([np.ones(len(counted)), layer.selected], axis=1)
         np.add.at(total.positions, positions[counted], columns[counted])
-        if layer.ce_part is not None:
-            part, score = layer.ce_part[counted], layer.score[counted]
+        if "ce_part" in layer.figures:
+            part, score = layer.figures["ce_part"][counted], layer.score[counted]
             chosen = part[layer.selected[counted]]
             total.choices += [int((chosen > 0.5).sum()), len(chosen)]
             ce = part * score
@@ -207,12 +215,12 @@ class RoutingStatistics:
 
     def _add_correlations(self, report: TextRouting, counted: NDArray[np.bool_]) -> None:
         depth = report.depth_share
-        known = counted & ~np.isnan(report.loss)
-        self._own_loss += _moments(depth[known], report.loss[known])
+        paired = counted & ~np.isnan(report.loss)
+        self._own_loss += _moments(depth[paired], report.loss[paired])
         # The first token of a window has no loss, so none reaches over a window's edge.
         following = np.append(report.loss[1:], np.nan)
-        known = counted & ~np.isnan(following)
-        self._next_loss += _moments(depth[known], following[known])
+        paired = counted & ~np.isnan(following)
+        self._next_loss += _moments(depth[paired], following[paired])
 
     def result(self) -> Summary:
         """The figures up to now.
@@ -222,7 +230,7 @@ class RoutingStatistics:
         """
         if not self._tokens:
             raise ValueError("no text was added")
-        count = max(1, len(self._layers))
+        count = len(self._layers)
         groups = dict(self._groups)
         if self._by_id:
             frequencies: dict[str, NDArray[np.float64]] = {}
@@ -230,7 +238,7 @@ class RoutingStatistics:
                 name = next(name for name, least in reversed(FREQUENCIES) if total[0] >= least)
                 frequencies[name] = frequencies[name] + total if name in frequencies else total
             groups["frequency"] = frequencies
-        dtf = any(layer.choices[1] or "ce_part" in layer.sums for layer in self._layers.values())
+        leads = any(self._leading in layer.sums for layer in self._layers.values())
         choices = sum((layer.choices for layer in self._layers.values()), np.zeros(2, dtype=np.int64))
         routed = sum(layer.routed for layer in self._layers.values())
         tokens, losses = self._own_loss[0], self._own_loss[2]
@@ -239,15 +247,15 @@ class RoutingStatistics:
             windows=self._windows,
             tokens=self._tokens,
             sinks=self._sinks,
-            routed_share=routed / (self._tokens * count) if self._layers else 1.0,
+            routed_share=routed / (self._tokens * count),
             loss=float(losses / tokens) if tokens else None,
             layers=[_layer_summary(index, layer) for index, layer in self._layers.items()],
             groups={
-                grouping: [_row(name, found[name], count, dtf) for name in GROUPINGS[grouping] if name in found]
-                for grouping in GROUPINGS
-                if (found := groups.get(grouping))
+                grouping: [_row(name, sums[name], count, leads) for name in names if name in sums]
+                for grouping, names in GROUPINGS.items()
+                if (sums := groups.get(grouping))
             },
-            driven_by_ce=float(choices[0] / choices[1]) if choices[1] else None,
+            criteria={"by CE": float(choices[0] / choices[1])} if choices[1] else {},
             depth_with_loss=_pearson(self._own_loss),
             depth_with_next_loss=_pearson(self._next_loss),
             agreement=self._agreement if self._agreed_texts == self._texts else None,
@@ -263,19 +271,19 @@ def summarize(report: TextRouting) -> Summary:
 
 
 def _token_sums(report: TextRouting) -> NDArray[np.float64]:
-    """[T, 7]: one, depth, depth², mean D_st, its square, loss, whether there is a loss; what groups add up."""
-    depth = np.array(report.depth, dtype=np.float64)
-    static = np.zeros(len(depth))
-    if report.layers and report.layers[0].static_surprise is not None:
-        static = np.mean(np.stack([layer.measures()["static_surprise"] for layer in report.layers]), axis=0)
-    known = ~np.isnan(report.loss)
-    loss = np.where(known, report.loss, 0.0)
-    return np.stack([np.ones(len(depth)), depth, depth**2, static, static**2, loss, known], axis=1)
+    """[T, 7], which groups add up: one, depth, depth², leading figure, its square, loss, whether there is a loss."""
+    depth, name = np.array(report.depth, dtype=np.float64), report.reading.leading
+    leading = np.zeros(len(depth))
+    if name is not None and name in report.layers[0].figures:
+        leading = np.mean([layer.figures[name] for layer in report.layers], axis=0)
+    has_loss = ~np.isnan(report.loss)
+    loss = np.where(has_loss, report.loss, 0.0)
+    return np.stack([np.ones(len(depth)), depth, depth**2, leading, leading**2, loss, has_loss], axis=1)
 
 
-def _row(name: str, sums: NDArray[np.float64], layers: int, dtf: bool) -> GroupRow:
-    tokens, depth, depth_squared, static, static_squared, loss, with_loss = sums.tolist()
-    error = _standard_error(tokens, depth, depth_squared)
+def _row(name: str, sums: NDArray[np.float64], layers: int, leads: bool) -> GroupRow:
+    tokens, depth, depth_squares, leading, leading_squares, loss, with_loss = sums.tolist()
+    error = _standard_error(tokens, depth, depth_squares)
     return GroupRow(
         name=name,
         tokens=int(tokens),
@@ -283,8 +291,8 @@ def _row(name: str, sums: NDArray[np.float64], layers: int, dtf: bool) -> GroupR
         depth_error=error,
         routed_share=depth / tokens / layers,
         routed_error=None if error is None else error / layers,
-        static_surprise=static / tokens if dtf else None,
-        static_error=_standard_error(tokens, static, static_squared) if dtf else None,
+        leading=leading / tokens if leads else None,
+        leading_error=_standard_error(tokens, leading, leading_squares) if leads else None,
         loss=loss / with_loss if with_loss else None,
     )
 
@@ -297,24 +305,30 @@ def _standard_error(count: float, total: float, squares: float) -> float | None:
 
 
 def _layer_summary(index: int, layer: _Layer) -> LayerSummary:
-    count, ce, score, product, squares = layer.score_moments.tolist()
-    variance = squares - score * score / count if count else 0.0
-    ranking = (product - ce * score / count) / variance if variance > 1e-12 * max(1.0, squares) else None
-    dtf = "ce_part" in layer.sums
-    positions: dict[str, dict[str, float | None]] = {}
-    for name, (tokens, routed, gate, static) in zip(POSITIONS, layer.positions.tolist(), strict=True):
-        if tokens:
-            found = {"routed_share": routed / tokens, "gate": gate / tokens}
-            positions[name] = {"tokens": tokens, **found, "static_surprise": static / tokens if dtf else None}
+    skipping, routed = layer.counted.tolist()
+    sums = {name: values.tolist() for name, values in layer.sums.items()}
     return LayerSummary(
         layer=index,
         routed_share=layer.routed / layer.tokens,
         threshold=layer.threshold,
-        means={name: layer.sums[name] / layer.counted for name in MEASURES if name in layer.sums and layer.counted},
-        driven_by_ce=float(layer.choices[0] / layer.choices[1]) if layer.choices[1] else None,
-        ranking_by_ce=ranking,
-        positions=positions,
+        shown_threshold=layer.shown_threshold,
+        means={name: sum(pair) / (skipping + routed) for name, pair in sums.items() if skipping + routed},
+        routed_means={name: total / routed for name, (_, total) in sums.items() if routed},
+        skipping_means={name: total / skipping for name, (total, _) in sums.items() if skipping},
+        positions={
+            name: {"tokens": tokens, "routed_share": entered / tokens}
+            for name, (tokens, entered) in zip(POSITIONS, layer.positions.tolist(), strict=True)
+            if tokens
+        },
+        criteria=_criteria(layer) if "ce_part" in layer.sums else {},
     )
+
+
+def _criteria(layer: _Layer) -> dict[str, float | None]:
+    count, ce, score, product, squares = layer.score_moments.tolist()
+    variance = squares - score * score / count if count else 0.0
+    ranking = (product - ce * score / count) / variance if variance > 1e-12 * max(1.0, squares) else None
+    return {"by CE": float(layer.choices[0] / layer.choices[1]) if layer.choices[1] else None, "rank CE": ranking}
 
 
 def _moments(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

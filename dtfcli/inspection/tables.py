@@ -1,31 +1,40 @@
-"""The tables of a report, as plain values: what page and terminal both show."""
+"""The figures of a report as plain values: key figures and tables, which page, figure and terminal all show."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dtfcli.inspection.agreement import Agreement
 from dtfcli.inspection.oracle import CHOOSERS, OracleRouting
+from dtfcli.inspection.scores import Reading
 from dtfcli.inspection.sensitivity import Sensitivity
 from dtfcli.inspection.statistics import POSITIONS, GroupRow, Summary
+from dtfcli.inspection.text import Inspected
 from dtfcli.statistics import Difference
 
 Kind = Literal["text", "count", "share", "number", "difference"]
 """How a column is shown: a share as a percentage, a difference with its sign."""
+Column = tuple[str, Kind]
 
 _TITLES = {
-    "class": ("Token class", "what kind of token"),
-    "frequency": ("Frequency", "how often the token occurs in what was read"),
-    "position": ("Position", "tokens before it in its row"),
-    "loss": ("Loss", "how badly the token was predicted, nats"),
+    "class": ("Token class", "What kind of token. ± standard error, here and below, as if tokens were independent."),
+    "frequency": ("Frequency", "How often the token occurs in all texts."),
+    "position": ("Position", "Tokens before it in its row."),
+    "loss": ("Loss", "How badly the token was predicted, nats."),
 }
-_MEASURES = {
-    "static_surprise": "D_st",
-    "change_surprise": "D_ch",
-    "s_ce": "S_CE",
-    "s_cu": "S_CU",
-    "gate": "gate",
-}
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One number that stands above everything else.
+
+    Attributes:
+        name, value, note: as people read them; the note says of how many, or in which unit.
+    """
+
+    name: str
+    value: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -36,81 +45,90 @@ class TableData:
         key: a name for programs.
         title, note: for people; the note says what is counted.
         columns: title and kind of each.
-        rows: values or None; a share may be a pair of value and standard error.
+        rows: values or None; a share, number or difference may be a pair of value and standard error.
     """
 
     key: str
     title: str
     note: str
-    columns: list[tuple[str, Kind]]
+    columns: list[Column]
     rows: list[list[Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For the page."""
-        return {
-            "key": self.key,
-            "title": self.title,
-            "note": self.note,
-            "columns": [{"name": name, "kind": kind} for name, kind in self.columns],
-            "rows": self.rows,
-        }
+        return asdict(self) | {"columns": [{"name": name, "kind": kind} for name, kind in self.columns]}
 
 
-def all_tables(summary: Summary) -> list[TableData]:
+def key_figures(report: Inspected, summary: Summary) -> list[KeyFigure]:
+    """The numbers to read first."""
+    layers = f"of all tokens, over {len(summary.layers)} layers"
+    figures = [KeyFigure("Routed", f"{summary.routed_share:.1%}", layers)]
+    if report.bypass == "forecast":
+        figures.append(KeyFigure("Forecast", f"{1 - summary.routed_share:.1%}", "take a layer's forecast instead"))
+    if summary.oracle is not None and summary.oracle.missed is not None:
+        figures.append(KeyFigure("Forecast misses", f"{summary.oracle.missed:.1%}", "of a skipping token's update"))
+    sinks = f"{summary.sinks} sink{'' if summary.sinks == 1 else 's'}"
+    texts = f"{summary.texts:,} documents" if summary.texts > 1 else sinks
+    figures.append(KeyFigure("Tokens", f"{summary.tokens:,}", texts))
+    if summary.loss is not None:
+        figures.append(KeyFigure("Loss", f"{summary.loss:.3f}", "nats per token"))
+    for name, share in summary.criteria.items():
+        figures.append(KeyFigure(name, f"{share:.1%}", "of the choices"))
+    if summary.agreement is not None:
+        jaccard = summary.agreement.overall.jaccard
+        figures.append(KeyFigure("Causal and top-K", f"{jaccard:.3f}", "Jaccard of the routed sets"))
+    return figures
+
+
+def all_tables(report: Inspected, summary: Summary) -> list[TableData]:
     """Layers, groups, positions by layer, agreement of modes, and the oracle."""
-    tables = [layers_table(summary)]
-    tables += [group_table(grouping, rows) for grouping, rows in summary.groups.items()]
-    if summary.layers:
-        tables.append(positions_table(summary))
+    tables = [layers_table(report, summary)]
+    tables += [group_table(grouping, rows, report.reading) for grouping, rows in summary.groups.items()]
+    tables.append(positions_table(summary))
     if summary.agreement is not None:
         tables.append(agreement_table(summary.agreement))
     if summary.oracle is not None:
-        tables += oracle_tables(summary.oracle)
+        tables += oracle_tables(summary)
     return tables
 
 
-def layers_table(summary: Summary) -> TableData:
-    """Share, threshold, means of the measures, and for DTF which criterion drove the choice."""
-    dtf = any("ce_part" in layer.means for layer in summary.layers)
-    names = [name for name in _MEASURES if any(name in layer.means for layer in summary.layers)]
-    columns: list[tuple[str, Kind]] = [("layer", "count"), ("routed", "share")]
-    with_threshold = any(layer.threshold is not None for layer in summary.layers)
-    if with_threshold:
-        columns.append(("threshold", "number"))
-    columns += [(_MEASURES[name], "number") for name in names]
-    if dtf:
-        columns += [("by CE", "share"), ("rank CE", "share")]
-    rows = []
-    for layer in summary.layers:
-        row: list[Any] = [layer.layer, layer.routed_share]
-        row += [layer.threshold] if with_threshold else []
-        row += [layer.means.get(name) for name in names]
-        row += [layer.driven_by_ce, layer.ranking_by_ce] if dtf else []
-        rows.append(row)
-    note = "means over tokens" + (" that are not sinks" if summary.sinks else "")
-    if dtf:
-        note += (
-            "; by CE: routed tokens whose score owes more to CE than to CU; rank CE: CE's part in the score's variance"
-        )
-    return TableData("layers", "Layers", note, columns, rows)
+def layers_table(report: Inspected, summary: Summary) -> TableData:
+    """Share and threshold of each layer, and its figures: of a predicted cost for tokens that enter and that skip."""
+    reading, layers = report.reading, summary.layers
+    columns: list[Column] = [("layer", "count"), ("routed", "share")]
+    cells: list[list[Any]] = [[layer.layer for layer in layers], [layer.routed_share for layer in layers]]
+
+    def add(name: str, kind: Kind, values: list[Any]) -> None:
+        if any(value is not None for value in values):
+            columns.append((name, kind))
+            cells.append(values)
+
+    if report.bypass == "forecast":
+        add("forecast", "share", [1 - layer.routed_share for layer in layers])
+    add("threshold", "number", [layer.shown_threshold for layer in layers])
+    for name, label in reading.labels.items():
+        if name == "predicted_cost":
+            add(f"{label}: routed", "number", [layer.routed_means.get(name) for layer in layers])
+            add("skipping", "number", [layer.skipping_means.get(name) for layer in layers])
+        elif name not in ("ce_part", "true_cost"):
+            add(label, "number", [layer.means.get(name) for layer in layers])
+    for name in layers[0].criteria:
+        add(name, "share", [layer.criteria[name] for layer in layers])
+    note = f"Means over tokens{' that are not sinks' if summary.sinks else ''}. {reading.explanation}".strip()
+    return TableData("layers", "Layers", note, columns, [list(row) for row in zip(*cells, strict=True)])
 
 
-def group_table(grouping: str, rows: Sequence[GroupRow]) -> TableData:
-    """Depth by one way of telling tokens apart, with standard errors."""
+def group_table(grouping: str, rows: Sequence[GroupRow], reading: Reading) -> TableData:
+    """Routed share by one way of grouping tokens, the leading figure and the loss."""
     title, note = _TITLES[grouping]
-    dtf = any(row.static_surprise is not None for row in rows)
-    columns: list[tuple[str, Kind]] = [
-        (grouping, "text"),
-        ("tokens", "count"),
-        ("routed", "share"),
-        ("depth", "number"),
-    ]
-    columns += [("D_st", "number")] if dtf else []
+    leads = any(row.leading is not None for row in rows)
+    columns: list[Column] = [(grouping, "text"), ("tokens", "count"), ("routed", "share")]
+    columns += [(reading.labels[reading.leading], "number")] if leads and reading.leading else []
     columns.append(("loss", "number"))
-    table = TableData(grouping, title, f"{note}; ± standard error as if tokens were independent", columns)
+    table = TableData(grouping, title, note, columns)
     for row in rows:
-        cells: list[Any] = [row.name, row.tokens, [row.routed_share, row.routed_error], [row.depth, row.depth_error]]
-        cells += [[row.static_surprise, row.static_error]] if dtf else []
+        cells: list[Any] = [row.name, row.tokens, [row.routed_share, row.routed_error]]
+        cells += [[row.leading, row.leading_error]] if leads else []
         table.rows.append([*cells, row.loss])
     return table
 
@@ -118,68 +136,66 @@ def group_table(grouping: str, rows: Sequence[GroupRow]) -> TableData:
 def positions_table(summary: Summary) -> TableData:
     """Routed share by layer and position."""
     present = [name for name in POSITIONS if any(name in layer.positions for layer in summary.layers)]
-    columns: list[tuple[str, Kind]] = [("layer", "count"), *((name, "share") for name in present)]
+    columns: list[Column] = [("layer", "count"), *((name, "share") for name in present)]
     rows = [
         [layer.layer, *(layer.positions.get(name, {}).get("routed_share") for name in present)]
         for layer in summary.layers
     ]
-    return TableData("positions", "Layers by position", "routed share by a token's position in its row", columns, rows)
+    return TableData("positions", "Layers by position", "Routed share by a token's position in its row.", columns, rows)
 
 
 def agreement_table(agreement: Agreement) -> TableData:
     """Shares of two ways of routing and how far they agree, by layer and overall."""
     first, second = agreement.first, agreement.second
-    columns: list[tuple[str, Kind]] = [
-        ("layer", "text"),
-        (first, "share"),
-        (second, "share"),
-        ("same", "share"),
-        ("Jaccard", "number"),
-        ("κ", "number"),
-    ]
-    rows: list[list[Any]] = [
-        [name, *overlap.shares, overlap.same, overlap.jaccard, overlap.kappa]
-        for name, overlap in [*((str(i), o) for i, o in agreement.layers.items()), ("all", agreement.overall)]
-    ]
-    note = "same text, same γ; topk sees the whole text and is not causal"
+    columns: list[Column] = [("layer", "text"), (first, "share"), (second, "share")]
+    columns += [("same", "share"), ("Jaccard", "number"), ("κ", "number")]
+    overlaps = {**{str(layer): overlap for layer, overlap in agreement.layers.items()}, "all": agreement.overall}
+    rows = [[name, *overlap.shares, overlap.same, overlap.jaccard, overlap.kappa] for name, overlap in overlaps.items()]
+    note = "The same text at the same γ. topk sees the whole text and is not causal."
     return TableData("modes", f"{first} against {second}", note, columns, rows)
 
 
-def oracle_tables(oracle: OracleRouting) -> list[TableData]:
-    """By layer, how far the router agrees with the oracle; and the loss while router, oracle, chance or all choose."""
-    columns: list[tuple[str, Kind]] = [("layer", "count"), ("ρ", "number"), ("Jaccard", "number"), ("κ", "number")]
-    layers = TableData(
-        "oracle",
-        "Against the oracle",
-        "the oracle takes the tokens that the layer would change most, as many as the router; ρ: Spearman's, of scores "
-        "with sizes",
-        columns,
-        [
-            [index, layer.rank_correlation, layer.overlap.jaccard, layer.overlap.kappa]
-            for index, layer in oracle.layers.items()
-        ],
-    )
-    columns = [("chosen by", "text"), ("loss", "number"), ("− router's", "difference")]
-    losses = TableData(
-        "ceiling",
-        "Who chooses",
-        "nats per token while somebody else chooses as many tokens; ± standard error over documents",
-        columns,
-        [
-            [name, oracle.losses[name].mean, _with_error(oracle.difference(name)) if name != "router" else None]
-            for name in CHOOSERS
-        ],
-    )
-    return [layers, losses]
+def oracle_tables(summary: Summary) -> list[TableData]:
+    """By layer, what forecasts miss and how far the router agrees with the oracle; the loss by who chooses."""
+    oracle = summary.oracle
+    assert oracle is not None, "only asked for where it was measured"
+    forecasts = oracle.missed is not None
+    columns: list[Column] = [("layer", "count"), ("lost: routed", "number"), ("skipping", "number")]
+    columns += [("missed: routed", "share"), ("skipping", "share")] if forecasts else []
+    columns += [("ρ", "number"), ("Jaccard", "number"), ("κ", "number")]
+    rows = []
+    for layer in summary.layers:
+        against = oracle.layers[layer.layer]
+        row: list[Any] = [layer.layer, layer.routed_means.get("true_cost"), layer.skipping_means.get("true_cost")]
+        row += reversed(against.missed_shares) if forecasts else []
+        rows.append([*row, against.rank_correlation, against.overlap.jaccard, against.overlap.kappa])
+    note = "Lost: what a token loses by skipping, or would lose, root mean square per element. "
+    if forecasts:
+        note += "Missed: the share of a token's update that its forecast misses, ‖Δ − f‖² / ‖Δ‖². "
+    note += "ρ: Spearman's, of scores with losses. Jaccard, κ: of the router's tokens with the tokens that lose most."
+    return [TableData("oracle", "Against the oracle", note, columns, rows), _choosers_table(oracle)]
+
+
+def _choosers_table(oracle: OracleRouting) -> TableData:
+    columns: list[Column] = [("chosen by", "text"), ("loss", "number"), ("− router's", "difference")]
+    rows = [
+        [name, oracle.losses[name].mean, _with_error(oracle.difference(name)) if name != "router" else None]
+        for name in CHOOSERS
+    ]
+    note = "Nats per token while somebody else chooses as many tokens. ± standard error over documents."
+    return TableData("ceiling", "Who chooses", note, columns, rows)
 
 
 def _with_error(difference: Difference) -> list[float | None]:
     return [difference.value, difference.stderr]
 
 
-def sensitivity_table(found: Sensitivity) -> TableData:
-    """What each layer costs to leave out."""
-    columns: list[tuple[str, Kind]] = [("layer", "count"), ("routed", "text"), ("cost", "difference")]
-    rows = [[layer, "yes" if layer in found.routed else "", _with_error(found.cost(layer))] for layer in found.layers]
-    note = "loss without the layer minus that with all, nats per token; ± standard error over documents"
+def sensitivity_table(sensitivity: Sensitivity) -> TableData:
+    """The cost of each layer: the loss without it."""
+    columns: list[Column] = [("layer", "count"), ("routed", "text"), ("cost", "difference")]
+    rows = [
+        [layer, "yes" if layer in sensitivity.routed else "", _with_error(sensitivity.cost(layer))]
+        for layer in sensitivity.layers
+    ]
+    note = "Loss without the layer minus that with all, nats per token. ± standard error over documents."
     return TableData("sensitivity", "Without a layer", note, columns, rows)

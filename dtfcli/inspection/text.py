@@ -1,9 +1,9 @@
 """One text through a routed model: for every token the layers that took it, why, and how well it was predicted."""
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,68 +14,28 @@ from dtfcli.errors import ConfigError
 from dtfcli.inspection.agreement import Agreement, agreement_of
 from dtfcli.inspection.losses import next_token_losses
 from dtfcli.inspection.oracle import OracleRouting, against_oracle
+from dtfcli.inspection.scores import OTHER, READINGS, Floats, LayerRouting, Reading, layer_routing
 from dtfcli.inspection.token_classes import classify
 from dtfcli.inspection.tokens import TokenizedText, tokenize
 
-Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-
-MEASURES = ("score", "gate", "static_surprise", "change_surprise", "s_ce", "s_cu", "ce_part")
-"""Per-token fields of a `LayerRouting`; all but the first two are DTF's."""
-
-
-@dataclass(frozen=True)
-class LayerRouting:
-    """One routed layer over one text; arrays [T].
-
-    Attributes:
-        layer: index in the stack.
-        selected: whether the token entered the layer.
-        score: what is ranked, and compared with `threshold`.
-        gate: the soft gate, G (DTF), σ(r) or r (MoD).
-        threshold: of the layer; None in `topk` mode.
-        static_surprise, change_surprise, s_ce, s_cu: D_st, D_ch, S_CE, S_CU (DTF), else None.
-        ce_part: the share of the score that CE contributed (DTF), see `expected_change_part`.
-    """
-
-    layer: int
-    selected: Flags
-    score: Floats
-    gate: Floats
-    threshold: float | None = None
-    static_surprise: Floats | None = None
-    change_surprise: Floats | None = None
-    s_ce: Floats | None = None
-    s_cu: Floats | None = None
-    ce_part: Floats | None = None
-
-    @property
-    def routed_share(self) -> float:
-        """Share of the tokens that entered the layer."""
-        return float(self.selected.mean())
-
-    def measures(self) -> dict[str, Floats]:
-        """The per-token figures that this architecture has."""
-        found = {name: getattr(self, name) for name in MEASURES}
-        return {name: values for name, values in found.items() if values is not None}
-
-
-Against = Literal["mode", "oracle"]
-"""What a model's routing is compared with: the other mode (causal or `topk`), the tokens whose update is largest."""
-OTHER_MODE: tuple[Against, ...] = ("mode",)
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """Which model was looked at, and how it routed.
+    """Which model routed, and how.
 
     Attributes:
-        model: what the model is called.
-        architecture, routing, capacity: such as "dtf" or "dense"; the mode; γ, or one for each routed layer.
+        model: the model's name for people.
+        architecture, score: such as "dtf" by "forecast_error"; other architectures have a score of their own name.
+        bypass: how a token leaves a layer that it does not enter: "identity" or with a "forecast".
+        routing, capacity: the mode; γ, or one for each routed layer.
     """
 
     model: str
     architecture: str
+    score: str
+    bypass: str
     routing: str
     capacity: Any
 
@@ -84,20 +44,34 @@ class Inspected:
         """Whether a token's path depends on nothing after it."""
         return self.routing != "topk"
 
+    @property
+    def reading(self) -> Reading:
+        """How to read the scores."""
+        return OTHER if self.routing == "predictor" else READINGS.get(self.score, OTHER)
+
+    @property
+    def name(self) -> str:
+        """Architecture and score, for people."""
+        name = {"dtf": "DTF", "mod": "MoD"}.get(self.architecture, self.architecture)
+        return name if self.score == self.architecture else f"{name} by {self.score}"
+
+    @property
+    def gamma(self) -> str:
+        """γ, for people."""
+        capacities = self.capacity if isinstance(self.capacity, (list, tuple)) else [self.capacity]
+        return "γ " + ", ".join(f"{capacity:g}" for capacity in capacities)
+
     def heading(self) -> dict[str, Any]:
         """The above, for JSON and the page."""
-        return {
-            "model": self.model,
-            "architecture": self.architecture,
-            "routing": self.routing,
-            "causal": self.causal,
-            "capacity": self.capacity,
-        }
+        names = ("model", "architecture", "score", "bypass", "routing", "causal", "capacity")
+        return {name: getattr(self, name) for name in names}
 
 
 def inspected(model: Any, name: str) -> Inspected:
-    """What is said about a model that is looked at."""
-    return Inspected(name, model.config.architecture, model.routing, model.capacity)
+    """Name a model and its way of routing."""
+    config = model.config
+    score = config.score if config.architecture == "dtf" else config.architecture
+    return Inspected(name, config.architecture, score, config.bypass, model.routing, model.capacity)
 
 
 @dataclass(frozen=True)
@@ -112,7 +86,7 @@ class TextRouting(Inspected):
         windows: first token of each stretch that the model saw apart, because the text is longer than its positions.
         classes: one of `token_classes.CLASSES` for each token.
         agreement: of this mode with the other one, causal and `topk`; None where one of them is not available.
-        oracle: the router against the tokens with the largest update, where it was asked for.
+        oracle: the router against the tokens that lose most by skipping, if it was measured.
     """
 
     source: TokenizedText
@@ -123,10 +97,6 @@ class TextRouting(Inspected):
     classes: list[str]
     agreement: Agreement | None = None
     oracle: OracleRouting | None = None
-    _depth: Floats = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_depth", self.selected.sum(0).astype(np.float64))
 
     @property
     def tokens(self) -> list[str]:
@@ -136,17 +106,17 @@ class TextRouting(Inspected):
     @property
     def selected(self) -> Flags:
         """[L, T]: who entered which routed layer."""
-        return np.array([layer.selected for layer in self.layers], dtype=bool).reshape(-1, len(self.source))
+        return np.array([layer.selected for layer in self.layers])
 
-    @property
+    @cached_property
     def depth(self) -> list[int]:
         """For each token the number of routed layers that it entered."""
-        return [int(depth) for depth in self._depth]
+        return [int(depth) for depth in self.selected.sum(0)]
 
     @property
     def depth_share(self) -> Floats:
         """[T]: depth over the number of routed layers."""
-        return self._depth / len(self.layers)
+        return np.array(self.depth) / len(self.layers)
 
     @property
     def routed_share(self) -> float:
@@ -180,28 +150,13 @@ class TextRouting(Inspected):
                     "layer": layer.layer,
                     "routed_share": layer.routed_share,
                     "threshold": layer.threshold,
+                    "shown_threshold": layer.shown_threshold,
                     "selected": layer.selected.tolist(),
                     **{name: values.tolist() for name, values in layer.measures().items()},
                 }
                 for layer in self.layers
             ],
         }
-
-
-def expected_change_part(score: Floats, static: Floats, change: Floats, scalars: dict[str, float]) -> Floats:
-    """Which criterion drives a DTF score: the share of it that the expected change contributes, in [0, 1].
-
-    The ranked score −ln(1 − G) is softplus(a) + softplus(b), a = softplus(β_ce) · CE and b = softplus(β_cu) · CU; the
-    part is softplus(a) / score. Above one half CE drove the choice, below it CU did. a is taken from D_st and D_ch
-    again, since S_CE and S_CU saturate.
-
-    Args:
-        score, static, change: [T], the ranked score, D_st and D_ch.
-        scalars: o_ce and beta_ce of the layer's router.
-    """
-    criterion = static - (change - math.log(scalars["o_ce"] + 1e-10))
-    expected = np.logaddexp(0.0, np.logaddexp(0.0, scalars["beta_ce"]) * criterion)
-    return np.clip(expected / np.maximum(score, np.finfo(np.float64).tiny), 0.0, 1.0)
 
 
 @torch.inference_mode()
@@ -211,7 +166,8 @@ def inspect_text(
     text: str,
     *,
     name: str = "",
-    against: Collection[Against] = OTHER_MODE,
+    other_mode: bool = True,
+    oracle: bool = False,
 ) -> TextRouting:
     """Run a text through a routed model, in the model's routing mode, and keep every decision.
 
@@ -221,22 +177,27 @@ def inspect_text(
         model: a routed model in eval mode.
         tokenizer: its tokenizer.
         text: any text.
-        name: what to call the model.
-        against: route again in other ways, and compare.
+        name: the model's name for people.
+        other_mode: route once more in the other mode, causal or `topk`, and compare.
+        oracle: compare with an oracle, which takes the tokens that lose most by skipping.
 
     Raises:
         ConfigError: the model is dense, or not calibrated for its mode and capacity, or the text is empty; or there is
             no choice of tokens to compare with the oracle's.
     """
     require_routed(model, name)
-    if "oracle" in against:
+    if oracle:
         _require_choice(model)
     source = tokenize(tokenizer, text)
     size = model.config.max_position_embeddings
     windows = list(range(0, len(source), size))
     rows = [source.ids[start : start + size] for start in windows]
     passes = [_forward(model, row) for row in rows]
-    layers = [_layer(model, [records[i] for records, _, _ in passes]) for i in range(len(passes[0][0]))]
+    layers = [layer_routing(model, [records[i] for records, _, _ in passes]) for i in range(len(passes[0][0]))]
+    measured = None
+    if oracle:
+        measured, costs = against_oracle(model, rows)
+        layers = [replace(layer, figures={**layer.figures, "true_cost": costs[layer.layer]}) for layer in layers]
     return TextRouting(
         **vars(inspected(model, name)),
         source=source,
@@ -245,8 +206,8 @@ def inspect_text(
         sinks=np.concatenate([sinks for _, _, sinks in passes]),
         windows=windows,
         classes=classify(source),
-        agreement=_other_mode(model, source.ids, size, layers) if "mode" in against else None,
-        oracle=against_oracle(model, rows) if "oracle" in against else None,
+        agreement=_other_mode(model, rows, layers) if other_mode else None,
+        oracle=measured,
     )
 
 
@@ -273,9 +234,8 @@ def _forward(model: Any, ids: list[int]) -> tuple[Any, Floats, Flags]:
     """Routing records, loss [T] and sinks [T] of one window."""
     row = torch.tensor([ids], device=model.device)
     out = _stack(model, row)
-    sinks = getattr(out, "sinks", None)
-    always = np.zeros(len(ids), dtype=bool) if sinks is None else sinks[0].cpu().numpy()
-    return getattr(out, "routing", None) or (), next_token_losses(model, out.last_hidden_state[0], row[0]), always
+    always = np.zeros(len(ids), dtype=bool) if out.sinks is None else out.sinks[0].cpu().numpy()
+    return out.routing, next_token_losses(model, out.last_hidden_state[0], row[0]), always
 
 
 def _stack(model: Any, row: torch.Tensor) -> Any:
@@ -285,51 +245,20 @@ def _stack(model: Any, row: torch.Tensor) -> Any:
         raise ConfigError(f"{error}.") from error
 
 
-def _layer(model: Any, records: list[Any]) -> LayerRouting:
-    """One layer's records of all windows, joined."""
-
-    def join(name: str, kind: Any = np.float64) -> Any:
-        parts = [getattr(record, name) for record in records]
-        return None if parts[0] is None else np.concatenate([part[0].cpu().numpy().astype(kind) for part in parts])
-
-    first = records[0]
-    score, static, change = join("scores"), join("static_surprise"), join("change_surprise")
-    ce_part = None
-    if static is not None and model.config.surprise_scale == "raw":
-        ce_part = expected_change_part(score, static, change, model.router_scalars()[first.layer])
-    elif static is not None:  # in units of its moving average S_CE does not saturate: softplus(a) = −ln(1 − S_CE)
-        part = -np.log1p(-np.minimum(join("s_ce"), 1 - 1e-12))
-        ce_part = np.clip(part / np.maximum(score, np.finfo(np.float64).tiny), 0.0, 1.0)
-    return LayerRouting(
-        layer=first.layer,
-        selected=join("selected", np.bool_),
-        score=score,
-        gate=join("gate"),
-        threshold=None if first.threshold is None else float(first.threshold),
-        static_surprise=static,
-        change_surprise=change,
-        s_ce=join("s_ce"),
-        s_cu=join("s_cu"),
-        ce_part=ce_part,
-    )
-
-
-def _other_mode(model: Any, ids: list[int], size: int, layers: list[LayerRouting]) -> Agreement | None:
+def _other_mode(model: Any, rows: list[list[int]], layers: list[LayerRouting]) -> Agreement | None:
     """Agreement with `topk`, or with `threshold` for a model that routes by `topk`, at the same capacity.
 
     None where `threshold` is not calibrated for it.
     """
     other = "threshold" if model.routing == "topk" else "topk"
-    mine = {layer.layer: layer.selected for layer in layers}
     with model.routing_mode(other, model.model.capacity_override):
         try:
-            passes = [
-                _stack(model, torch.tensor([ids[i : i + size]], device=model.device)) for i in range(0, len(ids), size)
-            ]
+            passes = [_stack(model, torch.tensor([ids], device=model.device)).routing for ids in rows]
         except ConfigError:
             return None
+    records = zip(*passes, strict=True)
     theirs = {
-        layer: np.concatenate([out.routing[i].selected[0].cpu().numpy() for out in passes])
-        for i, layer in enumerate(mine)
+        layer.layer: np.concatenate([record.selected[0].cpu().numpy() for record in windows])
+        for layer, windows in zip(layers, records, strict=True)
     }
-    return agreement_of(model.routing, mine, other, theirs)
+    return agreement_of(model.routing, {layer.layer: layer.selected for layer in layers}, other, theirs)

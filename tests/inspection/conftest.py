@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import VOCABULARY, routed_model, word_tokenizer
+from tests.tiny import routed_model, word_tokenizer
 
 TEXT = "a b c d a b w30 w31 a a b c w50 w51 w52 e f g h a b c d e f g h i j k l m n o p"
 
@@ -41,14 +41,29 @@ def metaspace() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
-@pytest.fixture(scope="session", params=["dtf", "mod"])
+FIELDS: dict[str, dict[str, Any]] = {
+    "forecast_error": {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"},
+    "surprise": {"score": "surprise"},
+    "mod": {"architecture": "mod"},
+}
+
+
+def model_by(kind: str, **more: Any) -> Any:
+    """A small routed model, calibrated; predicted costs have their layer's constant."""
+    model: Any = routed_model(**FIELDS[kind] | more)
+    for router in model.model.routers.values():
+        if hasattr(router, "level"):
+            router.level.fill_(-1.5)
+    return model
+
+
+@pytest.fixture(scope="session", params=list(FIELDS))
 def model(request: pytest.FixtureRequest) -> Any:
-    """A small routed model of either architecture."""
-    assert VOCABULARY == 97
-    return routed_model(architecture=request.param)
+    """A small routed model by each kind of score."""
+    return model_by(request.param)
 
 
 @pytest.fixture(scope="session")
 def dtf_model() -> Any:
-    """A small DTF."""
-    return routed_model()
+    """A small DTF of the recommended kind."""
+    return model_by("forecast_error")

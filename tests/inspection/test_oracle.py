@@ -1,6 +1,5 @@
-"""A router against the tokens whose update is largest: agreement, and the loss if those were routed."""
+"""A router against the tokens that lose most by skipping: costs, agreement, and the loss if those were routed."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,139 +9,117 @@ from scipy import stats
 from torch import Tensor
 
 from dtfcli.errors import ConfigError
-from dtfcli.inspection.oracle import CHOOSERS, _Walk
+from dtfcli.inspection.oracle import CHOOSERS
 from dtfcli.inspection.statistics import RoutingStatistics, summarize
 from dtfcli.inspection.tables import all_tables
 from dtfcli.inspection.text import inspect_text
-from tests.inspection.conftest import TEXT
-from tests.tiny import routed_model, tokens
+from dtfcli.models.routing import Scores
+from tests.inspection.conftest import TEXT, model_by
+from tests.tiny import routed_model
 
 
-def walk(model: Any, length: int = 60) -> _Walk:
-    return _Walk(model, tokens(1, length, seed=3), np.random.default_rng(0))
-
-
-@torch.inference_mode()
-def hidden_at_full_capacity(model: Any, row: Tensor) -> Tensor:
-    with model.routing_mode(model.routing, 1.0):
-        return model.model(row, use_cache=False).last_hidden_state
+def mean_loss(report: Any) -> float:
+    return float(np.nanmean(report.loss))
 
 
 @pytest.mark.parametrize("fields", [{}, {"kv_tokens": "all"}, {"sink_tokens": 0}], ids=str)
-@pytest.mark.parametrize("architecture", ["dtf", "mod", "random"])
+@pytest.mark.parametrize("score", ["forecast_error", "surprise", "mod"])
+def test_the_routers_pass_and_that_of_every_token_are_the_models_own(
+    score: str, fields: dict[str, Any], words: Any
+) -> None:
+    model = model_by(score, **fields)
+    report = inspect_text(model, words, TEXT, oracle=True)
+    assert report.oracle is not None
+    assert report.oracle.losses["router"].mean == pytest.approx(mean_loss(report), rel=1e-5)
+    model.set_routing("threshold", 1.0)
+    every_token = inspect_text(model, words, TEXT, other_mode=False)
+    assert report.oracle.losses["every token"].mean == pytest.approx(mean_loss(every_token), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("score", "fields"),
+    [("mod", {"sink_tokens": 2}), ("mod", {"routed_part": "mlp"}), ("forecast_error", {}), ("surprise", {})],
+    ids=str,
+)
 @torch.inference_mode()
-def test_the_walk_is_the_models_own_pass(architecture: str, fields: dict[str, Any]) -> None:
-    model = routed_model(architecture=architecture, **fields)
-    ours = walk(model)
-    out = model.model(ours.row, use_cache=False)
-    torch.testing.assert_close(ours.along_router({}), out.last_hidden_state)
-    assert ours.counts == {record.layer: int(record.selected.sum()) for record in out.routing}
-    torch.testing.assert_close(ours.chosen_by("every token"), hidden_at_full_capacity(model, ours.row))
+def test_costs_and_agreement_are_those_of_a_naive_reading(score: str, fields: dict[str, Any], words: Any) -> None:
+    """With one routed layer: its output when every token enters, against its output when none does."""
+    model = model_by(score, routed_layers=[3], gate="straight_through", **fields)
+    report = inspect_text(model, words, TEXT, oracle=True)
+    ids, states = torch.tensor([words(TEXT).input_ids]), {}
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        states["before"], states["after"] = args[0][0], output[0][0]
+
+    hook = model.model.layers[3].register_forward_hook(keep)
+    with model.routing_mode("threshold", 1.0):
+        model.model(ids, use_cache=False)
+    before, entered = states["before"], states["after"]
+    model.config.sink_tokens = 0
+    model.model.layers[3].router.thresholds.fill_(torch.inf)
+    model.model(ids, use_cache=False)
+    hook.remove()
+    costs = (entered - states["after"]).norm(dim=-1)
+    layer, assert_close = report.layers[0], np.testing.assert_allclose
+    assert_close(layer.figures["true_cost"], costs / 32**0.5, rtol=1e-4)
+
+    counted = ~report.sinks
+    assert report.oracle is not None
+    measured = report.oracle.layers[3]
+    assert measured.rank_correlation == pytest.approx(stats.spearmanr(layer.score[counted], costs[counted]).statistic)
+    largest = costs.masked_fill(torch.tensor(report.sinks), torch.inf).topk(int(layer.selected.sum())).indices
+    assert measured.overlap.both == int(layer.selected[largest].sum()) - int(report.sinks.sum())
+    assert measured.overlap.shares[0] == measured.overlap.shares[1], "as many tokens as the router"
+    if score == "forecast_error":
+        missed = (costs**2 / (entered - before).norm(dim=-1) ** 2).numpy()
+        skipping, routed = counted & ~layer.selected, counted & layer.selected
+        assert measured.missed_shares == pytest.approx((missed[skipping].mean(), missed[routed].mean()), rel=1e-4)
+        assert report.oracle.missed == pytest.approx(missed[skipping].mean(), rel=1e-4)
+    else:
+        assert measured.missed_shares == (None, None)
 
 
-@torch.inference_mode()
-def test_sizes_and_choice_are_those_of_a_naive_reading() -> None:
-    """A model with one routed layer: the oracle's tokens are the largest changes that full capacity makes there."""
-    model = routed_model(architecture="mod", routed_layers=[3], gate="straight_through", sink_tokens=2)
-    seen: dict[str, Tensor] = {}
-    layer = model.model.layers[3]
-    before = layer.register_forward_pre_hook(lambda module, args: seen.update(x=args[0][0]))
-    after = layer.register_forward_hook(lambda module, args, out: seen.update(y=out[0][0]))
-    ours = walk(model)
-    hidden_at_full_capacity(model, ours.row)
-    before.remove()
-    after.remove()
-    sizes = (seen["y"] - seen["x"]).norm(dim=-1)
-    record = model.model(ours.row, use_cache=False).routing[0]
-    count = int(record.selected.sum())
-    sizes_of_others = sizes.clone()
-    sizes_of_others[:2] = torch.inf
-    expected = sizes_of_others >= sizes_of_others.sort(descending=True).values[count - 1]
-
-    layers: dict[int, Any] = {}
-    ours.along_router(layers)
-    found = layers[3]
-    assert found.rank_correlation == pytest.approx(stats.spearmanr(record.scores[0, 2:], sizes[2:]).statistic)
-    assert found.overlap.both == int((expected & record.selected[0])[2:].sum())
-    assert found.overlap.shares[0] == found.overlap.shares[1], "as many tokens as the router"
-    passing = ours._enter()
-    for index in range(3):
-        model.model.step(index, passing)
-    assert torch.equal(ours._choice("oracle", 3, passing), expected)
-
-
-@torch.inference_mode()
-def test_a_router_that_is_the_oracle_agrees_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = routed_model(architecture="mod", gate="straight_through")
+def test_a_router_that_is_the_oracle_agrees_and_loses_nothing(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_by("mod", gate="straight_through")
     model.set_routing("topk")
-    ours = walk(model)
+    for place, index in enumerate(model.model.routed):  # a layer's costs depend on what the layers below route
+        cost = torch.tensor(inspect_text(model, words, TEXT, oracle=True).layers[place].figures["true_cost"])
+        scores = Scores(cost[None].float(), torch.ones(1, len(cost)))
 
-    def by_size(index: int, score: Any) -> Any:
-        def scores(hidden: Tensor, surprises: Any, frame: Any, store: Any = None) -> Any:
-            found = score(hidden, surprises, frame, store)
-            if frame.capacities[index] == 1.0 or frame.chosen is not None:  # the look at the sizes itself
-                return found
-            sizes = ours._sizes(index, replace(ours._enter(), hidden_states=hidden))
-            return found._replace(score=sizes.unsqueeze(0))
+        def by_cost(hidden: Tensor, scores: Scores = scores) -> Scores:
+            return scores
 
-        return scores
-
-    for index in model.model.routed:
-        layer = model.model.layers[index]
-        monkeypatch.setattr(layer, "score", by_size(index, layer.score))
-    layers: dict[int, Any] = {}
-    hidden = ours.along_router(layers)
-    assert all(found.rank_correlation == pytest.approx(1.0) for found in layers.values())
-    assert all(found.overlap.jaccard == 1.0 for found in layers.values())
-    torch.testing.assert_close(ours.chosen_by("oracle"), hidden)
-
-
-@pytest.mark.parametrize("fields", [{"routed_part": "mlp"}, {"bypass": "forecast"}, {"routed_part": "attention"}])
-@torch.no_grad()
-def test_sizes_are_what_skipping_loses(fields: dict[str, str]) -> None:
-    """Of the part that is routed alone, and against the forecast."""
-    model = routed_model(architecture="mod", kv_tokens="all", **fields)
-    ours = walk(model)
-    passing, index = ours._enter(), 1
-    model.model.step(0, passing)
-    sizes = ours._sizes(index, passing)
-    layer, frame = model.model.layers[index], passing.frame
-    for token in (3, 7):
-        chosen = torch.ones_like(ours.row, dtype=torch.bool)
-        states = []
-        for enters in (True, False):
-            chosen[0, token] = enters
-            how = {
-                "frame": replace(frame, chosen={index: chosen.clone()}),
-                "capacity": 0.5,
-                **passing.layer_inputs["full_attention"],
-            }
-            states.append(layer(passing.hidden_states, **how)[0][0, token])
-        assert sizes[token] == pytest.approx((states[0] - states[1]).norm().item(), rel=1e-3)
+        monkeypatch.setattr(model.model.layers[index].router, "forward", by_cost)
+    oracle = inspect_text(model, words, TEXT, oracle=True).oracle
+    assert oracle is not None
+    for layer in oracle.layers.values():
+        assert layer.rank_correlation == pytest.approx(1.0)
+        assert layer.overlap.jaccard == 1.0
+    assert oracle.losses["oracle"].mean == pytest.approx(oracle.losses["router"].mean, rel=1e-5)
 
 
 def test_texts_add_up(model: Any, words: Any) -> None:
     texts = [TEXT, TEXT[:40], "q r s t u v w30 w31 w32 w33 w34 a b"]
-    reports = [inspect_text(model, words, text, against=["oracle"]) for text in texts]
+    reports = [inspect_text(model, words, text, oracle=True) for text in texts]
     statistics = RoutingStatistics()
     for report in reports:
         statistics.add(report)
-    total = statistics.result().oracle
+    summary = statistics.result()
+    total = summary.oracle
     assert total is not None
     singles = [report.oracle for report in reports if report.oracle is not None]
-    assert len(singles) == 3
     for chooser in CHOOSERS:
         losses = [single.losses[chooser].mean for single in singles]
         assert total.losses[chooser].mean == pytest.approx(np.average(losses, weights=total.losses[chooser].targets))
-    tokens_seen = sum(len(report.source) - int(report.sinks.sum()) for report in reports)
-    assert all(layer.overlap.tokens == tokens_seen for layer in total.layers.values())
-    router_loss = np.nansum(np.concatenate([report.loss for report in reports])) / total.losses["router"].targets.sum()
-    assert total.losses["router"].mean == pytest.approx(router_loss, rel=1e-5)
-    keys = [table.key for table in all_tables(statistics.result())]
-    assert keys[-2:] == ["oracle", "ceiling"]
-    assert summarize(inspect_text(model, words, TEXT)).oracle is None, "only where it was asked for"
+    counted = sum(len(report.source) - int(report.sinks.sum()) for report in reports)
+    assert all(layer.overlap.tokens == counted for layer in total.layers.values())
+    tables = all_tables(reports[0], summary)
+    assert [table.key for table in tables][-2:] == ["oracle", "ceiling"]
+    forecasts = model.config.bypass == "forecast"
+    assert ("missed: routed" in dict(tables[-2].columns)) == (total.missed is not None) == forecasts
+    assert summarize(inspect_text(model, words, TEXT)).oracle is None, "only on request"
 
 
 def test_there_must_be_a_choice(words: Any) -> None:
     with pytest.raises(ConfigError, match="name a dtf, mod or random model"):
-        inspect_text(routed_model(architecture="layerdrop"), words, TEXT, against=["oracle"])
+        inspect_text(routed_model(architecture="layerdrop"), words, TEXT, oracle=True)

@@ -42,15 +42,18 @@ def test_a_corpus_is_its_texts_pooled(model: Any, words: PreTrainedTokenizerFast
         chosen = np.concatenate([r.layers[i].selected for r in reports])
         assert layer.routed_share == pytest.approx(chosen.mean())
         for name, mean in layer.means.items():
-            assert mean == pytest.approx(np.concatenate([getattr(r.layers[i], name) for r in reports])[keep].mean())
-        if model.config.architecture == "mod":
-            assert layer.driven_by_ce is layer.ranking_by_ce is None
+            values = np.concatenate([r.layers[i].measures()[name] for r in reports])
+            assert mean == pytest.approx(values[keep].mean())
+            assert layer.routed_means[name] == pytest.approx(values[keep & chosen].mean())
+            assert layer.skipping_means[name] == pytest.approx(values[keep & ~chosen].mean())
+        if corpus.score != "surprise":
+            assert not layer.criteria
             continue
-        part = np.concatenate([r.layers[i].ce_part for r in reports])
+        part = np.concatenate([r.layers[i].figures["ce_part"] for r in reports])
         score = np.concatenate([r.layers[i].score for r in reports])
-        assert layer.driven_by_ce == pytest.approx((part[keep & chosen] > 0.5).mean())
+        assert layer.criteria["by CE"] == pytest.approx((part[keep & chosen] > 0.5).mean())
         ranking = np.cov((part * score)[keep], score[keep])
-        assert layer.ranking_by_ce == pytest.approx(ranking[0, 1] / ranking[1, 1], rel=1e-4)
+        assert layer.criteria["rank CE"] == pytest.approx(ranking[0, 1] / ranking[1, 1], rel=1e-4)
 
     classes = np.concatenate([r.classes for r in reports])
     ids = np.concatenate([r.source.ids for r in reports])
@@ -74,6 +77,11 @@ def test_a_corpus_is_its_texts_pooled(model: Any, words: PreTrainedTokenizerFast
             assert row.depth == pytest.approx(values.mean())
             if len(values) > 1:
                 assert row.depth_error == pytest.approx(values.std(ddof=1) / len(values) ** 0.5)
+            leading = corpus.reading.leading
+            if leading is not None:
+                figures = [layer.figures[leading] for r in reports for layer in r.layers]
+                by_layer = [np.concatenate(figures[i :: len(summary.layers)]) for i in range(len(summary.layers))]
+                assert row.leading == pytest.approx(np.mean(by_layer, axis=0)[groups[name] & keep].mean())
     assert summary.agreement is not None
     assert summary.agreement.overall.tokens == len(ids) * len(summary.layers)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dtfcli.errors import ConfigError
 from dtfcli.inspection.text import inspect_text
-from tests.inspection.conftest import TEXT
+from tests.inspection.conftest import TEXT, model_by
 from tests.tiny import dense_model, routed_model
 
 
@@ -28,28 +28,38 @@ def test_records_and_loss_are_the_models_own(model: Any, words: PreTrainedTokeni
         assert layer.layer == record.layer
         assert layer.selected.tolist() == record.selected[0].tolist()
         np.testing.assert_allclose(layer.score, record.scores[0], rtol=1e-5)
-        np.testing.assert_allclose(layer.gate, record.gate[0], rtol=1e-5)
+        np.testing.assert_allclose(layer.figures["gate"], record.gate[0], rtol=1e-5)
         assert layer.threshold == pytest.approx(float(record.threshold))
-        assert (layer.static_surprise is None) == (model.config.architecture == "mod")
+        for name in ("static_surprise", "change_surprise", "s_ce", "s_cu"):
+            values = getattr(record, name)
+            assert (name in layer.figures) == (values is not None)
+            if values is not None:
+                np.testing.assert_allclose(layer.figures[name], values[0], rtol=1e-5)
     depth = [sum(bool(r.selected[0, t]) for r in out.routing) for t in range(ids.shape[1])]
     assert report.depth == depth
     assert report.routed_share == pytest.approx(sum(depth) / len(depth) / len(out.routing))
     assert report.sinks.tolist() == [True] + [False] * (len(depth) - 1)
 
 
-def test_the_part_of_expected_change_is_its_share_of_the_score(dtf_model: Any, words: PreTrainedTokenizerFast) -> None:
-    report = inspect_text(dtf_model, words, TEXT)
-    scalars = dtf_model.router_scalars()
+@pytest.mark.parametrize("score", ["forecast_error", "update_size"])
+def test_a_predicted_cost_lets_in_what_is_above_the_threshold(score: str, words: PreTrainedTokenizerFast) -> None:
+    report = inspect_text(model_by("forecast_error", score=score), words, TEXT)
+    assert report.name == f"DTF by {score}"
     for layer in report.layers:
-        assert layer.ce_part is not None
-        assert layer.s_ce is not None
-        assert layer.s_cu is not None
-        for t in range(len(report.source)):
-            if max(layer.s_ce[t], layer.s_cu[t]) > 0.999:
-                continue  # −ln(1 − S) is not to be had from a saturated S
-            ce, cu = -math.log(1 - layer.s_ce[t]), -math.log(1 - layer.s_cu[t])
-            assert layer.ce_part[t] == pytest.approx(ce / (ce + cu), abs=2e-3)
-    assert scalars[report.layers[0].layer]["o_ce"] > 0
+        cost = layer.figures["predicted_cost"]
+        np.testing.assert_allclose(cost, np.exp(layer.score - 1.5) ** 0.5)
+        assert layer.shown_threshold is not None
+        assert (layer.selected == (cost > layer.shown_threshold) | report.sinks).all()
+    assert set(report.layers[0].figures) == {"gate", "predicted_cost"}
+
+
+def test_the_part_of_expected_change_is_its_share_of_the_score(words: PreTrainedTokenizerFast) -> None:
+    report = inspect_text(model_by("surprise"), words, TEXT)
+    for layer in report.layers:
+        s_ce, s_cu = layer.figures["s_ce"], layer.figures["s_cu"]
+        exact = np.maximum(s_ce, s_cu) < 0.999  # −ln(1 − S) is not to be had from a saturated S
+        ce, cu = -np.log(1 - s_ce[exact]), -np.log(1 - s_cu[exact])
+        np.testing.assert_allclose(layer.figures["ce_part"][exact], ce / (ce + cu), atol=2e-3)
 
 
 @pytest.mark.parametrize(("mode", "other"), [("threshold", "topk"), ("topk", "threshold")])
