@@ -22,10 +22,10 @@ from dtfcli.loading.paths import resolve_model_path
 from dtfcli.runs.folder import MERGED_MODEL
 from dtfcli.settings import Settings
 from dtfcli.settings.after import HubSettings
+from dtfcli.training.distributed import is_main_process
+from dtfcli.training.events import TrainEvent, TrainListener
 from dtfcli.training.loop import TrainResult, train_model
 from dtfcli.training.plan import TrainPlan, for_processes, plan_run
-from dtfcli.training.processes import is_main_process
-from dtfcli.training.tracking import TrainEvent, TrainListener
 
 if TYPE_CHECKING:
     from dtfcli.evaluation.job_runner import EvalEvent

@@ -8,7 +8,7 @@ import pytest
 from dtfcli.errors import ConfigError
 from dtfcli.experiment import train
 from dtfcli.settings import load_settings
-from dtfcli.training.tracking import TrainEvent
+from dtfcli.training.events import TrainEvent
 from tests.evaluation.conftest import write_dataset
 from tests.training.small_runs import small_settings
 

@@ -26,7 +26,7 @@ from dtfcli.bench.report import BenchOptions, StepResult
 from dtfcli.cost.accounting import training_step_flops
 from dtfcli.cost.peak import matmul_peak
 from dtfcli.training.compiling import compile_layers
-from dtfcli.training.kernels import check_kernels, use_liger
+from dtfcli.training.liger import check_liger, use_liger
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups
 
@@ -100,7 +100,7 @@ def bench_training(
         entries.append(_Entry("stock", 1.0, dense, _StockObjective(dense)))
     for architecture, model in routed.items():
         entries += [_Entry(architecture, share, model, _OwnObjective(model)) for share in options.capacities]
-    check_kernels(options.kernels, dense.device)
+    check_liger(options.kernels, dense.device)
     for model in (dense, *routed.values()):
         if options.kernels == "liger" and (left := use_liger(model)):
             tell(f"torch runs {', '.join(left)}, for which Liger has no kernel")

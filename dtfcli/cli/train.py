@@ -13,8 +13,8 @@ from dtfcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from dtfcli.settings import Settings
+    from dtfcli.training.events import TrainListener
     from dtfcli.training.loop import TrainResult
-    from dtfcli.training.tracking import TrainListener
 
 
 Arguments = Annotated[
@@ -123,7 +123,7 @@ def _launched(settings: "Settings", processes: int | None) -> bool:
     if processes is None or processes == 1:
         return False
     from dtfcli.cli.launch import launch
-    from dtfcli.training.processes import check_processes
+    from dtfcli.training.distributed import check_processes
 
     check_processes(settings, processes)
     code = launch(sys.argv[1:], processes)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from dtfcli.cost.accounting import Account
     from dtfcli.cost.scaling import Scaling
     from dtfcli.settings import Settings
+    from dtfcli.training.events import TrainEvent
     from dtfcli.training.loop import TrainResult
     from dtfcli.training.plan import TrainPlan
-    from dtfcli.training.tracking import TrainEvent
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 48
@@ -241,7 +241,7 @@ def account_rows(
             f"{settings.accumulation_steps(processes)} micro-batches",
         ),
         ("updates", f"{plan.total_steps:,}" if plan else "–", "" if plan else updates),
-        ("tokens", _count(plan.total_steps * plan.tokens_per_update) if plan else "–", "in all" if plan else ""),
+        ("tokens", _count(plan.total_steps * plan.tokens_per_step) if plan else "–", "in all" if plan else ""),
     ]
 
 

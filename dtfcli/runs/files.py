@@ -67,10 +67,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 def shared_folder(folder: Path, processes: Any) -> Iterator[Path]:
     """As `replaced_folder`, for several processes that fill it together; all go on when it has its place."""
     with replaced_folder(folder) if processes.is_main else nullcontext(_partial(folder)) as partial:
-        processes.wait()
+        processes.barrier()
         with explained_write_errors(folder.parent):
             yield partial
-    processes.wait()
+    processes.barrier()
 
 
 def tidy_folders(parent: Path) -> None:

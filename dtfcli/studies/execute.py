@@ -19,7 +19,7 @@ from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, SETTINGS_FILE
 from dtfcli.settings import Settings
 from dtfcli.studies.grid import KEY_LENGTH, PlannedRun
-from dtfcli.training.tracking import TrainEvent
+from dtfcli.training.events import TrainEvent
 
 State = Literal["waiting", "submitted", "training", "finished", "reused"]
 _POLL_SECONDS = 1.0

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from dtfcli.loading.adapters import adapter_state, is_adapted, load_adapter_state, read_adapter
 from dtfcli.runs.folder import BEST_MODEL
-from dtfcli.training.saving import save_model
-from dtfcli.training.setup import Run
+from dtfcli.training.checkpoint import save_model
+from dtfcli.training.run import Run
 from dtfcli.training.validation import calibration_batches
 
 QUICK_CALIBRATION_TOKENS = 4096
@@ -29,7 +29,7 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
     # In the precision that the losses are measured in: thresholds are quantiles of its scores.
     with run.accelerator.autocast(), run.states.outside():
         run.model.calibrate(batches, capacities=capacities)
-    run.processes.share([table for name, table in run.model.named_buffers() if "thresholds" in name])
+    run.processes.broadcast([table for name, table in run.model.named_buffers() if "thresholds" in name])
 
 
 @contextmanager

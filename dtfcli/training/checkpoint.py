@@ -1,47 +1,73 @@
-"""Checkpoints that a run can be resumed from, and folders that appear whole or not at all.
+"""What a run leaves on disk: checkpoints to resume from, and model folders to use.
 
-Choices: `accelerate` writes and reads the states (weights as safetensors, the rest loaded with weights_only), for
-sharded runs torch's distributed checkpoints do (`stored_states` lets neither run code); ours is that a checkpoint is
-written beside its place, hashed, and then renamed. A kill at any moment leaves the previous checkpoints as they were; a
-file damaged later is noticed by its hash and the checkpoint before it is used.
+Every process takes part in gathering what is spread over them; the main one alone writes. Tensors and random generators
+are written and read by `distributed`; here a checkpoint is written next to its place, hashed, and then renamed. A kill
+at any moment leaves the previous checkpoints as they were. A file that is damaged later is noticed by its hash, and the
+checkpoint before it is used.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, load_adapter_state, merge, save_adapter
+from dtfcli.loading.build import build_model
+from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import shared_folder
-from dtfcli.runs.folder import STATE_FILE, checkpoint_folder, list_checkpoints, step_of
+from dtfcli.runs.folder import MERGED_MODEL, STATE_FILE, checkpoint_folder, list_checkpoints, step_of
+from dtfcli.training.run import Run, TrainingState
 
 
-@dataclass
-class TrainingState:
-    """Where a run stands, apart from tensors and random generators.
+def checkpoint(run: Run) -> Path:
+    """Everything that going on needs, in a checkpoint of this step."""
+    run.state.metrics_bytes, run.state.stream = run.log.bytes, run.rows.state()
+    with quiet_libraries():
+        folder = save_checkpoint(
+            run.states, run.folder, run.state, run.settings.training.keep_checkpoints, run.processes
+        )
+    run.tell("checkpoint", str(folder))
+    return folder
 
-    Attributes:
-        step: updates done.
-        evaluated_step: the last step whose evaluation is in the metrics; -1: none.
-        best_step, best_loss: of the best evaluation after the start; -1 and None: none yet.
-        metrics_bytes: length of metrics.jsonl at this point.
-        data: fingerprint of the tokenized data.
-        processes: their number. A run resumed with another number continues from the same weights, but not bit for bit.
-        stream: position in sources that stream (`stream.RowStream.state`); None: none do.
+
+def save_model(run: Run, name: str) -> Path:
+    """A model folder: weights in float32, configuration, tokenizer and, for routed models, their code.
+
+    With LoRA an adapter folder.
     """
+    folder = run.folder / name
+    adapters = run.states.whole(adapter_state(run.model)) if is_adapted(run.model) else None
+    weights = run.states.whole_weights() if adapters is None else None
+    with quiet_libraries(), shared_folder(folder, run.processes) as partial:
+        if run.processes.is_main:
+            if adapters is None:
+                run.model.save_pretrained(partial, state_dict=weights)
+            else:
+                save_adapter(run.model, partial, adapters)
+            run.tokenizer.save_pretrained(partial)
+    return folder
 
-    step: int = 0
-    evaluated_step: int = -1
-    best_step: int = -1
-    best_loss: float | None = None
-    metrics_bytes: int = 0
-    data: str = ""
-    processes: int = 1
-    stream: dict[str, Any] | None = None
+
+def save_merged(run: Run) -> None:
+    """The plain model folder of a LoRA run, adapters merged into the base."""
+    state = run.states.whole(adapter_state(run.model))
+
+    def from_base() -> Any:
+        return adapt(build_model(run.settings, tokenizer=run.tokenizer), run.settings)
+
+    with quiet_libraries(), shared_folder(run.folder / MERGED_MODEL, run.processes) as partial:
+        if run.processes.is_main:
+            # Into the base as it is, not into 4 bits: a merged model computes what its adapter folder does.
+            quantized = run.settings.lora.quantize != "none"
+            adapted = from_base() if quantized else run.states.detached(run.model, from_base)
+            load_adapter_state(adapted, state)
+            merge(adapted).save_pretrained(partial)
+            run.tokenizer.save_pretrained(partial)
 
 
 def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int, processes: Any) -> Path:
@@ -50,7 +76,7 @@ def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int,
     Later ones are of a course that was left because they are damaged: they count for nothing, and are written over.
 
     Args:
-        states: saves model, optimizer and random generators into a folder (`sharding`).
+        states: saves model, optimizer and random generators into a folder (`distributed.Replicated`).
         run_dir: the run folder.
         state: where the run stands.
         keep: checkpoints to keep, at least 1.
@@ -62,7 +88,7 @@ def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int,
     folder = checkpoint_folder(run_dir, state.step)
     with shared_folder(folder, processes) as partial:
         states.save(partial)
-        processes.wait()
+        processes.barrier()
         if processes.is_main:
             files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
             hashes = {path.relative_to(partial).as_posix(): _hash(path) for path in files}

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from dtfcli.errors import DTFError
 from dtfcli.settings import Settings
-from dtfcli.training.processes import ProcessLost, world_size
+from dtfcli.training.distributed import ProcessLost, world_size
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _LOST = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "NCCL", "gloo")

@@ -28,16 +28,16 @@ from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import BEST_MODEL, CURVES_FILE, FINAL_MODEL, locked
 from dtfcli.settings import Settings
 from dtfcli.training.calibrate import calibrate, complete_best_model, evaluation_thresholds
+from dtfcli.training.checkpoint import checkpoint, save_merged, save_model
 from dtfcli.training.curriculum import phase_of
 from dtfcli.training.curves import draw_curves
+from dtfcli.training.distributed import Sharded, is_main_process
+from dtfcli.training.events import TrainEvent, TrainListener
 from dtfcli.training.failures import explained_failures
 from dtfcli.training.interrupt import StopRequested, StopSignal
-from dtfcli.training.processes import is_main_process
-from dtfcli.training.saving import checkpoint, save_merged, save_model
-from dtfcli.training.setup import Run, setup
-from dtfcli.training.sharding import Sharded
-from dtfcli.training.tracking import TrainEvent, TrainListener
-from dtfcli.training.update import check_finite, is_logged, update
+from dtfcli.training.run import Run
+from dtfcli.training.setup import setup
+from dtfcli.training.step import check_finite, is_logged, train_step
 from dtfcli.training.validation import to_batch, validate
 
 _CURVES_EVERY_SECONDS = 30.0
@@ -98,7 +98,7 @@ def train_model(settings: Settings, *, resume: Path | None, rename: bool, emit: 
             fit(run)
             run.rows.close()
             result = finish(run)
-        run.processes.leave()
+        run.processes.disconnect()
     return result
 
 
@@ -110,13 +110,13 @@ def _explained_stops(run: Run) -> Iterator[None]:
     except StopRequested:
         folder = checkpoint(run)
         _draw_curves(run, at_once=True)
-        run.processes.wait()
+        run.processes.barrier()
         raise TrainingInterrupted(
             f"Interrupted at step {run.state.step} of {run.plan.total_steps}, saved as {folder}. "
             f"Go on with: dtf train --resume {run.folder}"
         ) from None
     except SourceLost as error:
-        alone = run.processes.count == 1  # others may be in the middle of a step
+        alone = run.processes.world_size == 1  # others may be in the middle of a step
         saved = f"step {run.state.step} is saved as {checkpoint(run)}" if alone else "stopped"
         raise SourceLost(f"{error} The run: {saved}. Go on with: dtf train --resume {run.folder}") from error
     finally:
@@ -137,8 +137,8 @@ def fit(run: Run) -> None:
         run.stop.check()
         run.tell("phase", phase_of(state.step, plan.total_steps, run.settings.training))
         run.watch.start()
-        losses = update(run)
-        run.watch.stop(plan.tokens_per_update)
+        losses = train_step(run)
+        run.watch.stop(plan.tokens_per_step)
         state.step += 1
         log_step(run, losses)
         if state.step % plan.checkpoint_every == 0 and state.step < plan.total_steps:
@@ -157,7 +157,7 @@ def log_step(run: Run, losses: dict[str, Any]) -> None:
     if run.objective.routed:
         for layer, scalars in run.model.router_scalars().items():
             line |= {f"router/{layer}/{name}": value for name, value in scalars.items()}
-    peak = run.peak_flops * run.processes.count if run.peak_flops else None
+    peak = run.peak_flops * run.processes.world_size if run.peak_flops else None
     line |= {"tokens_per_second": rate, "mfu": flops / peak if peak else None}
     line = _without_nan(line)
     run.log.write(line)

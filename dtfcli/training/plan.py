@@ -22,7 +22,7 @@ class TrainPlan:
     """Sizes of a run, in rows, tokens and updates."""
 
     seq_len: int
-    rows_per_update: int
+    rows_per_step: int
     micro_batch_size: int
     total_steps: int
     warmup_steps: int
@@ -31,8 +31,8 @@ class TrainPlan:
     checkpoint_every: int
 
     @property
-    def tokens_per_update(self) -> int:
-        return self.rows_per_update * self.seq_len
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.seq_len
 
     def micro_batches(self, rows: np.ndarray, rank: int = 0, processes: int = 1) -> list[np.ndarray]:
         """One process's rows [R, T] of an update in parts of `micro_batch_size`; the last may be smaller.
@@ -73,7 +73,7 @@ def plan_run(settings: Settings, train_rows: int | None) -> TrainPlan | None:
         The plan; None when the number of updates follows from rows that are not known.
     """
     training, seq_len = settings.training, settings.data.seq_len
-    rows_per_update = settings.tokens_per_update // seq_len
+    rows_per_step = settings.tokens_per_update // seq_len
     if train_rows == 0:
         raise DataError(
             f"data.sources give no row of data.seq_len = {seq_len} tokens to train on; add text or shorten the rows."
@@ -82,12 +82,12 @@ def plan_run(settings: Settings, train_rows: int | None) -> TrainPlan | None:
     if total is None:
         if train_rows is None:
             return None
-        total = max(1, int(training.epochs * train_rows / rows_per_update))
+        total = max(1, int(training.epochs * train_rows / rows_per_step))
     every = max(1, total // _EVALUATIONS, _affordable_interval(settings))
     return TrainPlan(
         seq_len=seq_len,
-        rows_per_update=rows_per_update,
-        micro_batch_size=min(training.micro_batch_size, rows_per_update),
+        rows_per_step=rows_per_step,
+        micro_batch_size=min(training.micro_batch_size, rows_per_step),
         total_steps=total,
         warmup_steps=round(training.warmup_ratio * total),
         log_every=training.log_every,

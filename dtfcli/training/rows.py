@@ -11,11 +11,11 @@ from dtfcli.data.stream import RowStream
 from dtfcli.settings import Settings
 
 
-class UpdateRows(Protocol):
+class StepRows(Protocol):
     """Where an update's rows come from; the same whatever the number of processes, which divide them up."""
 
     def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
-        """Rows of update `step` (from 0), int32 [rows_per_update, T]; `check` may raise while text is waited for."""
+        """Rows of update `step` (from 0), int32 [rows_per_step, T]; `check` may raise while text is waited for."""
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint has to hold to go on after the rows taken; None: nothing."""
@@ -27,9 +27,9 @@ class UpdateRows(Protocol):
 class PackedRows:
     """Rows of text that was packed before the run, in an order that is a function of seed and step."""
 
-    def __init__(self, rows: np.ndarray, rows_per_update: int, seed: int) -> None:
+    def __init__(self, rows: np.ndarray, rows_per_step: int, seed: int) -> None:
         """Take [N, T] rows."""
-        self._rows, self._count, self._seed = rows, rows_per_update, seed
+        self._rows, self._count, self._seed = rows, rows_per_step, seed
 
     def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
         """Look up the rows of this step."""
@@ -69,27 +69,27 @@ class StreamedRows:
             self._stream = None
 
 
-def update_rows(
+def step_rows(
     settings: Settings,
     data: TokenizedData,
     tokenizer: Any,
-    rows_per_update: int,
+    rows_per_step: int,
     state: dict[str, Any] | None,
     on_note: Callable[[str], None],
-) -> UpdateRows:
+) -> StepRows:
     """The rows of a run's updates.
 
     Args:
         settings: of the run.
         data: what was packed, or the beginning of a stream.
         tokenizer: of the run.
-        rows_per_update: over all processes.
+        rows_per_step: over all processes.
         state: of the stream in the checkpoint that is resumed.
         on_note: hears when a source begins again.
     """
     seed = settings.run.seed
     if not settings.data.streaming:
-        return PackedRows(data.train, rows_per_update, seed)
+        return PackedRows(data.train, rows_per_step, seed)
     return StreamedRows(
-        lambda at: RowStream(settings.data, tokenizer, seed=seed, state=at, on_note=on_note), rows_per_update, state
+        lambda at: RowStream(settings.data, tokenizer, seed=seed, state=at, on_note=on_note), rows_per_step, state
     )

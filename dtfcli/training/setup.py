@@ -1,14 +1,11 @@
 """Everything a run needs, built and checked before the first step."""
 
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -23,62 +20,21 @@ from dtfcli.loading.quantization import check_nf4, quantize_nf4
 from dtfcli.runs.files import MetricsLog, tidy_folders
 from dtfcli.runs.folder import CHECKPOINTS, FINAL_MODEL, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
-from dtfcli.training.checkpoint import TrainingState, find_checkpoint
+from dtfcli.training.activation_checkpointing import checkpoint_activations
+from dtfcli.training.checkpoint import find_checkpoint
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.distillation import Distillation, dense_parent
+from dtfcli.training.distributed import Replicated, Sharded, connect
+from dtfcli.training.events import TrainEvent, TrainListener
 from dtfcli.training.fitting import fit_routing
 from dtfcli.training.interrupt import StopSignal
-from dtfcli.training.kernels import check_kernels, use_liger
+from dtfcli.training.liger import check_liger, use_liger
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import build_optimizer, parameter_groups
-from dtfcli.training.plan import TrainPlan, for_processes, plan_run
-from dtfcli.training.processes import Processes, connect
-from dtfcli.training.recomputing import recompute_activations
-from dtfcli.training.rows import UpdateRows, update_rows
-from dtfcli.training.sharding import Replicated, Sharded
+from dtfcli.training.plan import for_processes, plan_run
+from dtfcli.training.rows import step_rows
+from dtfcli.training.run import Run, TrainingState
 from dtfcli.training.trackers import Trackers, check_trackers
-from dtfcli.training.tracking import Stopwatch, TrainEvent, TrainListener
-from dtfcli.training.validation import evaluation_rows
-
-
-@dataclass
-class Run:
-    """Everything that a running run needs."""
-
-    settings: Settings
-    plan: TrainPlan
-    folder: Path
-    accelerator: Accelerator
-    processes: Processes
-    states: Replicated
-    objective: Any
-    model: Any
-    optimizer: Any
-    tokenizer: Any
-    data: TokenizedData
-    rows: UpdateRows
-    trackers: Trackers
-    log: MetricsLog
-    state: TrainingState
-    emit: TrainListener
-    stop: StopSignal
-    peak_flops: float | None
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    curves_drawn_at: float = field(default_factory=time.monotonic)
-
-    @cached_property
-    def validation(self) -> np.ndarray:
-        """int32 [N, T]: the rows of every evaluation; none without validation text."""
-        return evaluation_rows(self.data.validation, self.settings.data.validation_blocks)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self.state.step * self.plan.tokens_per_update
-
-    def tell(self, kind: Any, message: str = "", metrics: dict[str, Any] | None = None) -> None:
-        """Emit an event of this step."""
-        self.emit(TrainEvent(kind, message, self.state.step, self.plan.total_steps, metrics=metrics or {}))
 
 
 def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainListener, stop: StopSignal) -> Run:
@@ -87,11 +43,11 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
         raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / FINAL_MODEL}.")
     check_trackers(settings)
     accelerator, processes = connect(settings)
-    check_kernels(settings.training.kernels, processes.device)
+    check_liger(settings.training.kernels, processes.device)
     if settings.lora.quantize == "nf4":
         check_nf4()
-    settings = for_processes(settings, processes.count)
-    stop.agree = processes.any
+    settings = for_processes(settings, processes.world_size)
+    stop.agree = processes.any_rank
     folder = processes.from_main(lambda: resume or new_run_folder(settings, rename=rename))
 
     def progress(message: str, fraction: float | None) -> None:
@@ -112,7 +68,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     _adapt(settings, model, processes.device)
     states.prepare(_objective(settings, model, distillation, warn), lambda: _optimizer(settings, model))
 
-    state = TrainingState(data=data.fingerprint, processes=processes.count)
+    state = TrainingState(data=data.fingerprint, processes=processes.world_size)
     if resume is None:
         processes.from_main(lambda: create_run_folder(folder, settings))
     else:
@@ -131,7 +87,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
         optimizer=states.optimizer,
         tokenizer=tokenizer,
         data=data,
-        rows=update_rows(settings, data, tokenizer, plan.rows_per_update, state.stream, warn),
+        rows=step_rows(settings, data, tokenizer, plan.rows_per_step, state.stream, warn),
         trackers=trackers,
         log=MetricsLog(folder / METRICS_FILE, state.metrics_bytes, writes=processes.is_main, on_line=trackers.log),
         state=state,
@@ -196,7 +152,7 @@ def _objective(
     settings: Settings, model: Any, distillation: Distillation | None, warn: Callable[[str], None]
 ) -> Objective:
     if settings.training.gradient_checkpointing:
-        recompute_activations(model, selective=settings.training.gradient_checkpointing == "selective")
+        checkpoint_activations(model, selective=settings.training.gradient_checkpointing == "selective")
     if settings.training.kernels == "liger":
         left = use_liger(model)
         if left:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtfcli.data.targets import count_targets, target_labels, token_ids
 from dtfcli.shares import ShareMeter, measured_shares
-from dtfcli.training.processes import Processes
+from dtfcli.training.distributed import Processes
 
 Between = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
 
@@ -44,7 +44,7 @@ def batches_for(rows: np.ndarray, batch_size: int, processes: Processes) -> tupl
 
     All processes get the same number of batches, none of them empty, because each forward is a meeting of all.
     """
-    count = processes.count
+    count = processes.world_size
     steps = math.ceil(math.ceil(len(rows) / count) / batch_size)
     if count == 1 or steps > len(rows) // count:  # too few rows to go round
         return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)], False
@@ -62,8 +62,8 @@ def mean_loss(
     for batch in between(batches):
         total += objective(to_batch(batch, device), targets, labels=to_labels(batch, device)).lm_loss
     if shared:
-        processes.average(total)
-        total *= processes.count
+        processes.all_reduce_mean(total)
+        total *= processes.world_size
     return total.item()
 
 
@@ -118,10 +118,10 @@ def validate(
 
 def _of_all(meter: ShareMeter, processes: Processes) -> ShareMeter:
     """The counts of all processes' meters together; rows that every process saw count once in each."""
-    if processes.count == 1:
+    if processes.world_size == 1:
         return meter
     total = ShareMeter()
-    for counts in processes.gather(meter.counts()):
+    for counts in processes.all_gather(meter.counts()):
         total.add_counts(counts)
     return total
 

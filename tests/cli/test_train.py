@@ -64,7 +64,7 @@ def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.Monk
             run.stop.requested = True
         return update(run)
 
-    monkeypatch.setattr(loop, "update", stop_once)
+    monkeypatch.setattr(loop, "train_step", stop_once)
     first = dtf("train", "--config", config)
     assert first.code == 130
     assert first.stdout == ""

@@ -11,10 +11,9 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dtfcli.training.distributed import Processes, Replicated, Sharded, connect
 from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups
-from dtfcli.training.processes import Processes, connect
-from dtfcli.training.sharding import Replicated, Sharded
 from tests.gpu.cases import build
 from tests.tiny import tokens
 from tests.training.small_runs import small_settings

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtfcli.training.kernels import use_liger
+from dtfcli.training.liger import use_liger
 from dtfcli.training.validation import to_batch, to_labels
 from tests.gpu.cases import CASES, assert_alike, build, every_case, losses_and_gradients
 from tests.tiny import ARCHITECTURES, dense_model, tokens

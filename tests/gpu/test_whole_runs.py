@@ -14,7 +14,7 @@ from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import list_checkpoints, run_settings
 from dtfcli.settings import Settings
 from dtfcli.training.compiling import compile_layers
-from dtfcli.training.tracking import TrainEvent
+from dtfcli.training.events import TrainEvent
 from tests.gpu.cases import assert_alike, build, decode, losses_and_gradients
 from tests.tiny import tokens
 from tests.training.small_runs import small_settings

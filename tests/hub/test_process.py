@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dtfcli.experiment import train
-from dtfcli.training.tracking import TrainEvent
+from dtfcli.training.events import TrainEvent
 from tests.conftest import Outcome
 from tests.hub.conftest import TOKEN
 from tests.hub.standin import Fault, Hub

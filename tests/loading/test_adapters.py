@@ -21,8 +21,8 @@ from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, merge
 from dtfcli.loading.paths import weights_hash
 from dtfcli.models.pretrained import is_added
 from dtfcli.runs.folder import run_settings
+from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainResult
-from dtfcli.training.tracking import TrainEvent
 from tests.conftest import Outcome
 from tests.tiny import tokens
 from tests.training.small_runs import small_settings

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from dtfcli.evaluation.report import EvalReport, Metric, TaskScore, write_docume
 from dtfcli.loading.adapters import adapt, adapter_state, save_adapter
 from dtfcli.loading.paths import weights_hash
 from dtfcli.settings.schema import load_settings
-from dtfcli.training.checkpoint import TrainingState, save_checkpoint
+from dtfcli.training.checkpoint import save_checkpoint
+from dtfcli.training.run import TrainingState
 from tests.tiny import dense_model, routed_model, word_tokenizer
 
 TASK = """\
@@ -41,7 +41,7 @@ class _Alone:
 
     is_main = True
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """For nobody."""
 
 
@@ -140,30 +140,11 @@ def write_data(folder: Path) -> None:
     (folder / "tasks" / "task.yaml").write_text(TASK)
 
 
-def shards_of(seed: int) -> dict[str, Any]:
-    """States as a sharded run has them: tensors, and the optimizer's numbers."""
-    torch.manual_seed(seed)
-    group = {"lr": 0.1 * seed, "betas": (0.9, 0.99), "params": ["weight"]}
-    moments = {"step": torch.tensor(float(seed)), "exp_avg": torch.randn(4, 3)}
-    return {
-        "model": {"weight": torch.randn(4, 3), "bias": torch.randn(4)},
-        "optimizer": {"state": {"weight": moments}, "param_groups": [group]},
-    }
-
-
-def write_shards(folder: Path) -> None:
-    """The checkpoint that `torch.distributed` writes, here by one process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is off, says torch
-        torch.distributed.checkpoint.save(shards_of(3), checkpoint_id=folder)
-
-
 def write_all(root: Path) -> None:
-    """Everything, under `models`, `gguf`, `run`, `texts` and `step-000003`."""
+    """Everything, under `models`, `gguf`, `run`, `texts`."""
     (root / "models").mkdir(parents=True)
     write_models(root / "models")
     (root / "gguf").mkdir()
     write_gguf(root / "gguf" / "small.gguf")
     write_run(root / "run", root / "models" / "routed")
     write_data(root / "texts")
-    write_shards(root / "step-000003" / "shards")

@@ -1,7 +1,6 @@
 """Everything that reads files: what each reads, the file that a case damages, and what must hold of its answer."""
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,7 @@ from dtfcli.runs.folder import processes_of, run_settings
 from dtfcli.settings.data import Source
 from dtfcli.settings.schema import load_settings
 from dtfcli.training.checkpoint import find_checkpoint
-from dtfcli.training.stored_states import load_shards
 from tests.strangers.damage import Damage, any_of, damage_bytes, damage_json, damage_lines
-from tests.strangers.healthy import shards_of
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -86,14 +83,6 @@ def _checkpoint(folder: Path) -> Any:
     return found[1].step, processes_of(folder)
 
 
-def _shards(folder: Path) -> Any:
-    states = shards_of(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.distributed is off
-        load_shards(states, folder / "shards")
-    return states["optimizer"]["param_groups"], states["model"]["weight"].sum()
-
-
 def _upload(folder: Path) -> Any:
     return sorted(prepare_upload(folder, "me/new").files)
 
@@ -143,8 +132,6 @@ READERS: dict[str, Reader] = {
     "metrics": Reader("run", "metrics.jsonl", lambda folder: read_metrics(folder / "metrics.jsonl"), LINES),
     "checkpoint state": Reader("run", "checkpoints/step-000003/state.json", _checkpoint, JSON),
     "checkpoint tensors": Reader("run", "checkpoints/step-000003/model.safetensors", _checkpoint, BYTES),
-    "shards' metadata": Reader("step-000003", "shards/.metadata", _shards, BYTES),
-    "shards": Reader("step-000003", "shards/__0_0.distcp", _shards, BYTES),
     "evaluation": Reader("run", "eval/latest.json", _evaluation, JSON),
     "push, config": Reader("run", "final_model/config.json", _upload, JSON),
     "push, tokenizer": Reader("run", "final_model/tokenizer_config.json", _upload, JSON),

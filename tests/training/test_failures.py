@@ -28,14 +28,14 @@ def python_says_so() -> None:
 
 @pytest.mark.parametrize("fail", [too_large, cuda_says_so, python_says_so])
 def test_out_of_memory_suggests_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Any) -> None:
-    update = loop.update
+    update = loop.train_step
 
     def failing(run: Any) -> dict[str, Any]:
         if run.state.step == 3:
             fail()
         return update(run)
 
-    monkeypatch.setattr(loop, "update", failing)
+    monkeypatch.setattr(loop, "train_step", failing)
     with pytest.raises(OutOfMemory) as caught:
         train(small_settings(tmp_path))
     message = str(caught.value)

@@ -82,13 +82,13 @@ def test_a_resumed_run_is_not_fitted_again(base: Path, tmp_path: Path, monkeypat
     class Killed(Exception):
         pass
 
-    def watched(run: Any, update: Any = loop.update) -> Any:
+    def watched(run: Any, update: Any = loop.train_step) -> Any:
         if run.state.step == 2:
             raise Killed
         return update(run)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "update", watched)
+        patched.setattr(loop, "train_step", watched)
         with pytest.raises(Killed):
             train(settings)
     folder = next((tmp_path / "outputs").glob("*/small"))

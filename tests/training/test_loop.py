@@ -17,10 +17,10 @@ from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import run_settings
 from dtfcli.training import loop
+from dtfcli.training.events import TrainEvent
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.loop import TrainResult
-from dtfcli.training.tracking import TrainEvent
-from dtfcli.training.update import TrainingDiverged
+from dtfcli.training.step import TrainingDiverged
 from dtfcli.training.validation import evaluation_rows
 from tests.training.small_runs import small_settings
 
@@ -178,7 +178,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = loop.update
+    update = loop.train_step
 
     def poisoned(run: Any) -> dict[str, Any]:
         if run.state.step == 4:
@@ -186,7 +186,7 @@ def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: py
                 run.model.model.norm.weight.fill_(math.nan)
         return update(run)
 
-    monkeypatch.setattr(loop, "update", poisoned)
+    monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(TrainingDiverged, match=r"train/loss became nan at step 5.*step-000004") as caught:
         train(small_settings(tmp_path))
     assert caught.value.exit_code == 1
@@ -256,6 +256,6 @@ def test_weights_are_converted_once_for_all_micro_batches(tmp_path: Path, rows: 
     setup_run = loop.setup(settings, None, False, lambda event: None, StopSignal(lambda: None))
     layer = setup_run.model.model.layers[0]
     with CountConversions(tuple(layer.mlp.down_proj.weight.shape)) as conversions:
-        loop.update(setup_run)
+        loop.train_step(setup_run)
     setup_run.rows.close()
     assert conversions.count == len(setup_run.model.model.layers)

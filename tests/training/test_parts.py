@@ -16,9 +16,9 @@ from dtfcli.cost.peak import matmul_peak
 from dtfcli.errors import DataError, DTFError
 from dtfcli.runs.folder import list_checkpoints
 from dtfcli.training.checkpoint import read_state
+from dtfcli.training.events import Stopwatch
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.plan import plan_run
-from dtfcli.training.tracking import Stopwatch
 from dtfcli.training.validation import calibration_batches, calibration_rows, evaluation_rows
 from tests.training.small_runs import small_settings
 
@@ -26,7 +26,7 @@ from tests.training.small_runs import small_settings
 def test_plan(tmp_path: Path) -> None:
     plan = plan_run(small_settings(tmp_path, training={"max_steps": 10, "warmup_ratio": 0.2}), 100)
     assert plan is not None
-    assert (plan.rows_per_update, plan.micro_batch_size, plan.tokens_per_update) == (4, 2, 128)
+    assert (plan.rows_per_step, plan.micro_batch_size, plan.tokens_per_step) == (4, 2, 128)
     assert (plan.total_steps, plan.warmup_steps) == (10, 2)
     assert [len(part) for part in plan.micro_batches(np.arange(5))] == [2, 2, 1]
 

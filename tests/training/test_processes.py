@@ -24,9 +24,9 @@ from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import list_checkpoints, processes_of
 from dtfcli.training.checkpoint import read_state
+from dtfcli.training.distributed import Processes, check_processes
 from dtfcli.training.loop import TrainResult
 from dtfcli.training.plan import for_processes, plan_run
-from dtfcli.training.processes import Processes, check_processes
 from dtfcli.training.validation import batches_for
 from tests.conftest import Outcome
 from tests.training.small_runs import small_settings
@@ -274,7 +274,7 @@ def test_accelerate_launch_does_the_same(tmp_path: Path) -> None:
 def test_the_rows_of_an_update_are_dealt_out_whole(tmp_path: Path, processes: int) -> None:
     plan = plan_run(small_settings(tmp_path, training={"micro_batch_size": 1}), 100)
     assert plan is not None
-    rows = np.arange(plan.rows_per_update)
+    rows = np.arange(plan.rows_per_step)
     dealt = [plan.micro_batches(rows, rank, processes) for rank in range(processes)]
     assert np.concatenate(list(itertools.chain(*dealt))).tolist() == rows.tolist()
     assert len({len(parts) for parts in dealt}) == 1

@@ -19,8 +19,8 @@ from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import list_checkpoints, newest_run, run_settings
 from dtfcli.training import checkpoint
 from dtfcli.training.checkpoint import read_state
+from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainingInterrupted, TrainResult
-from dtfcli.training.tracking import TrainEvent
 from tests.training.small_runs import small_settings
 
 # A prior with dropout, so that the random generators matter.

@@ -81,7 +81,7 @@ def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, taken: Row
 
 def test_a_lost_source_leaves_a_checkpoint(tmp_path: Path, undisturbed: TrainResult, monkeypatch: Any) -> None:
     settings = streaming_settings(tmp_path)
-    update = loop.update
+    update = loop.train_step
 
     def unlucky(run: Any) -> dict[str, Any]:
         if run.state.step == 3:
@@ -89,7 +89,7 @@ def test_a_lost_source_leaves_a_checkpoint(tmp_path: Path, undisturbed: TrainRes
         return update(run)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "update", unlucky)
+        patched.setattr(loop, "train_step", unlucky)
         with pytest.raises(SourceLost, match=r"'o/n'.*step 3 is saved as .*step-000003.*--resume") as raised:
             train(settings)
     assert raised.value.exit_code == 1

@@ -19,9 +19,9 @@ from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import run_settings
 from dtfcli.settings import Settings
 from dtfcli.training import trackers
+from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainResult
 from dtfcli.training.trackers import Trackers, check_trackers, tracker_config
-from dtfcli.training.tracking import TrainEvent
 from tests.training.small_runs import small_settings
 from tests.training.test_resume import Killed, kill_when, the_run
 

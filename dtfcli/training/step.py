@@ -19,7 +19,7 @@ from dtfcli.training.calibrate import QUICK_CALIBRATION_TOKENS, calibrate
 from dtfcli.training.curriculum import annealed_capacity, annealing_left, first_by_threshold
 from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import TrainPlan
-from dtfcli.training.setup import Run
+from dtfcli.training.run import Run
 from dtfcli.training.validation import to_batch, to_labels
 
 
@@ -27,8 +27,8 @@ class TrainingDiverged(DTFError):
     """The loss became infinite or NaN."""
 
 
-def update(run: Run) -> dict[str, Any]:
-    """One optimizer step over `rows_per_update` rows, in micro-batches.
+def train_step(run: Run) -> dict[str, Any]:
+    """One optimizer step over `rows_per_step` rows, in micro-batches.
 
     Returns:
         Metrics of the update: losses averaged over all of it, gradient norm, learning rates and, when the step is
@@ -41,9 +41,9 @@ def update(run: Run) -> dict[str, Any]:
     factor = schedule_factor(step, plan.total_steps, plan.warmup_steps, run.settings.training.schedule)
     rates = set_learning_rates(run.optimizer.param_groups, factor)
     # Several processes decide together whether to stop, not each while it waits for text.
-    rows = run.rows.take(step, run.stop.check if run.processes.count == 1 else _never_stop)
+    rows = run.rows.take(step, run.stop.check if run.processes.world_size == 1 else _never_stop)
     # Gradients and losses are averaged over processes afterwards: each sums up a mean over its part of the targets.
-    targets = max(1, count_targets(rows)) / run.processes.count
+    targets = max(1, count_targets(rows)) / run.processes.world_size
 
     if run.objective.routed:
         _choose_training_routing(run)
@@ -52,7 +52,7 @@ def update(run: Run) -> dict[str, Any]:
     with _training_capacity(run) as extra:
         sums = _gradients(run, rows, targets)
     run.states.reduce_gradients()
-    sums = run.processes.mean(sums)
+    sums = run.processes.all_reduce_means(sums)
     if run.objective.routed:
         _average_thresholds(run)
     metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
@@ -72,7 +72,7 @@ def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
     sums: dict[str, Any] = {}
     processes, states = run.processes, run.states
     shown = is_logged(run.plan, run.state.step + 1)
-    parts = run.plan.micro_batches(rows, processes.rank, processes.count)
+    parts = run.plan.micro_batches(rows, processes.rank, processes.world_size)
     with states.converting_once():
         for place, part in enumerate(parts, 1):
             input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
@@ -116,14 +116,14 @@ def _choose_training_routing(run: Run) -> None:
 
 def _average_thresholds(run: Run) -> None:
     """Give all processes the mean of the thresholds and levels that each has tracked on its own rows."""
-    if run.processes.count > 1:
+    if run.processes.world_size > 1:
         routers = run.model.model.routers.values()
         tracked = [router.thresholds[:1] for router in routers if router.by_token]
         tracked += [router.level for router in routers if run.model.config.predicts_cost]
         if not tracked:
             return
         together = torch.cat(tracked)
-        run.processes.average(together)
+        run.processes.all_reduce_mean(together)
         for own, mean in zip(tracked, together, strict=True):
             own.copy_(mean)
 

@@ -50,7 +50,7 @@ _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 """Liger's GEGLU has the approximation by tanh; these three are ways to write it."""
 
 
-def check_kernels(kernels: str, device: torch.device) -> None:
+def check_liger(kernels: str, device: torch.device) -> None:
     """Refuse kernels that cannot run here.
 
     Raises:

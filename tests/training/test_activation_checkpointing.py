@@ -10,10 +10,10 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtfcli.models.conversion import convert
+from dtfcli.training.activation_checkpointing import checkpoint_activations
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.curriculum import annealed_capacity
 from dtfcli.training.objectives import Objective
-from dtfcli.training.recomputing import recompute_activations
 from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, tokens
 
 KINDS = ("nothing", "selective", "all")
@@ -25,7 +25,7 @@ def a_step(family: str, architecture: str, kind: str, **fields: Any) -> tuple[li
     if architecture != "dense":
         model = convert(model, architecture, prior_dropout=0.2, **fields)
     if kind != "nothing":
-        recompute_activations(model, selective=kind == "selective")
+        checkpoint_activations(model, selective=kind == "selective")
     objective = Objective(model).train()
     torch.manual_seed(3)
     with FlopCounterMode(display=False) as counter:
@@ -69,7 +69,7 @@ def test_the_same_tokens_while_thresholds_move(architecture: str, kind: str) -> 
         for router in model.model.routers.values():
             router.thresholds[0] -= 0.5  # so that tracking moves it
         if recompute:
-            recompute_activations(model, selective=kind == "selective")
+            checkpoint_activations(model, selective=kind == "selective")
         before = [router.thresholds[0].item() for router in model.model.routers.values()]
         Objective(model).train()(tokens(2, 64), 2 * 63).loss.backward()
         assert all(r.thresholds[0].item() != b for r, b in zip(model.model.routers.values(), before, strict=True))
@@ -121,7 +121,7 @@ def test_recomputed_and_compiled(architecture: str) -> None:
         if architecture != "dense":
             model = convert(model, architecture)
         if kind != "nothing":
-            recompute_activations(model, selective=kind == "selective")
+            checkpoint_activations(model, selective=kind == "selective")
         partition = min_cut_rematerialization_partition
         backend: Any = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=partition)
         compile_layers(model, backend=backend)

@@ -18,7 +18,7 @@ import torch
 from dtfcli.errors import ConfigError
 from dtfcli.models.conversion import convert
 from dtfcli.models.families import FAMILIES
-from dtfcli.training import kernels
+from dtfcli.training import liger
 from dtfcli.training.objectives import Objective
 from tests.tiny import ARCHITECTURES, dense_model, tokens
 
@@ -83,7 +83,7 @@ def test_norms_and_feed_forward_blocks_are_ligers(family: str, architecture: str
     names = list(model.state_dict())
     expected = losses_and_gradients(copy.deepcopy(model))
     assert stand_in == []  # a copy made before is not changed
-    assert kernels.use_liger(model) == []
+    assert liger.use_liger(model) == []
     assert list(model.state_dict()) == names
     for plain, ours in zip(expected, losses_and_gradients(model), strict=True):
         torch.testing.assert_close(ours, plain)
@@ -101,7 +101,7 @@ def test_norms_round_where_the_family_does(family: str, stand_in: list[str]) -> 
     """In bfloat16 the order of multiplying and rounding shows; in float32 it does not."""
     model = model_of(family, "dense").bfloat16()
     stock = [copy.deepcopy(norm) for norm in norms_of(model)]
-    kernels.use_liger(model)
+    liger.use_liger(model)
     for norm, plain in zip(norms_of(model), stock, strict=True):
         x = torch.randn(2, 8, len(norm.weight), dtype=torch.bfloat16)
         assert torch.equal(norm(x), plain(x))
@@ -110,7 +110,7 @@ def test_norms_round_where_the_family_does(family: str, stand_in: list[str]) -> 
 
 def test_other_activations_keep_their_own_block(stand_in: list[str]) -> None:
     model = dense_model("llama", hidden_act="gelu")
-    assert kernels.use_liger(model) == ["LlamaMLP with gelu"]
+    assert liger.use_liger(model) == ["LlamaMLP with gelu"]
     losses_and_gradients(model)
     assert set(stand_in) == {"norm"}
 
@@ -118,7 +118,7 @@ def test_other_activations_keep_their_own_block(stand_in: list[str]) -> None:
 def test_geglu_in_other_families(stand_in: list[str]) -> None:
     model = dense_model("llama", hidden_act="gelu_pytorch_tanh")
     expected = losses_and_gradients(copy.deepcopy(model))
-    assert kernels.use_liger(model) == []
+    assert liger.use_liger(model) == []
     for plain, ours in zip(expected, losses_and_gradients(model), strict=True):
         torch.testing.assert_close(ours, plain)
     assert "geglu" in stand_in
@@ -126,15 +126,15 @@ def test_geglu_in_other_families(stand_in: list[str]) -> None:
 
 def test_a_model_without_anything_for_it() -> None:
     with pytest.raises(ConfigError, match=r"no kernel for any block of this model \(Sequential\); leave it at 'torch'"):
-        kernels.use_liger(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        liger.use_liger(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    monkeypatch.setattr(liger, "find_spec", lambda name: None)
     device: Any = SimpleNamespace(type="cuda")
     with pytest.raises(ConfigError, match=r"pip install 'dtfcli\[liger\]'"):
-        kernels.check_kernels("liger", device)
-    kernels.check_kernels("torch", device)
+        liger.check_liger("liger", device)
+    liger.check_liger("torch", device)
 
 
 @pytest.mark.skipif(
@@ -147,6 +147,6 @@ def test_liger_itself(family: str, architecture: str) -> None:
     model = model_of(family, architecture)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     expected = losses_and_gradients(copy.deepcopy(model))
-    kernels.use_liger(model)
+    liger.use_liger(model)
     for plain, ours in zip(expected, losses_and_gradients(model), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)

@@ -24,7 +24,7 @@ _EXPENSIVE = {
 }
 
 
-def recompute_activations(model: Any, selective: bool = False) -> None:
+def checkpoint_activations(model: Any, selective: bool = False) -> None:
     """Let the layers of a causal language model recompute their activations in the backward pass.
 
     Args:
