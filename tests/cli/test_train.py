@@ -55,14 +55,14 @@ def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.Monk
     from dtfcli.training import loop
     from dtfcli.training.setup import Run
 
-    update = loop.update
+    step = loop.train_step
     stopped: list[bool] = []
 
     def stop_once(run: Run) -> dict[str, object]:
         if run.state.step == 1 and not stopped:
             stopped.append(True)
             run.stop.requested = True
-        return update(run)
+        return step(run)
 
     monkeypatch.setattr(loop, "train_step", stop_once)
     first = dtf("train", "--config", config)
