@@ -53,7 +53,7 @@ def test_json(dtf: Dtf, config: str) -> None:
 @pytest.mark.parametrize("named", [True, False])
 def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
     from dtfcli.training import loop
-    from dtfcli.training.setup import Run
+    from dtfcli.training.run import Run
 
     step = loop.train_step
     stopped: list[bool] = []
