@@ -14,19 +14,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; read whe
 if not Path("/dev/nvidiactl").exists():  # read when Triton's kernels are made: without a GPU its interpreter runs them
     os.environ["TRITON_INTERPRET"] = "1"
 
+for _name in ("DTF_SHARED", "DTF_SMOLLM2"):  # where measuring data and a real checkpoint lie; settings have the prefix
+    if _name in os.environ:
+        os.environ[f"TESTS_{_name}"] = os.environ.pop(_name)
+
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtfcli.settings.overrides import NOT_SETTINGS
-
-    for name in [name for name in os.environ if name.startswith("DTF_") and name not in NOT_SETTINGS]:
+    for name in [name for name in os.environ if name.startswith("DTF_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of measuring data: DTF_SHARED, or ../shared beside the project."""
-    folder = Path(os.environ.get("DTF_SHARED") or Path(__file__).parents[2] / "shared")
+    folder = Path(os.environ.get("TESTS_DTF_SHARED") or Path(__file__).parents[2] / "shared")
     if not folder.is_dir():
         pytest.skip("no measuring data: set DTF_SHARED to its folder")
     return folder

@@ -19,8 +19,7 @@ from dtfcli.cli.app import app
 from dtfcli.models.configuration_fields import RoutingFields
 from dtfcli.settings import Settings
 from dtfcli.settings.describe import describe_type, walk
-from dtfcli.settings.overrides import environment_name
-from dtfcli.settings.presets import preset_names, preset_summary
+from dtfcli.settings.sources import environment_name, preset_names, preset_summary
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMAND = "python -m tools.reference"

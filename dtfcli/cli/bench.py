@@ -129,7 +129,7 @@ class _Models:
         from dtfcli.loading.devices import resolve_device
         from dtfcli.settings import load_settings, presets
 
-        is_preset = source in presets.preset_names()
+        is_preset = source in sources.preset_names()
         if overrides and not is_preset:
             raise ConfigError(f"{overrides[0]}: settings go with a preset; {source} is a model.")
         self.settings = load_settings(source, overrides) if is_preset else None

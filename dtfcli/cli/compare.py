@@ -172,13 +172,13 @@ def _jobs(cluster: str | None, options: list[str] | None) -> _Jobs | None:
 def _planned(
     arguments: list[str] | None, vary: list[str] | None, points: list[str] | None, seeds: str, output: Path
 ) -> "list[PlannedRun]":
-    from dtfcli.settings import presets
+    from dtfcli.settings import sources
     from dtfcli.studies.grid import parse_axes, parse_points, parse_seeds, plan_grid, plan_points
 
     preset, overrides = options.split_preset(arguments)
     if preset is None:
         raise ConfigError("PRESET: name one, such as quickstart: all runs of a study start from the same settings.")
-    presets.read_preset(preset)
+    sources.read_preset(preset)
     if points:
         if vary:
             raise ConfigError("--point: names points one by one and --vary spans a grid; choose one of the two.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dtfcli.settings import presets
+from dtfcli.settings import sources
 
 COMMON = "Options every command with a model takes"
 
@@ -93,8 +93,8 @@ Quantize = Annotated[
 
 def complete_preset(incomplete: str) -> list[tuple[str, str]]:
     """Preset names, each with what it is for."""
-    names = [name for name in presets.preset_names() if name.startswith(incomplete)]
-    return [(name, presets.preset_summary(name)) for name in names]
+    names = [name for name in sources.preset_names() if name.startswith(incomplete)]
+    return [(name, sources.preset_summary(name)) for name in names]
 
 
 def complete_preset_or_setting(incomplete: str) -> list[tuple[str, str]]:

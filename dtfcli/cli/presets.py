@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dtfcli.cli import options
-from dtfcli.settings import presets
+from dtfcli.settings import sources
 
 app = typer.Typer(no_args_is_help=True, help="List, show, copy and validate presets: settings for `dtf train`.")
 
@@ -32,7 +32,7 @@ def list_presets(json: options.Json = False) -> None:
     """
     from dtfcli.cli import render
 
-    rows = [(name, presets.preset_summary(name)) for name in presets.preset_names()]
+    rows = [(name, sources.preset_summary(name)) for name in sources.preset_names()]
     if json:
         render.emit_json([{"name": name, "summary": summary} for name, summary in rows])
     else:
@@ -51,9 +51,9 @@ def show(name: Name, json: options.Json = False) -> None:
     from dtfcli.cli import render
 
     if json:
-        render.emit_json(presets.read_preset(name))
+        render.emit_json(sources.read_preset(name))
     else:
-        render.emit(presets.preset_path(name).read_text(encoding="utf-8"))
+        render.emit(sources.preset_path(name).read_text(encoding="utf-8"))
 
 
 @app.command()
@@ -73,7 +73,7 @@ def copy(
     """
     from dtfcli.cli import render
 
-    target = presets.copy_preset(name, file)
+    target = sources.copy_preset(name, file)
     if json:
         render.emit_json({"file": target})
     else:
@@ -99,8 +99,8 @@ def validate(
     from dtfcli.errors import ConfigError
     from dtfcli.settings.schema import file_problems
 
-    if not file.exists() and str(file) in presets.preset_names():
-        file = presets.preset_path(str(file))
+    if not file.exists() and str(file) in sources.preset_names():
+        file = sources.preset_path(str(file))
     problems = file_problems(file)
     if json:
         render.emit_json({"file": file, "valid": not problems, "problems": problems})

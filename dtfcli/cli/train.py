@@ -139,7 +139,7 @@ def _resume(arguments: list[str], processes: int | None, trusted: bool, json: bo
     if len(arguments) > 1:
         raise ConfigError(f"--resume takes one run folder, not {len(arguments)}: {' '.join(arguments)}.")
     from dtfcli.runs.folder import SETTINGS_FILE, locked, newest_run, processes_of, run_settings
-    from dtfcli.settings.overrides import environment_name
+    from dtfcli.settings.sources import environment_name
 
     if arguments and arguments[0]:
         folder = Path(arguments[0])
@@ -160,8 +160,7 @@ def _resume(arguments: list[str], processes: int | None, trusted: bool, json: bo
 
 def _is_named(overrides: list[str], config: Path | None) -> bool:
     """Whether the user chose the run's name: then it is never changed, even if it is taken."""
-    from dtfcli.settings.overrides import environment_name, lookup
-    from dtfcli.settings.presets import read_toml
+    from dtfcli.settings.sources import environment_name, lookup, read_toml
 
     given = any(item.partition("=")[0].strip() == "run.name" for item in overrides)
     in_file = config is not None and lookup(read_toml(config), "run.name") is not None

@@ -15,7 +15,7 @@ from dtfcli.errors import CheckpointError, ConfigError, did_you_mean
 from dtfcli.runs.files import explained_write_errors
 from dtfcli.settings import Settings
 from dtfcli.settings.describe import STRUCK, problems
-from dtfcli.settings.overrides import lookup, remove
+from dtfcli.settings.sources import lookup, remove
 
 try:
     import fcntl

@@ -1,9 +1,9 @@
 """The one schema of a run, and where its values come from.
 
 In: a preset, a TOML file, DTF_… variables and KEY=VALUE overrides. Out: a validated `Settings`.
-`schema` joins the groups, a file each: `run`, `model`, `data`, `training`, `after`. `layers` merges the places a value
-may come from; `describe` puts types and problems in words. `Settings` and `load_settings` are imported on first use:
-`dtf --help` lists presets without pydantic.
+`schema` joins the groups, a file each: `run`, `model`, `data`, `training`, `after`. `sources` reads the places that a
+value may come from, `resolve` merges them, `describe` puts types and problems in words. `Settings` and `load_settings`
+are imported on first use: `dtf --help` lists presets without pydantic.
 """
 
 from typing import TYPE_CHECKING, Any

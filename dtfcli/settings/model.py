@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 
 from dtfcli.models.configuration_fields import RoutingFields, check_routing_fields
 from dtfcli.settings.group import Count, Group, require
-from dtfcli.settings.layers import ROUTING_NAMES
+from dtfcli.settings.resolve import ROUTING_NAMES
 
 Architecture = Literal["dtf", "mod", "random", "layerdrop", "dense"]
 

@@ -16,10 +16,10 @@ from dtfcli.errors import ConfigError
 from dtfcli.settings.after import EvalSettings, HubSettings
 from dtfcli.settings.data import DataSettings
 from dtfcli.settings.group import require
-from dtfcli.settings.layers import Layers, resolve, unread_keys
 from dtfcli.settings.model import ModelSettings
-from dtfcli.settings.overrides import remove
+from dtfcli.settings.resolve import Sources, resolve, unread_keys
 from dtfcli.settings.run import LoggingSettings, RunSettings
+from dtfcli.settings.sources import remove
 from dtfcli.settings.training import DistillSettings, LoraSettings, TrainingSettings
 
 SHOWN_PROBLEMS = 3
@@ -135,7 +135,7 @@ def load_settings(preset: str | None = None, overrides: Sequence[str] = (), conf
         ConfigError: anything in them is wrong; the message has a line for each of the first few mistakes.
     """
     settings, lines = resolve(
-        Settings, Layers(Settings, preset, overrides, Path(config) if config is not None else None)
+        Settings, Sources(Settings, preset, overrides, Path(config) if config is not None else None)
     )
     if settings is None:
         hidden = len(lines) - SHOWN_PROBLEMS
@@ -150,4 +150,4 @@ def file_problems(config: Path) -> list[str]:
     Raises:
         ConfigError: it cannot be read.
     """
-    return resolve(Settings, Layers(Settings, None, (), config))[1]
+    return resolve(Settings, Sources(Settings, None, (), config))[1]

@@ -18,7 +18,7 @@ from dtfcli.errors import ConfigError, did_you_mean
 from dtfcli.models.configuration_fields import RoutingFields
 from dtfcli.settings import Settings, load_settings
 from dtfcli.settings.describe import show_value, walk
-from dtfcli.settings.layers import Layers, unread_keys
+from dtfcli.settings.resolve import Sources, unread_keys
 
 KEY_LENGTH = 8
 """Of the part of a run's key that its name ends with."""
@@ -225,7 +225,7 @@ def plan_points(
 def _cell(preset: str, choices: Mapping[str, str], overrides: Sequence[str]) -> tuple[Cell, dict[str, str]]:
     """A point with what it reads; and the overrides that it does not read, with the reason."""
     everything = [*overrides, *(f"{key}={value}" for key, value in choices.items())]
-    unread = unread_keys(Layers(Settings, preset, everything, None).merged())
+    unread = unread_keys(Sources(Settings, preset, everything, None).merged())
     left_out = {}
     for item in everything:
         key = _key_of(item)

@@ -126,7 +126,7 @@ def test_errors_become_exit_codes(
     def raise_it(_: str) -> None:
         raise error
 
-    monkeypatch.setattr("dtfcli.settings.presets.read_preset", raise_it)
+    monkeypatch.setattr("dtfcli.settings.sources.read_preset", raise_it)
     result = dtf("presets", "show", "quickstart", "--json")
     assert (result.code, result.stdout) == (code, "")
     assert result.stderr.startswith(said)

@@ -19,10 +19,10 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> str:
     """A real pretrained model: the file DTF_SMOLLM2 names, or what ../shared/tools/get-smollm2 fetches."""
-    if given := os.environ.get("DTF_SMOLLM2"):
+    if given := os.environ.get("TESTS_DTF_SMOLLM2"):
         return given
     root = Path(__file__).parents[2]
-    fetch = Path(os.environ.get("DTF_SHARED", root.parent / "shared")) / "tools" / "get-smollm2"
+    fetch = Path(os.environ.get("TESTS_DTF_SHARED", root.parent / "shared")) / "tools" / "get-smollm2"
     if not fetch.exists():
         pytest.skip("no SmolLM2: set DTF_SMOLLM2 to its .gguf file")
     result = subprocess.run(["bash", str(fetch), str(root / ".cache")], capture_output=True, text=True, check=False)

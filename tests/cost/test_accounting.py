@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dtfcli.cost.accounting import describe, forward_flops_per_token, training_step_flops
 from dtfcli.loading.build import build_model
 from dtfcli.settings import load_settings
-from dtfcli.settings.presets import preset_names
+from dtfcli.settings.sources import preset_names
 from tests.tiny import FAMILIES, dense_model, routed_model, tokens
 
 

@@ -33,7 +33,7 @@ def texts_of(*sources: Source, seed: int = 0, **options: Any) -> list[str]:
 
 def shared_text(name: str) -> Path:
     """A file of the measuring data, found through DTF_SHARED or beside the project."""
-    root = Path(os.environ.get("DTF_SHARED") or Path(__file__).parents[3] / "shared")
+    root = Path(os.environ.get("TESTS_DTF_SHARED") or Path(__file__).parents[3] / "shared")
     path = root / "data" / "text" / name
     if not path.is_file():
         pytest.skip("the shared measuring data are not here")

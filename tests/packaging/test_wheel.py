@@ -78,7 +78,7 @@ def test_what_the_wheel_says_of_itself(built: Built) -> None:
 
 
 def test_commands_answer_in_an_empty_folder(installed: Installed) -> None:
-    where = "import dtfcli, dtfcli.settings.presets as p; print(dtfcli.__file__); print(p.presets_dir())"
+    where = "import dtfcli, dtfcli.settings.sources as p; print(dtfcli.__file__); print(p.presets_dir())"
     for line in installed.run(installed.python, "-c", where).stdout.splitlines():
         assert Path(line).resolve().is_relative_to(installed.packages.resolve())
     version = installed.run(installed.dtf, "--version").stdout

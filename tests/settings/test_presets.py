@@ -9,8 +9,8 @@ import pytest
 
 from dtfcli.errors import ConfigError
 from dtfcli.settings import load_settings
-from dtfcli.settings.presets import copy_preset, preset_names, preset_path, preset_summary, presets_dir, read_preset
 from dtfcli.settings.schema import file_problems
+from dtfcli.settings.sources import copy_preset, preset_names, preset_path, preset_summary, presets_dir, read_preset
 
 NEEDED = {
     "quickstart",
@@ -50,7 +50,7 @@ def test_a_preset_builds_on_the_meta_device(name: str) -> None:
 
 
 def test_thesis_presets_set_every_field() -> None:
-    from dtfcli.settings.layers import ROUTING_NAMES, unread_keys
+    from dtfcli.settings.resolve import ROUTING_NAMES, unread_keys
 
     for name in ("thesis-dtf", "thesis-mod"):
         values = read_preset(name)
@@ -92,7 +92,7 @@ def test_the_wheel_carries_the_presets(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "from dtfcli.settings.presets import *; from dtfcli.settings import load_settings; print(presets_dir())\n"
+    code = "from dtfcli.settings.sources import *; from dtfcli.settings import load_settings; print(presets_dir())\n"
     code += "print(*[load_settings(name).run.name for name in preset_names()])"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "site", check=True, capture_output=True, text=True

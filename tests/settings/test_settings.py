@@ -9,8 +9,8 @@ from dtfcli.errors import ConfigError
 from dtfcli.models.configuration_fields import ARCHITECTURES, RoutingFields
 from dtfcli.settings import Settings, load_settings
 from dtfcli.settings.model import Architecture, ModelSettings
-from dtfcli.settings.overrides import parse_value
 from dtfcli.settings.schema import file_problems
+from dtfcli.settings.sources import parse_value
 
 
 def _write(path: Path, text: str) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dtfcli.settings import Settings
-from dtfcli.settings.overrides import merge
+from dtfcli.settings.sources import merge
 
 WORDS = [
     "the",

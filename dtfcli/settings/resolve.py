@@ -15,8 +15,17 @@ from pydantic import BaseModel, ValidationError
 
 from dtfcli.models.configuration_fields import RoutingFields, by_surprise, unread_fields
 from dtfcli.settings import describe
-from dtfcli.settings.overrides import environment_name, lookup, merge, parse_environment, parse_overrides, remove
-from dtfcli.settings.presets import preset_names, read_preset, read_toml
+from dtfcli.settings.sources import (
+    environment_name,
+    lookup,
+    merge,
+    parse_environment,
+    parse_overrides,
+    preset_names,
+    read_preset,
+    read_toml,
+    remove,
+)
 
 ROUTING_NAMES = tuple(f.name for f in fields(RoutingFields) if f.name != "architecture")
 """The `model.*` keys that come from `RoutingFields`."""
@@ -103,7 +112,7 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     return unread
 
 
-class Layers:
+class Sources:
     """The sources of a run's settings, kept apart so that a mistake can be traced to where it was made."""
 
     def __init__(
@@ -135,7 +144,7 @@ class Layers:
             remove(self.preset, key)
 
     def merged(self) -> dict[str, Any]:
-        """All layers in one table."""
+        """All sources in one table."""
         return merge(self.preset, self.user)
 
     def origin(self, key: str) -> str:
@@ -150,18 +159,18 @@ class Layers:
         return f" (in preset {self.preset_name})" if lookup(self.preset, key) is not None else ""
 
 
-def resolve(settings: type[S], layers: Layers) -> tuple[S | None, list[str]]:
+def resolve(settings: type[S], sources: Sources) -> tuple[S | None, list[str]]:
     """Build the settings; with mistakes, None and one line for each.
 
     A key that is wrong is taken out and the rest checked again, so that one mistake does not hide the next.
     Checks across keys count only while no known key had to be taken out.
     """
-    values = layers.merged()
+    values = sources.merged()
     lines = []
     for key, reason in unread_keys(values).items():
-        if lookup(layers.user, key) is not None:
-            value = describe.show_value(lookup(layers.user, key))
-            lines.append(f"{key} = {value}{layers.origin(key)}: nothing reads it, since {reason}. Leave it out.")
+        if lookup(sources.user, key) is not None:
+            value = describe.show_value(lookup(sources.user, key))
+            lines.append(f"{key} = {value}{sources.origin(key)}: nothing reads it, since {reason}. Leave it out.")
             remove(values, key)
     tainted = False
     while True:
@@ -169,8 +178,8 @@ def resolve(settings: type[S], layers: Layers) -> tuple[S | None, list[str]]:
             built = settings.model_validate(values)
             return (None if lines else built), lines
         except ValidationError as error:
-            found = describe.problems(settings, error, layers.origin)
-        lines += [problem.text for problem in found if not (problem.crosses and tainted)]
-        tainted = tainted or any(problem.known for problem in found)
-        if not all(describe.take_out(values, problem.key) for problem in found):
+            problems = describe.problems(settings, error, sources.origin)
+        lines += [problem.text for problem in problems if not (problem.crosses and tainted)]
+        tainted = tainted or any(problem.known for problem in problems)
+        if not all(describe.take_out(values, problem.key) for problem in problems):
             return None, lines
