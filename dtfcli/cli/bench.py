@@ -127,7 +127,7 @@ class _Models:
     def __init__(self, source: str, overrides: list[str], device: str, revision: str | None, trust: bool) -> None:
         """Resolve the source and the device; nothing is built yet."""
         from dtfcli.loading.devices import resolve_device
-        from dtfcli.settings import load_settings, presets
+        from dtfcli.settings import load_settings, sources
 
         is_preset = source in sources.preset_names()
         if overrides and not is_preset:

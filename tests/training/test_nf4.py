@@ -16,7 +16,7 @@ from dtfcli.loading.build import build_model
 from dtfcli.loading.paths import weights_hash
 from dtfcli.loading.quantization import NF4_BYTES, check_nf4, numel, projections, quantize_nf4
 from dtfcli.models.pretrained import is_added
-from dtfcli.training import loop, saving
+from dtfcli.training import checkpoint, loop
 from tests.tiny import tokens
 from tests.training.small_runs import small_settings
 
@@ -72,14 +72,14 @@ def test_a_stopped_run_goes_on(base: Path, tmp_path: Path, monkeypatch: pytest.M
     pytest.importorskip("bitsandbytes")
     undisturbed = train(settings_of(tmp_path / "whole", base))
     settings = settings_of(tmp_path / "stopped", base, training={"checkpoint_every": 2})
-    real = saving.save_checkpoint
+    real = checkpoint.save_checkpoint
 
     def stop(*arguments: Any, **named: Any) -> Path:
         folder = real(*arguments, **named)
         raise KeyboardInterrupt(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "save_checkpoint", stop)
+        patch.setattr(checkpoint, "save_checkpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             train(settings)
     run = next((tmp_path / "stopped" / "outputs").glob("*/small"))
