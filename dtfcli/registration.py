@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def _register() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dtfcli.models.families import FAMILIES
+    from dtfcli.models.modeling_dynamic import MODELS
 
-    for family in FAMILIES.values():
-        AutoConfig.register(family.routed_config.model_type, family.routed_config, exist_ok=True)
-        AutoModelForCausalLM.register(family.routed_config, family.routed_model, exist_ok=True)
+    for model in MODELS.values():
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
 
 
 class _AfterImport:

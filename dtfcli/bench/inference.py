@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dtfcli.bench.report import BenchOptions, PhaseResult
-from dtfcli.cost.accounting import LAYER, forward_flops_per_token, is_routed
+from dtfcli.cost.accounting import LAYER, forward_flops_per_token, in_routed_part
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from dtfcli.models.pretrained import is_added
 from dtfcli.models.static import static_layers
@@ -199,7 +199,7 @@ def weights_read(model: Any, share: float) -> float:
             continue
         dense += parameter.numel()
         always = config.keeps_every_key and ("k_proj" in name or "v_proj" in name)
-        read += parameter.numel() * (share if routed and is_routed(config, name) and not always else 1.0)
+        read += parameter.numel() * (share if routed and in_routed_part(config, name) and not always else 1.0)
     return read / dense
 
 

@@ -13,6 +13,7 @@ from dtfcli.bench.report import BenchOptions, BenchReport
 from dtfcli.bench.steps import bench_training
 from dtfcli.cost.peak import matmul_peak
 from dtfcli.loading.devices import keep_freed_memory
+from dtfcli.models.pretrained import is_routed
 from dtfcli.models.routers import CAPACITY_GRID
 
 
@@ -56,7 +57,7 @@ def bench(
 def _with_kernels(models: dict[str, Any], options: BenchOptions) -> dict[str, Any]:
     """The same models, the routed ones with or without our kernels."""
     for model in models.values():
-        if hasattr(model, "set_routing"):
+        if is_routed(model):
             model.model.use_triton_kernels(options.triton)
     return models
 

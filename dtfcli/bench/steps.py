@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from dtfcli.bench.report import BenchOptions, StepResult
 from dtfcli.cost.accounting import training_step_flops
 from dtfcli.cost.peak import matmul_peak
+from dtfcli.models.pretrained import is_routed
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.liger import check_liger, use_liger
 from dtfcli.training.objectives import Objective
@@ -153,7 +154,7 @@ def _result(entry: _Entry, dense: _Entry, tokens: int, peak_flops: float | None,
 
 def _choose_capacity(model: Any, capacity: float) -> None:
     """The γ that training routes at; nothing for dense models."""
-    if hasattr(model, "set_routing"):
+    if is_routed(model):
         model.config.capacity = capacity
 
 

@@ -169,11 +169,12 @@ class _Models:
     def _trained(self, dtype: "torch.dtype") -> dict[str, Any]:
         from dtfcli.loading.load import load_model
         from dtfcli.models.conversion import to_dense
+        from dtfcli.models.pretrained import is_routed
 
         model: Any = load_model(
             self._source, device="cpu", dtype=dtype, revision=self._revision, trust_remote_code=self._trust
         )
-        if not hasattr(model, "set_routing"):
+        if not is_routed(model):
             raise ConfigError(f"{self._source} is a dense model: give a routed one, or a preset.")
         return {"dense": to_dense(model), model.config.architecture: model}
 

@@ -94,7 +94,9 @@ class Chat:
             self.show_stats = not self.show_stats
             render.note(f"stats {'on' if self.show_stats else 'off'}")
         elif name == "/routing":
-            if not hasattr(self.model, "set_routing"):
+            from dtfcli.models.pretrained import is_routed
+
+            if not is_routed(self.model):
                 raise ConfigError("/routing: this model is dense, every token takes every layer.")
             self.show_routing = not self.show_routing
             render.note(f"routing {'on' if self.show_routing else 'off'}")

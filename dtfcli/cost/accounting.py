@@ -171,14 +171,14 @@ def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> fl
         share, more = shares[layer], (1.0 - shares[layer]) * explored
         if "forecast" in name:  # its input carries no gradient
             flops += 2.0 * (3.0 if "w_out" in name else 2.0) * (share + more) * parameter.numel()
-        elif is_routed(config, name):
+        elif in_routed_part(config, name):
             for_all = "k_proj" in name or "v_proj" in name  # explored tokens see the keys of tokens that entered
             seen = float(more > 0 and not config.keeps_every_key) if for_all else 0.0
             flops += 2.0 * (more + seen) * numel(parameter)
     return flops
 
 
-def is_routed(config: Any, name: str) -> bool:
+def in_routed_part(config: Any, name: str) -> bool:
     """Whether a parameter of a routed layer belongs to the part that only some tokens enter."""
     part = {"mlp": ".mlp.", "attention": ".self_attn."}.get(getattr(config, "routed_part", "block"), "")
     return not is_added(name) and part in name
@@ -207,7 +207,7 @@ def _matrix_flops(
                 skipping = 1.0 if training or "forecast" not in name else 1.0 - shares.get(layer, 1.0)
                 yield parameter, 2.0 * parameter.numel() * skipping
         elif parameter.ndim == 2:
-            share = shares.get(layer, 1.0) if is_routed(config, name) else 1.0
+            share = shares.get(layer, 1.0) if in_routed_part(config, name) else 1.0
             if _every_key(config) and layer in shares and ("k_proj" in name or "v_proj" in name):
                 share += 1.0  # keys and values of all tokens, and again of the routed ones
             yield parameter, 2.0 * numel(parameter) * share

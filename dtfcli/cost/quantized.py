@@ -9,6 +9,7 @@ from dtfcli.errors import DTFError
 from dtfcli.loading.devices import resolve_device
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.loading.quantization import Quantization, check_quantize, quantize
+from dtfcli.models.pretrained import is_routed
 from dtfcli.quiet import quiet_libraries
 from dtfcli.shares import measured_shares
 
@@ -97,7 +98,7 @@ def _measure(model: Any, ids: list[int]) -> tuple[float, float | None] | None:
     if len(ids) < 2:
         return None
     row = torch.tensor([ids], device=model.device)
-    if not hasattr(model, "set_routing"):
+    if not is_routed(model):
         return float(model(input_ids=row, labels=row, use_cache=False).loss), None
     try:
         with model.routing_mode(model.causal_routing, model.model.capacity_override), measured_shares(model) as meter:

@@ -20,6 +20,7 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from torch import Tensor
 
 from dtfcli.evaluation.answers import AnsweredBatch, AnswerStore
+from dtfcli.models.pretrained import is_routed
 from dtfcli.shares import ShareMeter, measured_shares
 
 _CPU_BYTES = 2**30
@@ -53,7 +54,7 @@ class RoutedLM(HFLM):
         """
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
         self._rows = batch_size
-        self._routed = hasattr(model, "set_routing")
+        self._routed = is_routed(model)
         self.routing: str = model.routing if self._routed else "dense"
         self._lengths: list[tuple[int, int]] | None = None
         self.on_answers: Callable[[int], None] = lambda count: None

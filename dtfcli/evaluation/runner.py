@@ -19,6 +19,7 @@ from dtfcli.evaluation.report import EvalReport, check_writable, is_causal, resu
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.loading.paths import ModelPath, resolve_model_path
 from dtfcli.loading.quantization import quantization_of
+from dtfcli.models.pretrained import is_routed
 from dtfcli.quiet import quiet_libraries
 
 UNFINISHED = "unfinished"
@@ -81,7 +82,7 @@ def evaluate(
 def _set_routing(model: Any, routing: str | None, capacity: float | None) -> None:
     if routing is None and capacity is None:
         return
-    if not hasattr(model, "set_routing"):
+    if not is_routed(model):
         raise ConfigError("routing, capacity: this is a dense model, which routes nothing; leave them out.")
     model.set_routing(routing or model.routing, capacity)
 

@@ -17,6 +17,7 @@ from dtfcli.inspection.oracle import OracleRouting, against_oracle
 from dtfcli.inspection.scores import OTHER, READINGS, Floats, LayerRouting, Reading, layer_routing
 from dtfcli.inspection.token_classes import classify
 from dtfcli.inspection.tokens import TokenizedText, tokenize
+from dtfcli.models.pretrained import is_routed
 
 Flags = NDArray[np.bool_]
 
@@ -217,7 +218,7 @@ def require_routed(model: Any, name: str = "") -> None:
     Raises:
         ConfigError: it is one.
     """
-    if not hasattr(model, "set_routing"):
+    if not is_routed(model):
         which = f"{name}: this" if name else "this"
         raise ConfigError(f"{which} model is dense: every token takes every layer, so there is no routing to show.")
 

@@ -27,6 +27,7 @@ from dtfcli.loading.paths import resolve_model_path
 from dtfcli.models.configuration_fields import unread_fields
 from dtfcli.models.conversion import convert, routed_config
 from dtfcli.models.families import FAMILIES
+from dtfcli.models.pretrained import is_routed
 from dtfcli.settings import Settings
 
 
@@ -157,7 +158,7 @@ def _load_base(settings: Settings) -> PreTrainedModel:
 def _route(start: Any, settings: Settings) -> PreTrainedModel:
     """Make `start` what `model.architecture` asks for; a base that is routed already stays as it is."""
     architecture, fields = settings.model.architecture, settings.model.routing_fields()
-    if hasattr(start, "set_routing"):
+    if is_routed(start):
         return _go_on(start, settings)
     try:
         if architecture == "dense":

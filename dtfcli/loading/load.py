@@ -28,6 +28,7 @@ from dtfcli.loading.paths import ModelPath, resolve_model_path
 from dtfcli.loading.quantization import check_quantize
 from dtfcli.loading.quantization import quantize as quantize_weights
 from dtfcli.models.conversion import ROUTING_FIELD_NAMES, convert, load_dense, load_whole
+from dtfcli.models.pretrained import is_routed
 from dtfcli.quiet import quiet_libraries
 
 _DAMAGE: tuple[type[Exception], ...] = (*BROKEN, SafetensorError, StrictDataclassError, pickle.UnpicklingError)
@@ -228,7 +229,7 @@ def _routed_like(base: Any, config: Any) -> PreTrainedModel:
         ValueError: the base is routed in another way.
     """
     fields = {name: getattr(config, name) for name in ROUTING_FIELD_NAMES}
-    if not hasattr(base, "set_routing"):
+    if not is_routed(base):
         return convert(base, fields.pop("architecture"), fields.pop("capacity"), **fields)
     for name, value in fields.items():
         if name != "routing" and getattr(base.config, name) != value:
@@ -258,7 +259,7 @@ def _load_dtype(source: ModelPath, dtype: str | torch.dtype, device: torch.devic
 def _set_routing(model: Any, routing: str | None, capacity: float | None, path: str) -> None:
     if routing is None and capacity is None:
         return
-    if not hasattr(model, "set_routing"):
+    if not is_routed(model):
         name, value = ("routing", routing) if routing is not None else ("capacity", capacity)
         raise ConfigError(f"{name} = {value!r}: {path} is a dense model, which routes nothing; leave it out.")
     try:

@@ -3,5 +3,6 @@
 In: a config, or a dense model to convert. Out: a routed model of Transformers.
 Files import the standard library, torch, transformers and their siblings, nothing else of `dtfcli`.
 Read in this order: `routing` (the idea as functions; `routing_naive` as loops), `configuration_fields`,
-`routers`, `layers`, `cache`, `stack`, `modeling_dynamic`; then `conversion` (dense ↔ routed), `families` (backbones).
+`routers`, `layers`, `cache`, `stack`, `modeling_dynamic`; then `families` (the backbones) and `conversion`
+(dense ↔ routed).
 """

@@ -1,17 +1,8 @@
-"""Configurations of routed models: the stock ones plus `RoutingFields`."""
+"""Configurations of routed models: the stock ones plus `RoutingFields`, made of the rows of `families`."""
 
 from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
 from transformers.configuration_utils import strict
 
 from .configuration_fields import (
@@ -21,7 +12,12 @@ from .configuration_fields import (
     kept_layers,
     resolve_routed_layers,
 )
+from .families import FAMILIES, Family
 from .stock import StockConfig
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
 
 
 class RoutingConfigMixin(RoutingFields, StockConfig):
@@ -97,69 +93,18 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
         return float(self.capacity)
 
 
-@strict
-class DynamicQwenConfig(RoutingConfigMixin, Qwen2Config):
-    """Qwen2 (2.5), with routed layers."""
-
-    model_type = "dynamic_qwen2"
-
-
-@strict
-class DynamicLlamaConfig(RoutingConfigMixin, LlamaConfig):
-    """Llama-type (SmolLM2 among them), with routed layers."""
-
-    model_type = "dynamic_llama"
-
-
-@strict
-class DynamicQwen3Config(RoutingConfigMixin, Qwen3Config):
-    """Qwen3, with routed layers."""
-
-    model_type = "dynamic_qwen3"
+def _made(model_type: str, family: Family) -> type[Any]:
+    """The routed configuration of a backbone, as a class of this file."""
+    name, stock = f"Dynamic{family.name}Config", family.dense_config
+    attributes = {
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with `RoutingFields`.",
+        "model_type": f"dynamic_{model_type}",
+    }
+    made: type[Any] = strict(type(name, (RoutingConfigMixin, stock), attributes))
+    globals()[name] = made
+    return made
 
 
-@strict
-class DynamicMistralConfig(RoutingConfigMixin, MistralConfig):
-    """Mistral, with routed layers."""
-
-    model_type = "dynamic_mistral"
-
-
-@strict
-class DynamicSmolLM3Config(RoutingConfigMixin, SmolLM3Config):
-    """SmolLM3, with routed layers."""
-
-    model_type = "dynamic_smollm3"
-
-
-@strict
-class DynamicGraniteConfig(RoutingConfigMixin, GraniteConfig):
-    """Granite, with routed layers."""
-
-    model_type = "dynamic_granite"
-
-
-@strict
-class DynamicOlmo2Config(RoutingConfigMixin, Olmo2Config):
-    """OLMo 2, with routed layers."""
-
-    model_type = "dynamic_olmo2"
-
-
-@strict
-class DynamicGemma3Config(RoutingConfigMixin, Gemma3TextConfig):
-    """Gemma 3 (text), with routed layers."""
-
-    model_type = "dynamic_gemma3_text"
-
-
-__all__ = [
-    "DynamicGemma3Config",
-    "DynamicGraniteConfig",
-    "DynamicLlamaConfig",
-    "DynamicMistralConfig",
-    "DynamicOlmo2Config",
-    "DynamicQwen3Config",
-    "DynamicQwenConfig",
-    "DynamicSmolLM3Config",
-]
+CONFIGS: dict[str, type[Any]] = {model_type: _made(model_type, family) for model_type, family in FAMILIES.items()}
+"""The routed configurations, by the model type of the dense one."""

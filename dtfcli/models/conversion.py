@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .configuration_dynamic import CONFIGS
 from .configuration_fields import RoutingFields
 from .families import FAMILIES
-from .pretrained import is_added
+from .modeling_dynamic import MODELS
+from .pretrained import is_added, is_routed
 
 ROUTING_FIELD_NAMES = tuple(field.name for field in dataclass_fields(RoutingFields))
 
@@ -26,28 +28,28 @@ def convert(
 ) -> PreTrainedModel:
     """A routed model with the weights of a dense one.
 
-    New routers and priors are initialized from torch's global generator. At capacity 1 with the straight-through
-    gate the result computes exactly what the dense model does.
+    New routers, priors and forecasts are initialized from torch's global generator. At capacity 1 with the
+    straight-through gate the result computes exactly what the dense model does.
 
     Args:
-        dense: a `Qwen2ForCausalLM` or `LlamaForCausalLM`; left intact.
-        architecture: "dtf" or "mod".
+        dense: a model of one of the `FAMILIES`; left intact.
+        architecture: one of `ARCHITECTURES`.
         capacity: γ, one number or one per routed layer.
         copy: give the routed model tensors of its own; otherwise it shares the dense model's.
         config_fields: any other field of `RoutingFields`.
 
     Returns:
-        `DynamicQwenForCausalLM` or `DynamicLlamaForCausalLM`, same device, dtype and train/eval mode.
+        The routed class of the family, such as `DynamicLlamaForCausalLM`; same device, dtype and train/eval mode.
 
     Raises:
         ValueError: another kind of model, capped logits, an unknown field or a wrong value, by name.
     """
     config = routed_config(dense.config, architecture=architecture, capacity=capacity, **config_fields)
-    return _transplant(dense, FAMILIES[dense.config.model_type].routed_model, config, copy)
+    return _transplant(dense, MODELS[dense.config.model_type], config, copy)
 
 
 def to_dense(model: PreTrainedModel, *, copy: bool = False) -> PreTrainedModel:
-    """The stock model inside a routed one: its backbone, bit for bit, without routers and priors.
+    """The stock model inside a routed one: its backbone, bit for bit, without what routing adds.
 
     Args:
         model: a routed model; left intact.
@@ -56,11 +58,11 @@ def to_dense(model: PreTrainedModel, *, copy: bool = False) -> PreTrainedModel:
     Raises:
         ValueError: the model is not a routed one.
     """
-    family = model.config.model_type.removeprefix("dynamic_")
-    if family == model.config.model_type or family not in FAMILIES:
+    if not is_routed(model):
         raise ValueError(f"model is a {type(model).__name__}: to_dense takes a routed model")
-    config = FAMILIES[family].dense_config(**_config_values(model.config))
-    return _transplant(model, FAMILIES[family].dense_model, config, copy)
+    family = FAMILIES[model.config.model_type.removeprefix("dynamic_")]
+    config = family.dense_config(**_config_values(model.config))
+    return _transplant(model, family.dense_model, config, copy)
 
 
 def routed_config(dense_config: Any, **config_fields: Any) -> Any:
@@ -73,7 +75,7 @@ def routed_config(dense_config: Any, **config_fields: Any) -> Any:
     if model_type not in FAMILIES:
         raise ValueError(
             f"model type {model_type!r} cannot be converted. "
-            f"dtf knows {', '.join(sorted(FAMILIES))}; docs/architecture.md says how to add a backbone"
+            f"dtf knows {', '.join(sorted(FAMILIES))}; CONTRIBUTING.md says how to add a backbone"
         )
     if getattr(dense_config, "final_logit_softcapping", None) or getattr(dense_config, "attn_logit_softcapping", None):
         raise ValueError(f"model type {model_type!r} with capped logits cannot be converted: dtf has no cap")
@@ -86,7 +88,7 @@ def routed_config(dense_config: Any, **config_fields: Any) -> Any:
             raise ValueError(f"{name} is not a field of a routed model.{hint}")
     set_fields = {name: value for name, value in config_fields.items() if value is not None}
     try:
-        return FAMILIES[model_type].routed_config(**_config_values(dense_config), **set_fields)
+        return CONFIGS[model_type](**_config_values(dense_config), **set_fields)
     except Exception as error:
         # Strict dataclasses wrap what a validator raised; the validator's own words are the useful ones.
         raise ValueError(str(error.__cause__ or error)) from error
@@ -168,8 +170,8 @@ def load_whole(path: str, **options: Any) -> Any:
         ValueError: weights are missing, or are not known to the model.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    model, found = loaded
-    for problem, names in (("missing", found["missing_keys"]), ("not known to the model", found["unexpected_keys"])):
+    model, info = loaded
+    for problem, names in (("missing", info["missing_keys"]), ("not known to the model", info["unexpected_keys"])):
         if names:
             some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
             raise ValueError(f"Weights are {problem}: {some}. The files are damaged or of another model.")

@@ -1,68 +1,73 @@
-"""The backbones: for each model type of Transformers, the stock classes and the routed ones.
+"""The backbones, one row each. CONTRIBUTING.md says how to add one.
 
-Whoever has to know which backbones there are reads this table: conversion, loading, registration, kernels.
+The classes are made of these rows: configurations in `configuration_dynamic`, layers and models in `modeling_dynamic`.
+This file needs neither torch nor Transformers until a stock class is asked for, so that settings can name the rows.
 """
 
 from typing import Any, NamedTuple
 
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
-
-from .configuration_dynamic import (
-    DynamicGemma3Config,
-    DynamicGraniteConfig,
-    DynamicLlamaConfig,
-    DynamicMistralConfig,
-    DynamicOlmo2Config,
-    DynamicQwen3Config,
-    DynamicQwenConfig,
-    DynamicSmolLM3Config,
-)
-from .modeling_dynamic import (
-    DynamicGemma3ForCausalLM,
-    DynamicGraniteForCausalLM,
-    DynamicLlamaForCausalLM,
-    DynamicMistralForCausalLM,
-    DynamicOlmo2ForCausalLM,
-    DynamicQwen3ForCausalLM,
-    DynamicQwenForCausalLM,
-    DynamicSmolLM3ForCausalLM,
-)
-
 
 class Family(NamedTuple):
-    """One backbone."""
+    """A backbone: its names, and in what its layer differs from Llama's.
 
-    dense_config: type[Any]
-    dense_model: type[Any]
-    routed_config: type[Any]
-    routed_model: type[Any]
+    Windows, norms of queries and keys, layers without positions and scaled sums are read off the stock parts.
+    """
+
+    stock: str
+    """What Transformers' class names begin with: "Qwen2" as in `Qwen2DecoderLayer`."""
+    ours: str = ""
+    """What our class names have in its place, if it is not the same: "Qwen" as in `DynamicQwenForCausalLM`."""
+    text: str = ""
+    """What the configuration and the stack have after it: "Text" as in `Gemma3TextConfig`."""
+    norms: tuple[str | None, ...] = ("input_layernorm", None, "post_attention_layernorm", None)
+    """Names of the norms before and after attention, before and after the MLP; None: there is none."""
+    rotary_by_kind: bool = False
+    """Whether rotary embeddings differ with the kind of attention."""
+
+    @property
+    def name(self) -> str:
+        """What our class names are made of."""
+        return self.ours or self.stock
+
+    @property
+    def dense_config(self) -> type[Any]:
+        """The stock configuration."""
+        return self._stock_class(f"{self.stock}{self.text}Config")
+
+    @property
+    def dense_model(self) -> type[Any]:
+        """The stock language model."""
+        return self._stock_class(f"{self.stock}ForCausalLM")
+
+    @property
+    def dense_stack(self) -> type[Any]:
+        """The stock model without a head."""
+        return self._stock_class(f"{self.stock}{self.text}Model")
+
+    def _stock_class(self, name: str) -> type[Any]:
+        import transformers
+
+        return getattr(transformers, name)
 
 
 FAMILIES: dict[str, Family] = {
-    "gemma3_text": Family(Gemma3TextConfig, Gemma3ForCausalLM, DynamicGemma3Config, DynamicGemma3ForCausalLM),
-    "granite": Family(GraniteConfig, GraniteForCausalLM, DynamicGraniteConfig, DynamicGraniteForCausalLM),
-    "llama": Family(LlamaConfig, LlamaForCausalLM, DynamicLlamaConfig, DynamicLlamaForCausalLM),
-    "mistral": Family(MistralConfig, MistralForCausalLM, DynamicMistralConfig, DynamicMistralForCausalLM),
-    "olmo2": Family(Olmo2Config, Olmo2ForCausalLM, DynamicOlmo2Config, DynamicOlmo2ForCausalLM),
-    "qwen2": Family(Qwen2Config, Qwen2ForCausalLM, DynamicQwenConfig, DynamicQwenForCausalLM),
-    "qwen3": Family(Qwen3Config, Qwen3ForCausalLM, DynamicQwen3Config, DynamicQwen3ForCausalLM),
-    "smollm3": Family(SmolLM3Config, SmolLM3ForCausalLM, DynamicSmolLM3Config, DynamicSmolLM3ForCausalLM),
+    "gemma3_text": Family(
+        "Gemma3",
+        text="Text",
+        norms=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        rotary_by_kind=True,
+    ),
+    "granite": Family("Granite"),
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "olmo2": Family("Olmo2", norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm")),
+    "qwen2": Family("Qwen2", ours="Qwen"),
+    "qwen3": Family("Qwen3"),
+    "smollm3": Family("SmolLM3"),
 }
 """By the model type of the dense configuration; the routed one's is "dynamic_" before it."""

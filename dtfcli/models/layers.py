@@ -102,7 +102,7 @@ class RoutedLayerMixin(StockLayer):
         window: positions that attention reaches back, its own included; None: all.
     """
 
-    norms: tuple[str | None, ...] = ("input_layernorm", None, "post_attention_layernorm", None)
+    norms: tuple[str | None, ...]
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

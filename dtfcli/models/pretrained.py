@@ -22,6 +22,11 @@ def is_added(name: str) -> bool:
     return any(part in name for part in ADDED_NAMES)
 
 
+def is_routed(model: Any) -> bool:
+    """Whether a model is a routed one of ours, also inside of a wrapper like peft's; else it is a stock one."""
+    return hasattr(model, "set_routing")
+
+
 class DynamicPreTrainedMixin(StockModel):
     """Initialization and loading, common to the stack and the language model."""
 

@@ -6,23 +6,27 @@ config classes do.
 
 from dataclasses import fields
 from functools import partial
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, Field, create_model, model_validator
 
 from dtfcli.models.configuration_fields import RoutingFields, check_routing_fields
+from dtfcli.models.families import FAMILIES
 from dtfcli.settings.group import Count, Group, require
 from dtfcli.settings.resolve import ROUTING_NAMES
 
 Architecture = Literal["dtf", "mod", "random", "layerdrop", "dense"]
 
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]
+
 
 class ScratchSettings(Group):
     """`model.scratch.*`: the backbone's shape when there is no base model."""
 
-    family: Literal["gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"] = Field(
-        "llama", description="Which backbone to build."
-    )
+    family: FamilyName = Field("llama", description="Which backbone to build.")
     hidden_size: Count = Field(256, description="Width of the residual stream, D.")
     intermediate_size: Count = Field(704, description="Width of the feed-forward blocks.")
     num_hidden_layers: Count = Field(6, description="Decoder layers.")

@@ -11,6 +11,7 @@ from dtfcli.bench.report import BenchOptions
 from dtfcli.bench.run import bench
 from dtfcli.loading.load import load_model
 from dtfcli.models.conversion import to_dense
+from dtfcli.models.pretrained import is_routed
 from dtfcli.runs.folder import FINAL_MODEL
 from dtfcli.studies.report import Timing
 
@@ -32,7 +33,7 @@ def time_models(runs: Mapping[str, Path], tell: Callable[[str], None]) -> dict[s
     found: dict[str, Timing] = {}
     for name, run in runs.items():
         model: Any = load_model(run / FINAL_MODEL, device="cpu", dtype=torch.float32)
-        if not hasattr(model, "set_routing"):
+        if not is_routed(model):
             found[name] = Timing(1.0, 1.0)
             continue
         if not isinstance(model.capacity, float):

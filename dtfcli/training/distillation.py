@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dtfcli.models.conversion import to_dense
 from dtfcli.models.losses import IGNORE_INDEX
+from dtfcli.models.pretrained import is_routed
 from dtfcli.settings.training import DistillSettings
 
 _CHUNK_ELEMENTS = 2**24
@@ -79,7 +80,7 @@ def dense_parent(model: Any, *, share: bool, dtype: torch.dtype) -> Any:
         share: use the model's own tensors, for a backbone that will stay frozen; else a second copy is made.
         dtype: of that copy's weights.
     """
-    if hasattr(model, "set_routing"):
+    if is_routed(model):
         parent = to_dense(model, copy=not share)
     elif share:
         # Copies the modules around the very same parameters.

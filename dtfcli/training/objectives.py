@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head, for_head
+from dtfcli.models.pretrained import is_routed
 from dtfcli.models.routing import cost_loss, masked_mean
 from dtfcli.training.distillation import Distillation, DistillLosses
 
@@ -51,7 +52,7 @@ class Objective(nn.Module):
     def __init__(self, model: Any, distillation: Distillation | None = None) -> None:
         super().__init__()
         self.model: Any = model
-        self.routed = hasattr(model, "set_routing")
+        self.routed = is_routed(model)
         self.distillation = distillation
         self._last_hidden: Tensor | None = None
         if distillation is not None:

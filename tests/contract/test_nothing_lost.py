@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dtfcli.models.configuration_dynamic import DynamicLlamaConfig
+from dtfcli.models.configuration_dynamic import CONFIGS, DynamicLlamaConfig
 from dtfcli.models.conversion import load_dense
 from dtfcli.models.families import FAMILIES
+from dtfcli.models.modeling_dynamic import MODELS, DynamicLlamaForCausalLM
 from dtfcli.models.pretrained import is_added
 from tests.tiny import EVERY_ARCHITECTURE, dense_model, routed_model, tokens
 from tests.tiny import FAMILIES as TINY_FAMILIES
@@ -24,9 +25,8 @@ from tests.tiny import FAMILIES as TINY_FAMILIES
 def test_dense_checkpoint_loads_into_the_routed_class(family: str, architecture: str, tmp_path: Path) -> None:
     dense = dense_model(family)
     dense.save_pretrained(tmp_path)
-    _, _, config_class, routed_class = FAMILIES[family]
-    config = config_class.from_pretrained(tmp_path, architecture=architecture)
-    routed, info = routed_class.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    config = CONFIGS[family].from_pretrained(tmp_path, architecture=architecture)
+    routed, info = MODELS[family].from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert bool(info["missing_keys"]) == (architecture != "layerdrop")
     assert all(is_added(key) for key in info["missing_keys"])
     for name, tensor in dense.state_dict().items():
@@ -72,7 +72,7 @@ def test_a_backbone_key_that_a_dense_checkpoint_lacks_is_an_error(tmp_path: Path
     del weights["model.layers.3.self_attn.q_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="q_proj"):
-        FAMILIES["llama"].routed_model.from_pretrained(tmp_path, config=DynamicLlamaConfig.from_pretrained(tmp_path))
+        DynamicLlamaForCausalLM.from_pretrained(tmp_path, config=DynamicLlamaConfig.from_pretrained(tmp_path))
 
 
 def test_a_dense_base_that_lacks_a_weight_is_an_error(tmp_path: Path) -> None:

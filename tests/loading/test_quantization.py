@@ -17,7 +17,7 @@ from dtfcli.errors import ConfigError
 from dtfcli.evaluation.report import model_hash
 from dtfcli.loading.quantization import check_quantize, projections, quantization_of, quantize, weight_bytes
 from dtfcli.models.conversion import convert
-from dtfcli.models.pretrained import is_added
+from dtfcli.models.pretrained import is_added, is_routed
 from dtfcli.training.compiling import compile_layers
 from tests.conftest import Outcome
 from tests.tiny import dense_model, tokens, word_tokenizer
@@ -183,7 +183,7 @@ def test_loaded_in_fewer_bits(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["dense", "dtf", "mod"])
 def test_what_it_cost(name: str) -> None:
     model = model_of(name)
-    routed = hasattr(model, "set_routing")
+    routed = is_routed(model)
     if routed:
         model.set_routing("topk", 0.5)  # measured causally all the same, and left as it was
     done = quantize_and_measure(model, word_tokenizer(), "int8")
