@@ -4,7 +4,7 @@ The config classes inherit these fields, the settings schema derives its `model.
 documentation prints their help. Standard library only, so that the command line can read it without torch.
 
 The choices: equation numbers (3.x) are those of the MSc thesis "Dynamic Transformers" (Wieser, UCL 2025);
-defaults depart from it where measurements on a pretrained model did (`docs/routing.md` says which).
+defaults depart from it where measurements on a pretrained model did (`docs/thesis.md` says which).
 """
 
 from collections.abc import Callable, Mapping
@@ -57,8 +57,8 @@ class RoutingFields:
 
     architecture: str = _option(
         "dtf",
-        "How tokens are chosen: dtf (surprise), mod (a learned linear score), random (a fixed random one), or "
-        "layerdrop (all tokens of a share γ of the routed layers).",
+        "How tokens are chosen: dtf (by what skipping would lose, model.score), mod (a learned linear score), random "
+        "(a fixed random score), or layerdrop (a share γ of the routed layers takes all tokens).",
     )
     capacity: Number | list[Number] = _option(
         0.5, "γ, the share of tokens a routed layer processes; one number, or a list with one per routed layer."
@@ -67,10 +67,10 @@ class RoutingFields:
         "alternate", "Which layers route: 'alternate' (every odd layer) or a list of layer indices, from 0."
     )
     dense_edges: int = _option(0, "Layers kept dense at either end when routed_layers is 'alternate'.")
-    sink_tokens: int = _option(1, "Leading tokens of a row that are always routed (attention sinks); count towards γ.")
+    sink_tokens: int = _option(1, "Leading tokens of a row that are always routed (attention sinks); count toward γ.")
     kv_tokens: str = _option(
         "routed",
-        "Keys and values that a routed layer offers: of its routed tokens, or of all (saves no cache).",
+        "Tokens whose keys and values a routed layer keeps: its routed tokens, or all (lower loss, no smaller cache).",
     )
     gate: str = _option(
         "straight_through",
@@ -97,11 +97,11 @@ class RoutingFields:
         "Which routed layers layerdrop keeps: 'spread' (evenly), or all routed layers, the most important first.",
     )
     routed_part: str = _option(
-        "block", "What of a routed layer only some tokens enter: the whole block, its mlp or its attention."
+        "block", "The part of a routed layer that only some tokens enter: the whole block, its mlp or its attention."
     )
     bypass: str = _option(
         "identity",
-        "What tokens that skip take instead: nothing (identity), or a cheap forecast of the update.",
+        "Tokens that skip pass unchanged (identity), or take a linear forecast of the update (forecast).",
     )
     forecast_factor: Number = _option(
         0.0, "Width of a network beside the forecast's linear map, as a share of the hidden size; 0: none."
@@ -111,16 +111,16 @@ class RoutingFields:
     )
     score: str = _option(
         "surprise",
-        "What DTF ranks tokens by: surprise (the thesis), or a learned estimate of what skipping loses: the size of "
-        "the update (update_size), or how far the forecast is from it (forecast_error).",
+        "The score of DTF: the predicted error of the forecast (forecast_error), the predicted size of the update "
+        "(update_size), or surprise, which the layer below observes (the thesis).",
     )
     score_factor: Number = _option(
         0.0, "Hidden units of a learned estimate of costs, as a share of the hidden size; 0: a linear one."
     )
     explore: Number = _option(
         0.0,
-        "Share of the tokens that skip whose update is computed all the same while training, without gradient: score "
-        "and forecast learn from it.",
+        "Share of the tokens that skip whose update training computes too, without gradient: score and forecast learn "
+        "from it.",
     )
     budget: str = _option(
         "layer",

@@ -22,7 +22,7 @@ class Source(Group):
         "", description="Column of conversations, lists of {role, content}, to train on instead of a text_field."
     )
     weight: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="How often to draw a document from this source when streaming, beside the others'."
+        None, description="Relative rate of drawing documents from this source when streaming."
     )
     streaming: bool = Field(False, description="Read the source while training, not before; all sources or none.")
 

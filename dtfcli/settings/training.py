@@ -37,7 +37,7 @@ class LearningRates(Group):
     base: Rate = Field(1e-5, description="The backbone.")
     prior: Rate = Field(1e-3, description="PriorFFN of decision layers (dtf by surprise).")
     forecast: Rate = Field(3e-3, description="Forecasts of routed layers (model.bypass = forecast).")
-    router: Rate = Field(1e-2, description="Routers: DTF's four scalars or its estimate of costs, MoD's linear score.")
+    router: Rate = Field(1e-2, description="Routers: DTF's score, MoD's linear score.")
     predictor: Rate = Field(1e-3, description="Routing predictors (model.predictor_loss_weight).")
 
 
@@ -46,7 +46,7 @@ class TrainingSettings(Group):
 
     max_steps: Annotated[int, BeforeValidator(whole), Field(ge=0)] | None = Field(
         None,
-        description="Optimizer steps; unset: as many as training.epochs takes; 0: convert, fit and calibrate alone.",
+        description="Optimizer steps; unset: as many as training.epochs takes; 0: only convert, fit and calibrate.",
     )
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the data when max_steps is unset.")
     micro_batch_size: Count = Field(8, description="Sequences per forward and backward on each process.")
@@ -70,12 +70,13 @@ class TrainingSettings(Group):
     )
     gradient_checkpointing: bool | Literal["selective"] = Field(
         False,
-        description="Recompute activations to save memory: all of them, or (selective) the cheap ones, keeping what "
-        "matrix products and attention computed.",
+        description="Recompute activations in the backward pass to save memory: all (true), or all but the results of "
+        "matrix products and attention (selective).",
     )
     compile: bool = Field(False, description="Compile each layer with torch.compile.")
     kernels: Literal["torch", "liger"] = Field(
-        "torch", description="What runs norms, SwiGLU and GEGLU: torch, or on GPUs liger (pip install 'dtfcli[liger]')."
+        "torch",
+        description="Library of norms, SwiGLU and GEGLU: torch, or on GPUs liger (pip install 'dtfcli[liger]').",
     )
     sharding: Literal["ddp", "fsdp2"] = Field(
         "ddp",
@@ -89,21 +90,22 @@ class TrainingSettings(Group):
     keep_checkpoints: Count = Field(2, description="How many checkpoints are kept.")
     calibration_tokens: Count = Field(16384, description="Training tokens that calibrate the thresholds at the end.")
     threshold_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="Last share of the updates that route by threshold, as inference does, instead of by top-K."
+        0.0, description="Last share of the steps that route by threshold, as inference does, instead of by top-K."
     )
     capacity_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How γ goes from capacity_start to model.capacity; constant: model.capacity throughout."
+        "constant",
+        description="How γ falls from capacity_start to model.capacity; constant: model.capacity throughout.",
     )
     capacity_start: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="γ of the first update under a capacity_schedule."
+        1.0, description="γ of the first step under a capacity_schedule."
     )
     capacity_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.3, description="First share of the updates over which capacity_schedule runs."
+        0.3, description="First share of the steps over which capacity_schedule runs."
     )
     fit_tokens: Annotated[int, BeforeValidator(whole), Field(ge=0)] | None = Field(
         None,
-        description="Training tokens to which forecasts and predicted costs are fitted by least squares before the "
-        "first update; unset: 32 for each unit of the hidden size, 0: none.",
+        description="Training tokens that fit forecasts and predicted scores by least squares before the first step; "
+        "unset: 32 for each unit of the hidden size, 0: none.",
     )
 
     @model_validator(mode="after")
@@ -142,7 +144,7 @@ class LoraSettings(Group):
     quantize: Literal["none", "nf4"] = Field(
         "none",
         description="Hold the frozen projections in 4 bits while training (QLoRA): nf4 needs dtfcli[qlora]; saved "
-        "adapters belong to the base as it is.",
+        "adapters fit the base without quantization.",
     )
     merge: bool = Field(False, description="Also write merged_model/: the final model with its adapters merged in.")
 
@@ -151,7 +153,7 @@ class DistillSettings(Group):
     """`distill.*`: also learn from the dense parent, the base before it was routed."""
 
     enabled: bool = Field(False, description="Add the divergence from the dense parent's predictions to the loss.")
-    weight: Rate = Field(1.0, description="Weight of KL(parent ‖ model), beside the language-model loss's 1.")
+    weight: Rate = Field(1.0, description="Weight of KL(parent ‖ model); the language-model loss has weight 1.")
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="T: both distributions are softened by it, and the divergence is scaled by T²."
     )
