@@ -1,4 +1,4 @@
-"""A report as a picture: the text colored by depth, layers × tokens, and shares by layer and token class."""
+"""A report as a picture: the text colored by depth, layers × tokens, shares by layer and token class, costs."""
 
 import io
 import unicodedata
@@ -39,8 +39,10 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
     rows = max(len(summary.layers), sum(min(1, len(g)) + len(g) for g in _shown_groups(summary).values()))
     text_height = _LINE * len(lines)
     map_height = 0.0 if not lines else max(0.9, min(2.6, 0.2 * len(summary.layers)))
-    bars_height = max(1.6, 0.215 * rows)
-    head = 1.0 if lines else 1.35  # a chart has its title above it
+    layers_height = 0.3 * len(summary.layers) + 0.15
+    has_costs = "predicted_cost" in summary.layers[0].means
+    bars_height = max(1.6, 0.215 * rows, 2 * layers_height + 0.9 if has_costs else 0)
+    head = 1.25 if lines else 1.6  # a chart has its title above it
     gaps = head + (0.75 if lines else 0.0) + (0.95 if lines else 0.0) + 0.9
     height = text_height + map_height + bars_height + gaps
     figure = Figure(figsize=(_WIDTH, height), facecolor=_PAPER)
@@ -65,9 +67,10 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
         _draw_map(place(_MARGIN + 0.35, top, inner - 0.35, map_height), report)
         top += map_height + 0.9
     half = inner / 2 - 0.5
-    _draw_layers(
-        place(_MARGIN + 0.35, top, half - 0.35, min(bars_height, 0.3 * len(summary.layers) + 0.15)), report, summary
-    )
+    _draw_layers(place(_MARGIN + 0.35, top, half - 0.35, min(bars_height, layers_height)), report, summary)
+    if has_costs:
+        costs = place(_MARGIN + 0.35, top + layers_height + 0.75, half - 0.35, layers_height)
+        _draw_costs(costs, summary, report.reading.labels["predicted_cost"])
     _draw_groups(place(_MARGIN + half + 2.2, top, half - 1.2, bars_height), summary)
     with warnings.catch_warnings():
         # A script that the font does not have is drawn as boxes; no reason to stop or to complain.
@@ -86,7 +89,9 @@ def _headline(figure: Figure, report: TextRouting | CorpusRouting, summary: Summ
     causal = "causal" if report.causal else "NOT causal"
     facts = [f"{report.name}, {report.gamma}, {report.routing} ({causal})"]
     facts += [f"{figure.name} {figure.value}" for figure in key_figures(report, summary)]
-    figure.text(left, 1 - 0.71 / height, "   ·   ".join(facts), fontsize=9, color=_SOFT, va="center", parse_math=False)
+    for line, text in enumerate((report.reading.rule, "  ·  ".join(facts))):
+        place = 1 - (0.71 + 0.21 * line) / height
+        figure.text(left, place, text, fontsize=8.5, color=_SOFT, va="center", parse_math=False)
 
 
 def _wrap(report: TextRouting) -> tuple[list[list[tuple[int, str]]], int]:
@@ -202,6 +207,26 @@ def _draw_layers(axes: Axes, report: TextRouting | CorpusRouting, summary: Summa
     axes.set(xlim=(0, 1.08), ylim=(-0.6, len(places) - 0.4))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     axes.set_title("Routed share by layer; the line is γ", loc="left", fontsize=9.5, color=_INK, weight="bold")
+    _quiet(axes)
+
+
+def _draw_costs(axes: Axes, summary: Summary, label: str) -> None:
+    """Means of the predicted cost, on a logarithmic scale, on both sides of each layer's threshold."""
+    places = np.arange(len(summary.layers))
+    for y, layer in enumerate(summary.layers):
+        axes.axhline(y, color=_EDGE, linewidth=0.8, zorder=0)
+        if layer.shown_threshold is not None:
+            axes.plot([layer.shown_threshold] * 2, [y - 0.42, y + 0.42], color=_INK, linewidth=1.3)
+    sides = ([layer.routed_means for layer in summary.layers], [layer.skipping_means for layer in summary.layers])
+    for means, edge, face in zip(sides, (_ACCENT, _SOFT), (_ACCENT, _PAPER), strict=True):
+        values = [mean.get("predicted_cost", np.nan) for mean in means]
+        axes.scatter(values, places, s=26, edgecolors=edge, facecolors=face)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.6, len(places) - 0.4)
+    axes.set_yticks(places, [str(layer.layer) for layer in summary.layers])
+    axes.xaxis.set_major_formatter("{x:g}")
+    title = f"Mean {label} by layer: ● routed, ○ skipping, | threshold"
+    axes.set_title(title, loc="left", fontsize=9.5, color=_INK, weight="bold")
     _quiet(axes)
 
 
