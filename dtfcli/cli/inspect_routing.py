@@ -48,16 +48,16 @@ Oracle = Annotated[
     bool,
     typer.Option(
         "--against-oracle",
-        help="Compare the router with the tokens that each layer would change most, and with the loss if those were "
-        "routed.",
+        help="Measure what each token loses by skipping a layer and what its forecast misses; compare the router with "
+        "the tokens that lose most, and with the loss if those were routed.",
     ),
 ]
 SensitivityOption = Annotated[
     bool,
     typer.Option(
         "--sensitivity",
-        help="Measure instead what each layer of the model, dense or routed, costs to leave out, and print the order "
-        "that model.layer_order takes.",
+        help="Measure instead the loss without each layer of the model, dense or routed, and print the order that "
+        "model.layer_order takes.",
     ),
 ]
 TextField = Annotated[str, typer.Option("--text-field", help="Column or key of a corpus that holds the text.")]
@@ -85,9 +85,10 @@ def inspect_routing(
 ) -> None:
     """Show which tokens a routed model spends its layers on, and why.
 
-    The text appears colored by depth (how many routed layers took each token), then as a heat map, a row for each
-    routed layer and a column for each token, then in tables: by layer, token class, frequency, position and loss, and
-    how far the causal mode and the training rule agree. A corpus is summed up in constant memory.
+    The text appears colored by depth, the number of routed layers that computed each token. A heat map has a row for
+    each routed layer and a column for each token. Tables show each layer's share of tokens, its threshold, and what the
+    router predicts of the tokens that enter and of those that take the forecast; then shares by kind of token, and how
+    far the causal mode and the training rule agree. A corpus is summed up in constant memory.
 
     \b
     Examples:
