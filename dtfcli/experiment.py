@@ -17,8 +17,8 @@ from dtfcli.errors import ConfigError, DTFError
 from dtfcli.loading.adapters import adapt
 from dtfcli.loading.build import build_model, build_tokenizer
 from dtfcli.loading.devices import compute_dtype, resolve_device
-from dtfcli.loading.load import load_model, load_tokenizer
-from dtfcli.loading.paths import resolve_model_path
+from dtfcli.loading.load import load_model_and_tokenizer
+from dtfcli.loading.source import open_source
 from dtfcli.runs.folder import MERGED_MODEL
 from dtfcli.settings import Settings
 from dtfcli.settings.after import HubSettings
@@ -125,11 +125,8 @@ def _evaluate_final(settings: Settings, plan: "EvalPlan", run: Path, emit: Train
     command += ["--data-dir", str(plan.data_dir)] if plan.data_dir is not None else []
     again = f"The final model is saved; repeat its evaluation with: {shlex.join(command)}"
     with _never_lost("The evaluation failed.", again, emit):
-        final = Candidate(
-            str(run),
-            resolve_model_path(run),
-            lambda: (load_model(run, device=settings.run.device, dtype=settings.run.dtype), load_tokenizer(run)),
-        )
+        source, options = open_source(run), {"device": settings.run.device, "dtype": settings.run.dtype}
+        final = Candidate(str(run), source, lambda: load_model_and_tokenizer(source, **options))
         return evaluate_and_save(plan, [final], on_event=show)[0][1]
     return None
 

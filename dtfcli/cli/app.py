@@ -82,26 +82,8 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line without exiting; returns the exit code."""
-    return _run(*_clean(arguments))
-
-
-def _clean(arguments: list[str]) -> tuple[list[str], bool]:
-    """Take out --debug, wherever it stands, and spell options with dashes (--max_new_tokens is accepted)."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    options = []
-    for argument in arguments[:end]:
-        name, equals, value = argument.partition("=")
-        option = name.startswith("--") and "." not in name  # --training.max_steps is a setting, and the error says so
-        if argument.startswith("--resume="):  # its value may be left out, so it is an argument of the command
-            options += [name, value]
-        else:
-            options.append(name.replace("_", "-") + equals + value if option else argument)
-    return [option for option in options if option != "--debug"] + arguments[end:], "--debug" in options
-
-
-def _run(arguments: list[str], debug: bool) -> int:
-    """Run one command; returns the exit code, after saying on stderr what went wrong."""
+    """Run one command line without exiting; returns the exit code, after saying on stderr what went wrong."""
+    arguments, debug = _clean(arguments)
     try:
         code = app(args=arguments, prog_name="dtf", standalone_mode=False)
         sys.stdout.flush()
@@ -120,6 +102,20 @@ def _run(arguments: list[str], debug: bool) -> int:
 
         fail("interrupted.")
     return code if isinstance(code, int) else 0
+
+
+def _clean(arguments: list[str]) -> tuple[list[str], bool]:
+    """Take out --debug, wherever it stands, and spell options with dashes (--max_new_tokens is accepted)."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = []
+    for argument in arguments[:end]:
+        name, equals, value = argument.partition("=")
+        option = name.startswith("--") and "." not in name  # --training.max_steps is a setting, and the error says so
+        if argument.startswith("--resume="):  # its value may be left out, so it is an argument of the command
+            options += [name, value]
+        else:
+            options.append(name.replace("_", "-") + equals + value if option else argument)
+    return [option for option in options if option != "--debug"] + arguments[end:], "--debug" in options
 
 
 def _report(error: Exception, arguments: list[str]) -> int:

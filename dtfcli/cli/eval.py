@@ -109,10 +109,10 @@ def evaluate(
       dtf eval outputs/2026-01-31/quickstart outputs/2026-01-31/mod outputs/2026-01-31/dense
     """
     from dtfcli.cli import eval_view
-    from dtfcli.loading.paths import resolve_model_path
+    from dtfcli.loading.source import open_source
 
     _check(models, output)
-    sources = [resolve_model_path(model, revision) for model in models]
+    sources = [open_source(model, revision, trust_remote_code=trust_remote_code) for model in models]
     loading = options.Loading(
         routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code, quantize
     )
@@ -131,7 +131,9 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             verbose="--debug" in sys.argv,
         )
-        candidates = [Candidate(m, source, partial(loading.open, m)) for m, source in zip(models, sources, strict=True)]
+        candidates = [
+            Candidate(m, source, partial(loading.open, source)) for m, source in zip(models, sources, strict=True)
+        ]
         found = evaluate_and_save(make_plan(tasks, asked), candidates, output=output, on_event=show)
     files = [file for _, file in found if file is not None]
     _finish([report for report, _ in found], files, output, json)

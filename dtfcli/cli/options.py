@@ -6,11 +6,14 @@ Every command that takes a MODEL takes `Device`, `Dtype`, `AttnImplementation`, 
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dtfcli.settings import sources
+
+if TYPE_CHECKING:
+    from dtfcli.loading.source import ModelSource
 
 COMMON = "Options every command with a model takes"
 
@@ -127,18 +130,19 @@ class Loading:
     trust_remote_code: bool = False
     quantize: str | None = None
 
-    def open(self, model: str) -> tuple[Any, Any]:
-        """Model and tokenizer; what quantizing cost is said on stderr. Imports torch and Transformers."""
-        from dtfcli.loading.load import load_model, load_tokenizer
+    def open(self, model: "str | ModelSource") -> tuple[Any, Any]:
+        """Model and tokenizer; the cost of quantizing goes to stderr. Imports torch and Transformers."""
+        from dtfcli.loading.load import load_model_and_tokenizer
+        from dtfcli.loading.source import open_source
 
-        loading = asdict(self)
-        kind = loading.pop("quantize")
-        if kind is not None:
-            from dtfcli.cli import render
-            from dtfcli.cost.quantized import in_words, load_quantized
+        arguments = asdict(self)
+        kind, trust, revision = (arguments.pop(name) for name in ("quantize", "trust_remote_code", "revision"))
+        source = open_source(model, revision, trust_remote_code=trust) if isinstance(model, str) else model
+        if kind is None:
+            return load_model_and_tokenizer(source, **arguments)
+        from dtfcli.cli import render
+        from dtfcli.cost.quantized import in_words, load_quantized
 
-            loaded, tokenizer, done = load_quantized(model, kind, loading)
-            render.note(f"{model}: {in_words(done)}")
-            return loaded, tokenizer
-        loaded = load_model(model, **loading)
-        return loaded, load_tokenizer(model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        loaded, tokenizer, quantization = load_quantized(source, kind, arguments)
+        render.note(f"{source.path}: {in_words(quantization)}")
+        return loaded, tokenizer

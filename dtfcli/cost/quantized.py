@@ -7,8 +7,9 @@ import torch
 
 from dtfcli.errors import DTFError
 from dtfcli.loading.devices import resolve_device
-from dtfcli.loading.load import load_model, load_tokenizer
+from dtfcli.loading.load import load_model_and_tokenizer
 from dtfcli.loading.quantization import Quantization, check_quantize, quantize
+from dtfcli.loading.source import ModelSource
 from dtfcli.models.pretrained import is_routed
 from dtfcli.quiet import quiet_libraries
 from dtfcli.shares import measured_shares
@@ -38,13 +39,13 @@ trousers and asked, quite politely, whether anyone on board happened to know som
 _MOST_TOKENS = 512
 
 
-def load_quantized(model: str, kind: str, loading: dict[str, Any]) -> tuple[Any, Any, Quantization]:
-    """Open a model, quantize it, and measure what that did to it.
+def load_quantized(source: ModelSource, kind: str, options: dict[str, Any]) -> tuple[Any, Any, Quantization]:
+    """Load a model, quantize it, and measure how that changed it.
 
     Args:
-        model: anything that `load_model` takes.
+        source: the model's files.
         kind: int8 or int4.
-        loading: the other arguments of `load_model`, by name.
+        options: the other arguments of `load_model_and_tokenizer`, by name.
 
     Returns:
         The quantized model, its tokenizer, and the figures, which are also the model's `quantization_of`.
@@ -52,11 +53,9 @@ def load_quantized(model: str, kind: str, loading: dict[str, Any]) -> tuple[Any,
     Raises:
         ConfigError, CheckpointError, HubError: as `load_model`.
     """
-    check_quantize(kind, resolve_device(str(loading.get("device", "auto"))))
-    loaded: Any = load_model(model, **loading)
-    named = {name: loading[name] for name in ("revision", "trust_remote_code") if name in loading}
-    tokenizer = load_tokenizer(model, **named)
-    return loaded, tokenizer, quantize_and_measure(loaded, tokenizer, kind)
+    check_quantize(kind, resolve_device(str(options.get("device", "auto"))))
+    model, tokenizer = load_model_and_tokenizer(source, **options)
+    return model, tokenizer, quantize_and_measure(model, tokenizer, kind)
 
 
 def quantize_and_measure(model: Any, tokenizer: Any, kind: str) -> Quantization:

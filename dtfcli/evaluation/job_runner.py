@@ -22,8 +22,8 @@ from dtfcli.evaluation.plan import EvalPlan
 from dtfcli.evaluation.report import Items, TaskScore, is_causal, model_hash, run_folder_of, shares_of
 from dtfcli.evaluation.suites import VALIDATION_TEXT, Job
 from dtfcli.evaluation.validation_text import HeldOut, held_out_rows, score_rows
-from dtfcli.loading.paths import ModelPath
 from dtfcli.loading.quantization import quantization_of
+from dtfcli.loading.source import ModelSource
 from dtfcli.shares import ShareMeter, measured_shares
 
 _PACKAGES = ("dtfcli", "lm_eval", "torch", "transformers", "datasets")
@@ -62,7 +62,7 @@ class JobRunner:
     """
 
     def __init__(
-        self, plan: EvalPlan, lm: RoutedLM, source: ModelPath | None, state: Path | None, emit: EvalListener
+        self, plan: EvalPlan, lm: RoutedLM, source: ModelSource | None, state: Path | None, emit: EvalListener
     ) -> None:
         """Take a model.
 

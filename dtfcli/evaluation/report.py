@@ -17,8 +17,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dtfcli.errors import ConfigError, DTFError, reason_of
-from dtfcli.loading.paths import ModelPath, weights_hash
+from dtfcli.loading.model_files import weights_hash
 from dtfcli.loading.quantization import plain_tensors
+from dtfcli.loading.source import ModelSource
 from dtfcli.models.configuration_fields import CAUSAL_MODES, ROUTING_MODES
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, SETTINGS_FILE
 from dtfcli.shares import ShareMeter
@@ -293,7 +294,7 @@ def shares_of(meter: ShareMeter | None) -> dict[str, Any] | None:
     }
 
 
-def model_hash(model: Any, source: ModelPath | None) -> str:
+def model_hash(model: Any, source: ModelSource | None) -> str:
     """sha256 over a model's weights: of its files where they are here, else of its tensors.
 
     Args:
@@ -320,7 +321,7 @@ def run_folder_of(path: Path) -> Path | None:
     return None
 
 
-def results_folder(model: str, source: ModelPath) -> Path:
+def results_folder(model: str, source: ModelSource) -> Path:
     """Where results go.
 
     `eval/` of the run folder for a run's final model, else in the model folder or beside the .gguf file; for a model

@@ -17,8 +17,8 @@ from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.evaluation.plan import EvalOptions, EvalPlan, make_plan
 from dtfcli.evaluation.report import EvalReport, check_writable, is_causal, results_folder, save, shares_of
 from dtfcli.loading.load import load_model, load_tokenizer
-from dtfcli.loading.paths import ModelPath, resolve_model_path
 from dtfcli.loading.quantization import quantization_of
+from dtfcli.loading.source import ModelSource, open_source
 from dtfcli.models.pretrained import is_routed
 from dtfcli.quiet import quiet_libraries
 
@@ -36,7 +36,7 @@ class Candidate:
     """
 
     name: str
-    source: ModelPath | None
+    source: ModelSource | None
     load: Callable[[], tuple[Any, Any]]
 
 
@@ -69,9 +69,10 @@ def evaluate(
     """
     plan = make_plan(tasks, EvalOptions(**options))
     if isinstance(model, (str, Path)):
-        loaded: Any = load_model(model, routing=routing, capacity=capacity)
-        tokenizer = tokenizer or load_tokenizer(model)
-        candidate = Candidate(str(model), resolve_model_path(model), lambda: (loaded, tokenizer))
+        source = open_source(model)
+        loaded: Any = load_model(source, routing=routing, capacity=capacity)
+        tokenizer = tokenizer or load_tokenizer(source)
+        candidate = Candidate(str(model), source, lambda: (loaded, tokenizer))
     else:
         _set_routing(model, routing, capacity)
         tokenizer = tokenizer or _own_tokenizer(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.evaluation.report import EvalReport
-from dtfcli.loading.paths import weights_hash
+from dtfcli.loading.model_files import weights_hash
 from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.models.pretrained import is_added
 from dtfcli.runs.files import read_metrics

@@ -21,10 +21,9 @@ from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.card import model_card
 from dtfcli.hub.facts import LocalModel, choose_results, gather_facts
 from dtfcli.hub.leaks import find_leaks
-from dtfcli.loading.adapters import read_adapter_config
-from dtfcli.loading.checks import INDEX, WEIGHTS, check_built_config, check_files, weight_names
 from dtfcli.loading.load import load_model, load_tokenizer
-from dtfcli.loading.paths import resolve_model_path
+from dtfcli.loading.model_files import INDEX, WEIGHTS, check_files, read_adapter_config
+from dtfcli.loading.source import open_source
 from dtfcli.models.conversion import ROUTING_FIELD_NAMES
 from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import replaced_folder
@@ -144,7 +143,7 @@ def model_folder(model: str | Path) -> Path:
     Raises:
         CheckpointError: it is not on this machine, or not a folder.
     """
-    source = resolve_model_path(model)
+    source = open_source(model)
     if source.kind == "hub":
         raise CheckpointError(
             f"{model}: not on this machine; push takes a model or run folder. A model on the Hub is there already."
@@ -181,11 +180,9 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_json_object(path, _AGAIN)
-    stored = check_files(folder)
     if str(config.get("model_type", "")).startswith("dynamic_"):
         with reading(path, _AGAIN, also=(StrictDataclassError,)), quiet_libraries():
             built = AutoConfig.for_model(**config)
-            check_built_config(path, built, stored)
         # Fields that an earlier version did not write have their defaults.
         config = {name: getattr(built, name) for name in ROUTING_FIELD_NAMES} | config
     return config
@@ -243,7 +240,7 @@ def _merge(adapter: Path, folder: Path) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model, without shards of an earlier save."""
-    names = weight_names(folder)
+    names = check_files(folder)
     if not names:
         pickled = next(folder.glob("*.bin"), None)
         found = f", only {pickled.name}, a pickle, which is never uploaded" if pickled else ""

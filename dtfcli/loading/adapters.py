@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dtfcli.errors import CheckpointError, read_json_object
-from dtfcli.loading.checks import check_ranks
-from dtfcli.loading.paths import resolve_model_path
+from dtfcli.loading.source import open_source
 from dtfcli.models.pretrained import is_added
 from dtfcli.settings import Settings
 
@@ -46,7 +44,7 @@ def adapt(model: Any, settings: Settings) -> Any:
     """
     if not settings.lora.enabled:
         return model
-    base = resolve_model_path(settings.model.base, settings.model.revision or None)
+    base = open_source(settings.model.base, settings.model.revision or None)
     lora = settings.lora
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -130,31 +128,6 @@ def merge(model: Any) -> Any:
     return model.requires_grad_(True)
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The configuration of an adapter folder.
-
-    Raises:
-        CheckpointError: it is damaged, names no base, or its weights are missing.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        config = read_json_object(path, "save it again")
-        base = config["base_model_name_or_path"]
-    except (CheckpointError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: a LoRA adapter whose configuration is damaged ({type(error.__cause__ or error).__name__}); "
-            "save it again."
-        ) from error
-    if not isinstance(base, str) or not base:
-        raise CheckpointError(
-            f"{path}: base_model_name_or_path = {base!r}: names no base model; write its folder or Hub id there."
-        )
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        pickled = f", only {WEIGHTS_NAME}, a pickle" if (folder / WEIGHTS_NAME).is_file() else ""
-        raise CheckpointError(f"{folder}: an adapter without {SAFETENSORS_WEIGHTS_NAME}{pickled}; copy it there.")
-    return config
-
-
 def apply_adapter(model: Any, folder: Path) -> Any:
     """A base model with the adapters of a folder merged into it.
 
@@ -166,17 +139,16 @@ def apply_adapter(model: Any, folder: Path) -> Any:
         ValueError: tensors are missing from the folder, or do not belong to this model; nothing is drawn afresh.
         CheckpointError: its files are damaged.
     """
-    check_ranks(folder)
     added = {_PREFIX + name for name in model.state_dict() if is_added(name)}
     with warnings.catch_warnings(action="ignore"):  # of missing keys, which are refused below
         wrapped = PeftModel.from_pretrained(model, str(folder))
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        found = set(file.keys())
+        stored = set(file.keys())
     if (folder / "config.json").is_file():
         expected |= added
-    foreign = {name for name in found - expected - added if ".lora_" in name or is_added(name)}
-    for problem, names in (("missing", expected - found), ("not known to the base", foreign)):
+    foreign = {name for name in stored - expected - added if ".lora_" in name or is_added(name)}
+    for problem, names in (("missing", expected - stored), ("not known to the base", foreign)):
         if names:
             some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
             raise ValueError(f"Weights are {problem}: {some}. The adapter is damaged or of another base.")

@@ -6,7 +6,6 @@ loaded for training in float32; lower precision is the training loop's business.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,9 @@ from transformers import (
 
 from dtfcli.data.tokenizer import data_tokenizer
 from dtfcli.errors import ConfigError
-from dtfcli.loading.adapters import read_adapter_config
 from dtfcli.loading.base_configs import BASE_CONFIGS
-from dtfcli.loading.load import base_config, explained_load_errors, load_tokenizer, load_weights
-from dtfcli.loading.paths import resolve_model_path
+from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weights
+from dtfcli.loading.source import ModelSource, open_source
 from dtfcli.models.configuration_fields import unread_fields
 from dtfcli.models.conversion import convert, routed_config
 from dtfcli.models.families import FAMILIES
@@ -47,13 +45,15 @@ def build_model(
     """
     if meta:
         with torch.device("meta"):
-            return _route(_blank(settings, tokenizer), settings)
+            return _route(_random_dense(settings, tokenizer), settings)
     with torch.random.fork_rng():
         torch.manual_seed(settings.run.seed)
-        if settings.model.base:
-            start = _load_base(settings)
+        base = _base(settings)
+        if base is None:
+            start = _random_dense(settings, tokenizer)
         else:
-            start = _new_dense(_dense_config(settings, tokenizer), settings)
+            with explained_load_errors(base):
+                start = load_weights(base, torch.float32, settings.model.attn_implementation)
         torch.manual_seed(_routing_seed(settings.run.seed))
         model = _route(start, settings)
     _check_vocabulary(model, tokenizer, settings)
@@ -72,7 +72,7 @@ def build_comparison(settings: Settings, *, dtype: torch.dtype = torch.float32) 
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.run.seed)
-        dense: Any = _new_dense(_dense_config(settings, None), settings)
+        dense: Any = _random_dense(settings, None)
         dense = dense.to(dtype).eval()
         models: dict[str, PreTrainedModel] = {"dense": dense}
         fields = settings.model.routing_fields()
@@ -107,12 +107,29 @@ def _routing_seed(seed: int) -> int:
     return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
 
 
-def _dense_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """The configuration of the dense backbone, without loading weights."""
+def _base(settings: Settings) -> ModelSource | None:
+    """The model that a run starts from; None: random weights."""
     model = settings.model
-    if model.base:
-        return _base_config(model.base, model.revision or None, model.trust_remote_code)
-    values = model.scratch.model_dump()
+    if not model.base:
+        return None
+    return open_source(model.base, model.revision or None, trust_remote_code=model.trust_remote_code)
+
+
+def _random_dense(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """The dense backbone with random weights, or with none on the meta device."""
+    base = _base(settings)
+    if base is None:
+        config = _scratch_config(settings, tokenizer)
+    elif base.kind == "hub" and base.revision is None and base.path in BASE_CONFIGS:
+        config = AutoConfig.for_model(**BASE_CONFIGS[base.path])
+    else:
+        with explained_load_errors(base):
+            return _new_dense(base.configuration, settings)
+    return _new_dense(config, settings)
+
+
+def _scratch_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    values = settings.model.scratch.model_dump()
     family = values.pop("family")
     # No pad_token_id: its embedding would get no gradient, and end-of-text pads here.
     values |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -122,37 +139,10 @@ def _dense_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None)
     return FAMILIES[family].dense_config(**values)
 
 
-def _base_config(base: str, revision: str | None, trust_remote_code: bool) -> Any:
-    source = resolve_model_path(base, revision)
-    if source.kind == "hub" and source.revision is None and source.path in BASE_CONFIGS:
-        return AutoConfig.for_model(**BASE_CONFIGS[source.path])
-    with explained_load_errors(source):
-        if source.is_adapter and not (Path(source.path) / "config.json").is_file():
-            config = read_adapter_config(Path(source.path))
-            return _base_config(config["base_model_name_or_path"], config.get("revision"), trust_remote_code)
-        return base_config(source, trust_remote_code)
-
-
-def _blank(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    """The dense model that a run starts from, without its weights."""
-    config, base = _dense_config(settings, tokenizer), settings.model.base
-    if not base:
-        return _new_dense(config, settings)
-    with explained_load_errors(resolve_model_path(base, settings.model.revision or None)):
-        return _new_dense(config, settings)
-
-
 def _new_dense(config: Any, settings: Settings) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(
         config, attn_implementation=settings.model.attn_implementation, dtype=torch.float32
     )
-
-
-def _load_base(settings: Settings) -> PreTrainedModel:
-    model = settings.model
-    source = resolve_model_path(model.base, model.revision or None)
-    with explained_load_errors(source):
-        return load_weights(source, torch.float32, model.attn_implementation, model.trust_remote_code)
 
 
 def _route(start: Any, settings: Settings) -> PreTrainedModel:
@@ -177,10 +167,11 @@ def _go_on(model: Any, settings: Settings) -> PreTrainedModel:
     Raises:
         ConfigError: it is of another architecture or differs in a field.
     """
-    base, wanted, found = settings.model.base, settings.model.architecture, model.config.architecture
-    if wanted != found:
+    base, architecture = settings.model.base, model.config.architecture
+    if settings.model.architecture != architecture:
         raise ConfigError(
-            f"model.base = {base!r} is a {found} model: train it with model={found}, or take a dense model as the base."
+            f"model.base = {base!r} is a {architecture} model: train it with model={architecture}, or take a dense "
+            "model as the base."
         )
     fields = settings.model.routing_fields()
     routing = fields.pop("routing", None)

@@ -7,36 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dtfcli.errors import BROKEN, CheckpointError, ConfigError, DTFError, HubError, reading, reason_of
-from dtfcli.loading.adapters import apply_adapter, read_adapter_config
-from dtfcli.loading.checks import check_built_config, check_config, check_files
+from dtfcli.errors import BROKEN, CheckpointError, ConfigError, DTFError, HubError, reason_of
+from dtfcli.loading.adapters import apply_adapter
 from dtfcli.loading.devices import DTYPES, has_fast_bfloat16, resolve_device
-from dtfcli.loading.paths import ModelPath, resolve_model_path
+from dtfcli.loading.model_files import CONFIG, check_files, read_adapter_config
 from dtfcli.loading.quantization import check_quantize
 from dtfcli.loading.quantization import quantize as quantize_weights
+from dtfcli.loading.source import ModelSource, open_source, untrusted_code
 from dtfcli.models.conversion import ROUTING_FIELD_NAMES, convert, load_dense, load_whole
 from dtfcli.models.pretrained import is_routed
 from dtfcli.quiet import quiet_libraries
 
 _DAMAGE: tuple[type[Exception], ...] = (*BROKEN, SafetensorError, StrictDataclassError, pickle.UnpicklingError)
-"""What damaged files raise in Transformers, peft, safetensors and torch."""
+"""Errors that damaged files cause in Transformers, peft, safetensors and torch."""
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path | ModelSource,
     routing: str | None = None,
     capacity: float | None = None,
     device: str | torch.device = "auto",
@@ -50,7 +41,7 @@ def load_model(
 
     Args:
         path: model folder, run folder, adapter folder (its adapters are merged into its base), .gguf file, or Hub
-            id[@revision].
+            id[@revision]; or what `open_source` returned, with its own revision and trust.
         routing: "threshold", "predictor" or "topk"; None or "auto": the mode saved with the model. Routed models only.
         capacity: γ for all routed layers; None: the model's own. Routed models only.
         device: auto, cpu, cuda, cuda:N, mps or xpu.
@@ -67,42 +58,84 @@ def load_model(
             the model cannot be quantized so, or not here.
         HubError: the Hub cannot be reached.
     """
-    source = resolve_model_path(path, revision)
-    target = resolve_device(str(device))
-    if quantize is not None:
-        check_quantize(quantize, target)
+    source = path if isinstance(path, ModelSource) else open_source(path, revision, trust_remote_code=trust_remote_code)
     with explained_load_errors(source):
-        wanted = _load_dtype(source, dtype, target, trust_remote_code)
-        model = load_weights(source, wanted, attn_implementation, trust_remote_code)
-    _set_routing(model, None if routing == "auto" else routing, capacity, str(path))
-    model = model.to(target).eval()  # type: ignore[arg-type]  # wrapped by Transformers without its types
-    if quantize is not None:
-        quantize_weights(model, quantize)
-    return model
+        return _load(source, routing, capacity, device, dtype, attn_implementation, quantize)
 
 
 def load_tokenizer(
-    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    path: str | Path | ModelSource, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that `load_model` takes.
+    """The tokenizer of a model that `load_model` takes, or one that lies alone in a folder.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
         HubError: the Hub cannot be reached.
     """
-    source = _resolve_tokenizer_path(path, revision)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    place = source.path
+    if isinstance(path, ModelSource):
+        source = path
+    elif any((Path(path).expanduser() / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        folder = Path(path).expanduser()
+        check_files(folder)
+        source = ModelSource("folder", str(folder), trust_remote_code=trust_remote_code)
+    else:
+        source = open_source(path, revision, trust_remote_code=trust_remote_code)
+    with explained_load_errors(source):
+        return _tokenizer(source)
+
+
+def load_model_and_tokenizer(source: ModelSource, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Both of one model; `options` are those of `load_model`.
+
+    Raises:
+        CheckpointError, ConfigError, HubError: as `load_model` and `load_tokenizer`.
+    """
+    with explained_load_errors(source):
+        return _load(source, **options), _tokenizer(source)
+
+
+def _load(
+    source: ModelSource,
+    routing: str | None = None,
+    capacity: float | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    quantize: str | None = None,
+) -> PreTrainedModel:
+    target = resolve_device(str(device))
+    if quantize is not None:
+        check_quantize(quantize, target)
+    if dtype == "auto":
+        source = source.fetched if source.kind == "hub" else source
+        plain = source.kind == "gguf" or source.is_adapter
+        dtype = torch.float32 if plain else _fast_dtype(source.configuration.dtype, target)
+    elif isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype = {dtype!r}: choose one of auto, {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    model: Any = load_weights(source, dtype, attn_implementation)
+    _set_routing(model, None if routing == "auto" else routing, capacity)
+    model = model.to(target).eval()
+    if quantize is not None:
+        quantize_weights(model, quantize)
+    return model
+
+
+def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    place, options = source.path, dict[str, Any](revision=source.revision, trust_remote_code=source.trust_remote_code)
     if source.kind == "gguf":
         place, options["gguf_file"] = str(Path(source.path).parent), Path(source.path).name
-    with explained_load_errors(source, "tokenizer"):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, revision=source.revision, **options)
-            _try_out(tokenizer)
-        except Exception as error:
-            if type(error) is not Exception:
-                raise
-            raise ValueError(str(error)) from error  # a bare Exception is all that the library `tokenizers` raises
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        _try_out(tokenizer)
+    except DTFError:
+        raise
+    except Exception as error:
+        # The library `tokenizers` raises Exception itself; any other class that is no damage is our own mistake.
+        if type(error) is not Exception and not isinstance(error, _DAMAGE):
+            raise
+        raise _explained(source, error, "tokenizer") from error
     return tokenizer
 
 
@@ -121,97 +154,46 @@ def _try_out(tokenizer: Any) -> None:
         raise TypeError(f"model_max_length = {tokenizer.model_max_length!r}: not a number")
 
 
-def _resolve_tokenizer_path(path: str | Path, revision: str | None) -> ModelPath:
-    """As for a model, but a folder that holds a tokenizer alone will do."""
-    folder = Path(path).expanduser()
-    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
-        return ModelPath("folder", str(folder))
-    return resolve_model_path(path, revision)
-
-
-def load_weights(
-    source: ModelPath, dtype: Any, attn_implementation: str | None, trust_remote_code: bool
-) -> PreTrainedModel:
-    """A model with all of its weights.
+def load_weights(source: ModelSource, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    """A model with all of its weights; errors are the libraries' own (see `explained_load_errors`).
 
     Raises:
         ValueError: weights are missing, or are not known to the model.
-        CheckpointError: a file promises more than the weights hold.
+        CheckpointError: a file cannot be used.
     """
-    _check_promises(source, trust_remote_code)
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    source = source.fetched if source.kind == "hub" else source
+    if source.is_adapter:
+        return _load_adapter(source, dtype, attn_implementation)
+    options: dict[str, Any] = {"dtype": dtype, "config": source.configuration}
+    options |= {"trust_remote_code": source.trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if source.kind == "gguf":
         return load_dense(source.path, **options)
-    adapter = _adapter_folder(source)
-    if adapter is not None:
-        return _load_adapter(adapter, dtype, attn_implementation, trust_remote_code)
     return load_whole(source.path, revision=source.revision, **options)
 
 
-def base_config(source: ModelPath, trust_remote_code: bool) -> Any:
-    """The configuration of a model, checked on its own: its weights may not be here."""
-    place, options = source.path, dict[str, Any]()
-    if source.kind == "gguf":
-        file = Path(source.path)
-        place, options = str(file.parent), {"gguf_file": file.name}
-    elif source.kind == "hub":
-        values, _ = PreTrainedConfig.get_config_dict(source.path, revision=source.revision)
-        check_config(f"{source.path}: config.json", values, None)
-        return AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=trust_remote_code)
-    named = source.path if source.kind == "gguf" else str(Path(place) / "config.json")
-    with reading(named, "save or download the model again", also=(StrictDataclassError,)):
-        try:
-            return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
-        except ValueError as error:
-            raise _wants_code(named, error) or error from error
-
-
-def _check_promises(source: ModelPath, trust_remote_code: bool) -> None:
-    """Refuse a model whose configuration asks for more than its weights, before anything is built."""
-    if source.is_adapter:
-        check_files(Path(source.path))
-        return
-    stored = None if source.kind == "hub" else check_files(Path(source.path))
-    check_built_config(source.path, base_config(source, trust_remote_code), stored)
-
-
-def _adapter_folder(source: ModelPath) -> Path | None:
-    """The adapter folder that a source is, fetched if it is on the Hub; None: it is none."""
-    if source.kind == "folder":
-        return Path(source.path) if source.is_adapter else None
-    if source.kind != "hub" or find_adapter_config_file(source.path, revision=source.revision) is None:
-        return None
-    return Path(
-        snapshot_download(source.path, revision=source.revision, allow_patterns=["*.json", "adapter_model.safetensors"])
-    )
-
-
-def _load_adapter(
-    folder: Path, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool
-) -> PreTrainedModel:
+def _load_adapter(adapter: ModelSource, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
     """The base of an adapter, routed as the adapter's own configuration says, with the adapter merged in.
 
-    Merging happens in float32, whatever the precision wanted: the changes are small beside the weights.
+    Merging happens in float32, whatever the precision asked for: the changes are small next to the weights.
 
     Raises:
-        CheckpointError, HubError: the base cannot be had.
+        CheckpointError, HubError: the base is not available.
         ValueError: the adapter does not fit it.
     """
-    config = read_adapter_config(folder)
-    base = config["base_model_name_or_path"]
+    folder = Path(adapter.path)
+    read_adapter_config(folder)
     try:
-        source = resolve_model_path(base, config.get("revision") or None)
-        with explained_load_errors(source):
-            model: Any = load_weights(source, torch.float32, attn_implementation, trust_remote_code)
+        base = adapter.base()
+        with explained_load_errors(base):
+            model: Any = load_weights(base, torch.float32, attn_implementation)
     except (CheckpointError, HubError) as error:
-        raise type(error)(f"{folder}: the base model of this adapter cannot be had. {error}") from error
-    own = None
-    if (folder / "config.json").is_file():
-        own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if hasattr(own, "routed_layer_indices"):
-        model = _routed_like(model, own)
+        raise type(error)(f"{folder}: the base model of this adapter is not available. {error}") from error
+    if (folder / CONFIG).is_file():
+        routing = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(routing, "routed_layer_indices"):
+            model = _routed_like(model, routing)
     model = apply_adapter(model, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -240,28 +222,22 @@ def _routed_like(base: Any, config: Any) -> PreTrainedModel:
     return base
 
 
-def _load_dtype(source: ModelPath, dtype: str | torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype = {dtype!r}: choose one of auto, {', '.join(DTYPES)}.")
-        return DTYPES[dtype]
-    if source.kind == "gguf" or source.is_adapter:
+def _fast_dtype(saved: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The precision that a model was saved in; float32 where the device is slow in that."""
+    slow_half = saved == torch.bfloat16 and not has_fast_bfloat16(device)
+    if saved is None or slow_half or (saved == torch.float16 and device.type == "cpu"):
         return torch.float32
-    own = base_config(source, trust_remote_code).dtype
-    slow_half = own == torch.bfloat16 and not has_fast_bfloat16(device)
-    if own is None or slow_half or (own == torch.float16 and device.type == "cpu"):
-        return torch.float32
-    return own
+    return saved
 
 
-def _set_routing(model: Any, routing: str | None, capacity: float | None, path: str) -> None:
+def _set_routing(model: Any, routing: str | None, capacity: float | None) -> None:
     if routing is None and capacity is None:
         return
     if not is_routed(model):
         name, value = ("routing", routing) if routing is not None else ("capacity", capacity)
-        raise ConfigError(f"{name} = {value!r}: {path} is a dense model, which routes nothing; leave it out.")
+        raise ConfigError(
+            f"{name} = {value!r}: {model.name_or_path} is a dense model, which routes nothing; leave it out."
+        )
     try:
         model.set_routing(routing or model.routing, capacity)
     except ValueError as error:
@@ -269,7 +245,7 @@ def _set_routing(model: Any, routing: str | None, capacity: float | None, path: 
 
 
 @contextmanager
-def explained_load_errors(source: ModelPath, what: str = "model") -> Iterator[None]:
+def explained_load_errors(source: ModelSource) -> Iterator[None]:
     """Turn what Transformers, safetensors and the Hub's client raise into one line; keep them quiet meanwhile.
 
     Raises:
@@ -278,32 +254,27 @@ def explained_load_errors(source: ModelPath, what: str = "model") -> Iterator[No
     """
     try:
         with quiet_libraries():
-            if source.kind != "hub":
-                check_files(Path(source.path))
             yield
     except DTFError:
         raise
     except _DAMAGE as error:
-        name = source.path if source.revision is None else f"{source.path}@{source.revision}"
-        if (refused := _wants_code(name, error)) is not None:
-            raise refused from error
-        if source.kind == "hub" and isinstance(error, OSError):
-            raise _hub_error(name, error, what) from error
-        remedy = f"Save or download the {what} again."
-        raise CheckpointError(f"{name}: the {what} cannot be loaded. {reason_of(error)}. {remedy}") from error
+        raise _explained(source, error, "model") from error
 
 
-def _wants_code(name: str, error: Exception) -> CheckpointError | None:
-    """The error of a model that brings its own code; None: something else is wrong."""
-    if "trust_remote_code" not in str(error):
-        return None
-    return CheckpointError(
-        f"{name}: runs code that comes with it, which is not trusted; read that code, then allow it with "
-        "--trust-remote-code (model.trust_remote_code = true for a base)."
-    )
+def _explained(source: ModelSource, error: Exception, part: str) -> DTFError:
+    """An error of a library in words; `part` of the source, model or tokenizer, could not be loaded."""
+    name = source.path if source.revision is None else f"{source.path}@{source.revision}"
+    if "trust_remote_code" in str(error):
+        return untrusted_code(name)
+    if source.kind == "hub" and isinstance(error, OSError):
+        return _hub_error(name, error, part)
+    remedy = f"Save or download the {part} again."
+    if source.kind == "gguf":
+        remedy = "It is damaged or cut off; download the GGUF file again."
+    return CheckpointError(f"{name}: the {part} cannot be loaded. {reason_of(error)}. {remedy}")
 
 
-def _hub_error(name: str, error: BaseException, what: str) -> DTFError:
+def _hub_error(name: str, error: BaseException, part: str) -> DTFError:
     """Which of the Hub's troubles it is: no such repository, no access, or no network."""
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -316,8 +287,8 @@ def _hub_error(name: str, error: BaseException, what: str) -> DTFError:
             f"{name}: access to this model is restricted; ask for it on its Hub page, then `hf auth login`."
         )
     if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "RemoteEntryNotFoundError"}:
-        return CheckpointError(f"{name}: neither a path on this machine nor a {what} on the Hub; check the spelling.")
+        return CheckpointError(f"{name}: neither a path on this machine nor a {part} on the Hub; check the spelling.")
     return HubError(
-        f"{name}: no such path on this machine, and the Hub cannot be reached to look there; "
+        f"{name}: no such path on this machine, and the Hub cannot be reached; "
         "check the network, or give a folder or .gguf file."
     )

@@ -142,8 +142,12 @@ def load_dense(
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    config: Any = None,
 ) -> PreTrainedModel:
     """A dense base model from a folder, a Hub id, or a `.gguf` file (dequantized).
+
+    Args:
+        config: its configuration, where it has been read already.
 
     Raises:
         ValueError: weights are missing, or are not known to the model.
@@ -152,6 +156,8 @@ def load_dense(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if config is not None:
+        options["config"] = config
     if str(path).endswith(".gguf"):
         file = Path(path)
         model = load_whole(str(file.parent), gguf_file=file.name, **options)

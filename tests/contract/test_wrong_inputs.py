@@ -377,12 +377,10 @@ PUSH = [
 ]
 
 STRANGERS = [
-    ("generate six.gguf x", ["six.gguf", "cannot be read", "cut off", "download the GGUF file again"]),
+    ("generate six.gguf x", ["six.gguf", "damaged or cut off", "download the GGUF file again"]),
     ("train dtf-smollm2-135m model.base=six.gguf", ["six.gguf", "cut off", "download the GGUF file again"]),
-    ("generate wide x", ["config.json: hidden_size = 1000000000", "more than the weights can have", "again"]),
-    ("generate deep x", ["config.json: num_hidden_layers = 1000000000", "more than the weights can have", "again"]),
-    ("inspect-routing listed x", ["config.json", "holds no JSON object but list", "save or download the model again"]),
-    ("generate text x", ["config.json", "hidden_size = 'wide'", "not a whole number", "again"]),
+    ("inspect-routing listed x", ["config.json", "cannot be read", "save or download the model again"]),
+    ("generate text x", ["config.json", "'hidden_size'", "expected int", "again"]),
     (
         "generate kernel x",
         ["config.json", "attn_implementation = 'some/kernel'", "code on the Hub", "take the entry out"],
@@ -391,7 +389,6 @@ STRANGERS = [
     ("generate linked x", ["tokenizer.json", "a link out of its folder", "copy the file there"]),
     ("generate indexed x", ["model.safetensors.index.json", "names files outside its folder", "again"]),
     ("generate cut x", ["cut/model.safetensors", "not a safetensors file", "save or download the model again"]),
-    ("generate hot x", ["generation_config.json: temperature = 'hot'", "delete the entry"]),
     ("generate words x", ["the tokenizer cannot be loaded", "again"]),
     ("push called me/new --dry-run out", ["auto_map", "'../mine'", "no file of its folder", "save the model again"]),
     ("push nested me/new --dry-run out", ["config.json", "nested too deeply", "save the model again"]),
@@ -517,14 +514,12 @@ def test_serve(
 def _strangers_files(model: Path) -> None:
     """Copies of a model in the working folder, each with something wrong, and files of other kinds."""
     changes: dict[str, Any] = {
-        "wide": {"hidden_size": 10**9},
-        "deep": {"num_hidden_layers": 10**9},
         "text": {"hidden_size": "wide"},
         "kernel": {"attn_implementation": "some/kernel"},
         "code": {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}},
         "called": {"auto_map": {"AutoConfig": "../mine.Config"}},
     }
-    for name in (*changes, "listed", "linked", "indexed", "cut", "hot", "words", "nested"):
+    for name in (*changes, "listed", "linked", "indexed", "cut", "words", "nested"):
         config = Path(shutil.copytree(model, name)) / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | changes.get(name, {})))
     Path("listed/config.json").write_text("[]")
@@ -534,7 +529,6 @@ def _strangers_files(model: Path) -> None:
     Path("indexed/model.safetensors").rename("indexed/model-00001-of-00001.safetensors")
     Path("indexed/model.safetensors.index.json").write_text('{"weight_map": {"x": "../model.safetensors"}}')
     Path("cut/model.safetensors").write_bytes(b"\xff" * 20)
-    Path("hot/generation_config.json").write_text('{"temperature": "hot"}')
     Path("words/tokenizer.json").write_text('{"model": 3}')
     Path("six.gguf").write_bytes(b"GGUF\3\0")
     Path("deep.toml").write_text("a = " + "[" * 10_000)

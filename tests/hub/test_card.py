@@ -14,7 +14,7 @@ from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.card import model_card
 from dtfcli.hub.facts import ModelFacts
 from dtfcli.hub.upload import prepare_upload
-from dtfcli.loading.paths import weights_hash
+from dtfcli.loading.model_files import weights_hash
 from dtfcli.runs.public import public_name
 from tests.hub.standin import card_errors
 

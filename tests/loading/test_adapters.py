@@ -18,7 +18,7 @@ from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.experiment import train
 from dtfcli.hub.upload import prepare_upload
 from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, merge
-from dtfcli.loading.paths import weights_hash
+from dtfcli.loading.model_files import weights_hash
 from dtfcli.models.pretrained import is_added
 from dtfcli.runs.folder import run_settings
 from dtfcli.training.events import TrainEvent
@@ -241,7 +241,7 @@ def change(path: Path, **fields: object) -> None:
     [
         (
             lambda folder: change(folder / "adapter_config.json", base_model_name_or_path="/not/here"),
-            "the base model of this adapter cannot be had. /not/here: no such file or folder",
+            "the base model of this adapter is not available. /not/here: no such file or folder",
         ),
         (lambda folder: change(folder / "adapter_config.json", base_model_name_or_path=None), "names no base model"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "configuration is damaged"),

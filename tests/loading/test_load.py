@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 import dtfcli
 from dtfcli.errors import CheckpointError, ConfigError, DTFError
 from dtfcli.loading.build import build_tokenizer
-from dtfcli.loading.paths import resolve_model_path
+from dtfcli.loading.source import open_source
 from tests.tiny import dense_model
 from tests.training.small_runs import small_settings
 
@@ -32,7 +32,7 @@ def test_load_a_routed_model(folder: Path) -> None:
 
 def test_run_folder_stands_for_its_final_model(folder: Path) -> None:
     run = folder / "outputs" / "2026-01-01" / "mine"
-    assert resolve_model_path(run).path == str(run / "final_model")
+    assert open_source(run).path == str(run / "final_model")
     assert dtfcli.load_model(run, device="cpu").config.capacity == 0.25
 
 
@@ -114,7 +114,7 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
         "no weights": (tmp_path / "no_weights", "no weights"),
         "words": (tmp_path / "words", "not a model folder"),
         "day": (folder / "outputs" / "2026-01-01", "inside it are"),
-        "broken config": (tmp_path / "broken_config" / "config.json", "cannot be read as JSON"),
+        "broken config": (tmp_path / "broken_config" / "config.json", "is not a valid JSON file"),
         "cut weights": (tmp_path / "cut" / "model.safetensors", "not a safetensors file"),
         "lost router key": (tmp_path / "lost_key", "router.beta_ce"),
         "lost backbone key": (tmp_path / "lost_backbone", "missing: model.layers.1.mlp.up_proj.weight"),
@@ -140,11 +140,11 @@ def test_revision_is_for_the_hub(folder: Path) -> None:
 
 
 def test_hub_ids() -> None:
-    found = resolve_model_path("Qwen/Qwen2.5-0.5B@abc")
+    found = open_source("Qwen/Qwen2.5-0.5B@abc")
     assert (found.kind, found.path, found.revision) == ("hub", "Qwen/Qwen2.5-0.5B", "abc")
-    assert resolve_model_path("Qwen/Qwen2.5-0.5B", "v1").revision == "v1"
+    assert open_source("Qwen/Qwen2.5-0.5B", "v1").revision == "v1"
     with pytest.raises(CheckpointError, match="names another"):
-        resolve_model_path("Qwen/Qwen2.5-0.5B@abc", "v1")
+        open_source("Qwen/Qwen2.5-0.5B@abc", "v1")
 
 
 def test_load_a_tokenizer(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ Damage = Callable[[Random, Path], str]
 """Damages a file in place; returns what was done, for the report of a failure."""
 
 DEEP = 100_000
-HUGE = (10**9, 10**12, 2**31, 2**60, 2**63, 10**30, -(2**63))
 VALUES: tuple[Any, ...] = (
-    *HUGE,
     *(None, True, False, 0, 1, -1, 3, 0.5, 1e308, float("nan"), float("inf"), float("-inf")),
     *("", "x", "γ", "../../outside", "/etc/hostname", "\ud800", "10", "null", "dynamic_llama", "a" * 5000, "a\nb"),
-    *([], {}, [[]], [None], [-1], [10**9], {"a": None}, {"x": {"y": [1]}}, [0] * 300),
+    *([], {}, [[]], [None], [-1], {"a": None}, {"x": {"y": [1]}}, [0] * 300),
 )
+HUGE = (*VALUES, 10**9, 10**12, 2**31, 2**60, 2**63, 10**30, -(2**63), [10**9])
+"""Also for files that size nothing: a configuration with a billion layers is built as it says."""
+SIZES = ("config.json", "adapter_config.json", "generation_config.json")
 ENCODINGS = ("utf-16", "utf-32", "latin-1", "utf-8-sig", "utf-16-be")
 
 
@@ -41,11 +42,11 @@ def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def changed(rng: Random, document: Any) -> tuple[Any, str]:
+def changed(rng: Random, document: Any, values: tuple[Any, ...] = HUGE) -> tuple[Any, str]:
     """A document with one value of another kind, missing, under another name or in more brackets."""
     document = copy.deepcopy(document)
     path = rng.choice(places(document))
-    value = rng.choice(VALUES)
+    value = rng.choice(values)
     if not path:
         return value, f"the whole is {str(value)[:40]!r}"
     parent = document
@@ -77,12 +78,12 @@ def damage_json(rng: Random, path: Path) -> str:
         name = rng.choice(ENCODINGS)
         path.write_bytes(text.replace("a", "ä", 1).encode(name, "replace"))
         return f"as {name}"
-    document, told = json.loads(text), []
+    document, changes = json.loads(text), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        document, what = changed(rng, document)
-        told.append(what)
+        document, change = changed(rng, document, VALUES if path.name in SIZES else HUGE)
+        changes.append(change)
     path.write_text(json.dumps(document))
-    return "; ".join(told)
+    return "; ".join(changes)
 
 
 def damage_lines(rng: Random, path: Path) -> str:

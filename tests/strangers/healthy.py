@@ -13,7 +13,7 @@ import torch.distributed.checkpoint
 
 from dtfcli.evaluation.report import EvalReport, Metric, TaskScore, write_document
 from dtfcli.loading.adapters import adapt, adapter_state, save_adapter
-from dtfcli.loading.paths import weights_hash
+from dtfcli.loading.model_files import weights_hash
 from dtfcli.settings.schema import load_settings
 from dtfcli.training.checkpoint import save_checkpoint
 from dtfcli.training.run import TrainingState

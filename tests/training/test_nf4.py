@@ -13,7 +13,7 @@ from dtfcli.errors import ConfigError
 from dtfcli.experiment import preview, train
 from dtfcli.loading.adapters import adapt
 from dtfcli.loading.build import build_model
-from dtfcli.loading.paths import weights_hash
+from dtfcli.loading.model_files import weights_hash
 from dtfcli.loading.quantization import NF4_BYTES, check_nf4, numel, projections, quantize_nf4
 from dtfcli.models.pretrained import is_added
 from dtfcli.training import checkpoint, loop
