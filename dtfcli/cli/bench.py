@@ -55,6 +55,7 @@ CalibrationTokens = Annotated[
 ]
 
 
+@options.opens_models("routing", "capacity", "attn_implementation", "quantize")
 def bench(
     arguments: Arguments = None,
     phases: Phases = "train,prefill,decode",
@@ -69,10 +70,8 @@ def bench(
     static: Static = False,
     triton: Triton = False,
     calibration_tokens: CalibrationTokens = 4096,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: options.Loading,
     json: options.Json = False,
 ) -> None:
     """Measure training steps, prefill and decoding of DTF and MoD against their own dense backbone, in one process.
@@ -92,16 +91,16 @@ def bench(
     from dtfcli.bench.run import bench as measure
     from dtfcli.cli import bench_view, render
 
-    asked = _phases(phases, stock, static)
+    names = _phases(phases, stock, static)
     if triton and not static:
         raise ConfigError("--triton: our kernel works with a static cache; add --static, or leave it out.")
     source, overrides = options.split_preset(arguments)
-    models = _Models(source or "quickstart", overrides, device, revision, trust_remote_code)
+    models = _Models(source or "quickstart", overrides, loading)
     _use_threads(threads)
-    what = BenchOptions(
+    bench_options = BenchOptions(
         capacities=_capacities(capacities),
-        phases=asked,
-        dtype=models.precision(dtype, asked),
+        phases=names,
+        dtype=models.precision(loading.dtype, names),
         seq_len=seq_len,
         batch=batch,
         new_tokens=new_tokens,
@@ -114,7 +113,7 @@ def bench(
         **models.chosen(),
     )
     show: Any = render.emit_json if json else bench_view.show
-    show(measure(models, what, render.note))
+    show(measure(models, bench_options, render.note))
 
 
 class _Models:
@@ -124,7 +123,7 @@ class _Models:
         settings: of the preset; None for a trained model.
     """
 
-    def __init__(self, source: str, overrides: list[str], device: str, revision: str | None, trust: bool) -> None:
+    def __init__(self, source: str, overrides: list[str], loading: options.Loading) -> None:
         """Resolve the source and the device; nothing is built yet."""
         from dtfcli.loading.devices import resolve_device
         from dtfcli.settings import load_settings, sources
@@ -133,8 +132,8 @@ class _Models:
         if overrides and not is_preset:
             raise ConfigError(f"{overrides[0]}: settings go with a preset; {source} is a model.")
         self.settings = load_settings(source, overrides) if is_preset else None
-        self._source, self._revision, self._trust = source, revision, trust
-        self._device = resolve_device(device)
+        self._source, self._loading = source, loading
+        self._device = resolve_device(loading.device)
 
     def precision(self, dtype: str, phases: list[str]) -> "torch.dtype":
         """That of a name, on this device."""
@@ -168,12 +167,13 @@ class _Models:
 
     def _trained(self, dtype: "torch.dtype") -> dict[str, Any]:
         from dtfcli.loading.load import load_model
+        from dtfcli.loading.source import open_source
         from dtfcli.models.conversion import to_dense
         from dtfcli.models.pretrained import is_routed
 
-        model: Any = load_model(
-            self._source, device="cpu", dtype=dtype, revision=self._revision, trust_remote_code=self._trust
-        )
+        trust = self._loading.trust_remote_code
+        source = open_source(self._source, self._loading.revision, trust_remote_code=trust)
+        model: Any = load_model(source, device="cpu", dtype=dtype)
         if not is_routed(model):
             raise ConfigError(f"{self._source} is a dense model: give a routed one, or a preset.")
         return {"dense": to_dense(model), model.config.architecture: model}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dtfcli.cli import options
+from dtfcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from dtfcli.evaluation.report import EvalReport
@@ -66,7 +67,12 @@ IncludePath = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", help="Write the results to this file, not beside the model.", show_default=False),
+    typer.Option(
+        "--output",
+        help="Write the results to this file, not beside the model.",
+        show_default=False,
+        callback=options.new_file(),
+    ),
 ]
 ConfirmRunUnsafeCode = Annotated[
     bool,
@@ -76,6 +82,7 @@ ConfirmRunUnsafeCode = Annotated[
 ]
 
 
+@options.opens_models()
 def evaluate(
     models: Models,
     tasks: Tasks = "quick_test",
@@ -86,14 +93,8 @@ def evaluate(
     include_path: IncludePath = None,
     output: Output = None,
     confirm_run_unsafe_code: ConfirmRunUnsafeCode = False,
-    routing: options.Routing = "auto",
-    capacity: options.Capacity = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    attn_implementation: options.AttnImplementation = "sdpa",
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    quantize: options.Quantize = None,
+    *,
+    loading: options.Loading,
     json: options.Json = False,
 ) -> None:
     """Score models on benchmarks with lm-evaluation-harness; several models are compared item by item.
@@ -111,44 +112,30 @@ def evaluate(
     from dtfcli.cli import eval_view
     from dtfcli.loading.source import open_source
 
-    _check(models, output)
-    sources = [open_source(model, revision, trust_remote_code=trust_remote_code) for model in models]
-    loading = options.Loading(
-        routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code, quantize
-    )
-
+    if len(set(models)) < len(models):
+        raise ConfigError(f"MODEL: {next(m for m in models if models.count(m) > 1)} is named twice; name it once.")
+    trust = loading.trust_remote_code
+    sources = [open_source(model, loading.revision, trust_remote_code=trust) for model in models]
     with eval_view.EvalProgress(several=len(models) > 1) as show:
         from dtfcli.evaluation.plan import EvalOptions, make_plan
         from dtfcli.evaluation.runner import Candidate, evaluate_and_save
 
-        asked = EvalOptions(
+        eval_options = EvalOptions(
             limit=limit,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
             data_dir=data_dir,
             include_path=include_path,
             confirm_run_unsafe_code=confirm_run_unsafe_code,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust,
             verbose="--debug" in sys.argv,
         )
         candidates = [
             Candidate(m, source, partial(loading.open, source)) for m, source in zip(models, sources, strict=True)
         ]
-        found = evaluate_and_save(make_plan(tasks, asked), candidates, output=output, on_event=show)
-    files = [file for _, file in found if file is not None]
-    _finish([report for report, _ in found], files, output, json)
-
-
-def _check(models: list[str], output: Path | None) -> None:
-    """Refuse what is wrong whatever the models are."""
-    from dtfcli.errors import ConfigError
-
-    if output is not None and output.exists():
-        raise ConfigError(f"--output {output}: exists already; name another file.")
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: {output.parent} does not exist. Make it first.")
-    if len(set(models)) < len(models):
-        raise ConfigError(f"MODEL: {next(m for m in models if models.count(m) > 1)} is named twice; name it once.")
+        results = evaluate_and_save(make_plan(tasks, eval_options), candidates, output=output, on_event=show)
+    files = [file for _, file in results if file is not None]
+    _finish([report for report, _ in results], files, output, json)
 
 
 def _finish(reports: list["EvalReport"], files: list[Path], output: Path | None, json: bool) -> None:

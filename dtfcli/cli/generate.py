@@ -32,12 +32,15 @@ Prompts = Annotated[
     Path | None,
     typer.Option("--prompts", help="A file with a prompt on each line, or .jsonl with a 'prompt' each."),
 ]
-Output = Annotated[Path | None, typer.Option("--output", help="Where --prompts writes its .jsonl.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", help="Where --prompts writes its .jsonl.", callback=options.new_file())
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Prompts of --prompts that are continued together.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Recompute the prefix for every token; slow.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")]
 
 
+@options.opens_models()
 def generate(
     model: options.Model,
     prompt: Prompt = None,
@@ -52,14 +55,8 @@ def generate(
     batch_size: BatchSize = 8,
     no_cache: NoCache = False,
     stats: Stats = False,
-    routing: options.Routing = "auto",
-    capacity: options.Capacity = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    attn_implementation: options.AttnImplementation = "sdpa",
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    quantize: options.Quantize = None,
+    *,
+    loading: options.Loading,
     json: options.Json = False,
 ) -> None:
     """Continue a prompt; the text appears as it is written, and stdout holds the continuation alone.
@@ -78,23 +75,22 @@ def generate(
     from dtfcli.generation import generate as continue_text
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    asked = _prompts(prompt, prompts, output, json)
-    how_to_load = (routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code, quantize)
-    loaded, tokenizer = options.Loading(*how_to_load).open(model)
-    how: dict[str, Any] = {"chat": chat, "use_cache": not no_cache}
+    text = _prompts(prompt, prompts, output, json)
+    loaded, tokenizer = loading.open(model)
+    decoding: dict[str, Any] = {"chat": chat, "use_cache": not no_cache}
 
-    if asked is None:
+    if text is None:
         from dtfcli.cli.interactive import Chat, run
 
-        run(Chat(loaded, tokenizer, sampling, **how, show_stats=stats))
-    elif isinstance(asked, list):
-        found = generate_many(loaded, tokenizer, asked, sampling, **how, batch_size=batch_size)
-        _keep_continuations(render.track(found, len(asked), "generating"), output, json)
+        run(Chat(loaded, tokenizer, sampling, **decoding, show_stats=stats))
+    elif isinstance(text, list):
+        results = generate_many(loaded, tokenizer, text, sampling, **decoding, batch_size=batch_size)
+        _keep_continuations(render.track(results, len(text), "generating"), output, json)
     elif json:
-        document = asdict(continue_text(loaded, tokenizer, asked, sampling, **how))
-        render.emit_json(document if quantize is None else document | {"quantization": loaded.quantization})
+        document = asdict(continue_text(loaded, tokenizer, text, sampling, **decoding))
+        render.emit_json(document if loading.quantize is None else document | {"quantization": loaded.quantization})
     else:
-        result = continue_text(loaded, tokenizer, asked, sampling, **how, on_text=render.write)
+        result = continue_text(loaded, tokenizer, text, sampling, **decoding, on_text=render.write)
         render.write("\n")
         if stats:
             generate_view.show_stats(result)
@@ -111,10 +107,7 @@ def _prompts(prompt: str | None, prompts: Path | None, output: Path | None, json
             f"--prompts {prompts}: name the file for the results with --output FILE.jsonl, or add --json."
         )
     if prompts is not None:
-        lines = _read_prompts(prompts)
-        if output is not None and output.exists():
-            raise ConfigError(f"--output {output}: exists already; name another file.")
-        return lines
+        return _read_prompts(prompts)
     if prompt is None and sys.stdin is not None and sys.stdin.isatty():
         if json:
             raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
@@ -122,11 +115,11 @@ def _prompts(prompt: str | None, prompts: Path | None, output: Path | None, json
     return _prompt_or_stdin(prompt)
 
 
-def _keep_continuations(found: Iterable[tuple[int, Any]], output: Path | None, json: bool) -> None:
+def _keep_continuations(numbered: Iterable[tuple[int, Any]], output: Path | None, json: bool) -> None:
     """Write the continuations to --output in the order of their prompts, and print them with --json."""
     from dtfcli.cli import render
 
-    in_order = [result for _, result in sorted(found, key=lambda item: item[0])]
+    in_order = [result for _, result in sorted(numbered, key=lambda item: item[0])]
     results = [{"prompt": r.prompt, "text": r.text, "new_tokens": r.new_tokens} for r in in_order]
     if output is not None:
         output.write_text("".join(json_module.dumps(r, ensure_ascii=False) + "\n" for r in results), "utf-8")

@@ -35,11 +35,24 @@ File = Annotated[
 ]
 Html = Annotated[
     Path | None,
-    typer.Option("--html", help="Write a page that needs no network to this .html file.", show_default=False),
+    typer.Option(
+        "--html",
+        help="Write a page that needs no network to this .html file.",
+        show_default=False,
+        callback=options.new_file(".html"),
+    ),
 ]
-Png = Annotated[Path | None, typer.Option("--png", help="Draw a figure into this .png file.", show_default=False)]
+Png = Annotated[
+    Path | None,
+    typer.Option(
+        "--png", help="Draw a figure into this .png file.", show_default=False, callback=options.new_file(".png")
+    ),
+]
 Output = Annotated[
-    Path | None, typer.Option("--output", help="Write everything as JSON to this file.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--output", help="Write everything as JSON to this file.", show_default=False, callback=options.new_file()
+    ),
 ]
 Limit = Annotated[
     int | None, typer.Option("--limit", help="Documents of a corpus to read.", metavar="N", show_default=False)
@@ -63,6 +76,7 @@ SensitivityOption = Annotated[
 TextField = Annotated[str, typer.Option("--text-field", help="Column or key of a corpus that holds the text.")]
 
 
+@options.opens_models("quantize")
 def inspect_routing(
     model: options.Model,
     text: Text = None,
@@ -74,13 +88,8 @@ def inspect_routing(
     sensitivity: SensitivityOption = False,
     limit: Limit = None,
     text_field: TextField = "text",
-    routing: options.Routing = "auto",
-    capacity: options.Capacity = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    attn_implementation: options.AttnImplementation = "sdpa",
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: options.Loading,
     json: options.Json = False,
 ) -> None:
     """Show which tokens a routed model spends its layers on, and why.
@@ -100,8 +109,10 @@ def inspect_routing(
       dtf inspect-routing DENSE_MODEL --file novels.parquet --limit 20 --sensitivity
     """
     material = _material(text, file, limit, text_field)
-    _check_targets(html, png, output)
-    loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
+    if output is not None and output in (html, png):
+        from dtfcli.errors import ConfigError
+
+        raise ConfigError(f"{output} is named twice among --html, --png and --output; name different files.")
     if sensitivity:
         _refuse_with_sensitivity(against_oracle, html, png)
         _show_sensitivity(model, loading, material, output, json)
@@ -228,39 +239,3 @@ def _refuse_with_sensitivity(against_oracle: bool, html: Path | None, png: Path 
     for option, value in {"--against-oracle": against_oracle, "--html": html, "--png": png}.items():
         if value:
             raise ConfigError(f"{option}: --sensitivity leaves out layers and routes nothing; ask for one of the two.")
-
-
-def _check_targets(html: Path | None, png: Path | None, output: Path | None) -> None:
-    """Refuse, before anything is loaded, files that could not be written or would be overwritten."""
-    for option, path, suffix in (("--html", html, ".html"), ("--png", png, ".png"), ("--output", output, "")):
-        _check_target(option, path, suffix)
-    _check_distinct([html, png, output])
-
-
-def _check_target(option: str, path: Path | None, suffix: str) -> None:
-    import os
-
-    from dtfcli.errors import ConfigError
-
-    if path is None:
-        return
-    if suffix and path.suffix.lower() != suffix:
-        raise ConfigError(f"{option} {path}: name a {suffix} file.")
-    if path.is_dir():
-        raise ConfigError(f"{option} {path}: is a folder; name a file.")
-    if path.exists() or path.is_symlink():
-        raise ConfigError(f"{option} {path}: exists already; name another file.")
-    folder = path.parent
-    if not folder.is_dir():
-        raise ConfigError(f"{option} {path}: the folder {folder} does not exist; make it first.")
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"{option} {path}: no permission to write into {folder}; name another folder.")
-
-
-def _check_distinct(paths: list[Path | None]) -> None:
-    from dtfcli.errors import ConfigError
-
-    given = [path.absolute() for path in paths if path is not None]
-    for path in given:
-        if given.count(path) > 1:
-            raise ConfigError(f"{path} is named twice among --html, --png and --output; name different files.")

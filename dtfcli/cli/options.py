@@ -1,15 +1,20 @@
 """Options that several commands share, and what completes them.
 
-Every command that takes a MODEL takes `Device`, `Dtype`, `AttnImplementation`, `Revision`, `TrustRemoteCode`,
-`Routing`, `Capacity` and `Json`, spelled and explained the same everywhere.
+A command that opens a MODEL has a parameter `loading: Loading` and the decorator `opens_models`, which puts the options
+of `Loading` in its place: spelled and explained the same everywhere.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dtfcli.errors import ConfigError
 from dtfcli.settings import sources
 
 if TYPE_CHECKING:
@@ -119,16 +124,16 @@ def split_preset(arguments: Iterable[str] | None) -> tuple[str | None, list[str]
 
 @dataclass(frozen=True)
 class Loading:
-    """How a command opens its models: the options that all of them share."""
+    """How a command opens its models; each field is an option."""
 
-    routing: str | None = None
-    capacity: float | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    quantize: str | None = None
+    routing: Routing = "auto"
+    capacity: Capacity = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    attn_implementation: AttnImplementation = "sdpa"
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    quantize: Quantize = None
 
     def open(self, model: "str | ModelSource") -> tuple[Any, Any]:
         """Model and tokenizer; the cost of quantizing goes to stderr. Imports torch and Transformers."""
@@ -146,3 +151,50 @@ class Loading:
         loaded, tokenizer, quantization = load_quantized(source, kind, arguments)
         render.note(f"{source.path}: {in_words(quantization)}")
         return loaded, tokenizer
+
+
+def opens_models(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `Loading`, except those left out, in the place of its parameter `loading`."""
+    chosen = [field for field in fields(Loading) if field.name not in left_out]
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in chosen
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_options(**arguments: Any) -> None:
+            loading = Loading(**{field.name: arguments.pop(field.name) for field in chosen})
+            command(loading=loading, **arguments)
+
+        signature, parameters = inspect.signature(command), list[inspect.Parameter]()
+        for parameter in signature.parameters.values():
+            given = options if parameter.name == "loading" else [parameter]
+            parameters += [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in given]
+        with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate
+
+
+def new_file(suffix: str = "") -> Callable[[typer.CallbackParam, Path | None], Path | None]:
+    """A callback of an option that names a file to write, with this suffix: refuse it before anything is loaded."""
+
+    def check(option: typer.CallbackParam, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        name = f"{option.opts[0]} {path}"
+        if suffix and path.suffix.lower() != suffix:
+            raise ConfigError(f"{name}: name a {suffix} file.")
+        if path.is_dir():
+            raise ConfigError(f"{name}: is a folder; name a file.")
+        if path.exists() or path.is_symlink():
+            raise ConfigError(f"{name}: exists already; name another file.")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{name}: the folder {path.parent} does not exist; make it first.")
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"{name}: no permission to write into {path.parent}; name another folder.")
+        return path
+
+    return check

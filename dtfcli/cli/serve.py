@@ -14,18 +14,14 @@ ContinuousBatching = Annotated[
 ]
 
 
+@options.opens_models("quantize")
 def serve(
     model: options.Model,
     host: Host = "localhost",
     port: Port = 8000,
     continuous_batching: ContinuousBatching = False,
-    routing: options.Routing = "auto",
-    capacity: options.Capacity = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    attn_implementation: options.AttnImplementation = "sdpa",
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    loading: options.Loading,
 ) -> None:
     """Serve a model to OpenAI clients: chat completions, completions and responses, streamed or whole.
 
@@ -46,7 +42,6 @@ def serve(
     from dtfcli.cli import render
 
     serving.require_server(host, port)
-    loading = options.Loading(routing, capacity, device, dtype, attn_implementation, revision, trust_remote_code)
     loaded, tokenizer = loading.open(model)
     for remark in serving.require_model(loaded, tokenizer):
         render.warn(f"{model}: {remark}.")
