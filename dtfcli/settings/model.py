@@ -84,8 +84,8 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
 
     architecture: Architecture = Field(
         "dtf",
-        description="dtf (model.score says where a layer matters), mod (Mixture-of-Depths), dense (the stock model), or a control: "
-        "random (a fixed random score), layerdrop (routed layers kept or left out whole).",
+        description="dtf (a score of what skipping loses), mod (Mixture-of-Depths), dense (the stock model), or a "
+        "control: random (a fixed random score), layerdrop (routed layers kept or left out whole).",
     )
     base: str = Field("", description="Hub id, model folder or .gguf file to start from; empty: from scratch.")
     revision: str = Field("", description="Branch, tag or commit of a Hub base; empty: its default branch.")
