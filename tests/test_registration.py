@@ -25,7 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         "import dtfcli",
         "from transformers import AutoModelForCausalLM; import dtfcli",
-        "import dtfcli.models.routing",
         "from dtfcli.models.configuration_dynamic import DynamicLlamaConfig",
     ],
 )

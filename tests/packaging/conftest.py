@@ -8,10 +8,18 @@ import sysconfig
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+def completed(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command that has to succeed."""
+    process = subprocess.run(command, text=True, capture_output=True, **options)
+    assert process.returncode == 0, f"{command}: {process.stdout}\n{process.stderr}"
+    return process
 
 
 @dataclass(frozen=True)
@@ -37,17 +45,12 @@ class Installed:
         ours = ("PYTHON", "DTF_", "VIRTUAL")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment, text=True, encoding="utf-8", capture_output=True
-        )
-        assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
-        return done
+        return completed(*command, cwd=self.folder, env=environment, encoding="utf-8")
 
 
 def _build(tree: Path, target: Path, *options: str) -> Path:
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), *options, str(tree)]
-    done = subprocess.run(command, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    completed(*command)
     return target
 
 
@@ -79,11 +82,9 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Install
     venv.EnvBuilder(symlinks=os.name != "nt").create(home)
     scripts = home / ("Scripts" if os.name == "nt" else "bin")
     python = scripts / Path(sys.executable).name
-    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.check_output(asked, text=True).strip())
+    packages = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(home), "platbase": str(home)}))
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
-    done = subprocess.run([*pip, str(built.wheel)], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
+    completed(*pip, built.wheel)
     folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (packages / "dependencies.pth").write_text("".join(f"{folder}\n" for folder in sorted(folders)), encoding="utf-8")
     folder = tmp_path_factory.mktemp("empty")
