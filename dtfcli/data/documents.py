@@ -18,10 +18,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtfcli.data.files import STDLIB, TABLE_SUFFIXES, TEXT_SUFFIXES, FileReader, FolderReader, StdlibReader
+from dtfcli.data.files import STDLIB, SUFFIXES, FileReader, FolderReader, StdlibReader
 from dtfcli.data.hub import HubReader
 from dtfcli.data.sources import SourceReader, SourceReport, first_line, similar_path
 from dtfcli.errors import ConfigError, DataError
@@ -120,6 +121,17 @@ def read_documents(
             if int(100 * share) != last_percent:
                 last_percent = int(100 * share)
                 on_progress(message, share)
+
+
+def take_documents(documents: Iterator[Document], count: int, characters: int) -> list[Document]:
+    """The next documents, as many as `count` and until they have that many characters together."""
+    taken: list[Document] = []
+    for document in islice(documents, count):
+        taken.append(document)
+        characters -= len(document.text)
+        if characters <= 0:
+            break
+    return taken
 
 
 def _read_source(
@@ -234,7 +246,7 @@ def _check_not_a_lost_path(where: str, name: str, path: Path) -> None:
     is_local = (
         not _HUB_ID.fullmatch(name)
         or name.startswith(".")
-        or path.suffix.lower() in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+        or path.suffix.lower() in SUFFIXES
         or (len(path.parts) > 1 and bool(hint))
     )
     if is_local:

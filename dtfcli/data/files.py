@@ -29,6 +29,7 @@ from dtfcli.settings.data import Source
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
 STDLIB = "python-stdlib"
 
 _SPLITS = {
@@ -61,17 +62,21 @@ class _LocalReader(SourceReader):
         if self.name:
             self._refuse("name", "it names a configuration of a Hub data set, and this source is local")
 
+    def _refuse_fields(self, why: str) -> None:
+        """Raise if the source names a column, which plain texts do not have."""
+        if self.text_field != DEFAULT_FIELD:
+            self._refuse("text_field", why)
+        if self.messages_field:
+            self._refuse("messages_field", why)
+
     @property
     def num_shards(self) -> int:
         return len(self.files)
 
     def open_shard(self, index: int, state: Any, report: SourceReport) -> Shard:
         start = int(state or 0)
-        return Shard(islice(self._shard_rows(index, report), start, None), start)
-
-    def _shard_rows(self, index: int, report: SourceReport) -> Iterator[Any]:
-        for _, row in self._usable(self.files[index], report):
-            yield row
+        rows = (row for _, row in self._shard_rows(index, report))
+        return Shard(islice(rows, start, None), start)
 
     def identity(self) -> dict[str, Any]:
         by_content = sum(_size(file) for file in self.files) <= _HASH_CONTENT_UP_TO
@@ -81,14 +86,16 @@ class _LocalReader(SourceReader):
 
     def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
         sizes = [_size(file) for file in self.files]
-        done, total = 0, sum(sizes)
-        for file, size in zip(self.files, sizes, strict=True):
-            for share, text in self._usable(file, report):
-                yield (done + size * share) / total, text
-            done += size
+        read, total = 0, sum(sizes)
+        for index in range(self.num_shards):
+            size = sizes[index] if index < len(sizes) else 0
+            for share, text in self._shard_rows(index, report):
+                yield (read + size * share) / total, text
+            read += size
 
-    def _usable(self, file: Path, report: SourceReport) -> Iterator[tuple[float, Any]]:
+    def _shard_rows(self, index: int, report: SourceReport) -> Iterator[tuple[float, Any]]:
         """The rows of a file; one that cannot be used is skipped among others, and an error alone."""
+        file = self.files[index]
         try:
             yield from self._read(file)
         except _Unusable as problem:
@@ -107,12 +114,12 @@ class _LocalReader(SourceReader):
         return iter([(1.0, read_text(file))])
 
     def _read_jsonl(self, file: Path) -> Iterator[tuple[float, Any]]:
-        column, size, done = "", _size(file), 0
+        column, size, read = "", _size(file), 0
         kind: type = list if self.messages_field else str
         try:
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
-                    done += len(line)
+                    read += len(line)
                     if line.isspace():
                         continue
                     record = _parse_line(line, f"{file}, line {number}")
@@ -124,7 +131,7 @@ class _LocalReader(SourceReader):
                         wanted, field = ("list", "messages") if self.messages_field else ("string", "text")
                         problem = "is missing" if text is ... else f"is not a {wanted} ({type(text).__name__})"
                         raise DataError(f"{file}, line {number}: the {field} field '{column}' {problem}.")
-                    yield done / size, text
+                    yield read / size, text
         except OSError as error:
             raise _Unusable("unreadable", first_line(error)) from error
         if not column:
@@ -145,14 +152,14 @@ class _LocalReader(SourceReader):
             with pyarrow.parquet.ParquetFile(file) as table:
                 columns = {column.name: holds_text(column.type) for column in table.schema_arrow}
                 column = self._choose_field(columns, str(file))
-                done, total = 0, table.metadata.num_rows
+                read, total = 0, table.metadata.num_rows
                 if total == 0:
                     raise _Unusable("empty", "it has no rows")
                 # Rows can be whole books: few at a time keep memory flat.
                 for batch in table.iter_batches(batch_size=16, columns=[column]):
                     for value in batch.column(0):
-                        done += 1
-                        yield done / total, value.as_py()
+                        read += 1
+                        yield read / total, value.as_py()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and not os.access(file, os.R_OK):
                 raise _Unusable("unreadable", first_line(error)) from error
@@ -165,16 +172,13 @@ class FileReader(_LocalReader):
     def __init__(self, where: str, source: Source, root: Path):
         super().__init__(where, source, root)
         suffix = root.suffix.lower()
-        if suffix not in (*TEXT_SUFFIXES, *TABLE_SUFFIXES):
-            known = " ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))
+        if suffix not in SUFFIXES:
             ending = f"ending in '{suffix}'" if suffix else "without an ending"
-            raise DataError(f"{where}.path = '{source.path}': files {ending} are not read, only {known}.")
+            raise DataError(f"{where}.path = '{source.path}': files {ending} are not read, only {' '.join(SUFFIXES)}.")
         if source.split != "train":
             self._refuse("split", "a single file has no splits")
-        if suffix in TEXT_SUFFIXES and source.text_field != DEFAULT_FIELD:
-            self._refuse("text_field", f"a {suffix} file is one text")
-        if suffix in TEXT_SUFFIXES and source.messages_field:
-            self._refuse("messages_field", f"a {suffix} file is one text")
+        if suffix in TEXT_SUFFIXES:
+            self._refuse_fields(f"a {suffix} file is one text")
         self.files = [self.root]
 
 
@@ -185,32 +189,26 @@ class FolderReader(_LocalReader):
         super().__init__(where, source, root)
         self.other_splits: Counter[str] = Counter()
         self.unreadable_folders = self.outside = 0
-        endings: Counter[str] = Counter()
-        found = []
-        for file in self._walk():
-            suffix = file.suffix.lower()
-            endings[suffix or "no ending"] += 1
-            if suffix in (*TEXT_SUFFIXES, *TABLE_SUFFIXES):
-                found.append(file)
-        if not found:
-            known = " ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))
-            others = f"found: {', '.join(sorted(endings)[:8])}" if endings else "it is empty"
+        files = self._walk()
+        readable = [file for file in files if file.suffix.lower() in SUFFIXES]
+        if not readable:
+            endings = sorted({file.suffix.lower() or "no ending" for file in files})
+            others = f"found: {', '.join(endings[:8])}" if endings else "it is empty"
             others = f"{self.outside} links out of the folder are not followed" if self.outside else others
-            raise DataError(f"{where}.path = '{source.path}': no {known} file beneath this folder ({others}).")
-        self.files = [file for file in found if self._in_split(file)]
+            raise DataError(
+                f"{where}.path = '{source.path}': no {' '.join(SUFFIXES)} file beneath this folder ({others})."
+            )
+        self.files = [file for file in readable if self._in_split(file)]
         if not self.files:
             splits = ", ".join(sorted(self.other_splits)) or "none"
             raise DataError(
                 f"{where}.split = '{source.split}': the folder '{source.path}' has no files of this split "
                 f"(splits found: {splits}); set split to one of them, or name a file."
             )
-        tables = any(file.suffix.lower() in TABLE_SUFFIXES for file in self.files)
-        if not tables and source.text_field != DEFAULT_FIELD:
-            self._refuse("text_field", "the folder has no .jsonl or .parquet files")
-        if source.messages_field:
-            if not tables:
-                self._refuse("messages_field", "the folder has no .jsonl or .parquet files")
-            self.files = [file for file in self.files if file.suffix.lower() in TABLE_SUFFIXES]
+        tables = [file for file in self.files if file.suffix.lower() in TABLE_SUFFIXES]
+        if not tables:
+            self._refuse_fields("the folder has no .jsonl or .parquet files")
+        self.files = tables if source.messages_field else self.files
 
     def new_report(self) -> SourceReport:
         report = super().new_report()
@@ -260,10 +258,7 @@ class StdlibReader(_LocalReader):
         super().__init__(where, source, Path(sysconfig.get_path("stdlib")))
         if source.split != "train":
             self._refuse("split", f"{STDLIB} has no splits")
-        if source.text_field != DEFAULT_FIELD:
-            self._refuse("text_field", f"{STDLIB} consists of plain texts")
-        if source.messages_field:
-            self._refuse("messages_field", f"{STDLIB} consists of plain texts")
+        self._refuse_fields(f"{STDLIB} consists of plain texts")
         files = []
         for folder, folders, names in os.walk(self.root):
             folders[:] = [name for name in folders if name not in _STDLIB_SKIPPED_FOLDERS]
@@ -282,33 +277,22 @@ class StdlibReader(_LocalReader):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "python": sys.version}
 
-    def _usable(self, file: Path, report: SourceReport) -> Iterator[tuple[float, Any]]:
-        for share, text in super()._usable(file, report):
-            if text is not None and _STDLIB_TABLE.search(text):
-                report.skip("generated table")
-            else:
-                yield share, text
-
     @property
     def num_shards(self) -> int:
         return len(self.files) + 1
 
-    def _shard_rows(self, index: int, report: SourceReport) -> Iterator[Any]:
-        yield from super()._shard_rows(index, report) if index < len(self.files) else self._topics()
+    def _shard_rows(self, index: int, report: SourceReport) -> Iterator[tuple[float, Any]]:
+        if index == len(self.files):
+            with suppress(ImportError):  # some distributions ship it apart
+                from pydoc_data.topics import topics
 
-    def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
-        yield from super().texts(report)
-        for text in self._topics():
-            yield 1.0, text
-
-    @staticmethod
-    def _topics() -> Iterator[str]:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:  # some distributions ship it apart
+                yield from ((1.0, topics[name]) for name in sorted(topics))
             return
-        for name in sorted(topics):
-            yield topics[name]
+        for share, text in super()._shard_rows(index, report):
+            if _STDLIB_TABLE.search(text):
+                report.skip("generated table")
+            else:
+                yield share, text
 
 
 def _size(file: Path) -> int:
@@ -355,6 +339,5 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
         raise DataError(f"{where}: broken JSON ({reason}); fix or remove the line.") from error
     if not isinstance(record, dict):
-        found = type(record).__name__
-        raise DataError(f'{where}: expected an object such as {{"text": "…"}}, found {found}.')
+        raise DataError(f'{where}: expected an object such as {{"text": "…"}}, found {type(record).__name__}.')
     return record

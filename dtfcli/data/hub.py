@@ -79,15 +79,15 @@ class HubReader(SourceReader):
         return {**super().identity(), "column": self.column, "state": state, "files": files}
 
     def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
-        done, total = 0, max(1, len(self.rows))
+        read, total = 0, max(1, len(self.rows))
         try:
             for batch in self.rows.select_columns([self.column]).iter(batch_size=16):
                 for text in batch[self.column]:
-                    done += 1
-                    yield done / total, text
+                    read += 1
+                    yield read / total, text
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{self.where}.path = '{self.path}': reading row {done} failed ({first_line(error)})."
+                f"{self.where}.path = '{self.path}': reading row {read} failed ({first_line(error)})."
             ) from error
 
 

@@ -86,15 +86,10 @@ def pack_documents(
                 blocks[split] = np.load(folder / f"{split}.npy", mmap_mode="r")
     if folder is not None:
         (folder / "spool").unlink()
-    validation = blocks["validation"]
-    _check_targets(validation)
-    notes = {
-        "validation_bytes_per_token": _ratio(text_bytes["validation"], np.count_nonzero(validation >= 0)),
-        "validation_unigram": unigram_cross_entropy(blocks["train"], validation, len(tokenizer)),
-        "documents": [int(np.count_nonzero(~held_out)), int(np.count_nonzero(held_out))],
-        "report": [asdict(report) for report in reports],
-    }
-    return blocks, notes
+    targets = np.count_nonzero(blocks["validation"] >= 0)
+    bytes_per_token = text_bytes["validation"] / targets if targets else float("nan")
+    documents = [int(np.count_nonzero(~held_out)), int(np.count_nonzero(held_out))]
+    return blocks, _notes(blocks, bytes_per_token, documents, reports, len(tokenizer))
 
 
 def pack_head(
@@ -128,30 +123,38 @@ def pack_head(
                 f"({heads[split].documents} documents): {remedy}add text, or set a smaller data.seq_len."
             )
     blocks = {split: head.rows for split, head in heads.items()}
-    _check_targets(blocks["validation"])
     if folder is not None:
         for split, rows in blocks.items():
             np.save(folder / f"{split}.npy", rows)
             blocks[split] = np.load(folder / f"{split}.npy", mmap_mode="r")
-    notes = {
-        "validation_bytes_per_token": heads["validation"].bytes_per_target,
-        "validation_unigram": unigram_cross_entropy(blocks["train"], blocks["validation"], len(tokenizer)),
-        "documents": [heads["train"].documents, heads["validation"].documents],
-        "report": [asdict(report) for report in reports],
-    }
-    return blocks, notes
+    documents = [heads["train"].documents, heads["validation"].documents]
+    return blocks, _notes(blocks, heads["validation"].bytes_per_target, documents, reports, len(tokenizer))
 
 
-def _check_targets(validation: np.ndarray) -> None:
+def _notes(
+    blocks: dict[str, np.ndarray],
+    bytes_per_token: float,
+    documents: list[int],
+    reports: Sequence[SourceReport],
+    vocab_size: int,
+) -> dict[str, Any]:
+    """What is known of both sides: fields of `prepare.TokenizedData`.
+
+    Raises:
+        DataError: there is validation text, and none of it is a target.
+    """
+    validation = blocks["validation"]
     if len(validation) and not count_targets(validation):
         raise DataError(
             "data.sources: the held-out rows have no target, so nothing can be validated; raise data.seq_len, so that "
             "answers fit in, or data.validation_fraction."
         )
-
-
-def _ratio(part: float, whole: Any) -> float:
-    return part / whole if whole else float("nan")
+    return {
+        "validation_bytes_per_token": bytes_per_token,
+        "validation_unigram": unigram_cross_entropy(blocks["train"], validation, vocab_size),
+        "documents": documents,
+        "report": [asdict(report) for report in reports],
+    }
 
 
 def _scratch(folder: Path | None, name: str) -> IO[bytes]:
@@ -208,9 +211,9 @@ def split_documents(digests: Sequence[bytes], fraction: float, seed: int) -> np.
         return np.zeros(len(digests), dtype=bool)
     copies = Counter(digests)
     if len(copies) == 1:
-        what = "a single document" if len(digests) == 1 else f"{len(digests)} copies of a single document"
+        content = "a single document" if len(digests) == 1 else f"{len(digests)} copies of a single document"
         raise DataError(
-            f"data.sources gave {what}, and validation text is held out by document: add files, use a .jsonl "
+            f"data.sources gave {content}, and validation text is held out by document: add files, use a .jsonl "
             "with a document per line, or set data.validation_fraction=0."
         )
     left = min(max(1, round(fraction * len(digests))), len(digests) - 1)

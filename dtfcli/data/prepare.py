@@ -121,19 +121,14 @@ def _identity(
 
 
 def _open_cached(folder: Path, fingerprint: str) -> TokenizedData | None:
-    found = cache.load(folder, fingerprint)
-    return None if found is None else _tokenized(found, fingerprint)
+    packed = cache.load(folder, fingerprint)
+    return None if packed is None else _tokenized(packed, fingerprint)
 
 
 def _tokenized(packed: Packed, fingerprint: str) -> TokenizedData:
     blocks, notes = packed
     train, validation = notes["documents"]
+    reports = tuple(SourceReport(**report) for report in notes["report"])
     return TokenizedData(
-        train=blocks["train"],
-        validation=blocks["validation"],
-        validation_bytes_per_token=notes["validation_bytes_per_token"],
-        validation_unigram=notes["validation_unigram"],
-        documents=(train, validation),
-        report=tuple(SourceReport(**report) for report in notes["report"]),
-        fingerprint=fingerprint,
+        **{**blocks, **notes, "documents": (train, validation), "report": reports}, fingerprint=fingerprint
     )

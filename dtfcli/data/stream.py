@@ -13,12 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtfcli.data.documents import Document, open_sources
+from dtfcli.data.documents import Document, open_sources, take_documents
 from dtfcli.data.mixture import Mixture, SourceStream, draw_weights, is_held_out
 from dtfcli.data.sources import SourceReader, SourceReport
 from dtfcli.data.tokenizer import document_encoder
@@ -138,7 +137,7 @@ def pack_stream(
         mixture.restore(state["mixture"])
     while True:
         state = {"first": first, "left": left.tolist(), "mixture": mixture.state()}
-        documents = _some_documents(mixture)
+        documents = take_documents(mixture, _BATCH_DOCUMENTS, _BATCH_CHARACTERS)
         if not documents:
             return
         encoded = list(encode(documents))
@@ -186,17 +185,6 @@ def read_head(
         if batch.end >= count:
             break
     return Head(np.concatenate(parts)[:count], documents, text_bytes / targets if targets else float("nan"))
-
-
-def _some_documents(mixture: Mixture) -> list[Document]:
-    found: list[Document] = []
-    characters = 0
-    for document in islice(mixture, _BATCH_DOCUMENTS):
-        found.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            break
-    return found
 
 
 class Prefetcher:

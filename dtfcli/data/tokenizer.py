@@ -14,17 +14,15 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtfcli.data.cache import cache_folder, fingerprint_of
+from dtfcli.data.cache import cache_folder, fingerprint_of, staging
 from dtfcli.data.conversations import check_template, conversation_encoder
-from dtfcli.data.documents import Document, OnProgress, open_sources, read_documents
+from dtfcli.data.documents import Document, OnProgress, open_sources, read_documents, take_documents
 from dtfcli.data.sources import SourceReport
 from dtfcli.errors import ConfigError, DataError
 from dtfcli.settings.data import DataSettings
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 
 Encode = Callable[[list[str]], list[np.ndarray]]
-EncodeDocument = Callable[[Document], np.ndarray]
 
 _SAMPLE_CHARACTERS = 6_000_000
 _SMALLEST_SHARE = 1_000
@@ -111,19 +108,10 @@ def data_tokenizer(
         message="Reading text for the tokenizer",
     )
     tokenizer = train_tokenizer(texts, vocab_size)
-    _save_beside(tokenizer.backend_tokenizer.to_str(), cached)
+    with suppress(OSError), staging(cached.parent) as folder:  # a cache that cannot be written is none
+        (folder / cached.name).write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+        os.replace(folder / cached.name, cached)
     return tokenizer
-
-
-def _save_beside(content: str, target: Path) -> None:
-    """Write a file in one step; a cache that cannot be written is none."""
-    beside = target.with_name(f".building-{uuid.uuid4().hex}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(content, encoding="utf-8")
-        os.replace(beside, target)
-    except OSError:
-        beside.unlink(missing_ok=True)
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -208,51 +196,27 @@ def document_encoder(
 
     encode = text_encoder(tokenizer)
     converse = conversation_encoder(tokenizer, refuse) if tokenizer.chat_template else None
+    end_of_text = np.array([tokenizer.eos_token_id], dtype=np.int32)
 
     def encode_all(documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-        for document, ids in encode_documents(documents, encode, tokenizer.eos_token_id, converse):
-            if len(ids):
-                reports[document.source].tokens += len(ids)
-                yield document, ids
+        remaining = iter(documents)
+        while batch := take_documents(remaining, _BATCH_DOCUMENTS, _BATCH_CHARACTERS):
+            for document, ids in encode_batch(batch):
+                if len(ids):
+                    reports[document.source].tokens += len(ids)
+                    yield document, ids
+
+    def encode_batch(batch: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        pieces = [[] if document.messages else list(split_text(document.text)) for document in batch]
+        encoded = iter(encode([piece for document in pieces for piece in document]))
+        for document, parts in zip(batch, pieces, strict=True):
+            if document.messages:
+                assert converse is not None, "conversations need a tokenizer with a chat template"
+                yield document, converse(document)
+            else:
+                yield document, np.concatenate([*(next(encoded) for _ in parts), end_of_text])
 
     return encode_all
-
-
-def encode_documents(
-    documents: Iterable[Document], encode: Encode, end_of_text: int, converse: EncodeDocument | None = None
-) -> Iterator[tuple[Document, np.ndarray]]:
-    """Every document with its ids and the end-of-text token, encoded in batches of bounded size.
-
-    Args:
-        documents: Texts; with a `converse`, also conversations.
-        encode: Of texts.
-        end_of_text: Id that follows a text.
-        converse: Of conversations (`conversations.conversation_encoder`).
-    """
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-            yield from _encode_batch(batch, encode, end_of_text, converse)
-            batch, characters = [], 0
-    if batch:
-        yield from _encode_batch(batch, encode, end_of_text, converse)
-
-
-def _encode_batch(
-    batch: list[Document], encode: Encode, end_of_text: int, converse: EncodeDocument | None
-) -> Iterator[tuple[Document, np.ndarray]]:
-    pieces = [[] if document.messages else list(split_text(document.text)) for document in batch]
-    encoded = iter(encode([piece for document in pieces for piece in document]))
-    end = np.array([end_of_text], dtype=np.int32)
-    for document, parts in zip(batch, pieces, strict=True):
-        if document.messages:
-            assert converse is not None, "conversations need a tokenizer with a chat template"
-            yield document, converse(document)
-        else:
-            yield document, np.concatenate([*(next(encoded) for _ in parts), end])
 
 
 def split_text(text: str, limit: int = _PIECE_CHARACTERS) -> Iterator[str]:

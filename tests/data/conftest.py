@@ -46,14 +46,14 @@ def make(tmp_path: Path) -> Callable[..., DataSettings]:
 
 
 @pytest.fixture
-def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for each batch that is tokenized."""
-    calls: list[int] = []
-    original = tokenization._encode_batch
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one whenever texts are going to be tokenized."""
+    calls: list[str] = []
+    original = tokenization.text_encoder
 
-    def counted(batch: list[Document], *rest: Any) -> Any:
-        calls.append(len(batch))
-        return original(batch, *rest)
+    def counted(tokenizer: Any) -> Any:
+        calls.append(tokenizer.name_or_path)
+        return original(tokenizer)
 
-    monkeypatch.setattr(tokenization, "_encode_batch", counted)
+    monkeypatch.setattr(tokenization, "text_encoder", counted)
     return calls

@@ -25,7 +25,7 @@ def cached_folder(data: DataSettings, result: TokenizedData) -> Path:
     return Path(data.cache_dir) / result.fingerprint
 
 
-def test_cache_is_reused(folder: Path, make: Any, tokenizer: Any, encodings: list[int]) -> None:
+def test_cache_is_reused(folder: Path, make: Any, tokenizer: Any, encodings: list[str]) -> None:
     data = make(folder)
     first = prepare_data(data, tokenizer, seed=0)
     messages: list[str] = []
@@ -78,7 +78,7 @@ def test_cache_follows_the_files(
         check_new()
 
 
-def test_cache_follows_the_settings(folder: Path, make: Any, tokenizer: Any, encodings: list[int]) -> None:
+def test_cache_follows_the_settings(folder: Path, make: Any, tokenizer: Any, encodings: list[str]) -> None:
     other = train_tokenizer((Document(sentence(i)) for i in range(30, 60)), VOCABULARY)
     (folder / "rows.jsonl").write_text(
         "".join(json.dumps({"text": sentence(i), "body": sentence(i + 1)}) + "\n" for i in range(100, 110))
@@ -129,7 +129,7 @@ def flip(file: Path) -> None:
     ids=["missing", "empty", "garbage", "truncated", "other", "flipped"],
 )
 def test_damaged_cache_is_rebuilt(
-    folder: Path, make: Any, tokenizer: Any, encodings: list[int], name: str, damage: Callable[[Path], Any]
+    folder: Path, make: Any, tokenizer: Any, encodings: list[str], name: str, damage: Callable[[Path], Any]
 ) -> None:
     data = make(folder)
     first = prepare_data(data, tokenizer, seed=0)

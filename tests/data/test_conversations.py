@@ -139,7 +139,7 @@ def test_counts_alone_count_targets_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_packed_conversations(make: Any, tmp_path: Path, kind: str, encodings: list[int]) -> None:
+def test_packed_conversations(make: Any, tmp_path: Path, kind: str, encodings: list[str]) -> None:
     path = write_conversations(tmp_path / f"chat.{kind}", kind=kind)
     data = make(path, source={"messages_field": "messages"}, seq_len=32)
     tokenizer = chat_tokenizer(UNMARKED)

@@ -36,7 +36,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
     return answer
 
 
-def test_hub_data_set(hub: Any, make: Any, tokenizer: Any, encodings: list[int]) -> None:
+def test_hub_data_set(hub: Any, make: Any, tokenizer: Any, encodings: list[str]) -> None:
     import datasets
 
     rows = datasets.Dataset.from_dict({"id": list(range(40)), "article": [sentence(i) for i in range(40)]})

@@ -131,7 +131,7 @@ def test_bytes_per_token_counts_what_was_packed(tmp_path: Path, make: Any, token
     assert result.validation_bytes_per_token == pytest.approx(len(text.encode()) / result.validation.size, rel=0.01)
 
 
-def test_no_validation_text(folder: Path, make: Any, tokenizer: Any, encodings: list[int]) -> None:
+def test_no_validation_text(folder: Path, make: Any, tokenizer: Any, encodings: list[str]) -> None:
     for _ in range(2):
         result = prepare_data(make(folder, validation_fraction=0.0), tokenizer, seed=0)
         assert result.validation.shape == (0, 16)
