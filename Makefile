@@ -40,7 +40,7 @@ test-all: $(INSTALLED)
 
 # What meets the libraries: caches, conversion, saved models, settings, the loop, a benchmark, the commands. Not the Hub:
 # huggingface_hub 1.5 checks a card at the real one, whatever HF_ENDPOINT says.
-MEETING := tests/contract/test_cache.py tests/contract/test_families.py tests/contract/test_lossless_conversion.py \
+MEETING := tests/contract/test_contract.py tests/contract/test_cache.py tests/contract/test_lossless_conversion.py \
 	tests/contract/test_stock_clients.py tests/loading tests/settings tests/training/test_loop.py \
 	tests/evaluation/test_evaluate.py tests/cli/test_cli.py tests/test_deprecations.py
 # All but a speed: older typer and rich print the help in 0.6 s of processor time instead of 0.35.

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from dtfcli.models.conversion import convert
-from dtfcli.models.families import FAMILIES as BACKBONES
+from dtfcli.models.families import FAMILIES as STOCK
 
 VOCABULARY = 97
 FAMILIES = ("llama", "qwen2")
@@ -23,25 +23,6 @@ EVERY_ARCHITECTURE = (*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slo
 """The controls keep every promise, too; `make test` tries them on none."""
 TOKENWISE = (*ARCHITECTURES, pytest.param("random", marks=pytest.mark.slow))
 """Those that choose tokens; `layerdrop` has neither thresholds nor predictors."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    "surprise, running, forecast": {"surprise_scale": "running", "bypass": "forecast", "forecast_factor": 0.25},
-    "surprise of an MLP": {"routed_part": "mlp"},
-    "surprise of attention, forecast": {"routed_part": "attention", "kv_tokens": "all", "bypass": "forecast"},
-    "update size": {"score": "update_size"},
-    "update size of attention": {"score": "update_size", "routed_part": "attention", "score_factor": 0.125},
-    "update size of an MLP, one budget": {"score": "update_size", "routed_part": "mlp", "budget": "model"},
-    "forecast error": {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"},
-    "forecast error, one budget": {"score": "forecast_error", "bypass": "forecast", "budget": "model"},
-    "forecast error of an MLP": {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"},
-    "forecast error of attention": {"score": "forecast_error", "bypass": "forecast", "routed_part": "attention"},
-    "mod, forecast": {"architecture": "mod", "bypass": "forecast", "gate": "soft"},
-    "mod, forecast, MLP": {"architecture": "mod", "bypass": "forecast", "routed_part": "mlp", "gate": "soft"},
-    "random, attention": {"architecture": "random", "routed_part": "attention", "kv_tokens": "all"},
-    "layerdrop, forecast": {"architecture": "layerdrop", "bypass": "forecast"},
-    "layerdrop, forecast, MLP": {"architecture": "layerdrop", "bypass": "forecast", "routed_part": "mlp"},
-    "layerdrop, attention": {"architecture": "layerdrop", "routed_part": "attention"},
-}
-"""Combinations of what tokens are ranked by, what they skip, and what they take instead."""
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -54,14 +35,33 @@ SHAPE = {
     "initializer_range": 0.2,
     "bos_token_id": None,
     "eos_token_id": None,
+    "pad_token_id": None,
 }
+WINDOWS = ["full_attention", "sliding_attention", "full_attention"] * 2
+"""Layers 1, 3 and 5 route: layer 1 has a window, and so has layer 4, which does not route."""
+BACKBONES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 6, "layer_types": WINDOWS},
+    "mistral": {"sliding_window": 6, "head_dim": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 0, 1, 1, 0], "use_sliding_window": False},
+    "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 4.0,
+    },
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "layer_types": WINDOWS},
+}
+"""Small models of each backbone, in what they differ from Llama."""
 
 
 def dense_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A dense model in eval mode, float32."""
     torch.manual_seed(seed)
-    stock = BACKBONES[family]
-    return stock.dense_model(stock.dense_config(**SHAPE | {"pad_token_id": None} | changes)).eval()
+    stock = STOCK[family]
+    return stock.dense_model(stock.dense_config(**SHAPE | BACKBONES[family] | changes)).eval()
 
 
 def routed_model(

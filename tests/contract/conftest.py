@@ -2,12 +2,25 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
+from tests.cases import exact, gpu
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device of a case: the CPU or, in tests marked `gpu`, CUDA in exact float32."""
+    if request.param == "cpu":
+        yield torch.device("cpu")
+        return
+    with exact():
+        yield gpu()
 
 
 @pytest.fixture(scope="session")

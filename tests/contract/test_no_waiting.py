@@ -1,7 +1,7 @@
 """How often the host waits for the device; on a GPU each wait leaves it idle.
 
 Training never does between the first layer and the loss. A causal pass does once, at its end, and decoding a token not
-at all; on a CPU, where looking is free, every routed layer may look (`looks`).
+at all; on a CPU, where synchronizing is free, every routed layer may (`looks`).
 """
 
 from typing import Any
@@ -10,209 +10,141 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtfcli.models import entrance
-from dtfcli.models.cache import CACHE_NAME, RoutedCache
+from dtfcli.models.cache import CACHE_NAME
+from dtfcli.training.objectives import Objective
 from tests.budget import examples
-from tests.tiny import OPTIONS, routed_model, shared_routed_model, tokens
-
-WAITS = {
-    "aten::_local_scalar_dense",  # .item(), bool(), int()
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::equal",
-    "aten::is_nonzero",
-    "aten::_unique2",
-}
-CASES: dict[str, dict[str, Any]] = {
-    "dtf": {},
-    "mod": {"architecture": "mod"},
-    "predictor": {"predictor_loss_weight": 0.1},
-    "layerdrop": {"architecture": "layerdrop"},
-    "random": {"architecture": "random"},
-}
-CASES |= {name: fields for name, fields in OPTIONS.items() if fields.get("budget") != "model"}
-"""One budget for the model trains by threshold, where the number of slots depends on the scores."""
-
-
-class Watched(TorchDispatchMode):
-    """Notes operations whose result the host has to see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        by_mask = name == "aten::index" and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if name in WAITS or by_mask:
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
+from tests.cases import Batch, Case, batches, every_way, in_chunks, ways_everywhere
+from tests.tiny import routed_model, tokens
+from tests.waits import noting_waits
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    """Tensors that travel to the host without an operation count, too."""
-    mode = Watched()
-    for name in ("tolist", "cpu", "numpy"):
-        plain = getattr(Tensor, name)
-
-        def noted(self: Tensor, *args: Any, plain: Any = plain, name: str = name) -> Any:
-            mode.waits.append(name)
-            return plain(self, *args)
-
-        monkeypatch.setattr(Tensor, name, noted)
-    return mode
-
-
-def test_the_watch_sees_what_it_should(watched: Watched) -> None:
-    x = torch.arange(3.0)
-    seen = [lambda: x.sum().item(), lambda: bool(x.any()), x.tolist, lambda: x[x > 1], x.nonzero, x.cpu]
-    for number, look in enumerate(seen, 1):
-        with watched:
-            look()
-        assert len(watched.waits) >= number
-        watched.waits = ["seen"] * number
-    with watched:
-        torch.where(x > 1, x, 0.0).topk(2).indices.sum()
-    assert len(watched.waits) == len(seen)
-
-
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CASES)
-def test_training_does_not_wait(name: str, checkpointing: bool, watched: Watched) -> None:
-    fields = dict(CASES[name])
-    explores = fields.get("bypass") == "forecast" or fields.get("score", "surprise") != "surprise"
-    architecture = fields.pop("architecture", "dtf")
-    model: Any = routed_model("llama", architecture, 0.5, **fields, **({"explore": 0.25} if explores else {}))
-    model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids = tokens(4, 32)
-    watched.waits.clear()
-    with watched:
-        for rows in ids.split(2):  # accumulated
-            model(input_ids=rows, labels=rows, use_cache=False, num_items_in_batch=124.0).loss.backward()
-    assert watched.waits == []
-    assert all(p.grad is not None for p in model.model.layers[1].parameters() if p.requires_grad) or name == "layerdrop"
-
-
-EVERY_CASE = CASES | {name: fields for name, fields in OPTIONS.items() if fields.get("budget") == "model"}
-
-
-@pytest.fixture
-def blind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model of a case whose layers do not look."""
-    fields = dict(EVERY_CASE[request.param])
-    model: Any = shared_routed_model("llama", fields.pop("architecture", "dtf"), **fields)
+def blind(case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model of a case, whose layers do not synchronize with the device."""
+    model = case.on(device)
     monkeypatch.setattr(model.model, "looks", False)
     return model
 
 
-QUICK = ("dtf", "mod", "layerdrop", "forecast error", "forecast error, one budget", "random, attention")
-every_case = pytest.mark.parametrize(
-    "blind", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EVERY_CASE], indirect=True
-)
-"""`make test` tries some of them."""
+def test_the_watch_sees_what_it_should() -> None:
+    x = torch.arange(3.0)
+    for wait in (
+        lambda: x.sum().item(),
+        lambda: bool(x.any()),
+        lambda: x.tolist(),
+        lambda: x[x > 1],
+        lambda: x.nonzero(),
+        lambda: x.cpu(),
+    ):
+        with noting_waits(x.device) as places:
+            wait()
+        assert places
+    with noting_waits(x.device) as places:
+        torch.where(x > 1, x, 0.0).topk(2).indices.sum()
+    assert places == []
 
 
-@every_case
+@pytest.mark.gpu
+def test_the_watch_sees_what_it_should_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("only a GPU is waited for")
+    x = torch.ones(3, device="cuda")
+    with noting_waits(x.device) as places:
+        x.sum().item()
+        bool(x.any())
+        torch.ones(3).to("cuda")
+        torch.where(x > 1, x, 0.0).topk(2).indices.sum()
+    assert len(places) == 3
+
+
+@ways_everywhere
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_does_not_wait(case: Case, device: torch.device, checkpointing: bool) -> None:
+    """Forward, loss and backward, in micro-batches, with what is logged."""
+    model = case.fresh(**{"explore": 0.25} if case.learns_updates else {}).to(device)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective, ids = Objective(model).train(), tokens(4, 32).to(device)
+
+    def step(rows: torch.Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            losses = objective(rows, 4 * 31, output_routing=True)
+        losses.loss.backward()
+
+    step(ids[:2])
+    with noting_waits(device) as places:
+        for rows in ids.split(2):
+            step(rows)
+    assert places == []
+
+
+@ways_everywhere
 @torch.no_grad()
-def test_a_prompt_waits_once(blind: Any, watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the slots are enough; else layers look."""
+def test_a_prompt_waits_once(blind: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its end, if the slots are enough; a mask of several rows is read before, too."""
     monkeypatch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: length)
-    for mask, waits in ((None, 1), (torch.ones(2, 40).long(), 2)):  # a mask of several rows is looked at before
-        ids = tokens(2, 40)
-        blind(ids, use_cache=True)
-        watched.waits.clear()
-        with watched:
-            blind(ids, attention_mask=mask, use_cache=True)
-        assert len(watched.waits) <= waits
-    with watched:
-        watched.waits.clear()
-        blind(tokens(1, 40), attention_mask=torch.ones(1, 40).long(), use_cache=True)
-    assert len(watched.waits) <= 1
+    for rows, masked, most in ((2, False, 1), (1, True, 1), (2, True, 2)):
+        ids = tokens(rows, 40).to(device)
+        how: dict[str, Any] = {"use_cache": True, "attention_mask": torch.ones_like(ids) if masked else None}
+        blind(ids, **how)
+        with noting_waits(device) as places:
+            blind(ids, **how)
+        assert len(places) <= most, places
 
 
-@every_case
+@ways_everywhere
 @pytest.mark.parametrize("rows", [1, 3])
 @torch.no_grad()
-def test_decoding_does_not_wait(blind: Any, rows: int, watched: Watched) -> None:
-    ids = tokens(rows, 60)
-    cache = blind(ids[:, :20], use_cache=True)[CACHE_NAME]
-    blind(ids[:, 20:21], **{CACHE_NAME: cache})  # the first token after a prompt makes room for the next 31
-    watched.waits.clear()
-    with watched:
-        for n in range(21, 25):
-            blind(ids[:, n : n + 1], **{CACHE_NAME: cache})
-        for n in range(25, 29):
-            mask = torch.ones(rows, n + 1).long()
-            blind(ids[:, n : n + 1], attention_mask=mask, **{CACHE_NAME: cache})
-    assert watched.waits == []
+def test_decoding_does_not_wait(blind: Any, device: torch.device, rows: int) -> None:
+    """With a mask or without one; the first token after a prompt reserves slots for the next 31."""
+    ids = tokens(rows, 60).to(device)
+    mask = torch.ones_like(ids)
+    for masked in (False, True):
+        seen = [{"attention_mask": mask[:, :end]} if masked else {} for end in range(30)]
+        cache = blind(ids[:, :20], use_cache=True, **seen[20])[CACHE_NAME]
+        blind(ids[:, 20:21], **seen[21], **{CACHE_NAME: cache})
+        with noting_waits(device) as places:
+            for n in range(21, 27):
+                blind(ids[:, n : n + 1], **seen[n + 1], **{CACHE_NAME: cache})
+        assert places == []
 
 
-@torch.no_grad()
-def _in_chunks(model: Any, ids: Tensor, mask: Tensor | None, sizes: list[int]) -> tuple[Tensor, RoutedCache]:
-    cache, logits, start = RoutedCache(model.config), [], 0
-    for size in sizes:
-        end = start + size
-        seen = None if mask is None else mask[:, :end]
-        logits.append(model(ids[:, start:end], attention_mask=seen, **{CACHE_NAME: cache}).logits)
-        start = end
-    return torch.cat(logits, dim=1), cache
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EVERY_CASE]
-)
-@pytest.mark.parametrize("enough", [True, pytest.param(False, marks=pytest.mark.slow)])
-@settings(max_examples=examples(4), deadline=None)
-@given(data=st.data())
-def test_looking_changes_nothing(name: str, enough: bool, data: st.DataObject) -> None:
-    """Rows, chunks, padding on either side, too few slots: the same logits, the same cache."""
-    fields = dict(EVERY_CASE[name])
-    model: Any = shared_routed_model("llama", fields.pop("architecture", "dtf"), **fields)
-    rows = data.draw(st.integers(1, 3))
-    sizes = data.draw(st.lists(st.sampled_from([1, 1, 2, 7, 16]), min_size=1, max_size=6))
-    length = sum(sizes)
-    left = data.draw(st.lists(st.integers(0, sizes[0]), min_size=rows, max_size=rows))
-    masked = data.draw(st.booleans())
-    mask = (torch.arange(length) >= torch.tensor(left).unsqueeze(1)).long() if masked else None
-    ids = tokens(rows, length, seed=data.draw(st.integers(0, 5)))
+@every_way
+@given(batch=batches(), enough=st.booleans())
+@settings(max_examples=examples(6))
+def test_synchronizing_changes_nothing(case: Case, batch: Batch, enough: bool) -> None:
+    """Padding on the left, chunks, too few slots: the same logits, the same cache."""
+    model, mask = case.on(), batch.mask.cummax(1).values  # what is cached has no padding on the right
     with pytest.MonkeyPatch.context() as patch:
         if not enough:
             patch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: 1)
         patch.setattr(model.model, "looks", True)
-        expected, its = _in_chunks(model, ids, mask, sizes)
+        expected, its = in_chunks(model, batch.input_ids, mask, batch.cuts)
         patch.setattr(model.model, "looks", False)
-        logits, cache = _in_chunks(model, ids, mask, sizes)
-    real = torch.ones(rows, length, dtype=torch.bool) if mask is None else mask.bool()
-    assert torch.allclose(logits[real], expected[real], rtol=1e-5, atol=1e-5)
+        logits, cache = in_chunks(model, batch.input_ids, mask, batch.cuts)
+    assert (logits - expected)[mask.bool()].abs().max() <= 1e-5
     assert cache.routed_shares == its.routed_shares
     assert cache.nbytes == its.nbytes
 
 
-@pytest.mark.parametrize("name", ["dtf", "mod", "forecast error", "update size"])
+@every_way
 @torch.no_grad()
-def test_changing_a_cache_that_nobody_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beams, cropped tokens and more of them: what only the device knows follows."""
-    fields = dict(EVERY_CASE[name])
-    model: Any = shared_routed_model("llama", fields.pop("architecture", "dtf"), **fields)
-    ids = tokens(2, 90)
-    found = []
-    for looks in (True, False):
-        monkeypatch.setattr(model.model, "looks", looks)
-        logits, cache = _in_chunks(model, ids[:, :45], None, [40, 1, 1, 1, 1, 1])
+def test_changing_a_cache_whose_counts_only_the_device_knows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams, cropped tokens and more of them."""
+    model, ids = case.on(), tokens(2, 90)
+    results = []
+    for syncs in (True, False):
+        monkeypatch.setattr(model.model, "looks", syncs)
+        _, cache = in_chunks(model, ids[:, :45], None, list(range(40, 45)))
         cache.crop(-3)
         cache.reorder_cache(torch.tensor([1, 0]))
-        ids_now = ids.flip(0)
         for n in range(42, 88):
-            logits = model(ids_now[:, n : n + 1], **{CACHE_NAME: cache}).logits
-        found.append((logits, cache.routed_shares))
-    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
-    assert found[0][1] == found[1][1]
+            logits = model(ids.flip(0)[:, n : n + 1], **{CACHE_NAME: cache}).logits
+        results.append((logits, cache.routed_shares))
+    assert (results[0][0] - results[1][0]).abs().max() <= 1e-5
+    assert results[0][1] == results[1][1]
 
 
 @pytest.mark.parametrize("asked", ["argument", "config"])

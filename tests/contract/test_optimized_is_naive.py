@@ -1,4 +1,7 @@
-"""Optimized = naive: the tensor functions equal the loops of `routing_naive`, in value and in gradient."""
+"""Optimized = naive: the tensor functions equal the loops of `routing_naive`, in value and in gradient.
+
+Whole models are compared in `test_contract`.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from dtfcli.models.slots import (
     scatter_tokens,
 )
 from tests.budget import examples
-from tests.tiny import EVERY_ARCHITECTURE, FAMILIES, dense_model, pad, shared_routed_model, tokens
+from tests.tiny import dense_model, shared_routed_model, tokens
 
 
 def rows_and_mask(data: st.DataObject, most: int = 14) -> tuple[torch.Tensor, list[list[int]]]:
@@ -203,66 +206,6 @@ def test_rows_in_groups(data: st.DataObject, padding: float, small: int) -> None
         assert routed.shape[1] == max(counts[row] for row in rows)
         written = scatter_tokens(written, slots, torch.where(routed.unsqueeze(-1), taken * 2, taken))
     torch.testing.assert_close(written, hidden_states * torch.where(selected, 2.0, 1.0).unsqueeze(-1))
-
-
-@pytest.mark.parametrize("mode", ["topk", "threshold"])
-@pytest.mark.parametrize("gate", ["soft", "straight_through"])
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-@pytest.mark.parametrize("family", FAMILIES)
-@given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=3), seed=st.integers(0, 999))
-@settings(max_examples=examples(4))
-def test_routed_layer(family: str, architecture: str, gate: str, mode: str, lengths: list[int], seed: int) -> None:
-    """A whole routed layer, rows padded on either side, against one row at a time and token by token."""
-    model = shared_routed_model(family, architecture, gate=gate)
-    stack, index = model.model, 5 if architecture == "layerdrop" else 3
-    layer = stack.layers[index]
-    width = max(lengths) + 1
-    padded = [
-        pad(tokens(1, n, seed + i)[0], (width - n) * (i % 2), (width - n) * (1 - i % 2)) for i, n in enumerate(lengths)
-    ]
-    input_ids, mask = (torch.stack(parts) for parts in zip(*padded, strict=True))
-    with model.routing_mode(mode), torch.no_grad():
-        passing = stack.enter(stack.embed_tokens(input_ids), mask)
-        for below in range(index):
-            stack.step(below, passing)
-    entering = passing.hidden_states.clone().requires_grad_()
-    surprises = tuple(s.clone().requires_grad_() for s in passing.surprises)
-    inputs = passing.layer_inputs["full_attention"]
-    how = {"frame": passing.frame, "capacity": passing.frame.capacities[index], **inputs}
-    out, scores, selected, _, gates, *_ = layer(entering, *surprises, **how)
-
-    cos, sin = inputs["position_embeddings"]
-    stock = type(layer).__mro__[2]  # the backbone's own decoder layer
-    threshold = float(layer.router.threshold("threshold"))
-    weight = torch.randn_like(out) * mask.unsqueeze(-1)
-    total = torch.zeros(())
-    for b in range(len(lengths)):
-        real = mask[b].nonzero().flatten()
-        row_scores = scores[b, real].tolist()
-        if architecture == "layerdrop":  # a layer that it keeps
-            chosen = list(range(len(real)))
-        elif mode == "topk":
-            chosen = routing_naive.select_topk(row_scores, 0.5, sinks=1)
-        else:
-            chosen = routing_naive.select_threshold(row_scores, threshold, sinks=1)
-        assert selected[b].nonzero().flatten().tolist() == real[chosen].tolist()
-
-        def block(x: torch.Tensor, places: list[int], b: int = b, real: torch.Tensor = real) -> torch.Tensor:
-            at = real[places]
-            causal = torch.ones(len(places), len(places), dtype=torch.bool).tril()[None, None]
-            rotary = (cos[b, at].unsqueeze(0), sin[b, at].unsqueeze(0))
-            return stock.forward(layer, x.unsqueeze(0), attention_mask=causal, position_embeddings=rotary)[0]
-
-        naive = routing_naive.routed_layer(entering[b, real], chosen, list(gates[b, real]), block, gate)
-        torch.testing.assert_close(out[b, real], naive, rtol=1e-4, atol=1e-5)
-        total = total + (naive * weight[b, real]).sum()
-    wanted = [entering, *surprises, layer.mlp.up_proj.weight, *layer.router.parameters()]
-    ours = torch.autograd.grad((out * weight).sum(), wanted, retain_graph=True, allow_unused=True)
-    theirs = torch.autograd.grad(total, wanted, allow_unused=True)
-    for a, b_ in zip(ours, theirs, strict=True):
-        assert (a is None) == (b_ is None) or a is None or not a.any()
-        if a is not None and b_ is not None:
-            torch.testing.assert_close(a, b_, rtol=1e-3, atol=1e-4)
 
 
 def test_straight_through_writes_the_block_itself() -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import ARCHITECTURES, CONTROLS, EVERY_ARCHITECTURE, FAMILIES, routed_model, shared_routed_model, tokens
+from tests.tiny import ARCHITECTURES, CONTROLS, EVERY_ARCHITECTURE, routed_model, tokens
 
 TASK = """
 task: letters
@@ -92,34 +91,6 @@ def test_stock_lm_eval_agrees_with_itself_at_any_batch_size(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_peft_adapts_and_merges(family: str, architecture: str) -> None:
-    model = routed_model(family, architecture)
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=names, task_type="CAUSAL_LM"))
-    assert not any("prior" in name or "router" in name for name, _ in adapted.named_parameters() if "lora_" in name)
-    adapted.train()
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-    input_ids = tokens(4, 24)
-    losses = []
-    for _ in range(8):
-        loss = adapted(input_ids=input_ids, labels=input_ids).lm_loss
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
-    adapted.eval()
-    with torch.no_grad():
-        before = adapted(input_ids=input_ids).logits
-        merged = adapted.merge_and_unload()
-        assert type(merged) is type(shared_routed_model(family, architecture))
-        # Merging rounds the weights anew: a routing score at its threshold may flip, and none does here.
-        assert (merged(input_ids).logits - before).abs().max() <= 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_weights_that_accelerate_keeps_elsewhere(architecture: str) -> None:
     """`cpu_offload` holds parameters on the meta device and brings each module's when it is called."""
     model = routed_model("llama", architecture)
@@ -150,33 +121,3 @@ def test_weights_that_are_there_only_while_their_module_runs() -> None:
         router.register_forward_pre_hook(gather)
         router.register_forward_hook(release)
     torch.testing.assert_close(model(input_ids).logits, expected)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_continuous_batching_is_refused_with_a_way_out(tmp_path: Path, architecture: str) -> None:
-    """Where dtf is not installed as well: the code that travels with a saved model says it."""
-    shared_routed_model("llama", architecture).save_pretrained(tmp_path)
-    code = """
-import sys
-sys.modules["dtfcli"] = None  # importing it fails
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-def with_manager():
-    with model.continuous_batching_context_manager():
-        pass
-def in_one_go():
-    model.generate_batch([[1, 2, 3]], max_new_tokens=2)
-for start in (model.init_continuous_batching, with_manager, in_one_go):
-    try:
-        start()
-    except ValueError as error:
-        print(error)
-"""
-    given = [sys.executable, "-c", code, str(tmp_path)]
-    here = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    result = subprocess.run(given, capture_output=True, text=True, env=here, check=False)
-    said = result.stdout.splitlines()
-    assert len(said) == 3, result.stderr
-    for line in said:
-        assert "paged cache holds every token in every layer" in line
-        assert "dtf generate --prompts FILE --batch-size N" in line

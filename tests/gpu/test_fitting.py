@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from dtfcli.models.conversion import convert
-from tests.gpu.cases import CASES, assert_alike, every_case
-from tests.tiny import FAMILIES, dense_model, pad, tokens
+from tests.cases import Case, every_way
+from tests.gpu.cases import assert_alike
+from tests.tiny import dense_model, pad, tokens
 
 pytestmark = pytest.mark.gpu
 
 FITTED = (
-    "surprise, running, forecast",
-    "update size of attention",
-    "update size of an MLP, one budget",
+    "surprise of an MLP, forecast",
+    "update size of an MLP",
     "forecast error",
-    "forecast error, one budget",
-    "layerdrop, forecast",
+    "layerdrop of an MLP, forecast",
 )
 TOLERANCE = 2e-2
 """Tokens at a threshold may fall on either side of it, and the layers above are fitted to what is left."""
@@ -32,12 +31,12 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids[:6], "attention_mask": masks[:6]}, {"input_ids": tokens(8, 48, seed=4)}]
 
 
-def converted(case: str) -> Any:
-    return convert(dense_model(FAMILIES[list(CASES).index(case) % 2]), **CASES[case])
+def converted(case: Case) -> Any:
+    return convert(dense_model(case.family), **case.fields)
 
 
-@every_case
-def test_calibrated(case: str, device: torch.device) -> None:
+@every_way
+def test_calibrated(case: Case, device: torch.device) -> None:
     model = converted(case)
     other = copy.deepcopy(model).to(device)
     for of in (model, other):
@@ -46,10 +45,10 @@ def test_calibrated(case: str, device: torch.device) -> None:
     assert_alike(other.state_dict(), model.state_dict(), TOLERANCE)
 
 
-@pytest.mark.parametrize("case", FITTED)
-def test_fitted(case: str, device: torch.device) -> None:
+@pytest.mark.parametrize("way", FITTED)
+def test_fitted(way: str, device: torch.device) -> None:
     """Where the model is, and a layer at a time on the device while the model stays on the CPU."""
-    models = [converted(case) for _ in range(3)]
+    models = [converted(Case(way, "llama")) for _ in range(3)]
     models[1].to(device)
     curves = [model.fit_routing(batches(), device=at) for model, at in zip(models, (None, None, device), strict=True)]
     assert {parameter.device.type for parameter in models[2].parameters()} == {"cpu"}

@@ -73,7 +73,7 @@ def step(states: Replicated, ids: torch.Tensor) -> float:
     return total
 
 
-@pytest.mark.parametrize(("case", "dtype"), [("dtf", "float32"), ("forecast error", "bfloat16")])
+@pytest.mark.parametrize(("case", "dtype"), [("surprise", "float32"), ("forecast error", "bfloat16")])
 @pytest.mark.parametrize("kind", [Replicated, Sharded])
 def test_one_process_trains_the_model_that_none_would(
     kind: type[Replicated], dtype: str, case: str, connected: None, device: torch.device, tmp_path: Path
@@ -110,8 +110,8 @@ def test_one_process_trains_the_model_that_none_would(
 
 
 def test_whole_weights_are_those_that_were_sharded(connected: None, device: torch.device, tmp_path: Path) -> None:
-    states = states_of(Sharded, tmp_path, device, "bfloat16", "dtf")
-    expected = build("dtf", explore=0.0).state_dict()
+    states = states_of(Sharded, tmp_path, device, "bfloat16", "surprise")
+    expected = build("surprise", explore=0.0).state_dict()
     found = states.whole_weights()
     assert found is not None
     assert found.keys() == expected.keys()

@@ -15,7 +15,8 @@ from dtfcli.runs.folder import list_checkpoints, run_settings
 from dtfcli.settings import Settings
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.events import TrainEvent
-from tests.gpu.cases import assert_alike, build, decode, losses_and_gradients
+from tests.cases import decode
+from tests.gpu.cases import assert_alike, build, losses_and_gradients
 from tests.tiny import tokens
 from tests.training.small_runs import small_settings
 
@@ -77,7 +78,7 @@ def test_a_checkpoint_goes_on_elsewhere(device: torch.device, tmp_path: Path) ->
 def test_compiled_layers_train_the_same(device: torch.device) -> None:
     """With the compiler's own backend on a GPU, which has Triton to write for."""
     torch._dynamo.reset()
-    model, ids = build("dtf").to(device), tokens(2, 64).to(device)
+    model, ids = build("surprise").to(device), tokens(2, 64).to(device)
     expected = losses_and_gradients(copy.deepcopy(model), ids)
     compile_layers(model, backend="inductor" if device.type == "cuda" else "aot_eager")
     assert_alike(losses_and_gradients(model, ids), expected, 1e-3)
@@ -86,8 +87,8 @@ def test_compiled_layers_train_the_same(device: torch.device) -> None:
 def test_compiled_layers_decode_the_same(device: torch.device) -> None:
     """In fixed shapes, inside of a graph."""
     torch._dynamo.reset()
-    model, ids = build("forecast error", kv_tokens="all").to(device), tokens(2, 16).to(device)
-    expected, _ = decode(model, ids, 10, None, None)
+    model, ids = build("forecast error, every key").to(device), tokens(2, 16).to(device)
+    expected, _ = decode(model, ids, 10)
     compile_layers(model, backend="inductor" if device.type == "cuda" else "eager")
     logits, _ = decode(model, ids, 10, None, 20)
     assert (logits - expected).abs().max() <= 1e-4
