@@ -69,7 +69,7 @@ def test_least_squares_is_the_smallest(count: int, inputs: int, outputs: int, se
     x, y, weight = x.double(), y.double(), weight.double()
     for _ in range(10):
         step = 0.05 * torch.randn(found.shape, generator=generator).double()
-        assert error(found) <= error(found + step)
+        assert error(found) <= error(found + step) * (1 + 1e-6)  # found in float32
     more = least_squares(
         torch.cat([x, 100 + x]).float(), torch.cat([y, y]).float(), torch.cat([weight, 0 * weight]).float()
     )
