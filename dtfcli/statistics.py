@@ -96,7 +96,7 @@ class TextLosses:
         return paired_difference(self.nats - control.nats, self.targets)
 
 
-def jackknife_stderr(statistic: Callable[[list[int]], Any], n: int) -> float | None:
+def jackknife_stderr(statistic: Callable[..., Any], n: int) -> float | None:
     """Jackknife standard error: leaves out one item at a time; None for fewer than 2 items or more than 2,000.
 
     Args:

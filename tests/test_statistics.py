@@ -27,6 +27,7 @@ def test_a_difference_per_token_has_the_error_of_the_jackknife_and_the_interval_
     jackknife = jackknife_stderr(lambda kept: d[kept].sum() / targets[kept].sum(), 400)
     assert difference.stderr == pytest.approx(jackknife, rel=0.02)
     bootstrap = stats.bootstrap((d, targets), lambda d, n: d.sum() / n.sum(), paired=True, vectorized=False, rng=rng)
+    assert difference.stderr is not None
     assert difference.interval == pytest.approx(tuple(bootstrap.confidence_interval), abs=difference.stderr / 5)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from dtfcli.studies.figure import draw_pareto, looks_of
+from dtfcli.studies.figure import draw_pareto, styles_of
 from dtfcli.studies.report import Row
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         draw_pareto(
             axis,
             rows,
-            looks_of(row.name for row in rows),
+            styles_of(row.name for row in rows),
             "FLOPs of a forward pass / dense",
             lambda row: row.flop_ratio,
         )

@@ -1,7 +1,6 @@
 """`dtf compare`: the same training at every point of a grid, and what differs, with error bars."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +10,9 @@ from dtfcli.cli import options
 from dtfcli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dtfcli.studies.grid import Cell, PlannedRun
-    from dtfcli.studies.report import Finished, StudyReport
+    from dtfcli.studies.grid import PlannedRun, Point
+    from dtfcli.studies.measure import Finished
+    from dtfcli.studies.report import StudyReport
 
 Arguments = Annotated[
     list[str] | None,
@@ -120,8 +120,8 @@ def compare(
       dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm --cluster-option partition=gpu
     """
     from dtfcli.cli import compare_view, render
-    from dtfcli.studies.output import write_report
     from dtfcli.studies.pairs import pair_up
+    from dtfcli.studies.write import write_report
 
     if from_runs:
         if vary or point or arguments or cluster or cluster_option or plan or parallel or seeds:
@@ -129,18 +129,22 @@ def compare(
                 "--from: reports on runs that exist; leave PRESET, settings, --vary, --point, --seeds, --plan, "
                 "--parallel and --cluster out."
             )
-        report = _report_on(from_runs, against, no_bench)
+        from dtfcli.studies.measure import finished_runs
+
+        report = _report(finished_runs(from_runs), against, no_bench)
         output.mkdir(parents=True, exist_ok=True)
     else:
-        jobs = _jobs(cluster, cluster_option)
+        job_options = _job_options(cluster, cluster_option)
         runs = _planned(arguments, vary, point, seeds or "3", output)
-        pair_up(_different(run.cell for run in runs), against or ())
+        pair_up(_different(run.point for run in runs), against or ())
         if plan:
             compare_view.show_plan(runs, json)
             return
-        if not _trained(runs, parallel, jobs, output, json):
+        if cluster is None:
+            _train(runs, parallel or 1)
+        elif not _submitted(runs, parallel, cluster, job_options, output, json):
             return
-        report = _report_of_grid(runs, against, no_bench)
+        report = _report(_measured(runs), against, no_bench)
     files = write_report(report, output)
     if json:
         render.emit_json(report.to_dict())
@@ -149,24 +153,16 @@ def compare(
     render.emit(str(files[-1]))
 
 
-@dataclass(frozen=True)
-class _Jobs:
-    """Where jobs go, and with which parameters."""
-
-    cluster: str
-    options: dict[str, Any]
-
-
-def _jobs(cluster: str | None, options: list[str] | None) -> _Jobs | None:
+def _job_options(cluster: str | None, options: list[str] | None) -> dict[str, Any]:
     if cluster is None:
         if options:
             raise ConfigError(
                 f"--cluster-option {options[0]}: without --cluster nothing reads it; add --cluster slurm."
             )
-        return None
+        return {}
     from dtfcli.studies.cluster import parse_options
 
-    return _Jobs(cluster, parse_options(cluster, options or []))
+    return parse_options(cluster, options or [])
 
 
 def _planned(
@@ -186,62 +182,63 @@ def _planned(
     return plan_grid(preset, parse_axes(vary or []), parse_seeds(seeds), overrides, output)
 
 
-def _trained(runs: "list[PlannedRun]", parallel: int | None, jobs: "_Jobs | None", output: Path, json: bool) -> bool:
-    """Train what is missing: here, and wait; or on a cluster, and leave. Returns whether all runs are finished."""
+def _train(runs: "list[PlannedRun]", parallel: int) -> None:
+    from dtfcli.cli import compare_view
+    from dtfcli.studies.execute import execute
+
+    with compare_view.StudyProgress(runs) as show:
+        execute(runs, parallel, show)
+
+
+def _submitted(
+    runs: "list[PlannedRun]",
+    parallel: int | None,
+    cluster: str,
+    job_options: dict[str, Any],
+    output: Path,
+    json: bool,
+) -> bool:
+    """Submit the missing runs to a cluster, and show all of them; returns whether they are finished."""
     from dtfcli.cli import compare_view, render
-
-    if jobs is None:
-        from dtfcli.studies.execute import execute
-
-        with compare_view.StudyProgress(runs) as show:
-            execute(runs, parallel or 1, show)
-        return True
     from dtfcli.studies.cluster import submit
 
-    states = submit(runs, jobs.cluster, jobs.options, output, parallel)
+    states = submit(runs, cluster, job_options, output, parallel)
     if all(state.state == "reused" for state in states):
         return True
     compare_view.show_jobs(states, json)
-    render.note("Start the same command again to ask how far they are; it reports when all are finished.")
+    render.note("Start the same command again to see their progress; it reports when all are finished.")
     return False
 
 
-def _report_of_grid(runs: "list[PlannedRun]", against: list[str] | None, no_bench: bool) -> "StudyReport":
+def _measured(runs: "list[PlannedRun]") -> "list[Finished]":
     from dtfcli.studies.execute import folder_of
-    from dtfcli.studies.measure import measure
-    from dtfcli.studies.report import Finished
+    from dtfcli.studies.measure import Finished, measure
 
-    done = []
-    for run in runs:
-        folder = folder_of(run.settings)
-        assert folder is not None, "trained above"
-        done.append(Finished(run.cell, run.seed, folder, measure(folder)))
-    return _report(done, against, no_bench)
-
-
-def _report_on(folders: list[Path], against: list[str] | None, no_bench: bool) -> "StudyReport":
-    from dtfcli.studies.existing import finished_runs
-
-    return _report(finished_runs(folders), against, no_bench)
+    folders = [folder_of(run.settings) for run in runs]
+    return [
+        Finished(run.point, run.seed, folder, measure(folder))
+        for run, folder in zip(runs, folders, strict=True)
+        if folder is not None
+    ]
 
 
-def _report(done: "list[Finished]", against: list[str] | None, no_bench: bool) -> "StudyReport":
+def _report(runs: "list[Finished]", against: list[str] | None, no_bench: bool) -> "StudyReport":
     from dtfcli.studies.pairs import pair_up
     from dtfcli.studies.report import make_report
 
-    cells = _different(run.cell for run in done)
-    if len(cells) < 2:
-        raise ConfigError(f"--from: all runs are of one point, {cells[0].name}; there is nothing to compare.")
-    pairs = pair_up(cells, against or ())
+    points = _different(run.point for run in runs)
+    if len(points) < 2:
+        raise ConfigError(f"--from: all runs are of one point, {points[0].name}; there is nothing to compare.")
+    pairs = pair_up(points, against or ())
     timings: dict[str, Any] = {}
     if not no_bench:
         from dtfcli.cli import render
         from dtfcli.studies.timing import time_models
 
-        timings = time_models({run.cell.name: run.folder for run in reversed(done)}, render.note)
-    return make_report(", ".join(cell.name for cell in cells), done, pairs, timings)
+        timings = time_models({run.point.name: run.folder for run in reversed(runs)}, render.note)
+    return make_report(", ".join(point.name for point in points), runs, pairs, timings)
 
 
-def _different(cells: "Iterable[Cell]") -> "list[Cell]":
+def _different(points: "Iterable[Point]") -> "list[Point]":
     """Each point once, in the order of the study."""
-    return list({cell.name: cell for cell in cells}.values())
+    return list({point.name: point for point in points}.values())

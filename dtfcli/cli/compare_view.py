@@ -1,6 +1,7 @@
-"""The tables of `dtf compare`: the plan, what runs at the moment, and the report."""
+"""The tables of `dtf compare`: the plan, the progress of its runs, and the report."""
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -37,55 +38,57 @@ class StudyProgress:
             self._live.stop()
 
     def __call__(self, progress: "Progress") -> None:
-        """Take note of what a run does."""
+        """Take the progress of a run."""
         name = progress.run.settings.run.name
         before = self._runs[name].state
         self._runs[name] = progress
         if self._live.is_started:
             self._live.update(self._table())
         elif progress.state != before:
-            render.note(f"{progress.run.cell.name}, seed {progress.run.seed}: {progress.state}")
+            render.note(f"{progress.run.point.name}, seed {progress.run.seed}: {progress.state}")
 
     def _table(self) -> Any:
-        rows, done = [], 0.0
-        for at in self._runs.values():
-            share = at.step / at.total_steps if at.total_steps else 0.0
-            done += (1.0 if at.state in ("finished", "reused") else share) / len(self._runs)
-            steps = f"{at.step}/{at.total_steps}" if at.total_steps else ""
-            rows.append([at.run.cell.name, at.run.seed, at.state, steps, "" if at.loss is None else f"{at.loss:.3f}"])
-        left = (time.monotonic() - self._started) * (1 - done) / done if done else None
-        title = "study" if left is None else f"study, about {left / 60:.0f} min left"
-        return render.table(["point", "seed", "", "step", "loss"], rows, title=title)
+        share = sum(
+            1.0 if run.state in ("finished", "reused") else run.step / run.total_steps if run.total_steps else 0.0
+            for run in self._runs.values()
+        ) / len(self._runs)
+        left = (time.monotonic() - self._started) * (1 - share) / share if share else None
+        return _states("study" if left is None else f"study, about {left / 60:.0f} min left", self._runs.values())
 
 
-def show_jobs(states: "list[Progress]", json: bool) -> None:
-    """Print how far the runs of a study are that train as jobs."""
-    entries = [
-        {
-            "point": at.run.cell.name,
-            "seed": at.run.seed,
-            "run": at.run.settings.run.name,
-            "state": "finished" if at.state == "reused" else at.state,
-            "step": at.step,
-            "total_steps": at.total_steps,
-            "loss": at.loss,
-        }
-        for at in states
-    ]
-    if json:
-        render.emit_json({"runs": entries})
-        return
+def _states(title: str, runs: "Iterable[Progress]") -> Any:
+    """A table of runs and their progress."""
     rows = [
         [
-            e["point"],
-            e["seed"],
-            e["state"],
-            f"{e['step']}/{e['total_steps']}" if e["step"] else "",
-            "" if e["loss"] is None else f"{e['loss']:.3f}",
+            run.run.point.name,
+            run.run.seed,
+            "finished" if run.state == "reused" else run.state,
+            f"{run.step}/{run.total_steps}" if run.step else "",
+            "" if run.loss is None else f"{run.loss:.3f}",
         ]
-        for e in entries
+        for run in runs
     ]
-    render.out.print(render.table(["point", "seed", "", "step", "loss"], rows, title=f"{len(entries)} runs"))
+    return render.table(["point", "seed", "", "step", "loss"], rows, title=title)
+
+
+def show_jobs(runs: "list[Progress]", json: bool) -> None:
+    """Print the progress of the runs of a study that train as jobs."""
+    if not json:
+        render.out.print(_states(f"{len(runs)} runs", runs))
+        return
+    entries = [
+        {
+            "point": run.run.point.name,
+            "seed": run.run.seed,
+            "run": run.run.settings.run.name,
+            "state": "finished" if run.state == "reused" else run.state,
+            "step": run.step,
+            "total_steps": run.total_steps,
+            "loss": run.loss,
+        }
+        for run in runs
+    ]
+    render.emit_json({"runs": entries})
 
 
 def show_plan(runs: "list[PlannedRun]", json: bool) -> None:
@@ -95,14 +98,14 @@ def show_plan(runs: "list[PlannedRun]", json: bool) -> None:
 
     entries, flops = list[dict[str, Any]](), 0.0
     for run in runs:
-        seen, finished = preview(run.settings), is_finished(run)
-        steps = seen.plan.total_steps if seen.plan is not None else run.settings.training.max_steps or 0
+        expected, finished = preview(run.settings), is_finished(run)
+        steps = expected.plan.total_steps if expected.plan is not None else run.settings.training.max_steps or 0
         tokens = steps * run.settings.tokens_per_update
         # Final and best model, and two checkpoints with AdamW's moments, all in float32.
-        size = seen.account.parameters * 4 * (2 + 2 * 3)
-        flops += 0.0 if finished else 3.0 * tokens * seen.account.flops_per_token
-        own = {"point": run.cell.name, "seed": run.seed, "run": run.settings.run.name}
-        entries.append({**own, "tokens": tokens, "bytes": size, "finished": finished})
+        size = expected.account.parameters * 4 * (2 + 2 * 3)
+        flops += 0.0 if finished else 3.0 * tokens * expected.account.flops_per_token
+        name = {"point": run.point.name, "seed": run.seed, "run": run.settings.run.name}
+        entries.append({**name, "tokens": tokens, "bytes": size, "finished": finished})
     missing = [entry for entry in entries if not entry["finished"]]
     tokens, size = (sum(entry[name] for entry in missing) for name in ("tokens", "bytes"))
     minutes = flops / _rate() / 60

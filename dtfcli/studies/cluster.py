@@ -1,8 +1,8 @@
-"""Runs of a study as jobs of a cluster, by submitit: one array; submitted, left, and asked again later.
+"""Runs of a study as jobs of a cluster, by submitit: one array, which the next start of the study asks for its state.
 
-A job trains one run by the command that this machine would use. Whoever starts the study again looks at the jobs:
-finished runs are reused, others are waited for, and what has no job is submitted. When a job's time runs out, or
-another takes its place, training saves a checkpoint, and the job goes back into the queue and continues from it.
+A job trains one run by the command that this machine would use. The next start of the study reuses finished runs,
+reports running jobs, and submits runs without a job. When a job's time runs out, or another job takes its place,
+training saves a checkpoint, and the job goes back into the queue and continues from it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 from dtfcli.errors import ConfigError, DTFError, did_you_mean
 from dtfcli.runs.folder import locked_file
 from dtfcli.settings import Settings
-from dtfcli.studies.execute import Progress, is_finished, look_at, train_command
+from dtfcli.studies.execute import Progress, is_finished, progress_of, train_command
 from dtfcli.studies.grid import PlannedRun
 from dtfcli.training.loop import TrainingInterrupted
 
@@ -55,7 +55,7 @@ _UNKNOWN_SECONDS = 600.0
 
 
 class TrainJob:
-    """What a job does; submitit pickles it."""
+    """The work of a job; submitit pickles it."""
 
     def __init__(self, settings: str, processes: int) -> None:
         """Args: settings of the run as JSON; processes that train it together, one for each GPU."""
@@ -106,7 +106,7 @@ class _Child:
 
 
 def parse_options(cluster: str, texts: Sequence[str]) -> dict[str, Any]:
-    """What submitit is to be told, from `KEY=VALUE`.
+    """Submitit's parameters from `KEY=VALUE`.
 
     Raises:
         ConfigError: an unknown cluster or key, a value of another kind, or a key given twice.
@@ -130,10 +130,10 @@ def parse_options(cluster: str, texts: Sequence[str]) -> dict[str, Any]:
 
 def _read(key: str, value: str) -> Any:
     if key == "time":
-        found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+)(?::(\d\d))?", value)
-        if found is None or (found[4] and not found[2]):
+        match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+)(?::(\d\d))?", value)
+        if match is None or (match[4] and not match[2]):
             raise ConfigError(f"--cluster-option time={value}: write minutes, H:MM, H:MM:SS or D-H:MM:SS.")
-        days, hours, minutes = (int(part or 0) for part in found.groups()[:3])
+        days, hours, minutes = (int(part or 0) for part in match.groups()[:3])
         return (24 * days + hours) * 60 + minutes
     if key in ("gpus", "cpus", "memory"):
         if not value.isdecimal():
@@ -159,7 +159,7 @@ class _Job:
     submitted: float
 
     def handle(self, folder: Path) -> Any:
-        """What submitit knows of it."""
+        """Submitit's object for it."""
         submitit = _submitit()
         kind = submitit.SlurmJob if self.cluster == "slurm" else submitit.LocalJob
         return kind(folder=folder / "%j", job_id=self.number)
@@ -183,7 +183,7 @@ class _Job:
 def submit(
     runs: Sequence[PlannedRun], cluster: str, options: Mapping[str, Any], output: Path, at_once: int | None = None
 ) -> list[Progress]:
-    """Look at the jobs of a study, submit those that are missing, and say how far each run is.
+    """Submit the missing jobs of a study, and return the progress of each run.
 
     Args:
         runs: of the study.
@@ -193,7 +193,7 @@ def submit(
         at_once: how many jobs may run at a time; None: as many as the cluster lets.
 
     Raises:
-        ConfigError: submitit or the cluster's commands are missing, or another process looks at the same jobs.
+        ConfigError: submitit or the cluster's commands are missing, or another process uses the same jobs.
         DTFError: a job ended without its run being finished. It is submitted again the next time.
     """
     if cluster == "local" and at_once is not None:
@@ -202,11 +202,11 @@ def submit(
     lock = folder / "lock"
     folder.mkdir(parents=True, exist_ok=True)
     lock.touch()
-    with locked_file(lock, f"{folder}: another `dtf compare` is looking at these jobs; wait until it ends."):
-        return _look_and_submit(runs, folder, lambda missing: _submit_all(missing, cluster, options, folder, at_once))
+    with locked_file(lock, f"{folder}: another `dtf compare` uses these jobs; try again when it has ended."):
+        return _poll_and_submit(runs, folder, lambda missing: _submit_all(missing, cluster, options, folder, at_once))
 
 
-def _look_and_submit(
+def _poll_and_submit(
     runs: Sequence[PlannedRun], folder: Path, submit_all: Callable[[Sequence[PlannedRun]], dict[str, _Job]]
 ) -> list[Progress]:
     file = folder / "jobs.json"
@@ -222,8 +222,8 @@ def _look_and_submit(
             missing.append(run)
             states.append(Progress(run, "submitted"))
         elif alive:
-            seen = look_at(run)
-            states.append(seen if seen.step else replace(seen, state="waiting"))
+            progress = progress_of(run)
+            states.append(progress if progress.step else replace(progress, state="waiting"))
         else:
             failed.append(f"{job.name} (log: {job.handle(folder).paths.stderr})")
             del jobs[run.key]

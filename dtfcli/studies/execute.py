@@ -27,7 +27,7 @@ _POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run of the study does at the moment; `loss` is the latest of training, in nats."""
+    """The state of a run of the study; `loss` is its latest training loss, in nats."""
 
     run: PlannedRun
     state: State
@@ -41,8 +41,8 @@ OnProgress = Callable[[Progress], None]
 
 def folder_of(settings: Settings) -> Path | None:
     """The folder of a study's run, of whatever day, also of another grid; None if it was never started."""
-    found = sorted(Path(settings.run.output_dir).expanduser().glob(f"*/*-{settings.run.name[-KEY_LENGTH:]}"))
-    return max(found, key=lambda folder: (folder / FINAL_MODEL).is_dir(), default=None)
+    folders = sorted(Path(settings.run.output_dir).expanduser().glob(f"*/*-{settings.run.name[-KEY_LENGTH:]}"))
+    return max(folders, key=lambda folder: (folder / FINAL_MODEL).is_dir(), default=None)
 
 
 def is_finished(run: PlannedRun) -> bool:
@@ -118,7 +118,7 @@ def _train_apart(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgr
             for worker in list(workers):
                 code = worker.process.poll()
                 if code is None:
-                    on_progress(look_at(worker.run))
+                    on_progress(progress_of(worker.run))
                     continue
                 workers.remove(worker)
                 if code != 0 or not is_finished(worker.run):
@@ -158,8 +158,8 @@ def train_command(settings: Settings) -> list[str]:
     return [sys.executable, "-m", "dtfcli", "train", "--config", str(config)]
 
 
-def look_at(run: PlannedRun) -> Progress:
-    """How far a run is that trains elsewhere, by its metrics."""
+def progress_of(run: PlannedRun) -> Progress:
+    """The progress of a run that trains elsewhere, by its metrics."""
     folder = folder_of(run.settings)
     lines = read_metrics(folder / METRICS_FILE) if folder is not None and (folder / METRICS_FILE).is_file() else []
     last: dict[str, Any] = next((line for line in reversed(lines) if "train/loss" in line), {})

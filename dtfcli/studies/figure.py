@@ -17,7 +17,7 @@ _INK = "#1d1b18"
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How a point is drawn."""
 
     family: str
@@ -26,40 +26,40 @@ class Look:
     marker: str
 
 
-def looks_of(names: Iterable[str]) -> dict[str, Look]:
+def styles_of(names: Iterable[str]) -> dict[str, Style]:
     """Colors by the first word of each name, lines and markers by the rest."""
     families: dict[str, str] = {}
     rests: dict[str, int] = {}
-    looks = {}
+    styles = {}
     for name in names:
         family, _, rest = name.partition(" ")
         color = families.setdefault(family, _COLORS[len(families) % len(_COLORS)])
         place = rests.setdefault(rest, len(rests)) if rest else 0
-        looks[name] = Look(family, color, _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)])
-    return looks
+        styles[name] = Style(family, color, _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)])
+    return styles
 
 
 def draw_study(report: StudyReport, path: Path) -> None:
     """Draw into a .png file."""
     from matplotlib.figure import Figure
 
-    looks = looks_of(row.name for row in report.rows)
+    styles = styles_of(row.name for row in report.rows)
     first = 1.2 + 0.28 * len(report.differences)
     figure = Figure(figsize=(12, first + 18), layout="constrained", dpi=100)
     places: list[Any] = [["differences"] * 2, *(["loss", "loss 2"], ["accuracy", "accuracy 2"], ["curves", "routers"])]
     axes = figure.subplot_mosaic([*places, ["agreement"] * 2], height_ratios=[first, 4.5, 4.5, 4.5, 4.5])
     figure.suptitle(_plain(report.title), x=0.01, ha="left", fontweight="bold", fontsize=10, wrap=True)
-    _differences(axes["differences"], report, looks)
+    _differences(axes["differences"], report, styles)
     costs = (
         ("FLOPs of a forward pass / dense", lambda row: row.flop_ratio),
         ("measured time of a decoded token / dense", lambda row: row.timing and row.timing.decode),
     )
     for (label, cost), number in zip(costs, ("", " 2"), strict=True):
-        draw_pareto(axes[f"loss{number}"], report.rows, looks, label, cost)
-        draw_pareto(axes[f"accuracy{number}"], report.rows, looks, label, cost, accuracy=True)
+        draw_pareto(axes[f"loss{number}"], report.rows, styles, label, cost)
+        draw_pareto(axes[f"accuracy{number}"], report.rows, styles, label, cost, accuracy=True)
     axes["loss"].legend(fontsize=8)
-    _curves(axes["curves"], report.curves, looks, "causal val/loss, nats")
-    _curves(axes["routers"], report.share_curves, looks, "routed share, held-out text", report.spread_curves)
+    _curves(axes["curves"], report.curves, styles, "causal val/loss, nats")
+    _curves(axes["routers"], report.share_curves, styles, "routed share, held-out text", report.spread_curves)
     _agreement(axes["agreement"], report)
     for name, axis in axes.items():
         if name != "agreement":
@@ -73,14 +73,14 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _differences(axis: Any, report: StudyReport, looks: Mapping[str, Look]) -> None:
+def _differences(axis: Any, report: StudyReport, styles: Mapping[str, Style]) -> None:
     for place, difference in enumerate(reversed(report.differences)):
-        look = looks[difference.name]
+        style = styles[difference.name]
         low, high = difference.by_document
-        axis.plot([low, high], [place - 0.12] * 2, color=look.color, linewidth=5, alpha=0.45, solid_capstyle="butt")
+        axis.plot([low, high], [place - 0.12] * 2, color=style.color, linewidth=5, alpha=0.45, solid_capstyle="butt")
         if difference.by_seed is not None:
-            axis.plot(list(difference.by_seed), [place + 0.12] * 2, color=look.color, linewidth=1.5)
-        axis.plot([difference.value], [place], look.marker, color=look.color)
+            axis.plot(list(difference.by_seed), [place + 0.12] * 2, color=style.color, linewidth=1.5)
+        axis.plot([difference.value], [place], style.marker, color=style.color)
     axis.set_yticks(range(len(report.differences)), [_plain(d.title) for d in reversed(report.differences)], fontsize=8)
     axis.axvline(0.0, color=_INK, linewidth=1)
     axis.set_xlabel("difference in val/loss, nats (left: better)\nband: 95 % by document, line: 95 % by seed")
@@ -89,7 +89,7 @@ def _differences(axis: Any, report: StudyReport, looks: Mapping[str, Look]) -> N
 def _curves(
     axis: Any,
     curves: Mapping[str, list[Curve]],
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
     label: str,
     second: Mapping[str, list[Curve]] | None = None,
 ) -> None:
@@ -97,11 +97,11 @@ def _curves(
     right = axis.twinx() if second and any(any(own) for own in second.values()) else None
     for where, drawn, width in ((axis, curves, 1.3), *([(right, second or {}, 0.5)] if right is not None else [])):
         for name, own in drawn.items():
-            look = looks[name]
+            style = styles[name]
             for number, curve in enumerate(own):
                 if curve:
                     text = _plain(name) if number == 0 and where is axis else None
-                    where.plot(*zip(*curve, strict=True), look.line, color=look.color, linewidth=width, label=text)
+                    where.plot(*zip(*curve, strict=True), style.line, color=style.color, linewidth=width, label=text)
     axis.set_xlabel("updates")
     axis.set_ylabel(label)
     if right is not None:
@@ -114,7 +114,7 @@ def _curves(
 def draw_pareto(
     axis: Any,
     rows: list[Row],
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
     label: str,
     cost: Callable[[Row], float | None],
     accuracy: bool = False,
@@ -122,17 +122,17 @@ def draw_pareto(
     """Loss (or accuracy) against a cost; points of one architecture are joined, the dense model's value is a line."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        look, dense = looks[row.name], row.routed_share is None
+        style, dense = styles[row.name], row.routed_share is None
         value, sd = (row.accuracy, row.accuracy_sd) if accuracy else (row.loss, row.sd)
         if dense:
-            axis.axhline(value, color=look.color, linewidth=1, linestyle=":")
+            axis.axhline(value, color=style.color, linewidth=1, linestyle=":")
         paid = 1.0 if dense else cost(row)
         if paid is None:
             continue
-        lines.setdefault(look.family, []).append((paid, value))
-        axis.errorbar([paid], [value], yerr=sd, fmt=look.marker, color=look.color, capsize=3, label=_plain(row.name))
+        lines.setdefault(style.family, []).append((paid, value))
+        axis.errorbar([paid], [value], yerr=sd, fmt=style.marker, color=style.color, capsize=3, label=_plain(row.name))
     for family, points in lines.items():
-        color = next(look.color for look in looks.values() if look.family == family)
+        color = next(style.color for style in styles.values() if style.family == family)
         axis.plot(*zip(*sorted(points), strict=True), color=color, linewidth=0.8, alpha=0.6)
     axis.set_xlabel(label)
     axis.set_ylabel("next-token accuracy, held-out text" if accuracy else "causal val/loss, nats")

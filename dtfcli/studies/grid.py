@@ -24,7 +24,7 @@ KEY_LENGTH = 8
 """Of the part of a run's key that its name ends with."""
 POINT = "point"
 """The axis of points with names of their own."""
-_OWN_KEYS = ("run.name", "run.output_dir", "run.seed")
+_RUN_KEYS = ("run.name", "run.output_dir", "run.seed")
 """Keys that the study sets for each run."""
 
 
@@ -37,7 +37,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Point:
     """A point of the grid.
 
     Attributes:
@@ -56,13 +56,13 @@ class PlannedRun:
     """One run of the study.
 
     Attributes:
-        cell: the point of the grid.
+        point: the point of the grid.
         seed: run.seed.
         settings: resolved.
         key: hash of the settings, wherever and under whatever name they run.
     """
 
-    cell: Cell
+    point: Point
     seed: int
     settings: Settings
     key: str
@@ -81,7 +81,7 @@ def parse_axes(texts: Iterable[str]) -> list[Axis]:
         key = "model.architecture" if key.strip() == "model" else key.strip()
         if not equals or not key:
             raise ConfigError(f"--vary {text}: write KEY=A,B,…, such as model=dtf,mod or model.capacity=0.25,0.5.")
-        if key in _OWN_KEYS:
+        if key in _RUN_KEYS:
             remedy = "use --seeds" if key == "run.seed" else "each run gets its own"
             raise ConfigError(f"--vary {text}: {key} is not an axis; {remedy}.")
         if key not in known:
@@ -100,21 +100,13 @@ def parse_axes(texts: Iterable[str]) -> list[Axis]:
     return axes
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point with a name of its own, and its KEY=VALUE."""
-
-    name: str
-    overrides: tuple[str, ...]
-
-
-def parse_points(texts: Iterable[str]) -> list[Point]:
-    """Points from `NAME: KEY=VALUE …`, quoted as in a shell.
+def parse_points(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Names of points and their KEY=VALUE, from `NAME: KEY=VALUE …`, quoted as in a shell.
 
     Raises:
         ConfigError: not of that form, a key that belongs to the study, fewer than two points, or one of them twice.
     """
-    points: list[Point] = []
+    points: dict[str, tuple[str, ...]] = {}
     for text in texts:
         name, colon, rest = text.partition(":")
         try:
@@ -123,15 +115,13 @@ def parse_points(texts: Iterable[str]) -> list[Point]:
             overrides = ("",)
         if not colon or not name.strip() or not all("=" in item for item in overrides):
             raise ConfigError(f"--point {text}: write 'NAME: KEY=VALUE …', such as 'random: model=random'.")
-        own = [item for item in overrides if _key_of(item) in _OWN_KEYS]
-        if own:
-            raise ConfigError(f"--point {text}: {own[0]} differs from run to run anyway; leave it out.")
-        points.append(Point(name.strip(), overrides))
-    names = [point.name for point in points]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--point: two points are called {max(names, key=names.count)}; give each its own name.")
+        if reserved := [item for item in overrides if _key_of(item) in _RUN_KEYS]:
+            raise ConfigError(f"--point {text}: {reserved[0]} differs from run to run anyway; leave it out.")
+        if name.strip() in points:
+            raise ConfigError(f"--point: two points are called {name.strip()}; give each its own name.")
+        points[name.strip()] = overrides
     if len(points) == 1:
-        raise ConfigError(f"--point {points[0].name}: one point is nothing to compare; give two or more.")
+        raise ConfigError(f"--point {', '.join(points)}: one point is nothing to compare; give two or more.")
     return points
 
 
@@ -178,26 +168,26 @@ def plan_grid(
     Raises:
         ConfigError: settings are wrong, no run reads one of the overrides, or runs differ in more than the axes.
     """
-    cells: dict[str, Cell] = {}
+    points: dict[str, Point] = {}
     unread: dict[str, str] = {}
-    for point in itertools.product(*(axis.values for axis in axes)):
-        choices = dict(zip((axis.key for axis in axes), point, strict=True))
-        cell, left_out = _cell(preset, choices, overrides)
-        unread = left_out if not cells else {item: why for item, why in unread.items() if item in left_out}
-        cells.setdefault(json.dumps(sorted(cell.overrides)), cell)
+    for values in itertools.product(*(axis.values for axis in axes)):
+        choices = dict(zip((axis.key for axis in axes), values, strict=True))
+        point, left_out = _point(preset, choices, overrides)
+        unread = left_out if not points else {item: why for item, why in unread.items() if item in left_out}
+        points.setdefault(json.dumps(sorted(point.overrides)), point)
     if unread:
         item, reason = next(iter(unread.items()))
         raise ConfigError(f"{item}: no run of this study reads it, since {reason}. Leave it out.")
-    if len(cells) < 2:
+    if len(points) < 2:
         raise ConfigError("--vary: all points of this grid are the same run; nothing that varies is read.")
-    runs = [_run(preset, cell, seed, output) for seed in seeds for cell in cells.values()]
+    runs = [_run(preset, point, seed, output) for seed in seeds for point in points.values()]
     check_equal_terms([run.settings for run in runs], [axis.key for axis in axes])
     return runs
 
 
 def plan_points(
     preset: str,
-    points: Sequence[Point],
+    points: Mapping[str, Sequence[str]],
     seeds: Sequence[int],
     overrides: Sequence[str] = (),
     output: Path | None = None,
@@ -205,24 +195,24 @@ def plan_points(
     """The runs of a study whose points are named one by one; arguments and errors as of `plan_grid`."""
     runs: dict[str, PlannedRun] = {}
     unread: list[set[str]] = []
-    for point in points:
-        cell, left_out = _cell(preset, {}, [*overrides, *point.overrides])
-        for item in (item for item in point.overrides if item in left_out):
-            raise ConfigError(f"--point {point.name}: nothing reads {item}, since {left_out[item]}. Leave it out.")
+    for name, settings in points.items():
+        point, left_out = _point(preset, {}, [*overrides, *settings])
+        for item in (item for item in settings if item in left_out):
+            raise ConfigError(f"--point {name}: nothing reads {item}, since {left_out[item]}. Leave it out.")
         unread.append(set(left_out))
         for seed in seeds:
-            run = _run(preset, Cell(point.name, {POINT: point.name}, cell.overrides), seed, output)
+            run = _run(preset, Point(name, {POINT: name}, point.overrides), seed, output)
             other = runs.setdefault(run.key, run)
             if other is not run:
-                raise ConfigError(f"--point: {other.cell.name} and {point.name} are the same run; leave one out.")
+                raise ConfigError(f"--point: {other.point.name} and {name} are the same run; leave one out.")
     for item in set.intersection(*unread):
         raise ConfigError(f"{item}: no run of this study reads it. Leave it out.")
-    varied = [_key_of(item) for point in points for item in point.overrides]
+    varied = [_key_of(item) for settings in points.values() for item in settings]
     check_equal_terms([run.settings for run in runs.values()], varied)
     return sorted(runs.values(), key=lambda run: seeds.index(run.seed))
 
 
-def _cell(preset: str, choices: Mapping[str, str], overrides: Sequence[str]) -> tuple[Cell, dict[str, str]]:
+def _point(preset: str, choices: Mapping[str, str], overrides: Sequence[str]) -> tuple[Point, dict[str, str]]:
     """A point with what it reads; and the overrides that it does not read, with the reason."""
     everything = [*overrides, *(f"{key}={value}" for key, value in choices.items())]
     unread = unread_keys(Sources(Settings, preset, everything, None).merged())
@@ -234,7 +224,7 @@ def _cell(preset: str, choices: Mapping[str, str], overrides: Sequence[str]) -> 
             left_out[item] = reason
     kept = {key: value for key, value in choices.items() if f"{key}={value}" not in left_out}
     read = tuple(item for item in everything if item not in left_out)
-    return Cell(" ".join(kept.values()) or preset, kept, read), {i: w for i, w in left_out.items() if i in overrides}
+    return Point(" ".join(kept.values()) or preset, kept, read), {i: w for i, w in left_out.items() if i in overrides}
 
 
 def _key_of(override: str) -> str:
@@ -242,14 +232,14 @@ def _key_of(override: str) -> str:
     return "model.architecture" if key == "model" else key
 
 
-def _run(preset: str, cell: Cell, seed: int, output: Path | None) -> PlannedRun:
-    fixed = [*cell.overrides, f"run.seed={seed}"]
+def _run(preset: str, point: Point, seed: int, output: Path | None) -> PlannedRun:
+    fixed = [*point.overrides, f"run.seed={seed}"]
     if output is not None:
         fixed.append(f"run.output_dir={output}")
     key = settings_key(load_settings(preset, fixed))
-    parts = (re.sub(r"[^0-9A-Za-z.]+", "-", part).strip("-.") for part in (*cell.choices.values(), f"s{seed}"))
+    parts = (re.sub(r"[^0-9A-Za-z.]+", "-", part).strip("-.") for part in (*point.choices.values(), f"s{seed}"))
     name = "-".join(part for part in parts if part)
-    return PlannedRun(cell, seed, load_settings(preset, [*fixed, f"run.name={name}-{key[:KEY_LENGTH]}"]), key)
+    return PlannedRun(point, seed, load_settings(preset, [*fixed, f"run.name={name}-{key[:KEY_LENGTH]}"]), key)
 
 
 def settings_key(settings: Settings) -> str:
@@ -282,7 +272,7 @@ def check_equal_terms(runs: Sequence[Settings], varied: Sequence[str]) -> None:
     Raises:
         ConfigError: names the setting and both values.
     """
-    excused = (*varied, *_OWN_KEYS, "logging", "hub")
+    excused = (*varied, *_RUN_KEYS, "logging", "hub")
     first: dict[str, tuple[str, Any]] = {}  # by key: the first run that reads it, and its value
     for run in runs:
         unread = (*excused, *unread_keys(run.model_dump(exclude_none=True)))

@@ -1,8 +1,8 @@
-"""What a finished run is worth: causal loss and accuracy document by document, who was routed, what a token costs."""
+"""Measures finished runs: causal loss and accuracy document by document, who was routed, what a token costs."""
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,15 +15,19 @@ from torch.nn.functional import cross_entropy
 
 from dtfcli.cost.accounting import forward_flops_per_token
 from dtfcli.data.targets import target_labels, token_ids
-from dtfcli.errors import CheckpointError
+from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.evaluation.validation_text import held_out_rows
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.conversion import to_dense
 from dtfcli.runs.files import read_metrics
-from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE
+from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, run_settings
+from dtfcli.settings import Settings
 from dtfcli.statistics import TextLosses
+from dtfcli.studies.grid import Point, check_equal_terms, resolved
 
 _FILE, _ROUTED_FILE = "measured.json", "measured-routed.npz"
+_VARY = ("model.architecture", "model.capacity")
+"""The settings in which runs that exist may differ."""
 _VERSION = 1
 """Of what is kept; raise it whenever the meaning or the fields of `Measured` change."""
 
@@ -72,12 +76,51 @@ class Measured:
         return sum(self.correct) / sum(self.targets)
 
 
-def measure(run: Path, on_progress: Callable[[float], None] | None = None) -> Measured:
-    """Measure a finished run, or read what was measured before.
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of a study: its point, seed and folder, and its measurements."""
+
+    point: Point
+    seed: int
+    folder: Path
+    measured: Measured
+
+
+def finished_runs(folders: Sequence[Path]) -> list[Finished]:
+    """Measure runs that exist.
+
+    Raises:
+        ConfigError: one is named twice, or they differ in more than architecture, capacity and seed.
+        CheckpointError: a folder is not a run, or has no final model or validation loss.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError("--from: a run is named twice; name each once.")
+    settings = [run_settings(folder) for folder in folders]
+    check_equal_terms(settings, _VARY)
+    runs: dict[tuple[str, int], tuple[Point, Path]] = {}
+    for run, folder in zip(settings, folders, strict=True):
+        point = point_of(run)
+        _, other = runs.setdefault((point.name, run.run.seed), (point, folder))
+        if other is not folder:
+            raise ConfigError(f"--from: {other} and {folder} are both {point.name} with seed {run.run.seed}; name one.")
+    return [Finished(point, seed, folder, measure(folder)) for (_, seed), (point, folder) in runs.items()]
+
+
+def point_of(settings: Settings) -> Point:
+    """The point of a run: its architecture, and its capacity unless it is dense."""
+    values: list[str] = [settings.model.architecture]
+    if values != ["dense"]:
+        capacity = resolved(settings)["model"]["capacity"]
+        shares = capacity if isinstance(capacity, list) else [capacity]
+        values.append(",".join(f"{share:g}" for share in shares))
+    return Point(" ".join(values), dict(zip(_VARY, values, strict=False)), ())
+
+
+def measure(run: Path) -> Measured:
+    """Measure a finished run, or read its earlier measurement.
 
     Args:
         run: run folder with a final model.
-        on_progress: called with the share done.
 
     Raises:
         CheckpointError: the run has no final model, or no validation loss.
@@ -96,10 +139,8 @@ def measure(run: Path, on_progress: Callable[[float], None] | None = None) -> Me
     rows = held_out_rows(run, tokenizer, None).rows
     documents: list[tuple[float, int, int]] = []
     with _watched(model) as seen:
-        for number, row in enumerate(rows):
+        for row in rows:
             documents += _documents(model, row, tokenizer.eos_token_id)
-            if on_progress is not None:
-                on_progress((number + 1) / len(rows))
     routed = {layer: np.concatenate(parts) for layer, parts in seen.items()}
     shares = {layer: float(selected.mean()) for layer, selected in routed.items()}
     nats, targets, correct = (list(column) for column in zip(*documents, strict=True))

@@ -4,24 +4,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from dtfcli.inspection.agreement import Overlap, agreement_of
 from dtfcli.studies.differences import PointDifference, differences
-from dtfcli.studies.grid import Cell
-from dtfcli.studies.measure import Curve, Measured
+from dtfcli.studies.measure import Curve, Finished
 from dtfcli.studies.pairs import Pair
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run of a study: its point, seed and folder, and what it is worth."""
-
-    cell: Cell
-    seed: int
-    folder: Path
-    measured: Measured
 
 
 @dataclass(frozen=True)
@@ -181,27 +169,27 @@ def make_report(
     Raises:
         ConfigError: two points have no seed, or not the same held-out documents.
     """
-    by_cell: dict[str, list[Finished]] = {}
+    by_point: dict[str, list[Finished]] = {}
     for run in runs:
-        by_cell.setdefault(run.cell.name, []).append(run)
-    losses = {cell: {run.seed: run.measured.losses for run in own} for cell, own in by_cell.items()}
-    rows = [_row(cell, own, (timings or {}).get(cell)) for cell, own in by_cell.items()]
+        by_point.setdefault(run.point.name, []).append(run)
+    losses = {point: {run.seed: run.measured.losses for run in own} for point, own in by_point.items()}
+    rows = [_row(point, own, (timings or {}).get(point)) for point, own in by_point.items()]
     return StudyReport(
         title,
         rows,
         differences(losses, pairs),
-        _agreement(by_cell),
-        {cell: [run.measured.curve for run in own] for cell, own in by_cell.items()},
-        {cell: [run.measured.share_curve for run in own] for cell, own in by_cell.items()},
-        {cell: [run.measured.spread_curve for run in own] for cell, own in by_cell.items()},
-        {f"{run.cell.name}, seed {run.seed}": str(run.folder) for run in runs},
+        _agreement(by_point),
+        {point: [run.measured.curve for run in own] for point, own in by_point.items()},
+        {point: [run.measured.share_curve for run in own] for point, own in by_point.items()},
+        {point: [run.measured.spread_curve for run in own] for point, own in by_point.items()},
+        {f"{run.point.name}, seed {run.seed}": str(run.folder) for run in runs},
     )
 
 
-def _agreement(by_cell: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
+def _agreement(by_point: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
     """Of every two points that route the same layers of the same text, by seed."""
     found = []
-    for (first, ours), (second, theirs) in combinations(by_cell.items(), 2):
+    for (first, ours), (second, theirs) in combinations(by_point.items(), 2):
         others = {run.seed: run.measured for run in theirs}
         parts = [
             agreement_of(first, run.measured.routed, second, others[run.seed].routed)
@@ -216,12 +204,12 @@ def _agreement(by_cell: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
     return found
 
 
-def _row(cell: str, runs: list[Finished], timing: Timing | None) -> Row:
+def _row(point: str, runs: list[Finished], timing: Timing | None) -> Row:
     losses = [run.measured.loss for run in runs]
     correct = [run.measured.accuracy for run in runs]
     shares = [run.measured.routed_share for run in runs if run.measured.routed_share is not None]
     return Row(
-        cell,
+        point,
         len(runs),
         statistics.fmean(losses),
         statistics.stdev(losses) if len(losses) > 1 else None,

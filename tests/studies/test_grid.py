@@ -22,7 +22,7 @@ AXES = ["model=dtf,mod,dense", "model.capacity=0.25,0.5"]
 
 def test_a_point_that_does_not_read_an_axis_collapses(tmp_path: Path) -> None:
     runs = plan_grid("quickstart", parse_axes(AXES), [1, 2], ["training.max_steps=60"], tmp_path)
-    assert [run.cell.name for run in runs[:5]] == ["dtf 0.25", "dtf 0.5", "mod 0.25", "mod 0.5", "dense"]
+    assert [run.point.name for run in runs[:5]] == ["dtf 0.25", "dtf 0.5", "mod 0.25", "mod 0.5", "dense"]
     assert len(runs) == 10
     assert {run.seed for run in runs} == {1, 2}
     assert len({run.settings.run.name for run in runs}) == 10
@@ -127,7 +127,7 @@ POINTS = ["plain: ", "wide prior: model.prior_factor=0.25", "mod: model=mod mode
 def test_points_have_names_of_their_own(tmp_path: Path) -> None:
     """What a point does not read of the common settings is left out for it; runs are found like those of a grid."""
     runs = plan_points("quickstart", parse_points(POINTS), [1, 2], ["model.m_cu_init=1.2"], tmp_path)
-    assert [(run.seed, run.cell.name) for run in runs] == [
+    assert [(run.seed, run.point.name) for run in runs] == [
         (seed, name) for seed in (1, 2) for name in ("plain", "wide prior", "mod")
     ]
     assert runs[1].settings.model.prior_factor == 0.25

@@ -3,17 +3,17 @@
 import pytest
 
 from dtfcli.errors import ConfigError
-from dtfcli.studies.grid import Cell
+from dtfcli.studies.grid import Point
 from dtfcli.studies.pairs import pair_up
 
 
-def grid(architectures: str, capacities: str = "") -> list[Cell]:
-    cells = []
+def grid(architectures: str, capacities: str = "") -> list[Point]:
+    points = []
     for name in architectures.split():
         for capacity in capacities.split() if name != "dense" and capacities else [""]:
             choices = {"model.architecture": name} | ({"model.capacity": capacity} if capacity else {})
-            cells.append(Cell(" ".join(choices.values()), choices, ()))
-    return cells
+            points.append(Point(" ".join(choices.values()), choices, ()))
+    return points
 
 
 def test_the_control_of_the_same_capacity() -> None:
@@ -27,8 +27,8 @@ def test_the_control_of_the_same_capacity() -> None:
 
 
 def test_a_point_named_whole_is_compared_with_all() -> None:
-    cells = grid("dtf random", ".25 .5")
-    assert pair_up(cells, ["dtf .25"]) == [(cell.name, "dtf .25") for cell in cells if cell.name != "dtf .25"]
+    points = grid("dtf random", ".25 .5")
+    assert pair_up(points, ["dtf .25"]) == [(point.name, "dtf .25") for point in points if point.name != "dtf .25"]
 
 
 def test_two_controls_are_compared_with_each_other_once() -> None:

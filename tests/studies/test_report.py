@@ -1,17 +1,14 @@
-"""What runs that exist are called, which texts agreement is about, and what of an older measurement is trusted."""
+"""Names of runs that exist, texts of an agreement, and FLOPs of a point."""
 
-import json
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dtfcli.settings import load_settings
-from dtfcli.studies.existing import _cell
-from dtfcli.studies.grid import Cell
-from dtfcli.studies.measure import Measured, _read, _write
-from dtfcli.studies.report import Finished, make_report
+from dtfcli.studies.grid import Point
+from dtfcli.studies.measure import Finished, Measured, point_of
+from dtfcli.studies.report import make_report
 
 
 def measured(seed: int, routed: bool, targets: int = 10, layers_flops: float = 2.0) -> Measured:
@@ -31,7 +28,7 @@ def measured(seed: int, routed: bool, targets: int = 10, layers_flops: float = 2
 
 
 def finished(name: str, own: Measured) -> Finished:
-    return Finished(Cell(name, {}, ()), 1, Path(name), own)
+    return Finished(Point(name, {}, ()), 1, Path(name), own)
 
 
 def test_agreement_is_of_the_same_text_alone() -> None:
@@ -48,18 +45,6 @@ def test_flops_are_over_each_models_own_backbone() -> None:
 
 def test_a_capacity_that_is_not_set_is_the_default() -> None:
     unset, explicit = (load_settings("quickstart", more) for more in ([], ["model.capacity=0.5"]))
-    assert _cell(unset).name == _cell(explicit).name == "dtf 0.5"
-    assert _cell(load_settings("quickstart", ["model=dense"])).name == "dense"
-    assert _cell(load_settings("quickstart", ["model.capacity=[0.25,0.5,1]"])).name == "dtf 0.25,0.5,1"
-
-
-def test_what_another_version_measured_is_measured_again(tmp_path: Path) -> None:
-    own = measured(1, True)
-    _write(tmp_path, own)
-    again = _read(tmp_path)
-    assert again is not None
-    assert asdict(replace(again, routed={})) == asdict(replace(own, routed={}))
-    assert np.array_equal(again.routed[1], own.routed[1])
-    values = json.loads((tmp_path / "measured.json").read_text())
-    (tmp_path / "measured.json").write_text(json.dumps({**values, "version": 0}))
-    assert _read(tmp_path) is None
+    assert point_of(unset).name == point_of(explicit).name == "dtf 0.5"
+    assert point_of(load_settings("quickstart", ["model=dense"])).name == "dense"
+    assert point_of(load_settings("quickstart", ["model.capacity=[0.25,0.5,1]"])).name == "dtf 0.25,0.5,1"
