@@ -121,7 +121,7 @@ def _evaluate_final(settings: Settings, plan: "EvalPlan", run: Path, emit: Train
             emit(TrainEvent("phase", f"Benchmark {name}", fraction=min(1.0, done / total) if total else None))
 
     command = ["dtf", "eval", str(run), "--tasks", ",".join(plan.names)]
-    command += ["--limit", str(plan.limit)] if plan.limit is not None else []
+    command += ["--limit", str(plan.options.limit)] if plan.options.limit is not None else []
     command += ["--data-dir", str(plan.data_dir)] if plan.data_dir is not None else []
     again = f"The final model is saved; repeat its evaluation with: {shlex.join(command)}"
     with _never_lost("The evaluation failed.", again, emit):

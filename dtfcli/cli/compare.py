@@ -120,6 +120,7 @@ def compare(
       dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm --cluster-option partition=gpu
     """
     from dtfcli.cli import compare_view, render
+    from dtfcli.studies.measure import finished_runs
     from dtfcli.studies.pairs import pair_up
     from dtfcli.studies.write import write_report
 
@@ -129,8 +130,6 @@ def compare(
                 "--from: reports on runs that exist; leave PRESET, settings, --vary, --point, --seeds, --plan, "
                 "--parallel and --cluster out."
             )
-        from dtfcli.studies.measure import finished_runs
-
         report = _report(finished_runs(from_runs), against, no_bench)
         output.mkdir(parents=True, exist_ok=True)
     else:
@@ -140,9 +139,7 @@ def compare(
         if plan:
             compare_view.show_plan(runs, json)
             return
-        if cluster is None:
-            _train(runs, parallel or 1)
-        elif not _submitted(runs, parallel, cluster, job_options, output, json):
+        if not _trained(runs, parallel, cluster, job_options, output, json):
             return
         report = _report(_measured(runs), against, no_bench)
     files = write_report(report, output)
@@ -182,24 +179,23 @@ def _planned(
     return plan_grid(preset, parse_axes(vary or []), parse_seeds(seeds), overrides, output)
 
 
-def _train(runs: "list[PlannedRun]", parallel: int) -> None:
-    from dtfcli.cli import compare_view
-    from dtfcli.studies.execute import execute
-
-    with compare_view.StudyProgress(runs) as show:
-        execute(runs, parallel, show)
-
-
-def _submitted(
+def _trained(
     runs: "list[PlannedRun]",
     parallel: int | None,
-    cluster: str,
+    cluster: str | None,
     job_options: dict[str, Any],
     output: Path,
     json: bool,
 ) -> bool:
-    """Submit the missing runs to a cluster, and show all of them; returns whether they are finished."""
+    """Train the missing runs here, or submit them to a cluster; returns whether all runs are finished."""
     from dtfcli.cli import compare_view, render
+
+    if cluster is None:
+        from dtfcli.studies.execute import execute
+
+        with compare_view.StudyProgress(runs) as show:
+            execute(runs, parallel or 1, show)
+        return True
     from dtfcli.studies.cluster import submit
 
     states = submit(runs, cluster, job_options, output, parallel)

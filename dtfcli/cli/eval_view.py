@@ -78,8 +78,8 @@ def _main_metric(score: "TaskScore") -> str | None:
 
 
 def _figure(score: "TaskScore", metric: str) -> str:
-    found = score.metrics[metric]
-    return _number(found.value) + ("" if found.stderr is None else f" ± {_number(found.stderr)}")
+    figure = score.metrics[metric]
+    return _number(figure.value) + ("" if figure.stderr is None else f" ± {_number(figure.stderr)}")
 
 
 def _number(value: float, sign: str = "") -> str:
@@ -138,14 +138,14 @@ def show_side_by_side(reports: list["EvalReport"], differences: list["ScoreDiffe
     letters = [chr(ord("A") + place) for place in range(len(reports))]
     for letter, report in zip(letters, reports, strict=True):
         render.out.print(f"{letter}  {_heading(report)}", markup=False, soft_wrap=True)
-    found = {(d.model, d.task, d.metric): d for d in differences}
+    by_score = {(d.model, d.task, d.metric): d for d in differences}
     rows = []
     for name in _top_level(reports[0]):
         for metric in reports[0].results[name].metrics:
             for letter, report in zip(letters, reports, strict=True):
                 score = report.results.get(name)
                 figure = _figure(score, metric) if score is not None and metric in score.metrics else "–"
-                difference = found.get((report.model, name, metric))
+                difference = by_score.get((report.model, name, metric))
                 first = [name, metric] if report is reports[0] else ["", ""]
                 rows.append([*first, letter, figure, "" if difference is None else _difference(difference)])
     render.out.print(render.table(["task", "metric", "", "score", "minus A"], rows))

@@ -72,7 +72,7 @@ def push(
     from dtfcli.hub.push import PushOptions, preview
     from dtfcli.hub.push import push as push_model
 
-    asked = PushOptions(
+    push_options = PushOptions(
         username=hf_username,
         eval_results=eval_results,
         private=private,
@@ -81,14 +81,14 @@ def push(
         merge=merge,
     )
     if dry_run is not None:
-        upload = preview(model, repo, dry_run, asked, render.note)
+        upload = preview(model, repo, dry_run, push_options, render.note)
         _remark(upload.left_out, upload.warnings)
         if json:
             render.emit_json({"repo": upload.repo, "folder": dry_run, "files": list(upload.files)})
         else:
             render.emit(str(dry_run))
         return
-    result = push_model(model, repo, asked, render.note)
+    result = push_model(model, repo, push_options, render.note)
     _remark(result.left_out, result.warnings)
     if json:
         render.emit_json({"repo": result.repo, "url": result.url, "commit": result.commit, "files": result.files})

@@ -70,9 +70,9 @@ def load_job(job: Job, index: TaskIndex, data_dir: Path | None) -> LoadedJob:
     with task_data(data_dir) as origins, sandboxed_templates(), explained:
         loaded = index.manager.load([job.name])
     for name, task in loaded["tasks"].items():
-        own = task.get_config("num_fewshot")
+        of_task = task.get_config("num_fewshot")
         # A task file with 0 shots keeps them: its prompt holds examples already, or must not have any.
-        shots = own if own == 0 or (own is not None and job.shots is None) else job.shots or 0
+        shots = of_task if of_task == 0 or (of_task is not None and job.shots is None) else job.shots or 0
         shots = 0 if task.OUTPUT_TYPE == "loglikelihood_rolling" else shots  # these have no prompt
         task.set_config(key="num_fewshot", value=shots)
         task.set_fewshot_seed(seed=SEED)
@@ -93,25 +93,25 @@ def score(
     torch.manual_seed(SEED)
     lm.begin(store)
     with sandboxed_templates():
-        found: Any = lm_evaluate(
+        outcome: Any = lm_evaluate(
             lm=lm,
             task_dict=loaded.loaded,
             limit=loaded.job.limit,
             log_samples=True,
             confirm_run_unsafe_code=unsafe_code,
         )
-    tasks, own = loaded.tasks, loaded.job.name
-    items = {name: _items(found["samples"][name], task) for name, task in tasks.items()}
+    tasks, job = loaded.tasks, loaded.job.name
+    items = {name: _items(outcome["samples"][name], task) for name, task in tasks.items()}
     results = {
-        name: _task_score(name, task, loaded.origins.get(name), found, items[name], lm.routing)
+        name: _task_score(name, task, loaded.origins.get(name), outcome, items[name], lm.routing)
         for name, task in tasks.items()
     }
     for name, group in loaded.loaded.get("groups", {}).items():
         members = [task.task_name for task in group.get_all_tasks()]
-        results[name] = _group_score(name, group, [results[member] for member in members], found)
+        results[name] = _group_score(name, group, [results[member] for member in members], outcome)
         items[name] = _group_items(group, [items[member] for member in members])
     # The job's own score says how its answers came about; a tag has none, so its first member does.
-    places = {own if own in results else next(iter(tasks)), *(tasks if len(tasks) == 1 else ())}
+    places = {job if job in results else next(iter(tasks)), *(tasks if len(tasks) == 1 else ())}
     for place in places:
         results[place] = replace(
             results[place],
@@ -124,20 +124,20 @@ def score(
 
 
 def _notes(tasks: dict[str, Any], lm: RoutedLM) -> tuple[str, ...]:
-    notes = tuple(f"max_gen_toks {asked} shortened to {given}" for asked, given in lm.shortened.items())
+    notes = tuple(f"max_gen_toks {length} shortened to {used}" for length, used in lm.shortened.items())
     if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
         notes += (f"the model's code ran in a sandbox, kept off the network by: {sandbox.isolation()}",)
     return notes
 
 
 def _task_score(
-    name: str, task: Any, origin: Origin | None, found: dict[str, Any], items: Items | None, routing: str
+    name: str, task: Any, origin: Origin | None, outcome: dict[str, Any], items: Items | None, routing: str
 ) -> TaskScore:
     shots = task.get_config("num_fewshot")
     return TaskScore(
-        metrics=_metrics(found["results"][name], found["higher_is_better"].get(name, {}), items),
-        n=found["n-samples"][name]["effective"],
-        n_total=found["n-samples"][name]["original"],
+        metrics=_metrics(outcome["results"][name], outcome["higher_is_better"].get(name, {}), items),
+        n=outcome["n-samples"][name]["effective"],
+        n_total=outcome["n-samples"][name]["original"],
         shots=shots,
         fewshot_from=_fewshot_from(task) if shots else None,
         split=evaluated_split(task) if hasattr(task.config, "test_split") else None,
@@ -146,7 +146,7 @@ def _task_score(
         missing_splits=origin.missing_splits if origin else (),
         routing=routing,
         causal=is_causal(routing),
-        version=found["versions"].get(name),
+        version=outcome["versions"].get(name),
     )
 
 
@@ -168,14 +168,14 @@ def _metric_name(key: str) -> str:
     return key.removesuffix(",none")
 
 
-def _metrics(found: dict[str, Any], directions: dict[str, Any], items: Items | None) -> dict[str, Metric]:
+def _metrics(outcome: dict[str, Any], directions: dict[str, Any], items: Items | None) -> dict[str, Metric]:
     """lm-eval's figures. Where it has no standard error (perplexities), the jackknife gives one over the items."""
     scores = {}
-    for key, value in found.items():
+    for key, value in outcome.items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        stderr: Any = found.get(f"{metric}_stderr,{filtered}")
+        stderr: Any = outcome.get(f"{metric}_stderr,{filtered}")
         name = _metric_name(key)
         if not isinstance(stderr, (int, float)):
             stderr = None
@@ -203,7 +203,7 @@ def _items(samples: list[dict[str, Any]], task: Any) -> Items | None:
     return Items(tuple(order), values, aggregate)
 
 
-def _group_score(name: str, group: Any, members: list[TaskScore], found: dict[str, Any]) -> TaskScore:
+def _group_score(name: str, group: Any, members: list[TaskScore], outcome: dict[str, Any]) -> TaskScore:
     def common(attribute: str) -> Any:
         values = {getattr(score, attribute) for score in members}
         return values.pop() if len(values) == 1 else None
@@ -211,7 +211,7 @@ def _group_score(name: str, group: Any, members: list[TaskScore], found: dict[st
     datasets = {score.dataset.partition(" (")[0] for score in members if score.dataset}
     directions = {metric: known.higher_is_better for score in members for metric, known in score.metrics.items()}
     return TaskScore(
-        metrics=_metrics(found["results"].get(name, {}), directions, None),
+        metrics=_metrics(outcome["results"].get(name, {}), directions, None),
         n=sum(score.n for score in members),
         n_total=sum(score.n_total for score in members if score.n_total is not None),
         shots=common("shots"),
@@ -222,7 +222,7 @@ def _group_score(name: str, group: Any, members: list[TaskScore], found: dict[st
         missing_splits=tuple(sorted({split for score in members for split in score.missing_splits})),
         routing=members[0].routing,
         causal=members[0].causal,
-        version=found["versions"].get(name),
+        version=outcome["versions"].get(name),
         subtasks=tuple(group.child_names),
     )
 

@@ -121,7 +121,7 @@ class JobRunner:
         for name, origin in loaded.origins.items():
             if origin.scored_instead or (origin.missing_splits and tasks[name].get_config("num_fewshot")):
                 self.emit(EvalEvent("warning", _missing(name, origin.missing_splits, tasks[name])))
-        shots = self.plan.num_fewshot
+        shots = self.plan.options.num_fewshot
         fixed = [n for n, t in tasks.items() if shots is not None and t.get_config("num_fewshot") != shots]
         if fixed:
             self.emit(EvalEvent("warning", f"{', '.join(fixed)}: takes no examples; --num-fewshot does not apply."))
@@ -130,7 +130,7 @@ class JobRunner:
     def _held_out(self) -> HeldOut:
         local = self.source is not None and self.source.kind == "folder"
         run = run_folder_of(Path(self.source.path)) if local and self.source is not None else None
-        return held_out_rows(run, self.lm.tokenizer, self.plan.limit)
+        return held_out_rows(run, self.lm.tokenizer, self.plan.options.limit)
 
     def run(self, jobs: Sequence[LoadedJob | HeldOut]) -> list[AnswerStore]:
         """Run loaded jobs; returns the stores of their answers."""
@@ -147,7 +147,7 @@ class JobRunner:
         store = AnswerStore(self._state_file(job))
         self.emit(EvalEvent("job", name, job.requests()))
         try:
-            results, items = score(job, self.lm, store, self.plan.unsafe_code)
+            results, items = score(job, self.lm, store, self.plan.options.confirm_run_unsafe_code)
         except OSError as error:
             raise DTFError(f"{store.path}: answers cannot be kept ({error.strerror or error}).") from error
         finally:
@@ -172,7 +172,7 @@ class JobRunner:
             "tasks": job.configuration(),
             "limit": job.job.limit,
             "seed": SEED,
-            "rows": self.plan.batch_size,
+            "rows": self.plan.rows,
             "device": lm.device.type,
             "dtype": str(lm.model.dtype),
             "attention": lm.model.config._attn_implementation,
@@ -224,5 +224,5 @@ def _missing(name: str, splits: Sequence[str], task: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that scores depend on."""
-    found = {name: importlib.metadata.version(name.replace("_", "-")) for name in _PACKAGES}
-    return {"python": platform.python_version(), **found}
+    packages = {name: importlib.metadata.version(name.replace("_", "-")) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages}

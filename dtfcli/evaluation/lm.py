@@ -166,11 +166,11 @@ class RoutedLM(HFLM):
         answers: list[str] = []
         for rows in collator.get_batched(n=self._rows_for(self.max_length)):
             batch = [row[2] for row in rows]
-            asked = normalize_gen_kwargs(rows[0][1], self.max_gen_toks)["max_gen_toks"]
+            length = normalize_gen_kwargs(rows[0][1], self.max_gen_toks)["max_gen_toks"]
             # HFLM gives up if no position is left for the prompt.
-            allowed = asked if asked < self.max_length else self.max_length // 2
-            if allowed < asked:
-                self.shortened[asked] = allowed
+            allowed = length if length < self.max_length else self.max_length // 2
+            if allowed < length:
+                self.shortened[length] = allowed
                 for request in batch:
                     request.args[1]["max_gen_toks"] = allowed
             room = self.max_length - allowed

@@ -15,7 +15,7 @@ class NotConfirmed(ConfigError):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How to evaluate, as the user asks for it.
+    """How to evaluate.
 
     Attributes:
         limit: items of each task; None: each task's own number.
@@ -40,28 +40,23 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """A checked evaluation: what to run, and how.
+    """A checked evaluation.
 
     Attributes:
-        names: as the user typed them.
+        names: of suites and tasks, as the user typed them.
         jobs: in order.
         index: all known tasks.
-        limit, num_fewshot: None: each task's own number.
-        batch_size: rows; None: what fits into memory.
+        rows: of a batch; None: as many as fit into memory.
         data_dir: datasets on this machine.
-        unsafe_code: whether code that the model writes may run.
-        verbose: show what lm-eval prints.
+        options: as the user asked for them.
     """
 
     names: tuple[str, ...]
     jobs: tuple[Job, ...]
     index: TaskIndex
-    limit: int | None
-    num_fewshot: int | None
-    batch_size: int | None
+    rows: int | None
     data_dir: Path | None
-    unsafe_code: bool
-    verbose: bool
+    options: EvalOptions
 
 
 def make_plan(tasks: str | Sequence[str] = "quick_test", options: EvalOptions | None = None) -> EvalPlan:
@@ -90,17 +85,7 @@ def make_plan(tasks: str | Sequence[str] = "quick_test", options: EvalOptions | 
             f"--tasks {', '.join(unsafe)}: runs code that the model writes, in a sandbox; add "
             "--confirm-run-unsafe-code to allow it."
         )
-    return EvalPlan(
-        names=tuple(names),
-        jobs=tuple(jobs),
-        index=index,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        batch_size=rows,
-        data_dir=folder,
-        unsafe_code=options.confirm_run_unsafe_code,
-        verbose=options.verbose,
-    )
+    return EvalPlan(tuple(names), tuple(jobs), index, rows, folder, options)
 
 
 def _rows(batch_size: int | str) -> int | None:

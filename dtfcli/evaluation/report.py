@@ -210,17 +210,17 @@ def _finite(entry: Any) -> dict[str, Any] | None:
     """A task's entry with the metrics that have a value; None where none has, as for a group that only holds others."""
     metrics = entry.get("metrics") if isinstance(entry, dict) else None
     metrics = metrics if isinstance(metrics, dict) else {}
-    found = {name: m for name, m in metrics.items() if isinstance(m, dict) and _number(m.get("value")) is not None}
-    return {**entry, "metrics": found} if found else None
+    finite = {name: m for name, m in metrics.items() if isinstance(m, dict) and _number(m.get("value")) is not None}
+    return {**entry, "metrics": finite} if finite else None
 
 
 def _from_lm_eval(document: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's own document in the form of ours, as far as it goes."""
 
     def table(key: str, name: str) -> dict[str, Any]:
-        found = document.get(key)
-        found = found.get(name) if isinstance(found, dict) else None
-        return found if isinstance(found, dict) else {}
+        entry = document.get(key)
+        entry = entry.get(name) if isinstance(entry, dict) else None
+        return entry if isinstance(entry, dict) else {}
 
     results: dict[str, Any] = {}
     shots = document.get("n-shot")
@@ -255,8 +255,8 @@ def _model_argument(document: dict[str, Any], name: str) -> str | None:
     config = document.get("config")
     arguments = config.get("model_args") if isinstance(config, dict) else None
     if isinstance(arguments, dict):
-        found = arguments.get(name)
-        return found if isinstance(found, str) else None
+        value = arguments.get(name)
+        return value if isinstance(value, str) else None
     match = re.search(rf"(?:^|,){name}=([^,]+)", arguments) if isinstance(arguments, str) else None
     return match.group(1) if match else None
 

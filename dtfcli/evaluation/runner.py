@@ -153,9 +153,9 @@ def run_plan(
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         raise CheckpointError(f"{candidate.name}: its tokenizer has no end-of-text token, which scoring needs.")
     model.eval()
-    with quiet_libraries(verbose=plan.verbose):
+    with quiet_libraries(verbose=plan.options.verbose):
         try:
-            lm = RoutedLM(model, tokenizer, plan.batch_size)
+            lm = RoutedLM(model, tokenizer, plan.rows)
             lm.on_answers = lambda count: emit(EvalEvent("answers", count=count))
             runner = JobRunner(plan, lm, candidate.source, state, emit)
             stores = runner.run(runner.load())
@@ -173,10 +173,10 @@ def run_plan(
         tasks=plan.names,
         results=runner.results,
         skipped=runner.skipped,
-        limit=plan.limit,
-        num_fewshot=plan.num_fewshot,
+        limit=plan.options.limit,
+        num_fewshot=plan.options.num_fewshot,
         seed=SEED,
-        batch_size=plan.batch_size or "auto",
+        batch_size=plan.rows or "auto",
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         versions=versions(),

@@ -86,16 +86,15 @@ class Outcome:
     isolation: Isolation | None
 
 
-def run(program: str, seconds: float = SECONDS, memory: int = MEMORY_BYTES) -> Outcome:
+def run(program: str, seconds: float = SECONDS) -> Outcome:
     """Run a program in a temporary folder and wait for it.
 
     Args:
         program: Python source.
         seconds: wall-clock time; processor time is limited to the next whole second.
-        memory: bytes of address space.
     """
     word = secrets.token_hex(16)
-    limits = [str(int(seconds) + 1), str(memory), str(FILE_BYTES), str(PROCESSES)]
+    limits = [str(int(seconds) + 1), str(MEMORY_BYTES), str(FILE_BYTES), str(PROCESSES)]
     with tempfile.TemporaryDirectory(prefix="candidate-", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-I", "-c", _GUARD, *limits]
         with subprocess.Popen(

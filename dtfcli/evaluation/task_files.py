@@ -1,4 +1,4 @@
-"""Looks at a user's lm-eval task files before lm-eval does, which passes over what it cannot read in silence.
+"""Checks a user's lm-eval task files before lm-eval reads them, which passes over a damaged file in silence.
 
 A task file can come from a stranger, and there are several ways for one to name code: `!function` imports a Python file
 beside it, a metric that lm-eval does not have is a script of the Hub or of a folder, a dataset can be a pickle, and
@@ -97,32 +97,29 @@ def _refuse_code(path: Path, task: dict[Any, Any]) -> None:
     if "class" in task:
         raise ConfigError(f"{path}: class: a task written in Python, which is not run; {_TRUSTED}.")
     for key, value in _entries(task):
-        at = key.rpartition(".")[2]
+        shown, reason = repr(str(value)[:80]), _reason(key.rpartition(".")[2], value)
         if isinstance(value, _Code):
-            said = f"{value.tag} {value.name}"[:80]
-            raise ConfigError(f"{path}: {key} = {said}: names Python code, which is not run; {_TRUSTED}.")
-        reason = _reason(at, value)
+            shown, reason = f"{value.tag} {value.name}"[:80], "names Python code, which is not run"
         if reason:
-            raise ConfigError(f"{path}: {key} = {str(value)[:80]!r}: {reason}; {_TRUSTED}.")
+            raise ConfigError(f"{path}: {key} = {shown}: {reason}; {_TRUSTED}.")
 
 
 def _reason(key: str, value: Any) -> str:
     """Why an entry can have code run; "": it cannot."""
-    if key == "metric" and isinstance(value, str) and value not in metric_registry:
-        return "lm-eval has no such metric, and would run a script of this name"
-    if key == "hf_evaluate" and value is not False:
-        return "the metric is a script, which is not run"
-    if key == "dataset_path" and str(value) in _PACKAGED_DATASETS_MODULES and value not in _PLAIN_FORMATS:
-        return f"this format may hold code; those that do not are {', '.join(_PLAIN_FORMATS)}"
-    if key == "dataset_path" and str(value).endswith(".py"):
-        return "a Python file, which is not run"
-    if key == "custom_generate":
-        return "names Python code, which is not run"
-    if key == "use_prompt" and not str(value).startswith("qa-basic:"):
-        return "loads templates from a place that is not looked at"
-    if key == "unsafe_code":
-        return "says whether code of the model is run, which a task file does not decide"
-    return ""
+    text = str(value)
+    foreign = text in _PACKAGED_DATASETS_MODULES and text not in _PLAIN_FORMATS
+    reasons: dict[str, Any] = {
+        "metric": isinstance(value, str)
+        and value not in metric_registry
+        and "lm-eval has no such metric, and would run a script of this name",
+        "hf_evaluate": value is not False and "the metric is a script, which is not run",
+        "dataset_path": (foreign and f"this format may hold code, unlike {', '.join(_PLAIN_FORMATS)}")
+        or (text.endswith(".py") and "a Python file, which is not run"),
+        "custom_generate": "names Python code, which is not run",
+        "use_prompt": not text.startswith("qa-basic:") and "loads templates from an unchecked place",
+        "unsafe_code": "a task file does not decide whether code of the model is run",
+    }
+    return reasons.get(key) or ""
 
 
 def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,13 +179,8 @@ def explained_task_errors(name: str, entry: Any, data: Path | None) -> Iterator[
     except DTFError:
         raise
     except Exception as error:  # a mistake in a task file can raise anything
-        raise _explained(name, entry, data, error) from error
-
-
-def _explained(name: str, entry: Any, data: Path | None, error: Exception) -> ConfigError:
-    path = getattr(entry, "yaml_path", None)
-    places = [str(place) for place in (path, data) if place is not None]
-    remedy = f"mend {' or its data in '.join(places)}, or leave the task out" if places else "leave the task out"
-    return ConfigError(
-        f"--tasks {name}: the task cannot be loaded. {type(error).__name__}: {reason_of(error)}; {remedy}."
-    )
+        places = [str(place) for place in (getattr(entry, "yaml_path", None), data) if place is not None]
+        remedy = f"mend {' or its data in '.join(places)}, or leave the task out" if places else "leave the task out"
+        raise ConfigError(
+            f"--tasks {name}: the task cannot be loaded. {type(error).__name__}: {reason_of(error)}; {remedy}."
+        ) from error

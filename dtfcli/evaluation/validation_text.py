@@ -1,7 +1,6 @@
 """The loss on a run's held-out text, as training reports it in `val/loss`, in any routing mode and capacity."""
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from dtfcli.data.targets import count_targets
 from dtfcli.errors import DataError, DTFError
 from dtfcli.evaluation.report import Metric
 from dtfcli.runs.folder import run_settings
+from dtfcli.statistics import paired_difference
 from dtfcli.training.validation import evaluation_rows, to_batch, to_labels
 
 
@@ -65,11 +65,10 @@ def score_rows(model: Any, text: HeldOut, on_answers: Callable[[int], None]) -> 
         losses.append(float(model(input_ids, labels=labels, use_cache=False).loss))
         targets.append(count_targets(row[None]))
         on_answers(1)
-    mean = statistics.fmean(losses, targets)
-    stderr = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    loss = paired_difference([loss * count for loss, count in zip(losses, targets, strict=True)], targets)
     per_byte = 1 / math.log(2) / text.bytes_per_token
     scores = {
-        "loss": Metric(mean, stderr, False),
-        "bits_per_byte": Metric(mean * per_byte, None if stderr is None else stderr * per_byte, False),
+        "loss": Metric(loss.value, loss.stderr, False),
+        "bits_per_byte": Metric(loss.value * per_byte, loss.stderr and loss.stderr * per_byte, False),
     }
     return scores, losses

@@ -43,12 +43,12 @@ def status_of(error: BaseException) -> int | None:
 
 def delay_before_next(error: BaseException, wait: float | None) -> float | None:
     """Seconds until the next try, as the Hub asks, at most a minute; None: give up."""
-    asked = _retry_after(error)
+    retry_after = _retry_after(error)
     if status_of(error) is None and wait is not None and wait > _LONGEST_SILENCE:
         return None
-    if wait is None or (asked is not None and asked > _LONGEST_WAIT):
+    if wait is None or (retry_after is not None and retry_after > _LONGEST_WAIT):
         return None
-    return wait if asked is None else asked
+    return wait if retry_after is None else retry_after
 
 
 def _retry_after(error: BaseException) -> float | None:

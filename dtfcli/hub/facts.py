@@ -165,15 +165,15 @@ def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> 
             )
         return given, []
     folders = [folder for folder in (source.named, source.run) if folder is not None]
-    found = [path for folder in folders for path in (folder / EVALUATIONS).glob("*.json")]
-    own = []
-    for path in sorted(found, key=_written, reverse=True):
+    files = [path for folder in folders for path in (folder / EVALUATIONS).glob("*.json")]
+    reports = []
+    for path in sorted(files, key=_written, reverse=True):
         with suppress(ConfigError):  # a damaged or foreign file does not stop a push
             report = EvalReport.read(path, str(path))
-            own += [report] if _digest(report) in digests and not report.quantize else []
-    if found and not own:
-        return None, [f"{found[0].parent} has no results of these weights; {remedy} would add them to the card."]
-    return next((report for report in own if report.causal), own[0] if own else None), []
+            reports += [report] if _digest(report) in digests and not report.quantize else []
+    if files and not reports:
+        return None, [f"{files[0].parent} has no results of these weights; {remedy} would add them to the card."]
+    return next((report for report in reports if report.causal), reports[0] if reports else None), []
 
 
 def _written(path: Path) -> float:

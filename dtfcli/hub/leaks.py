@@ -93,8 +93,8 @@ def _leaks_in(text: str, places: tuple[Path, ...], text_with_paths: str | None =
         if len(spelled) > 1 and re.search(rf"(?<![\w.:/]){re.escape(spelled)}(?![\w-])", where):
             yield f"the path {spelled}"
             return
-    if found := _ABSOLUTE.search(where):
-        yield f"the path {found.group()}"
+    if match := _ABSOLUTE.search(where):
+        yield f"the path {match.group()}"
 
 
 def _known_secrets() -> Iterator[tuple[str, str]]:

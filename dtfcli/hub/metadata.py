@@ -62,8 +62,8 @@ def _model_index(facts: ModelFacts) -> list[EvalResult]:
     entries = []
     for task, score in report.results.items():
         # A task without a data set on the Hub stands for its data set.
-        found = _DATASET.fullmatch(score.dataset or "")
-        dataset, configuration = found.groups() if found else _DATASETS.get(task, (task, None))
+        match = _DATASET.fullmatch(score.dataset or "")
+        dataset, configuration = match.groups() if match else _DATASETS.get(task, (task, None))
         for name, metric in score.metrics.items():
             entries.append(
                 EvalResult(

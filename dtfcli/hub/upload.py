@@ -243,9 +243,9 @@ def _weight_files(folder: Path) -> list[Path]:
     names = check_files(folder)
     if not names:
         pickled = next(folder.glob("*.bin"), None)
-        found = f", only {pickled.name}, a pickle, which is never uploaded" if pickled else ""
+        only = f", only {pickled.name}, a pickle, which is never uploaded" if pickled else ""
         raise CheckpointError(
-            f"{folder}: has no {WEIGHTS}{found}. Save it with save_pretrained, which writes safetensors."
+            f"{folder}: has no {WEIGHTS}{only}. Save it with save_pretrained, which writes safetensors."
         )
     return [folder / name for name in names]
 
@@ -260,23 +260,23 @@ def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
         raise CheckpointError(
             f"{folder}: auto_map in its config.json names {foreign[0]!r}, no file of its folder; {_AGAIN}."
         )
-    found = {folder / f"{module}.py" for module in modules}
-    if not found and str(config.get("model_type", "")).startswith("dynamic_"):
+    files = {folder / f"{module}.py" for module in modules}
+    if not files and str(config.get("model_type", "")).startswith("dynamic_"):
         raise CheckpointError(
             f"{folder}: its config.json names no code (auto_map), so it opens only where dtf is installed; "
             "load it with dtfcli.load_model and save it again."
         )
     try:
-        for path in sorted(found):
-            found |= {Path(name) for name in get_relative_import_files(path)}
-        if outside := [path for path in found if path.resolve().parent != folder.resolve()]:
+        for path in sorted(files):
+            files |= {Path(name) for name in get_relative_import_files(path)}
+        if outside := [path for path in files if path.resolve().parent != folder.resolve()]:
             raise CheckpointError(f"{folder}: its code imports {outside[0]}, outside its folder; {_AGAIN}.")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{folder}: its code is not UTF-8 text; {_AGAIN}.") from error
     except OSError as error:
         missing = Path(error.filename or "").name
         raise CheckpointError(f"{folder}: its code needs {missing}, which is missing; save the model again.") from error
-    return sorted(found)
+    return sorted(files)
 
 
 def _cleaned(path: Path) -> bytes | Path:
@@ -294,8 +294,8 @@ def _check_leaks(files: dict[str, bytes | Path], source: LocalModel) -> None:
     folder, run = source.named, source.run
     places = (folder.resolve(), *([run.resolve()] if run is not None else []))
     for name, item in files.items():
-        if found := find_leaks(name, item, places):
+        if leaks := find_leaks(name, item, places):
             where = item if isinstance(item, Path) else f"{folder}: {name}"
             raise CheckpointError(
-                f"{where}: holds {found[0]}, which must not be published. Take it out, or save the model again."
+                f"{where}: holds {leaks[0]}, which must not be published. Take it out, or save the model again."
             )

@@ -94,11 +94,11 @@ def _curves(
     second: Mapping[str, list[Curve]] | None = None,
 ) -> None:
     """One line for each run; a second set of curves gets the axis on the right and thin lines."""
-    right = axis.twinx() if second and any(any(own) for own in second.values()) else None
+    right = axis.twinx() if second and any(any(runs) for runs in second.values()) else None
     for where, drawn, width in ((axis, curves, 1.3), *([(right, second or {}, 0.5)] if right is not None else [])):
-        for name, own in drawn.items():
+        for name, runs in drawn.items():
             style = styles[name]
-            for number, curve in enumerate(own):
+            for number, curve in enumerate(runs):
                 if curve:
                     text = _plain(name) if number == 0 and where is axis else None
                     where.plot(*zip(*curve, strict=True), style.line, color=style.color, linewidth=width, label=text)

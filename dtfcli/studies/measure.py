@@ -195,12 +195,12 @@ def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
 
 def _spread(lines: list[dict[str, Any]]) -> Curve:
     """Mean over layers of the scores' standard deviations, where they vary at all."""
-    found = []
+    curve = []
     for line in lines:
         values = [value for name, value in line.items() if name.endswith("/score_std") and value]
         if values:
-            found.append((int(line["step"]), statistics.fmean(values)))
-    return found
+            curve.append((int(line["step"]), statistics.fmean(values)))
+    return curve
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def _pairs_of(control: str, points: Sequence[Point]) -> list[Pair]:
         )
     controls = [point for point in points if point.choices.get(axis) == control]
     others = [point for point in points if point.choices.get(axis) != control]
-    return [(point.name, own.name) for point in others for own in controls if _alike(point, own, axis)]
+    return [(point.name, like.name) for point in others for like in controls if _alike(point, like, axis)]
 
 
 def _alike(point: Point, control: Point, axis: str) -> bool:

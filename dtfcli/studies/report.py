@@ -122,8 +122,8 @@ class StudyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        found = [asdict(d) | {"sentence": d.sentence, "is_found": d.is_found} for d in self.differences]
-        return asdict(self) | {"differences": found}
+        differences = [asdict(d) | {"sentence": d.sentence, "is_found": d.is_found} for d in self.differences]
+        return asdict(self) | {"differences": differences}
 
     def to_markdown(self) -> str:
         """The tables and sentences."""
@@ -172,23 +172,23 @@ def make_report(
     by_point: dict[str, list[Finished]] = {}
     for run in runs:
         by_point.setdefault(run.point.name, []).append(run)
-    losses = {point: {run.seed: run.measured.losses for run in own} for point, own in by_point.items()}
-    rows = [_row(point, own, (timings or {}).get(point)) for point, own in by_point.items()]
+    losses = {point: {run.seed: run.measured.losses for run in finished} for point, finished in by_point.items()}
+    rows = [_row(point, finished, (timings or {}).get(point)) for point, finished in by_point.items()]
     return StudyReport(
         title,
         rows,
         differences(losses, pairs),
         _agreement(by_point),
-        {point: [run.measured.curve for run in own] for point, own in by_point.items()},
-        {point: [run.measured.share_curve for run in own] for point, own in by_point.items()},
-        {point: [run.measured.spread_curve for run in own] for point, own in by_point.items()},
+        {point: [run.measured.curve for run in finished] for point, finished in by_point.items()},
+        {point: [run.measured.share_curve for run in finished] for point, finished in by_point.items()},
+        {point: [run.measured.spread_curve for run in finished] for point, finished in by_point.items()},
         {f"{run.point.name}, seed {run.seed}": str(run.folder) for run in runs},
     )
 
 
 def _agreement(by_point: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
     """Of every two points that route the same layers of the same text, by seed."""
-    found = []
+    agreed = []
     for (first, ours), (second, theirs) in combinations(by_point.items(), 2):
         others = {run.seed: run.measured for run in theirs}
         parts = [
@@ -200,8 +200,8 @@ def _agreement(by_point: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
         if overlaps:
             kappas = [overlap.kappa for overlap in overlaps if overlap.kappa is not None]
             kappa = statistics.fmean(kappas) if kappas else None
-            found.append(Agreed(first, second, kappa, sum(overlaps, Overlap()).jaccard))
-    return found
+            agreed.append(Agreed(first, second, kappa, sum(overlaps, Overlap()).jaccard))
+    return agreed
 
 
 def _row(point: str, runs: list[Finished], timing: Timing | None) -> Row:

@@ -30,24 +30,24 @@ def time_models(runs: Mapping[str, Path], tell: Callable[[str], None]) -> dict[s
         runs: a run folder of each point.
         tell: called with what is measured next.
     """
-    found: dict[str, Timing] = {}
+    timings: dict[str, Timing] = {}
     for name, run in runs.items():
         model: Any = load_model(run / FINAL_MODEL, device="cpu", dtype=torch.float32)
         if not is_routed(model):
-            found[name] = Timing(1.0, 1.0)
+            timings[name] = Timing(1.0, 1.0)
             continue
         if not isinstance(model.capacity, float):
             tell(f"{name}: its time is not measured, since each layer has a capacity of its own")
             continue
         longest = model.config.max_position_embeddings
         models = {"dense": to_dense(model), model.config.architecture: model}
-        what = BenchOptions(
+        options = BenchOptions(
             capacities=[model.capacity],
             phases=("prefill", "decode"),
             seq_len=min(1024, (longest - _NEW_TOKENS) // 2),
             new_tokens=_NEW_TOKENS,
             repeats=5,
         )
-        prefill, decode = bench(partial(_copy, models), what, tell).results
-        found[name] = Timing(prefill.time_ratio, decode.time_ratio, prefill.routed_share, decode.routed_share)
-    return found
+        prefill, decode = bench(partial(_copy, models), options, tell).results
+        timings[name] = Timing(prefill.time_ratio, decode.time_ratio, prefill.routed_share, decode.routed_share)
+    return timings
