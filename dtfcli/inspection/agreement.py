@@ -26,12 +26,8 @@ class Overlap:
     @classmethod
     def of(cls, first: Flags, second: Flags) -> "Overlap":
         """Count two bool [T]."""
-        return cls(
-            int((first & second).sum()),
-            int((first & ~second).sum()),
-            int((~first & second).sum()),
-            int((~first & ~second).sum()),
-        )
+        cells = (first & second, first & ~second, ~first & second, ~first & ~second)
+        return cls(*(int(cell.sum()) for cell in cells))
 
     def __add__(self, other: "Overlap") -> "Overlap":
         return Overlap(
@@ -43,7 +39,7 @@ class Overlap:
 
     @property
     def tokens(self) -> int:
-        """All that were counted."""
+        """All counted tokens."""
         return self.both + self.first_only + self.second_only + self.neither
 
     @property
@@ -76,15 +72,8 @@ class Overlap:
 
     def to_dict(self) -> dict[str, Any]:
         """Counts and figures, for JSON."""
-        first, second = self.shares
-        return {
-            "tokens": self.tokens,
-            "same": self.same,
-            "jaccard": self.jaccard,
-            "kappa": self.kappa,
-            "first_share": first,
-            "second_share": second,
-        }
+        figures = {name: getattr(self, name) for name in ("tokens", "same", "jaccard", "kappa")}
+        return figures | dict(zip(("first_share", "second_share"), self.shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -92,8 +81,8 @@ class Agreement:
     """Agreement of two ways of routing, for each routed layer and in sum.
 
     Attributes:
-        first, second: what is compared: two routing modes, or two models.
-        layers: by layer index, those that both ways route.
+        first, second: names of the two ways: routing modes, or models.
+        layers: by index, of the layers that both ways route.
     """
 
     first: str

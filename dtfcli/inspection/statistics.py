@@ -37,6 +37,9 @@ GROUPINGS = {
 """Ways of grouping tokens, each with its groups in order."""
 
 
+Sums = NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class GroupRow:
     """The tokens of one group.
@@ -44,8 +47,8 @@ class GroupRow:
     Attributes:
         name: of the group.
         tokens: how many, sinks left out.
-        depth, depth_error: mean number of routed layers entered, and its standard error (None for a single token).
-        routed_share, routed_error: the same over the number of routed layers.
+        routed_share, routed_error: mean share of the routed layers that they entered, and its standard error (None for
+            a single token).
         leading, leading_error: mean of the leading figure (`scores.Reading`) over tokens and routed layers, and its
             standard error; None without such a figure.
         loss: mean loss, nats, of the tokens that have one.
@@ -53,8 +56,6 @@ class GroupRow:
 
     name: str
     tokens: int
-    depth: float
-    depth_error: float | None
     routed_share: float
     routed_error: float | None
     leading: float | None
@@ -152,11 +153,11 @@ class RoutingStatistics:
         self._texts = self._windows = self._tokens = self._sinks = 0
         self._leading: str | None = None
         self._layers: dict[int, _Layer] = {}
-        self._groups: dict[str, dict[str, NDArray[np.float64]]] = defaultdict(dict)
-        self._by_id: dict[int, NDArray[np.float64]] = {}
+        self._groups: dict[str, dict[str, Sums]] = defaultdict(lambda: defaultdict(lambda: np.zeros(7)))
+        self._by_id: dict[int, Sums] = defaultdict(lambda: np.zeros(7))
         self._own_loss, self._next_loss = np.zeros(6), np.zeros(6)
         self._agreement: Agreement | None = None
-        self._agreed_texts = 0
+        self._without_agreement = False
         self._oracle: OracleRouting | None = None
 
     def add(self, report: TextRouting) -> None:
@@ -171,24 +172,18 @@ class RoutingStatistics:
         for layer in report.layers:
             self._add_layer(layer, counted, positions)
         sums = _token_sums(report)[counted]
-        groupings = {"class": np.array(report.classes), "position": np.array(POSITIONS)[positions]}
-        for grouping, names in groupings.items():
-            self._add_groups(grouping, names[counted], sums)
-        with_loss = counted & ~np.isnan(report.loss)
-        bucket = np.searchsorted([least for _, least in LOSSES], report.loss[with_loss], side="right") - 1
-        self._add_groups("loss", np.array(GROUPINGS["loss"])[bucket], sums[with_loss[counted]])
-        ids, place = np.unique(np.array(report.source.ids)[counted], return_inverse=True)
-        totals = np.zeros((len(ids), sums.shape[1]))
-        np.add.at(totals, place, sums)
-        for token, total in zip(ids.tolist(), totals, strict=True):
-            self._by_id[token] = self._by_id[token] + total if token in self._by_id else total
+        with_loss = ~np.isnan(report.loss[counted])
+        bucket = np.searchsorted([least for _, least in LOSSES], report.loss[counted][with_loss], side="right") - 1
+        _add_up(self._groups["class"], np.array(report.classes)[counted], sums)
+        _add_up(self._groups["position"], np.array(POSITIONS)[positions][counted], sums)
+        _add_up(self._groups["loss"], np.array(GROUPINGS["loss"])[bucket], sums[with_loss])
+        _add_up(self._by_id, np.array(report.source.ids)[counted], sums)
         self._add_correlations(report, counted)
+        self._without_agreement |= report.agreement is None
         if report.agreement is not None:
-            before = self._agreement
-            self._agreement = report.agreement if before is None else before + report.agreement
-            self._agreed_texts += 1
+            self._agreement = report.agreement + self._agreement if self._agreement else report.agreement
         if report.oracle is not None:
-            self._oracle = report.oracle if self._oracle is None else self._oracle + report.oracle
+            self._oracle = self._oracle + report.oracle if self._oracle else report.oracle
 
     def _add_layer(self, layer: LayerRouting, counted: NDArray[np.bool_], positions: NDArray[np.int64]) -> None:
         total = self._layers.setdefault(layer.layer, _Layer(layer.threshold, layer.shown_threshold))
@@ -207,12 +202,6 @@ class RoutingStatistics:
             ce = part * score
             total.score_moments += [len(score), ce.sum(), score.sum(), (ce * score).sum(), (score * score).sum()]
 
-    def _add_groups(self, grouping: str, names: NDArray[Any], sums: NDArray[np.float64]) -> None:
-        groups = self._groups[grouping]
-        for name in np.unique(names):
-            total = sums[names == name].sum(0)
-            groups[str(name)] = groups[str(name)] + total if str(name) in groups else total
-
     def _add_correlations(self, report: TextRouting, counted: NDArray[np.bool_]) -> None:
         depth = report.depth_share
         paired = counted & ~np.isnan(report.loss)
@@ -230,14 +219,10 @@ class RoutingStatistics:
         """
         if not self._tokens:
             raise ValueError("no text was added")
-        count = len(self._layers)
-        groups = dict(self._groups)
-        if self._by_id:
-            frequencies: dict[str, NDArray[np.float64]] = {}
-            for total in self._by_id.values():
-                name = next(name for name, least in reversed(FREQUENCIES) if total[0] >= least)
-                frequencies[name] = frequencies[name] + total if name in frequencies else total
-            groups["frequency"] = frequencies
+        frequencies: dict[str, Sums] = defaultdict(lambda: np.zeros(7))
+        for total in self._by_id.values():
+            frequencies[next(name for name, least in reversed(FREQUENCIES) if total[0] >= least)] += total
+        groups = {**self._groups, "frequency": frequencies}
         leads = any(self._leading in layer.sums for layer in self._layers.values())
         choices = sum((layer.choices for layer in self._layers.values()), np.zeros(2, dtype=np.int64))
         routed = sum(layer.routed for layer in self._layers.values())
@@ -247,18 +232,18 @@ class RoutingStatistics:
             windows=self._windows,
             tokens=self._tokens,
             sinks=self._sinks,
-            routed_share=routed / (self._tokens * count),
+            routed_share=routed / (self._tokens * len(self._layers)),
             loss=float(losses / tokens) if tokens else None,
             layers=[_layer_summary(index, layer) for index, layer in self._layers.items()],
             groups={
-                grouping: [_row(name, sums[name], count, leads) for name in names if name in sums]
+                grouping: [_row(name, sums[name], leads) for name in names if name in sums]
                 for grouping, names in GROUPINGS.items()
                 if (sums := groups.get(grouping))
             },
             criteria={"by CE": float(choices[0] / choices[1])} if choices[1] else {},
             depth_with_loss=_pearson(self._own_loss),
             depth_with_next_loss=_pearson(self._next_loss),
-            agreement=self._agreement if self._agreed_texts == self._texts else None,
+            agreement=None if self._without_agreement else self._agreement,
             oracle=self._oracle,
         )
 
@@ -270,27 +255,33 @@ def summarize(report: TextRouting) -> Summary:
     return statistics.result()
 
 
+def _add_up(totals: dict[Any, Sums], keys: NDArray[Any], sums: Sums) -> None:
+    """Add the rows of `sums`, [T, 7], to the totals of their keys, [T]."""
+    names, place = np.unique(keys, return_inverse=True)
+    added = np.zeros((len(names), sums.shape[1]))
+    np.add.at(added, place, sums)
+    for name, row in zip(names.tolist(), added, strict=True):
+        totals[name] += row
+
+
 def _token_sums(report: TextRouting) -> NDArray[np.float64]:
-    """[T, 7], which groups add up: one, depth, depth², leading figure, its square, loss, whether there is a loss."""
-    depth, name = np.array(report.depth, dtype=np.float64), report.reading.leading
-    leading = np.zeros(len(depth))
+    """[T, 7], which groups add up: one, share, share², leading figure, its square, loss, whether there is a loss."""
+    share, name = report.depth_share, report.reading.leading
+    leading = np.zeros(len(share))
     if name is not None and name in report.layers[0].figures:
         leading = np.mean([layer.figures[name] for layer in report.layers], axis=0)
     has_loss = ~np.isnan(report.loss)
     loss = np.where(has_loss, report.loss, 0.0)
-    return np.stack([np.ones(len(depth)), depth, depth**2, leading, leading**2, loss, has_loss], axis=1)
+    return np.stack([np.ones(len(share)), share, share**2, leading, leading**2, loss, has_loss], axis=1)
 
 
-def _row(name: str, sums: NDArray[np.float64], layers: int, leads: bool) -> GroupRow:
-    tokens, depth, depth_squares, leading, leading_squares, loss, with_loss = sums.tolist()
-    error = _standard_error(tokens, depth, depth_squares)
+def _row(name: str, sums: Sums, leads: bool) -> GroupRow:
+    tokens, share, share_squares, leading, leading_squares, loss, with_loss = sums.tolist()
     return GroupRow(
         name=name,
         tokens=int(tokens),
-        depth=depth / tokens,
-        depth_error=error,
-        routed_share=depth / tokens / layers,
-        routed_error=None if error is None else error / layers,
+        routed_share=share / tokens,
+        routed_error=_standard_error(tokens, share, share_squares),
         leading=leading / tokens if leads else None,
         leading_error=_standard_error(tokens, leading, leading_squares) if leads else None,
         loss=loss / with_loss if with_loss else None,

@@ -72,11 +72,11 @@ def test_a_corpus_is_its_texts_pooled(model: Any, words: PreTrainedTokenizerFast
         rows = {row.name: row for row in summary.groups[grouping]}
         assert set(rows) == {name for name, mask in groups.items() if (mask & keep).any()}
         for name, row in rows.items():
-            values = depth[groups[name] & keep]
+            values = depth[groups[name] & keep] / len(summary.layers)
             assert row.tokens == len(values)
-            assert row.depth == pytest.approx(values.mean())
+            assert row.routed_share == pytest.approx(values.mean())
             if len(values) > 1:
-                assert row.depth_error == pytest.approx(values.std(ddof=1) / len(values) ** 0.5)
+                assert row.routed_error == pytest.approx(values.std(ddof=1) / len(values) ** 0.5)
             leading = corpus.reading.leading
             if leading is not None:
                 figures = [layer.figures[leading] for r in reports for layer in r.layers]
