@@ -1,9 +1,11 @@
-"""What routed models do with text: token by token, in sums over a corpus, next to another model; as page and picture.
+"""What routed models do with text: token by token, and in sums over a corpus; as tables, page and picture.
 
-Read in this order: `tokens` (text → tokens with their places), `text` (one text through a model), `statistics` (sums
-over any number of texts), `corpus`, `comparison`; then `page` and `figure`, which draw.
+Read in this order: `tokens` (text → tokens with their places), `scores` (the meaning of each kind of score), `text` (one
+text through a model), `oracle`, `statistics` (sums over any number of texts), `corpus`; then `tables`, `page` and
+`figure`, which show. `sensitivity` leaves out layers.
 """
 
-from dtfcli.inspection.text import LayerRouting, TextRouting, inspect_text
+from dtfcli.inspection.scores import LayerRouting
+from dtfcli.inspection.text import TextRouting, inspect_text
 
 __all__ = ["LayerRouting", "TextRouting", "inspect_text"]

@@ -1,4 +1,4 @@
-"""What each layer costs to leave out: the loss of a text without it, all other layers in place, for every token.
+"""The cost of each layer: the loss of a text without it, all other layers in place.
 
 The layers are those of the dense model, or of the backbone of a routed one. Their order, the costliest first, is what
 `model.layer_order` takes for `layerdrop`.
@@ -26,9 +26,9 @@ class Sensitivity:
     """What each layer costs to leave out.
 
     Attributes:
-        model: what the model is called.
-        layers: those that were left out, one at a time.
-        routed: those of them that route; for a dense model, that would by default.
+        model: the model's name for people.
+        layers: indices of the layers that were left out, one at a time.
+        routed: indices of the layers that route; for a dense model, that would by default.
         losses: of each text without each layer, and with all of them (None).
     """
 
@@ -76,14 +76,14 @@ def sensitivity(
     name: str = "",
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
-    """Measure what each layer costs to leave out.
+    """Measure the cost of each layer.
 
     Args:
         model: dense or routed, in eval mode.
         tokenizer: its tokenizer.
         texts: one or more; longer ones are cut into windows of the model's positions.
-        name: what to call the model.
-        on_layer: called after each pass with passes done and passes of this text.
+        name: the model's name for people.
+        on_layer: called after each pass with the count of passes so far and in all, of this text.
 
     Raises:
         ConfigError: a text is empty.

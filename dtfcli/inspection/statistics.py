@@ -212,13 +212,8 @@ class RoutingStatistics:
         self._next_loss += _moments(depth[paired], following[paired])
 
     def result(self) -> Summary:
-        """The figures up to now.
-
-        Raises:
-            ValueError: nothing was added.
-        """
-        if not self._tokens:
-            raise ValueError("no text was added")
+        """The figures up to now, at least of one text."""
+        assert self._tokens, "no text was added"
         frequencies: dict[str, Sums] = defaultdict(lambda: np.zeros(7))
         for total in self._by_id.values():
             frequencies[next(name for name, least in reversed(FREQUENCIES) if total[0] >= least)] += total

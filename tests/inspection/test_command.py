@@ -28,16 +28,9 @@ SURPRISE = ("D_st", "D_ch", "S_CE", "S_CU", "by CE", "static_surprise", "ce_part
 def test_terminal(dtf: Callable[..., Outcome], folder: Path) -> None:
     result = dtf("inspect-routing", str(folder / "forecast_error"), TEXT, "--against-oracle")
     assert result.code == 0, result.stderr
-    for expected in (
-        "DTF by forecast_error",
-        "threshold (causal)",
-        "layer 5",
-        "most routed",
-        "least routed",
-        "Jaccard",
-    ):
+    for expected in ("DTF by forecast_error", "threshold (causal)", "layer 5", "most routed", "least routed"):
         assert expected in result.stdout
-    for expected in ("took the forecast", "predicted error", "Forecast misses", "missed: routed"):
+    for expected in ("Jaccard", "took the forecast", "predicted error", "Forecast misses", "missed: routed"):
         assert expected in result.stdout
     assert "\x1b" not in result.stdout
     mod = dtf("inspect-routing", str(folder / "mod"), TEXT, "--routing", "topk")
@@ -86,17 +79,18 @@ def test_json_and_files(dtf: Callable[..., Outcome], folder: Path, tmp_path: Pat
 
 def test_corpus(dtf: Callable[..., Outcome], folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXT, "a b c", "d e f " * 300)))
-    result = dtf("inspect-routing", str(folder / "forecast_error"), "--file", str(file), "--json")
+    file.write_text("".join(json.dumps({"body": text}) + "\n" for text in (TEXT, "a b c", "d e f " * 300)))
+    arguments = ["inspect-routing", str(folder / "forecast_error"), "--file", str(file), "--text-field", "body"]
+    result = dtf(*arguments, "--json")
     document = json.loads(result.stdout)
     assert document["summary"]["texts"] == 3
     assert document["cut_documents"] == 1
     assert "windows" in result.stderr
     assert "tokens" not in document
-    against = dtf("inspect-routing", str(folder / "forecast_error"), "--file", str(file), "--against-oracle", "--json")
+    against = dtf(*arguments, "--against-oracle", "--json")
     oracle = json.loads(against.stdout)["oracle"]
     assert oracle["texts"] == 3
     assert oracle["loss"]["router"] == pytest.approx(document["summary"]["loss"], rel=1e-5)
     assert len(oracle["difference"]["oracle"]) == 2
-    limited = dtf("inspect-routing", str(folder / "forecast_error"), "--file", str(file), "--limit", "2")
+    limited = dtf(*arguments, "--limit", "2")
     assert "2 documents" in limited.stdout

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dtfcli.errors import DataError
 from dtfcli.inspection.corpus import Corpus, inspect_corpus
 from dtfcli.inspection.statistics import RoutingStatistics, summarize
 from dtfcli.inspection.text import inspect_text
@@ -22,7 +21,7 @@ def test_a_corpus_is_its_texts_pooled(model: Any, words: PreTrainedTokenizerFast
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     calls: list[int] = []
-    corpus = inspect_corpus(model, words, Corpus(file), on_document=lambda done, share: calls.append(done))
+    corpus = inspect_corpus(model, words, Corpus(file), on_document=lambda count, share: calls.append(count))
     reports = [inspect_text(model, words, text) for text in TEXTS]
     summary = corpus.summary
     assert calls == [1, 2, 3]
@@ -32,9 +31,9 @@ def test_a_corpus_is_its_texts_pooled(model: Any, words: PreTrainedTokenizerFast
     depth = np.concatenate([r.depth for r in reports])
     assert summary.routed_share == pytest.approx(depth.mean() / len(summary.layers))
     loss = np.concatenate([r.loss for r in reports])
-    known = keep & ~np.isnan(loss)
-    assert summary.loss == pytest.approx(loss[known].mean())
-    assert summary.depth_with_loss == pytest.approx(np.corrcoef(depth[known], loss[known])[0, 1])
+    paired = keep & ~np.isnan(loss)
+    assert summary.loss == pytest.approx(loss[paired].mean())
+    assert summary.depth_with_loss == pytest.approx(np.corrcoef(depth[paired], loss[paired])[0, 1])
     following = np.concatenate([np.append(r.loss[1:], np.nan) for r in reports])
     paired = keep & ~np.isnan(following)
     assert summary.depth_with_next_loss == pytest.approx(np.corrcoef(depth[paired], following[paired])[0, 1])
@@ -99,19 +98,6 @@ def test_memory_does_not_grow_with_the_corpus(dtf_model: Any, words: PreTrainedT
     tracemalloc.stop()
     assert grown < 50_000  # one list entry for each token would be 80 kB and more
     assert statistics.result().texts == 305
-
-
-def test_limit_and_field(dtf_model: Any, words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
-    assert inspect_corpus(dtf_model, words, Corpus(file, limit=2, text_field="body")).summary.texts == 2
-    with pytest.raises(DataError, match="--text-field"):
-        inspect_corpus(dtf_model, words, Corpus(file))
-
-
-def test_nothing_to_sum() -> None:
-    with pytest.raises(ValueError, match="no text"):
-        RoutingStatistics().result()
 
 
 def test_position_groups_are_those_of_shares(dtf_model: Any, words: PreTrainedTokenizerFast) -> None:

@@ -76,12 +76,11 @@ def test_agreement_is_with_the_other_mode_at_the_same_capacity(
     assert report.agreement is not None
     assert (report.agreement.first, report.agreement.second) == (mode, other)
     for layer, record in zip(report.layers, records, strict=True):
-        mine, theirs = set(np.flatnonzero(layer.selected)), set(np.flatnonzero(record.selected[0].numpy()))
+        mine, theirs = layer.selected, record.selected[0].numpy()
         overlap = report.agreement.layers[layer.layer]
-        assert overlap.jaccard == pytest.approx(len(mine & theirs) / len(mine | theirs))
-        assert overlap.same == pytest.approx(1 - len(mine ^ theirs) / len(report.source))
-        a, b, n = len(mine), len(theirs), len(report.source)
-        chance = (a * b + (n - a) * (n - b)) / n**2
+        assert overlap.jaccard == pytest.approx((mine & theirs).sum() / (mine | theirs).sum())
+        assert overlap.same == pytest.approx((mine == theirs).mean())
+        chance = mine.mean() * theirs.mean() + (1 - mine.mean()) * (1 - theirs.mean())
         assert overlap.kappa == pytest.approx((overlap.same - chance) / (1 - chance))
     assert report.causal == (mode != "topk")
 
