@@ -40,7 +40,7 @@ def train(
     Args:
         settings: of the run; when resuming, those from its folder (`runs.folder.run_settings`).
         resume: the folder of a run to go on with.
-        rename: give a new run another name when its own is taken, instead of refusing.
+        rename: give a new run another name when its name is taken, instead of refusing.
         on_event: called with every `TrainEvent`.
 
     Raises:
@@ -68,7 +68,7 @@ def _ignore(event: TrainEvent) -> None:
 
 
 @contextmanager
-def _never_lost(what: str, again: str, emit: TrainListener) -> Iterator[None]:
+def _never_lost(failure: str, again: str, emit: TrainListener) -> Iterator[None]:
     """Turn any failure after training into a warning: the run has its model, and `again` repeats the rest."""
     try:
         yield
@@ -77,7 +77,7 @@ def _never_lost(what: str, again: str, emit: TrainListener) -> Iterator[None]:
         raise
     except Exception as error:
         problem = str(error) if isinstance(error, DTFError) else f"{type(error).__name__}: {error}"
-        emit(TrainEvent("warning", f"{what} {problem}\n{again}"))
+        emit(TrainEvent("warning", f"{failure} {problem}\n{again}"))
 
 
 def plan_evaluation(settings: Settings) -> "EvalPlan | None":
@@ -108,17 +108,17 @@ def _evaluate_final(settings: Settings, plan: "EvalPlan", run: Path, emit: Train
     """Score the final model of a finished run; returns the file with the scores, None where that failed."""
     from dtfcli.evaluation.runner import Candidate, evaluate_and_save
 
-    name, total, done = "", 0, 0
+    name, total, answered = "", 0, 0
 
     def show(event: "EvalEvent") -> None:
-        nonlocal name, total, done
+        nonlocal name, total, answered
         if event.kind == "warning":
             emit(TrainEvent("warning", event.message))
         elif event.kind == "job":
-            name, total, done = event.message, event.count, 0
-        done += event.count if event.kind == "answers" else 0
+            name, total, answered = event.message, event.count, 0
+        answered += event.count if event.kind == "answers" else 0
         if event.kind in ("job", "answers"):
-            emit(TrainEvent("phase", f"Benchmark {name}", fraction=min(1.0, done / total) if total else None))
+            emit(TrainEvent("phase", f"Benchmark {name}", fraction=min(1.0, answered / total) if total else None))
 
     command = ["dtf", "eval", str(run), "--tasks", ",".join(plan.names)]
     command += ["--limit", str(plan.options.limit)] if plan.options.limit is not None else []
@@ -166,9 +166,9 @@ class Preview:
     """What a run would cost.
 
     Attributes:
-        settings: resolved; with an update for as many processes as were asked for.
+        settings: resolved; `training.tokens_per_update` is that of all processes.
         account: parameters, FLOPs and memory of the model.
-        plan: sizes of the run; None where the number of updates follows from text that was not read.
+        plan: sizes of the run; None where the number of steps follows from text that was not read.
         scaling: what each device holds and does; None where no number of processes was given.
     """
 

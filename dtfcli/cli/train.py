@@ -198,21 +198,21 @@ def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json
     from dtfcli.cli import render, train_view
     from dtfcli.experiment import preview
 
-    found = preview(settings, processes, accelerator)
+    dry_run = preview(settings, processes, accelerator)
     if json:
         document: dict[str, Any] = {
-            "settings": found.settings.model_dump(exclude_none=True),
-            "account": found.account,
-            "tokens_per_update": found.settings.tokens_per_update,
-            "updates": found.plan.total_steps if found.plan else None,
+            "settings": dry_run.settings.model_dump(exclude_none=True),
+            "account": dry_run.account,
+            "tokens_per_update": dry_run.settings.tokens_per_update,
+            "updates": dry_run.plan.total_steps if dry_run.plan else None,
         }
-        if (scaling := found.scaling) is not None:
+        if (scaling := dry_run.scaling) is not None:
             totals = {"bytes_per_device": scaling.bytes_per_device, "seconds_per_update": scaling.seconds_per_update}
             document["scaling"] = {**asdict(scaling), **totals}
         render.emit_json(document)
         return
-    render.emit(found.settings.to_toml())
-    rows = train_view.account_rows(found.account, found.plan, found.settings, processes or 1)
+    render.emit(dry_run.settings.to_toml())
+    rows = train_view.account_rows(dry_run.account, dry_run.plan, dry_run.settings, processes or 1)
     render.out.print(render.table(["What it costs", "", ""], rows))
-    if found.scaling is not None:
-        render.out.print(render.table(["On each device", "", ""], train_view.scaling_rows(found.scaling)))
+    if dry_run.scaling is not None:
+        render.out.print(render.table(["On each device", "", ""], train_view.scaling_rows(dry_run.scaling)))

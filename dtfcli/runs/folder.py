@@ -28,7 +28,7 @@ CURVES_FILE = "curves.png"
 FINAL_MODEL = "final_model"
 BEST_MODEL = "best_model"
 MERGED_MODEL = "merged_model"
-"""The plain model that `lora.merge` writes beside the final adapters."""
+"""The plain model that `lora.merge` writes next to the final adapters."""
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
 """Of a checkpoint: where the run stood, and the hashes of its files."""
@@ -138,11 +138,11 @@ def processes_of(run: Path) -> int | None:
     """How many processes trained a run up to its newest checkpoint that can be read; None: there is none."""
     for folder in list_checkpoints(run):
         try:
-            found = json.loads((folder / STATE_FILE).read_text("utf-8"))["state"]["processes"]
+            count = json.loads((folder / STATE_FILE).read_text("utf-8"))["state"]["processes"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-        if isinstance(found, int) and 0 < found <= _MOST_PROCESSES:
-            return int(found)
+        if isinstance(count, int) and 0 < count <= _MOST_PROCESSES:
+            return int(count)
     return None
 
 
@@ -155,8 +155,8 @@ def newest_run(output_dir: Path) -> Path:
     runs = [path.parent for path in output_dir.glob(f"*/*/{SETTINGS_FILE}")]
     unfinished = [run for run in runs if not (run / FINAL_MODEL).exists()]
     if not unfinished:
-        found = f"all {len(runs)} have finished" if runs else "there are none"
-        raise CheckpointError(f"{output_dir}: no run to resume ({found}). Give a run folder: --resume RUN_DIR.")
+        reason = f"all {len(runs)} have finished" if runs else "there are none"
+        raise CheckpointError(f"{output_dir}: no run to resume ({reason}). Give a run folder: --resume RUN_DIR.")
     return max(unfinished, key=_last_written)
 
 
@@ -172,8 +172,8 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """A run's checkpoints, newest first."""
-    found = {path: _CHECKPOINT_NAME.fullmatch(path.name) for path in (run_dir / CHECKPOINTS).glob("step-*")}
-    return sorted((path for path, name in found.items() if name), key=step_of, reverse=True)
+    paths = (run_dir / CHECKPOINTS).glob("step-*")
+    return sorted((path for path in paths if _CHECKPOINT_NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:

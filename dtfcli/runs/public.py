@@ -56,11 +56,11 @@ def public_name(text: str | None, run: Path | None) -> tuple[str, bool]:
 
 def public_sources(settings: dict[str, Any], run: Path | None) -> list[tuple[str, str, float, bool]]:
     """For each source: Hub id or kind, configuration, share of the documents kept, and whether it is on the Hub."""
-    found = []
+    public = []
     for source in settings.get("data", {}).get("sources", []):
         name, on_hub = public_name(str(source.get("path", "")), run)
-        found.append((name, str(source.get("name", "")) if on_hub else "", float(source.get("ratio", 1.0)), on_hub))
-    return found
+        public.append((name, str(source.get("name", "")) if on_hub else "", float(source.get("ratio", 1.0)), on_hub))
+    return public
 
 
 def public_settings(settings: dict[str, Any], run: Path | None) -> dict[str, Any]:

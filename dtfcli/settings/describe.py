@@ -190,11 +190,11 @@ def problems(
         error: what its validation raised.
         origin: says where a key came from, such as " (in my.toml)".
     """
-    found: dict[str, Problem] = {}
+    by_key: dict[str, Problem] = {}
     for details in error.errors():
         problem = _translate(schema, details, origin)
-        found.setdefault(show_key(problem.key), problem)
-    return list(found.values())
+        by_key.setdefault(show_key(problem.key), problem)
+    return list(by_key.values())
 
 
 def _translate(schema: type[BaseModel], details: ErrorDetails, origin: Callable[[str], str]) -> Problem:

@@ -1,6 +1,6 @@
 """The one schema of a run, and how its values are gathered.
 
-`load_settings` lays the layers over each other, highest first: overrides, environment (DTF_…), a TOML file, a preset,
+`load_settings` lays the sources over each other, highest first: overrides, environment (DTF_…), a TOML file, a preset,
 the defaults of the groups. Unknown keys, wrong types and settings that nothing reads are refused with the key, the
 value and the remedy.
 """
@@ -49,7 +49,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what is given: `load_settings` gathers the layers itself, to know where each value came from."""
+        """Only what is given: `load_settings` gathers the sources itself, to know where each value came from."""
         return (init_settings,)
 
     @model_validator(mode="after")
@@ -101,19 +101,19 @@ class Settings(BaseSettings):
         """
         micro, length = self.training.micro_batch_size, self.data.seq_len
         unit = micro * length * processes
-        wanted = self.tokens_per_update
-        if wanted % unit == 0:
-            return wanted // unit
-        below, above = wanted // unit * unit, (wanted // unit + 1) * unit
+        tokens = self.tokens_per_update
+        if tokens % unit == 0:
+            return tokens // unit
+        below, above = tokens // unit * unit, (tokens // unit + 1) * unit
         nearest = f"the nearest are {below} and {above}" if below else f"the smallest is {unit}"
         names, numbers = "training.micro_batch_size × data.seq_len", f"{micro} × {length}"
         if processes > 1:
             names, numbers = f"{names} × processes", f"{numbers} × {processes}"
         remedy = f"must be a multiple of {names} = {numbers} = {unit}; {nearest}"
-        rows, left = divmod(wanted, length * processes)
+        rows, left = divmod(tokens, length * processes)
         if left == 0 and rows < micro:
             remedy += f", or set training.micro_batch_size={rows}"
-        raise ValueError(f"training.tokens_per_update = {wanted}: {remedy}")
+        raise ValueError(f"training.tokens_per_update = {tokens}: {remedy}")
 
     def to_toml(self) -> str:
         """The resolved settings as TOML that `--config` takes: what is read and set, without the rest."""

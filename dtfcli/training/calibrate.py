@@ -21,7 +21,7 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
         capacities: (): at the model's own capacity alone; None: on the whole grid.
         tokens: of text, at most; None: `training.calibration_tokens`.
     """
-    run.tell("phase", "Calibrating thresholds")
+    run.report("phase", "Calibrating thresholds")
     most = run.settings.training.calibration_tokens
     batches = calibration_batches(
         run.data.train, min(most, tokens or most), run.plan.micro_batch_size, run.settings.run.seed
@@ -34,7 +34,7 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
 
 @contextmanager
 def evaluation_thresholds(run: Run) -> Iterator[None]:
-    """On the way, thresholds calibrated for an evaluation; afterwards again those that training tracks.
+    """Calibrated thresholds for an evaluation during the run; afterwards the tracked ones again.
 
     The averages that training tracks lag behind while the scores still move: they routed anything from nothing to
     everything. At the end `finish` has calibrated already.
@@ -48,7 +48,7 @@ def evaluation_thresholds(run: Run) -> Iterator[None]:
         calibrate(run, capacities=(), tokens=QUICK_CALIBRATION_TOKENS)
         yield
     finally:
-        if run.state.step:  # before the first update nothing was tracked
+        if run.state.step:  # before the first step nothing was tracked
             for layer, threshold in tracked.items():
                 routers[layer].thresholds[0] = threshold
 

@@ -31,7 +31,7 @@ def checkpoint(run: Run) -> Path:
         folder = save_checkpoint(
             run.states, run.folder, run.state, run.settings.training.keep_checkpoints, run.processes
         )
-    run.tell("checkpoint", str(folder))
+    run.report("checkpoint", str(folder))
     return folder
 
 

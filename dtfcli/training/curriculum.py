@@ -12,7 +12,7 @@ from dtfcli.settings.training import TrainingSettings
 
 
 def phase_of(step: int, total_steps: int, training: TrainingSettings) -> str:
-    """What update `step` (from 0) is about, for those who watch."""
+    """The phase that step `step` (from 0) belongs to, in words."""
     if annealing_left(step, total_steps, training):
         return "Training, γ on its way"
     if step >= first_by_threshold(total_steps, training):
@@ -21,14 +21,14 @@ def phase_of(step: int, total_steps: int, training: TrainingSettings) -> str:
 
 
 def first_by_threshold(total_steps: int, training: TrainingSettings) -> int:
-    """The first update that routes by threshold, as inference does."""
+    """The first step that routes by threshold, as inference does."""
     return total_steps - round(training.threshold_fraction * total_steps)
 
 
 def annealing_left(step: int, total_steps: int, training: TrainingSettings) -> float:
-    """How much of the way from the first γ to the model's own is left at update `step` (from 0): 1 to 0.
+    """How much of the way from the first γ to the model's own is left at step `step` (from 0): 1 to 0.
 
-    A line or half a cosine over the first `capacity_fraction` of the updates, 0 from then on; 0 always for
+    A line or half a cosine over the first `capacity_fraction` of the steps, 0 from then on; 0 always for
     "constant".
     """
     length = training.capacity_fraction * total_steps
@@ -48,13 +48,14 @@ def annealed_capacity(model: Any, left: float, start: float) -> Iterator[float]:
     Args:
         model: a routed model.
         left: share of the way that is left (`annealing_left`): 1 for `start`, 0 for the model's own γ.
-        start: γ of the first update.
+        start: γ of the first step.
 
     Yields:
         The mean γ over the routed layers.
     """
-    stack, own = model.model, model.config.capacity
-    mixed = [left * start + (1.0 - left) * share for share in (own if isinstance(own, (list, tuple)) else [own])]
+    stack, share = model.model, model.config.capacity
+    shares = share if isinstance(share, (list, tuple)) else [share]
+    mixed = [left * start + (1.0 - left) * share for share in shares]
     capacities = model.config.layer_capacities(mixed if len(mixed) > 1 else mixed[0])
     stack.training_capacities = capacities
     try:

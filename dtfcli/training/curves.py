@@ -32,7 +32,7 @@ def draw_curves(lines: list[Line], path: Path, title: str) -> None:
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("updates")
+    axes[-1].set_xlabel("steps")
     with explained_write_errors(path.parent):
         partial = path.with_name(f".{path.name}.partial")
         figure.savefig(partial, format="png")
@@ -62,7 +62,7 @@ def _draw_losses(axis: Any, lines: list[Line]) -> None:
             fontweight="bold",
         )
     for value in _series(lines, "val/unigram")[1][:1]:
-        axis.axhline(value, color=_GRAY, linestyle="--", linewidth=1, label="counts alone")
+        axis.axhline(value, color=_GRAY, linestyle="--", linewidth=1, label="unigram")
     axis.set_ylabel("loss (nats per token)")
     axis.legend(frameon=False, fontsize="small")
 

@@ -21,7 +21,7 @@ _CHUNK_ELEMENTS = 2**24
 
 
 class DistillLosses(NamedTuple):
-    """One micro-batch's part of an update, as means over its targets.
+    """One micro-batch's part of a step, as means over its targets.
 
     Attributes:
         total: what to add to the loss, weights applied.
@@ -54,7 +54,7 @@ class Distillation:
             head: its language-model head, [V, D].
             input_ids: int64 [B, T], what both models read; rows without padding.
             labels: int64 [B, T], not shifted; -100 where nothing is predicted.
-            targets: targets in the whole update: the losses are sums over it.
+            targets: targets in the whole step: the losses are sums over it.
         """
         settings = self.settings
         with torch.no_grad():

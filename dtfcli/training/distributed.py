@@ -184,7 +184,7 @@ def connect(settings: Settings) -> tuple[Accelerator, Processes]:
     _forget_accelerate()
     handlers: list[Any] = []
     if count > 1:
-        # The loop averages the only buffers that change, once per update. layerdrop leaves parameters out.
+        # The loop averages the only buffers that change, once per step. layerdrop leaves parameters out.
         skips_layers = settings.model.architecture == "layerdrop"
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=skips_layers)
         handlers = [InitProcessGroupKwargs(timeout=_TIMEOUT), ddp]
@@ -266,7 +266,7 @@ class Replicated:
         self.trained, self.optimizer = self.accelerator.prepare(self.objective, build_optimizer())
 
     def converting_once(self) -> AbstractContextManager[Any]:
-        """Around all micro-batches of an update: autocast then converts each weight once, not once for each of them."""
+        """Around all micro-batches of a step: autocast then converts each weight once, not once for each of them."""
         return self.accelerator.autocast()
 
     def backward(self, loss: Tensor) -> None:
@@ -275,7 +275,7 @@ class Replicated:
             self.accelerator.backward(loss)
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Around each micro-batch of an update: gradients travel with the last one."""
+        """Around each micro-batch of a step: gradients travel with the last one."""
         return nullcontext() if is_last else self.accelerator.no_sync(self.trained)
 
     def reduce_gradients(self) -> None:

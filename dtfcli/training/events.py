@@ -14,9 +14,9 @@ class TrainEvent:
 
     Attributes:
         kind: phase (a stage without steps began or went on, `fraction` done), start (training begins), step (an
-            update is done; `metrics` on logging steps), evaluation (`metrics`), checkpoint, warning, end.
+            step is done; `metrics` on logging steps), evaluation (`metrics`), checkpoint, warning, end.
         message: for people.
-        step, total_steps: updates done and to do.
+        step, total_steps: how many steps the run has made, and how many it will make.
         fraction: of a phase, where known.
         metrics: as in metrics.jsonl.
     """

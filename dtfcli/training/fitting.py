@@ -1,4 +1,4 @@
-"""Forecasts and predicted costs, fitted by least squares to training text before the first update."""
+"""Forecasts and predicted costs, fitted by least squares to training text before the first step."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device,
         model: as it was built.
         rows: training text, int32 [N, T].
         device: that computes.
-        on_progress: called with what is done, and its share.
+        on_progress: called with the phase and the finished share of it.
     """
     tokens = settings.training.fit_tokens
     if tokens is None and model.is_fitted:
@@ -34,5 +34,5 @@ def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device,
     dtype = compute_dtype(settings.run.dtype, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         model.fit_routing(
-            batches, lambda done, of: on_progress("Fitting forecasts and predicted costs", done / of), device
+            batches, lambda layer, layers: on_progress("Fitting forecasts and predicted costs", layer / layers), device
         )

@@ -2,7 +2,7 @@
 
 The notable choices:
 
-- `accelerate` owns device, autocast and gradient reduction; `update` accumulates by hand.
+- `accelerate` owns device, autocast and gradient reduction; `step.py` accumulates by hand.
 - The order of the data and the learning rates are pure functions of the step; together with weights, optimizer and
   random generators in a checkpoint, a resumed run repeats the undisturbed one exactly.
 - `train/loss` and `val/loss` are the language-model loss alone. `val/loss` is measured causally, with thresholds
@@ -57,7 +57,7 @@ class TrainResult:
         run_dir: the run folder.
         final_model_path, best_model_path: model folders, with LoRA adapter folders; no best one without validation
             text.
-        steps: updates done.
+        steps: how many were made.
         metrics: of the last evaluation, by the names of metrics.jsonl, `val/unigram` included.
         best_step, best_val_loss: of the best evaluation.
         prompt, sample: a few tokens of validation text and the model's continuation.
@@ -104,7 +104,7 @@ def train_model(settings: Settings, *, resume: Path | None, rename: bool, emit: 
 
 @contextmanager
 def _explained_stops(run: Run) -> Iterator[None]:
-    """Save where a run was asked to stop or lost a source, and say how to go on; always end what runs beside it."""
+    """Save a run that has to stop or lost a source, and say how to resume it; always close streams and trackers."""
     try:
         yield
     except StopRequested:
@@ -125,17 +125,17 @@ def _explained_stops(run: Run) -> Iterator[None]:
 
 
 def fit(run: Run) -> None:
-    """Update the weights until all steps are done; evaluate, log and save on the way."""
+    """Train until all steps are done; evaluate, log and save on the way."""
     plan, state = run.plan, run.state
     parameters = [(numel(parameter), parameter.requires_grad) for parameter in run.model.parameters()]
     sizes = {"parameters": sum(n for n, _ in parameters), "trainable": sum(n for n, trained in parameters if trained)}
-    run.tell("start", str(run.folder), metrics=sizes)
+    run.report("start", str(run.folder), metrics=sizes)
     while state.step < plan.total_steps:
         run.stop.check()
         if state.step % plan.eval_every == 0 and state.evaluated_step != state.step:
             validate_run(run)
         run.stop.check()
-        run.tell("phase", phase_of(state.step, plan.total_steps, run.settings.training))
+        run.report("phase", phase_of(state.step, plan.total_steps, run.settings.training))
         run.watch.start()
         losses = train_step(run)
         run.watch.stop(plan.tokens_per_step)
@@ -146,9 +146,9 @@ def fit(run: Run) -> None:
 
 
 def log_step(run: Run, losses: dict[str, Any]) -> None:
-    """Tell the listener about an update and, on logging steps, write its line."""
+    """Tell the listener about a step and, on logging steps, write its line."""
     if not is_logged(run.plan, run.state.step):
-        run.tell("step", metrics={"train/loss": losses["train/loss"]})
+        run.report("step", metrics={"train/loss": losses["train/loss"]})
         return
     rate = run.watch.take_rate()
     flops = training_step_flops(run.model, run.plan.seq_len) * rate
@@ -161,7 +161,7 @@ def log_step(run: Run, losses: dict[str, Any]) -> None:
     line |= {"tokens_per_second": rate, "mfu": flops / peak if peak else None}
     line = _without_nan(line)
     run.log.write(line)
-    run.tell("step", metrics=line)
+    run.report("step", metrics=line)
 
 
 def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _validate_run(run: Run) -> dict[str, float]:
     state = run.state
     metrics: dict[str, Any] = {}
     if len(run.validation):
-        run.tell("phase", "Evaluating")
+        run.report("phase", "Evaluating")
         metrics = validate(
             run.objective,
             run.validation,
@@ -195,14 +195,14 @@ def _validate_run(run: Run) -> dict[str, float]:
         if state.step > 0 and (state.best_loss is None or metrics["val/loss"] < state.best_loss):
             state.best_step, state.best_loss = state.step, metrics["val/loss"]
             save_model(run, BEST_MODEL)
-        run.tell("evaluation", metrics={**metrics, "val/unigram": run.data.validation_unigram})
+        run.report("evaluation", metrics={**metrics, "val/unigram": run.data.validation_unigram})
     state.evaluated_step = state.step
     _draw_curves(run)
     return metrics
 
 
 def finish(run: Run) -> TrainResult:
-    """Calibrate, evaluate for the last time, see what the model writes, and save it: the end of a run."""
+    """End a run: calibrate, evaluate for the last time, write a sample, save the model."""
     checkpoint(run)  # what follows takes a while, and disks fill up
     if run.objective.routed:
         calibrate(run)
@@ -216,7 +216,7 @@ def finish(run: Run) -> TrainResult:
         save_merged(run)
     # Last of all, because a run that has its final model is finished and cannot be resumed.
     final = save_model(run, FINAL_MODEL)
-    run.tell("end", str(final))
+    run.report("end", str(final))
     return TrainResult(
         run_dir=run.folder,
         final_model_path=final,
@@ -234,7 +234,7 @@ def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tup
     """The beginning of a validation row, and the model's continuation at a low temperature; both as text."""
     rows = run.validation if len(run.validation) else run.data.train
     prompt = to_batch(np.asarray(rows[:1, :prompt_tokens]), run.accelerator.device)
-    run.tell("phase", "Writing a sample")
+    run.report("phase", "Writing a sample")
     run.objective.eval()
     torch.manual_seed(run.settings.run.seed)
     with run.accelerator.autocast(), run.states.outside(), _causal_routing(run.model, run.objective.routed):
@@ -260,7 +260,7 @@ def _causal_routing(model: Any, routed: bool) -> Iterator[None]:
 
 
 def _draw_curves(run: Run, at_once: bool = False) -> None:
-    """Redraw curves.png, now and then: a picture takes about as long as some updates."""
+    """Redraw curves.png every half minute: a picture takes about as long as some steps."""
     if not run.processes.is_main:
         return
     if at_once or time.monotonic() - run.curves_drawn_at > _CURVES_EVERY_SECONDS:

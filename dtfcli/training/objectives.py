@@ -14,13 +14,13 @@ from dtfcli.models.routing import cost_loss, masked_mean
 from dtfcli.training.distillation import Distillation, DistillLosses
 
 STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}
+"""Metric name → field of a routing record whose mean it is."""
 LEARNT = {"forecast_miss": "miss", "cost": "cost"}
 """The same for means over the tokens whose update is known."""
-"""Metric name → field of a routing record whose mean it is."""
 
 
 class Losses(NamedTuple):
-    """One micro-batch's part of an update: summed over its micro-batches, each field is the update's mean."""
+    """One micro-batch's part of a step: summed over its micro-batches, each field is the step's mean."""
 
     loss: Tensor
     """What to backpropagate: `lm_loss` plus, while training, the weighted auxiliary losses."""
@@ -69,7 +69,7 @@ class Objective(nn.Module):
 
         Args:
             input_ids: int64 [B, T].
-            targets: targets in the whole update: every loss is a sum over it, the auxiliary ones scaled alike.
+            targets: targets in the whole step: every loss is a sum over it, the auxiliary ones scaled alike.
             output_routing: also return routing statistics.
             labels: int64 [B, T], not shifted, -100 where there is no target; None: each token but the first of a row.
         """
@@ -106,9 +106,9 @@ class Objective(nn.Module):
         if self.distillation is None or hidden_states is None:
             return losses
         head = self.model.lm_head.weight
-        learnt: DistillLosses = self.distillation(hidden_states, head, input_ids, labels, targets)
+        distilled: DistillLosses = self.distillation(hidden_states, head, input_ids, labels, targets)
         return losses._replace(
-            loss=losses.loss + learnt.total, distill_loss=learnt.divergence, hidden_loss=learnt.hidden
+            loss=losses.loss + distilled.total, distill_loss=distilled.divergence, hidden_loss=distilled.hidden
         )
 
 
@@ -131,7 +131,7 @@ def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]
 
     Args:
         records: a `RoutingRecord` for each routed layer.
-        share: the micro-batch's share of the update.
+        share: the micro-batch's share of the step.
 
     Returns:
         `router/<layer>/<statistic>` → value; score_std is that within the micro-batch.

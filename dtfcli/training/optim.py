@@ -64,9 +64,9 @@ def build_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float]) ->
 
 
 def schedule_factor(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Share of the peak rate that update `step` (from 0) uses.
+    """Share of the peak rate that step `step` (from 0) uses.
 
-    Rises linearly over the warm-up, reaching 1 with its last update, then falls to 0 (which the update after the last
+    Rises linearly over the warm-up, reaching 1 with its last step, then falls to 0 (which the step after the last
     would have) as a cosine or a line, or stays ("constant").
     """
     if step < warmup_steps:
@@ -76,9 +76,7 @@ def schedule_factor(step: int, total_steps: int, warmup_steps: int, schedule: st
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     if schedule == "linear":
         return 1.0 - progress
-    if schedule == "constant":
-        return 1.0
-    raise ValueError(f"schedule = {schedule!r}: choose one of cosine, linear, constant")
+    return 1.0
 
 
 def set_learning_rates(param_groups: Iterable[dict[str, Any]], factor: float) -> dict[str, float]:

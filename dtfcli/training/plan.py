@@ -1,4 +1,4 @@
-"""Sizes and moments of a run: rows, tokens and micro-batches of an update; when to log, evaluate and save.
+"""Sizes and moments of a run: rows, tokens and micro-batches of a step; when to log, evaluate and save.
 
 A pure function of the settings and the number of rows, so that a resumed run works out the same.
 """
@@ -19,7 +19,7 @@ time that training takes; and a checkpoint with each."""
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Sizes of a run, in rows, tokens and updates."""
+    """Sizes of a run, in rows, tokens and steps."""
 
     seq_len: int
     rows_per_step: int
@@ -35,9 +35,9 @@ class TrainPlan:
         return self.rows_per_step * self.seq_len
 
     def micro_batches(self, rows: np.ndarray, rank: int = 0, processes: int = 1) -> list[np.ndarray]:
-        """One process's rows [R, T] of an update in parts of `micro_batch_size`; the last may be smaller.
+        """One process's rows [R, T] of a step in parts of `micro_batch_size`; the last may be smaller.
 
-        Processes take equal parts of the rows, one after the other: the update is the same however many there are.
+        Processes take equal parts of the rows, one after the other: the step is the same however many there are.
         """
         each = len(rows) // processes
         mine = rows[rank * each : (rank + 1) * each]
@@ -45,10 +45,10 @@ class TrainPlan:
 
 
 def for_processes(settings: Settings, processes: int) -> Settings:
-    """The settings with an update for a number of processes: where its size is open, a micro-batch of each.
+    """The settings with a step for a number of processes: where its size is open, a micro-batch of each.
 
     Raises:
-        ConfigError: an update of the size that is set does not divide by what they take at a time.
+        ConfigError: a step of the size that is set does not divide by what they take at a time.
     """
     training = settings.training
     if training.tokens_per_update is not None:
@@ -70,7 +70,7 @@ def plan_run(settings: Settings, train_rows: int | None) -> TrainPlan | None:
         train_rows: rows of `data.seq_len` tokens to train on; None: not known yet (a dry run).
 
     Returns:
-        The plan; None when the number of updates follows from rows that are not known.
+        The plan; None when the number of steps follows from rows that are not known.
     """
     training, seq_len = settings.training, settings.data.seq_len
     rows_per_step = settings.tokens_per_update // seq_len
@@ -97,7 +97,7 @@ def plan_run(settings: Settings, train_rows: int | None) -> TrainPlan | None:
 
 
 def _affordable_interval(settings: Settings) -> int:
-    """Updates between evaluations at which these take `_EVALUATION_SHARE` of the training's time.
+    """Steps between evaluations at which these take `_EVALUATION_SHARE` of the training's time.
 
     A token costs three forward passes in training, and one in each of the modes that are evaluated.
     """

@@ -1,4 +1,4 @@
-"""The rows of each update: looked up in packed text, or taken from a stream."""
+"""The rows of each step: looked up in packed text, or taken from a stream."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,10 +12,10 @@ from dtfcli.settings import Settings
 
 
 class StepRows(Protocol):
-    """Where an update's rows come from; the same whatever the number of processes, which divide them up."""
+    """Where a step's rows come from; the same whatever the number of processes, which divide them up."""
 
     def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
-        """Rows of update `step` (from 0), int32 [rows_per_step, T]; `check` may raise while text is waited for."""
+        """Rows of step `step` (from 0), int32 [rows_per_step, T]; `check` may raise while text is waited for."""
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint has to hold to go on after the rows taken; None: nothing."""
@@ -44,7 +44,7 @@ class PackedRows:
 
 
 class StreamedRows:
-    """Rows of a stream, in its order; it is opened with the first update."""
+    """Rows of a stream, in its order; it is opened with the first step."""
 
     def __init__(self, open_stream: Callable[[dict[str, Any] | None], RowStream], count: int, state: Any) -> None:
         """Go on from `state`; None: the beginning."""
@@ -77,7 +77,7 @@ def step_rows(
     state: dict[str, Any] | None,
     on_note: Callable[[str], None],
 ) -> StepRows:
-    """The rows of a run's updates.
+    """The rows of a run's steps.
 
     Args:
         settings: of the run.

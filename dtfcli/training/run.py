@@ -26,7 +26,7 @@ class TrainingState:
     """Where a run stands, apart from tensors and random generators.
 
     Attributes:
-        step: updates done.
+        step: how many were made.
         evaluated_step: the last step whose evaluation is in the metrics; -1: none.
         best_step, best_loss: of the best evaluation after the start; -1 and None: none yet.
         metrics_bytes: length of metrics.jsonl at this point.
@@ -80,6 +80,6 @@ class Run:
         """Tokens trained on so far."""
         return self.state.step * self.plan.tokens_per_step
 
-    def tell(self, kind: Any, message: str = "", metrics: dict[str, Any] | None = None) -> None:
+    def report(self, kind: Any, message: str = "", metrics: dict[str, Any] | None = None) -> None:
         """Emit an event of this step."""
         self.emit(TrainEvent(kind, message, self.state.step, self.plan.total_steps, metrics=metrics or {}))

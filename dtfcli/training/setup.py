@@ -140,7 +140,7 @@ def _distillation(settings: Settings, model: Any, device: torch.device) -> Disti
 
 
 def _adapt(settings: Settings, model: Any, device: torch.device) -> None:
-    """Freeze and adapt the backbone, if the settings say so; what was fitted, and the parent, are of the plain base."""
+    """Freeze and adapt the backbone, if the settings say so, after the fit and the parent, which are of the plain base."""
     if settings.lora.quantize == "nf4":
         quantize_nf4(model, device, compute_dtype(settings.run.dtype, device))
     with torch.random.fork_rng():
@@ -181,11 +181,11 @@ def _restore(folder: Path, states: Replicated, start: TrainingState, emit: Train
         tidy_folders(folder / CHECKPOINTS)
         return find_checkpoint(folder, lambda message: emit(TrainEvent("warning", message)))
 
-    found = states.processes.from_main(find)
-    if found is None:
+    usable = states.processes.from_main(find)
+    if usable is None:
         emit(TrainEvent("warning", f"{folder} has no usable checkpoint: starting from the beginning."))
         return start
-    checkpoint, state = found
+    checkpoint, state = usable
     if states.processes.from_main(lambda: state.data != start.data):
         raise DataError(
             f"{folder}: data.sources have changed since this run began, so it cannot be resumed. Start a new run."

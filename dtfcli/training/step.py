@@ -1,6 +1,6 @@
-"""One optimizer step: micro-batches → gradients → clipped update → metrics.
+"""One optimizer step: micro-batches → gradients → clipping → optimizer → metrics.
 
-Accumulation is done by hand: the loss is a mean over the whole update, not over each micro-batch, as one large batch
+Accumulation is done by hand: the loss is a mean over the whole step, not over each micro-batch, as one large batch
 would have it.
 """
 
@@ -31,7 +31,7 @@ def train_step(run: Run) -> dict[str, Any]:
     """One optimizer step over `rows_per_step` rows, in micro-batches.
 
     Returns:
-        Metrics of the update: losses averaged over all of it, gradient norm, learning rates and, when the step is
+        Metrics of the step: losses averaged over all of it, gradient norm, learning rates and, when the step is
         logged, routing statistics.
 
     Raises:
@@ -66,7 +66,7 @@ def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
 
     Args:
         run: its parameters receive the gradients.
-        rows: of the whole update; each process takes its part.
+        rows: of the whole step; each process takes its part.
         targets: what sums over tokens are divided by.
     """
     sums: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
 
 @contextmanager
 def _training_capacity(run: Run) -> Iterator[dict[str, float]]:
-    """Route by the γ of this update; gives the metric that tells it, where γ changes in the course of the run."""
+    """Route by the γ of this step; yields the metric of it where γ changes during the run."""
     training = run.settings.training
     if not run.objective.routed or training.capacity_schedule == "constant":
         yield {}
@@ -107,7 +107,7 @@ def _training_capacity(run: Run) -> Iterator[dict[str, float]]:
 
 
 def _choose_training_routing(run: Run) -> None:
-    """Top-K, and for the last `training.threshold_fraction` of the updates the rule of inference."""
+    """Top-K, and for the last `training.threshold_fraction` of the steps the rule of inference."""
     first = first_by_threshold(run.plan.total_steps, run.settings.training)
     if run.state.step == first:
         calibrate(run, capacities=(), tokens=QUICK_CALIBRATION_TOKENS)
@@ -124,8 +124,8 @@ def _average_thresholds(run: Run) -> None:
             return
         together = torch.cat(tracked)
         run.processes.all_reduce_mean(together)
-        for own, mean in zip(tracked, together, strict=True):
-            own.copy_(mean)
+        for value, mean in zip(tracked, together, strict=True):
+            value.copy_(mean)
 
 
 def _clip_gradients(run: Run) -> float:

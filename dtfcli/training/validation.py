@@ -28,7 +28,7 @@ def to_labels(rows: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device. To a GPU from pinned memory, or the host would wait until all that was launched before is done."""
+    """On the device. To a GPU from pinned memory; otherwise the host would synchronize with it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -135,18 +135,18 @@ def calibration_rows(total_rows: int, seq_len: int, tokens: int, seed: int) -> l
     Args:
         total_rows: rows of training text.
         seq_len: their length.
-        tokens: real tokens wanted, reached or exceeded by less than a row; each row is used at most once.
+        tokens: how many real tokens, reached or exceeded by less than a row; each row is used at most once.
         seed: of the run.
     """
     rng = np.random.RandomState(seed)  # its stream is frozen across versions of NumPy
     chosen: list[tuple[int, int]] = []
-    found = 0
+    total = 0
     for place, row in enumerate(rng.permutation(total_rows)):
-        if found >= tokens:
+        if total >= tokens:
             break
         length = seq_len if place % 2 == 0 else int(rng.randint(min(16, seq_len), seq_len + 1))
         chosen.append((int(row), length))
-        found += length
+        total += length
     return chosen
 
 

@@ -8,7 +8,7 @@ import torch
 
 from dtfcli.experiment import train
 from dtfcli.runs.folder import list_checkpoints
-from dtfcli.training import loop
+from dtfcli.training.events import TrainEvent
 from dtfcli.training.failures import OutOfMemory, explained_failures
 from tests.training.small_runs import small_settings
 
@@ -27,22 +27,23 @@ def python_says_so() -> None:
 
 
 @pytest.mark.parametrize("fail", [too_large, cuda_says_so, python_says_so])
-def test_out_of_memory_suggests_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Any) -> None:
-    update = loop.train_step
-
-    def failing(run: Any) -> dict[str, Any]:
-        if run.state.step == 3:
-            fail()
-        return update(run)
-
-    monkeypatch.setattr(loop, "train_step", failing)
-    with pytest.raises(OutOfMemory) as caught:
-        train(small_settings(tmp_path))
+def test_out_of_memory_suggests_what_helps(tmp_path: Path, fail: Any) -> None:
+    with pytest.raises(OutOfMemory) as caught, explained_failures(small_settings(tmp_path)):
+        fail()
     message = str(caught.value)
     for remedy in ("training.micro_batch_size=1 (it was 2)", "training.gradient_checkpointing=true", "lora.enabled"):
         assert remedy in message
     assert len(message.splitlines()) == 1
     assert caught.value.exit_code == 1
+
+
+def test_a_run_without_memory_keeps_its_checkpoints(tmp_path: Path) -> None:
+    def listener(event: TrainEvent) -> None:
+        if (event.kind, event.step) == ("step", 3):
+            too_large()
+
+    with pytest.raises(OutOfMemory):
+        train(small_settings(tmp_path), on_event=listener)
     (run,) = (tmp_path / "outputs").glob("*/small")
     assert [path.name for path in list_checkpoints(run)] == ["step-000002"]
 

@@ -146,10 +146,10 @@ def test_events_tell_the_story(finished: dict[str, tuple[TrainResult, list[Train
     assert all(event.total_steps == 6 for event in events if event.kind == "step")
 
 
-def test_train_loss_is_the_mean_over_the_whole_update(tmp_path: Path) -> None:
-    """Micro-batches of 1, 2 and 4 rows give the same logged losses, and the same weights to 1e-5."""
+def test_train_loss_is_the_mean_over_the_whole_step(tmp_path: Path) -> None:
+    """Micro-batches of 1 and 4 rows give the same logged losses, and the same weights to 1e-5."""
     results = []
-    for size in (1, 2, 4):
+    for size in (1, 4):
         settings = small_settings(
             tmp_path, run={"name": f"micro{size}"}, training={"micro_batch_size": size, "tokens_per_update": 128}
         )
@@ -222,17 +222,15 @@ def test_best_model_from_the_middle_takes_any_capacity(tmp_path: Path, monkeypat
     dtfcli.load_model(result.best_model_path, capacity=0.25, device="cpu")(torch.arange(20)[None])
 
 
-@pytest.mark.parametrize("option", ["all", "selective", "bfloat16"])
-def test_memory_and_precision_options(tmp_path: Path, option: str) -> None:
-    changes: dict[str, Any] = {"training": {"max_steps": 2}}
-    if option == "bfloat16":
-        changes["run"] = {"dtype": "bfloat16"}
-    else:
-        changes["training"]["gradient_checkpointing"] = True if option == "all" else option
-    plain = train(small_settings(tmp_path, run={"name": "plain"}, training={"max_steps": 2}))
-    result = train(small_settings(tmp_path, **changes))
-    tolerance = 0.05 if option == "bfloat16" else 1e-5
-    assert result.metrics["val/loss"] == pytest.approx(plain.metrics["val/loss"], abs=tolerance)
+@pytest.mark.parametrize("option", [True, "selective", "bfloat16"])
+def test_memory_and_precision_options(
+    finished: dict[str, tuple[TrainResult, list[TrainEvent]]], tmp_path: Path, option: Any
+) -> None:
+    precision = {"dtype": "bfloat16"} if option == "bfloat16" else {}
+    checkpointing = {} if option == "bfloat16" else {"gradient_checkpointing": option}
+    result = train(small_settings(tmp_path, run=precision, training=checkpointing))
+    plain = finished["dtf"][0].metrics["val/loss"]
+    assert result.metrics["val/loss"] == pytest.approx(plain, abs=0.05 if precision else 1e-5)
     weights = load_file(result.final_model_path / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 

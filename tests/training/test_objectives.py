@@ -45,15 +45,6 @@ def test_micro_batches_add_up_to_one_large_batch(architecture: str) -> None:
         assert torch.allclose(gradient, accumulated[name], atol=2e-6 * scale), name
 
 
-def test_unequal_micro_batches_weigh_by_their_tokens() -> None:
-    objective = build("dtf").train()
-    batch = tokens(4, 24)
-    whole = objective(batch, 4 * 23)
-    parts = [objective(part, 4 * 23) for part in (batch[:3], batch[3:])]
-    assert sum(part.lm_loss.item() for part in parts) == pytest.approx(whole.lm_loss.item(), abs=1e-5)
-    assert sum(part.prior_loss.item() for part in parts) == pytest.approx(whole.prior_loss.item(), rel=1e-5)
-
-
 def test_training_loss_adds_the_weighted_auxiliary_losses() -> None:
     dtf = build("dtf").train()
     losses = dtf(tokens(2, 16), 2 * 15)

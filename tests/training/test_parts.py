@@ -12,11 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from dtfcli import experiment
-from dtfcli.cost.peak import matmul_peak
 from dtfcli.errors import DataError, DTFError
 from dtfcli.runs.folder import list_checkpoints
 from dtfcli.training.checkpoint import read_state
-from dtfcli.training.events import Stopwatch
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.plan import plan_run
 from dtfcli.training.validation import calibration_batches, calibration_rows, evaluation_rows
@@ -83,17 +81,6 @@ def test_evaluation_rows_are_spread() -> None:
     rows = np.arange(100).repeat(4).reshape(100, 4)
     assert evaluation_rows(rows, 3)[:, 0].tolist() == [0, 49, 99]
     assert len(evaluation_rows(rows, 1000)) == 100
-
-
-def test_speed() -> None:
-    watch = Stopwatch()
-    watch.start()
-    watch.stop(1000)
-    assert watch.take_rate() > 0
-    assert watch.take_rate() == 0
-    peak = matmul_peak(torch.device("cpu"), torch.float32)
-    assert peak is not None
-    assert peak > 1e8
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,8 @@ from safetensors import safe_open
 from dtfcli.errors import CheckpointError, ConfigError, DataError, DTFError
 from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
-from dtfcli.runs.folder import list_checkpoints, newest_run, run_settings
-from dtfcli.training import checkpoint
-from dtfcli.training.checkpoint import read_state
+from dtfcli.runs.folder import checkpoint_folder, list_checkpoints, newest_run, run_settings
+from dtfcli.training.checkpoint import find_checkpoint, read_state
 from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainingInterrupted, TrainResult
 from tests.training.small_runs import small_settings
@@ -71,16 +71,42 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(small_settings(tmp_path_factory.mktemp("undisturbed"), model=DROPOUT))
 
 
-@pytest.mark.parametrize(
-    ("kind", "step"),
-    [("step", 1), ("checkpoint", 2), ("step", 3), ("evaluation", 3), ("phase", 6)],
-)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in its fifth step, with checkpoints of steps 2 and 4; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(Killed):
+        train(small_settings(folder, model=DROPOUT), on_event=kill_when(lambda event: event.step == 5))
+    return the_run(folder)
+
+
+@pytest.fixture
+def run(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def resume(run: Path, on_event: Callable[[TrainEvent], None] | None = None) -> TrainResult:
+    return train(run_settings(run), resume=run, on_event=on_event or (lambda event: None))
+
+
+@pytest.mark.parametrize(("kind", "step"), [("step", 1), ("checkpoint", 2), ("evaluation", 3), ("phase", 6)])
 def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, kind: str, step: int) -> None:
     settings = small_settings(tmp_path, model=DROPOUT)
     with pytest.raises(Killed):
         train(settings, on_event=kill_when(lambda event: (event.kind, event.step) == (kind, step)))
     assert not (the_run(tmp_path) / "final_model").exists()
-    resumed = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
+    assert_same(resume(the_run(tmp_path)), undisturbed)
+
+
+def test_killed_again_while_finishing(run: Path, undisturbed: TrainResult) -> None:
+    """All steps are saved before what follows them, so that nothing is trained twice."""
+    with pytest.raises(Killed):
+        resume(run, kill_when(lambda event: event.message == "Writing a sample"))
+    assert [read_state(path).step for path in list_checkpoints(run)] == [6, 4]
+    steps: list[int] = []
+    resumed = resume(run, lambda event: steps.append(event.step) if event.kind == "step" else None)
+    assert steps == []
     assert_same(resumed, undisturbed)
 
 
@@ -112,13 +138,6 @@ def test_sigkill_at_random_moments(tmp_path: Path, kills: int) -> None:
         assert [c.name for c in list_checkpoints(run)] == [c.name for c in list_checkpoints(whole)]
 
 
-def test_killed_while_finishing(tmp_path: Path, undisturbed: TrainResult) -> None:
-    settings = small_settings(tmp_path, model=DROPOUT)
-    with pytest.raises(Killed):
-        train(settings, on_event=kill_when(lambda event: event.message == "Writing a sample"))
-    assert_same(train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path)), undisturbed)
-
-
 def test_killed_while_training_by_threshold(tmp_path: Path) -> None:
     """Thresholds then decide what is trained: they are part of the state."""
     results = []
@@ -131,47 +150,26 @@ def test_killed_while_training_by_threshold(tmp_path: Path) -> None:
         else:
             with pytest.raises(Killed):
                 train(settings, on_event=kill)
-            results.append(train(run_settings(the_run(folder)), resume=the_run(folder)))
+            results.append(resume(the_run(folder)))
     assert_same(*results)
-
-
-def test_killed_twice(tmp_path: Path, undisturbed: TrainResult) -> None:
-    with pytest.raises(Killed):
-        train(small_settings(tmp_path, model=DROPOUT), on_event=kill_when(lambda event: event.step == 3))
-    with pytest.raises(Killed):
-        train(
-            run_settings(the_run(tmp_path)),
-            resume=the_run(tmp_path),
-            on_event=kill_when(lambda event: event.kind == "step" and event.step == 5),
-        )
-    resumed = train(run_settings(the_run(tmp_path)), resume=newest_run(tmp_path / "outputs"))
-    assert_same(resumed, undisturbed)
-
-
-def test_metrics_cut_off_in_a_line(tmp_path: Path, undisturbed: TrainResult) -> None:
-    with pytest.raises(Killed):
-        train(small_settings(tmp_path, model=DROPOUT), on_event=kill_when(lambda event: event.step == 5))
-    with (the_run(tmp_path) / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "tra')
-    assert_same(train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path)), undisturbed)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "state"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    tmp_path: Path, undisturbed: TrainResult, damage: str
+    run: Path, undisturbed: TrainResult, damage: str
 ) -> None:
-    with pytest.raises(Killed):
-        train(small_settings(tmp_path, model=DROPOUT), on_event=kill_when(lambda event: event.step == 5))
-    newest, before = list_checkpoints(the_run(tmp_path))
+    newest, before = list_checkpoints(run)
     assert (newest.name, before.name) == ("step-000004", "step-000002")
     if damage == "cut":
         os.truncate(newest / "model.safetensors", 100)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "tra')
     elif damage == "missing":
         (newest / "optimizer.bin").unlink()
     else:
         (newest / "state.json").write_text("{")
     events: list[TrainEvent] = []
-    resumed = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path), on_event=events.append)
+    resumed = resume(run, events.append)
     warnings = [event.message for event in events if event.kind == "warning"]
     assert len(warnings) == 1
     assert str(newest) in warnings[0]
@@ -179,65 +177,44 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert_same(resumed, undisturbed)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Killed):
-        train(small_settings(tmp_path), on_event=kill_when(lambda event: event.step == 5))
-    newest, before = list_checkpoints(the_run(tmp_path))
+def test_a_checkpoint_that_cannot_be_read_is_damaged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest, before = list_checkpoints(run)
     (newest.parent / "step-000004.bak").mkdir()  # not ours, and none
-    hashed = checkpoint._hash
+    opened = Path.open
 
-    def bad_sector(path: Path) -> str:
-        if path.parent == newest:
+    def bad_sector(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == newest / "optimizer.bin":
             raise OSError(5, "Input/output error")
-        return hashed(path)
+        return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "_hash", bad_sector)
+    monkeypatch.setattr(Path, "open", bad_sector)
     warnings: list[str] = []
-    found = checkpoint.find_checkpoint(the_run(tmp_path), warnings.append)
-    assert found is not None
-    assert found[0] == before
+    usable = find_checkpoint(run, warnings.append)
+    assert usable is not None
+    assert usable[0] == before
     assert len(warnings) == 1
     assert "cannot be read: Input/output error" in warnings[0]
 
 
-def test_what_is_written_after_a_fall_back_is_kept(tmp_path: Path) -> None:
+def test_what_is_written_after_a_fall_back_is_kept(run: Path) -> None:
     """Damaged checkpoints of later steps do not count among those that are kept."""
-    settings = small_settings(tmp_path, training={"keep_checkpoints": 1})
+    text = (run / "settings.toml").read_text()
+    (run / "settings.toml").write_text(text.replace("keep_checkpoints = 2", "keep_checkpoints = 1"))
+    for damaged in list_checkpoints(run):
+        (damaged / "state.json").write_text("{")
     with pytest.raises(Killed):
-        train(settings, on_event=kill_when(lambda event: event.step == 5))
-    run = the_run(tmp_path)
-    (damaged,) = list_checkpoints(run)
-    assert read_state(damaged).step == 4
-    (damaged / "state.json").write_text("{")
-    with pytest.raises(Killed):
-        train(run_settings(run), resume=run, on_event=kill_when(lambda event: event.kind == "step" and event.step == 3))
-    assert read_state(checkpoint.checkpoint_folder(run, 2)).step == 2
+        resume(run, kill_when(lambda event: (event.kind, event.step) == ("step", 3)))
+    assert read_state(checkpoint_folder(run, 2)).step == 2
 
 
-def test_all_updates_are_saved_before_what_comes_after_them(tmp_path: Path, undisturbed: TrainResult) -> None:
-    with pytest.raises(Killed):
-        train(
-            small_settings(tmp_path, model=DROPOUT),
-            on_event=kill_when(lambda event: event.kind == "phase" and event.message == "Writing a sample"),
-        )
-    assert [read_state(path).step for path in list_checkpoints(the_run(tmp_path))] == [6, 4]
-    steps: list[int] = []
-    resumed = train(
-        run_settings(the_run(tmp_path)),
-        resume=the_run(tmp_path),
-        on_event=lambda event: steps.append(event.step) if event.kind == "step" else None,
-    )
-    assert steps == []
-    assert_same(resumed, undisturbed)
-
-
-def test_changed_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Killed):
-        train(small_settings(tmp_path), on_event=kill_when(lambda event: event.step == 3))
-    with (tmp_path / "text.jsonl").open("a") as file:
-        file.write('\n{"text": "one more document"}')
+def test_changed_data_is_refused(run: Path, tmp_path: Path) -> None:
+    (source,) = run_settings(run).data.sources
+    text = Path(source.path).read_text() + '\n{"text": "one more document"}'
+    (tmp_path / "text.jsonl").write_text(text)
+    settings = (run / "settings.toml").read_text()
+    (run / "settings.toml").write_text(settings.replace(source.path, str(tmp_path / "text.jsonl")))
     with pytest.raises(DataError, match="have changed since this run began"):
-        train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
+        resume(run)
 
 
 def test_no_run_to_resume(tmp_path: Path) -> None:
@@ -313,24 +290,14 @@ def test_a_signal_saves_and_exits_with_130(tmp_path: Path, number: signal.Signal
 
 
 @pytest.mark.slow
-def test_a_run_in_progress_is_not_resumed(tmp_path: Path) -> None:
-    """Two would write the same files."""
+def test_a_run_in_progress_is_not_resumed_and_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     small_settings(tmp_path)
     process = start(tmp_path, 20.0)
     run = the_run(tmp_path)
     before = sorted(run.rglob("*"))
     with pytest.raises(ConfigError, match="another process is training"):
-        train(run_settings(run), resume=run)
+        resume(run)  # two would write the same files
     assert sorted(run.rglob("*")) == before
-    process.kill()
-    process.communicate()
-    train(run_settings(run).model_copy(update={"training": small_settings(tmp_path).training}), resume=run)
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    small_settings(tmp_path)
-    process = start(tmp_path, 20.0)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     began = time.monotonic()
@@ -339,4 +306,5 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
     assert process.returncode != 0
     assert "KeyboardInterrupt" in errors
-    assert list_checkpoints(the_run(tmp_path)) == []
+    assert list_checkpoints(run) == []
+    train(run_settings(run).model_copy(update={"training": small_settings(tmp_path).training}), resume=run)
