@@ -140,7 +140,7 @@ def _distillation(settings: Settings, model: Any, device: torch.device) -> Disti
 
 
 def _adapt(settings: Settings, model: Any, device: torch.device) -> None:
-    """Freeze and adapt the backbone, if the settings say so, after the fit and the parent, which are of the plain base."""
+    """Freeze and adapt the backbone if the settings say so; fit and parent are made before, of the plain base."""
     if settings.lora.quantize == "nf4":
         quantize_nf4(model, device, compute_dtype(settings.run.dtype, device))
     with torch.random.fork_rng():
