@@ -11,7 +11,6 @@ Notable choices:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dtfcli.data.documents import Document, hashed_share, kept_document, no_document
+from dtfcli.data.order import frozen_generator
 from dtfcli.data.sources import Shard, SourceReader
 from dtfcli.settings.data import Source
 
@@ -37,9 +37,7 @@ def draw_weights(sources: Sequence[Source]) -> list[float]:
 
 
 def _generator(*of: object) -> np.random.RandomState:
-    """NumPy's legacy generator, whose stream is frozen across versions, seeded by anything that JSON can write."""
-    state = hashlib.blake2b(json.dumps(of).encode(), digest_size=32).digest()
-    return np.random.RandomState(np.frombuffer(state, dtype="<u4"))
+    return frozen_generator(json.dumps(of))
 
 
 class SourceStream:
@@ -54,7 +52,7 @@ class SourceStream:
         window: int,
         wanted: Callable[[Document], bool],
         passes: int | None = None,
-        on_pass: Callable[[int], None] = lambda done: None,
+        on_pass: Callable[[int], None] = lambda count: None,
     ) -> None:
         """Begin at the beginning.
 
@@ -113,9 +111,9 @@ class SourceStream:
         self._begin, self._given = self._end, 0
         number, place, row = self._begin["pass"], self._begin["shard"], self._begin["row"]
         order = _generator(self._seed, self._index, number, "shards").permutation(self._reader.num_shards)
-        found: list[Document] = []
+        accepted: list[Document] = []
         characters = 0
-        while place < len(order) and len(found) < self._size and characters < WINDOW_CHARACTERS:
+        while place < len(order) and len(accepted) < self._size and characters < WINDOW_CHARACTERS:
             if self._shard is None:
                 self._shard = self._reader.open_shard(int(order[place]), row, self._report)
             value = next(self._shard, self)
@@ -128,19 +126,17 @@ class SourceStream:
                 continue
             self._report.documents += 1
             if self._wanted(document):
-                found.append(document)
+                accepted.append(document)
                 characters += len(document.text)
         window = self._begin["window"] + 1
         self._end = {"pass": number, "window": window, "shard": place, "row": row}
         if place == len(order):
-            if not self._report.documents:
-                raise no_document(self._reader, self._report)
-            if not found and window == 1 and self._passes is None:
+            if not self._report.documents or (not accepted and window == 1 and self._passes is None):
                 raise no_document(self._reader, self._report)
             self._end = {"pass": number + 1, "window": 0, "shard": 0, "row": None}
             self._on_pass(number + 1)
-        mixed = _generator(self._seed, self._index, number, window, "documents").permutation(len(found))
-        self._documents = [found[i] for i in mixed]
+        mixed = _generator(self._seed, self._index, number, window, "documents").permutation(len(accepted))
+        self._documents = [accepted[i] for i in mixed]
 
 
 class Mixture:

@@ -6,14 +6,16 @@ from functools import lru_cache
 import numpy as np
 
 
+def frozen_generator(content: str) -> np.random.RandomState:
+    """NumPy's legacy generator, whose stream is frozen across versions, seeded by a text."""
+    state = hashlib.blake2b(content.encode(), digest_size=32).digest()
+    return np.random.RandomState(np.frombuffer(state, dtype="<u4"))
+
+
 @lru_cache(maxsize=4)
 def epoch_order(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the blocks in one epoch: a permutation (int64, read-only), a function of its arguments.
-
-    Drawn by NumPy's legacy generator, whose stream is frozen across versions.
-    """
-    state = hashlib.blake2b(f"epoch {epoch} of seed {seed}".encode(), digest_size=32).digest()
-    order = np.random.RandomState(np.frombuffer(state, dtype="<u4")).permutation(num_blocks)
+    """The order of the blocks in one epoch: a permutation (int64, read-only), a function of its arguments."""
+    order = frozen_generator(f"epoch {epoch} of seed {seed}").permutation(num_blocks)
     order.flags.writeable = False
     return order
 

@@ -50,7 +50,7 @@ def document_mixture(
     *,
     held_out: bool,
     passes: int | None = None,
-    on_pass: Callable[[int, int], None] = lambda source, done: None,
+    on_pass: Callable[[int, int], None] = lambda source, count: None,
 ) -> Mixture:
     """The documents of one side of the split.
 
@@ -266,8 +266,8 @@ class RowStream:
         reports = [reader.new_report() for reader in readers]
         notes: list[str] = []
 
-        def note_pass(source: int, done: int) -> None:
-            if done == 1:
+        def note_pass(source: int, passes: int) -> None:
+            if passes == 1:
                 notes.append(f"data.sources[{source}] ({readers[source].path}) was read to its end and begins again.")
 
         mixture = document_mixture(readers, data, seed, held_out=False, on_pass=note_pass)

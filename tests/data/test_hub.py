@@ -112,9 +112,9 @@ def test_offline_hub_for_real() -> None:
         "except DataError as error:\n    print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
-    assert done.returncode == 0, done.stderr
-    assert "the Hub cannot be reached (offline?)" in done.stdout
-    assert done.stderr == ""
+    assert child.returncode == 0, child.stderr
+    assert "the Hub cannot be reached (offline?)" in child.stdout
+    assert child.stderr == ""
