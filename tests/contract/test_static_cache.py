@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
-from dtfcli.models.static import EnteredRows, StaticLayerCache, StepGraph
+from dtfcli.models.static import StaticLayerCache, StepGraph
 from dtfcli.training.compiling import compile_layers
 from tests.budget import examples
 from tests.cases import EVERY_WAY, QUICK, Case, decode, on_devices
@@ -244,18 +244,6 @@ def test_what_cannot_be_static_is_refused() -> None:
         model(tokens(1, 1), **{CACHE_NAME: cache})
         with pytest.raises(ValueError, match="made for 10 positions"):
             model(tokens(1, 1), **{CACHE_NAME: cache})
-
-
-def test_a_layer_that_no_row_enters_reads_no_weights() -> None:
-    pytest.importorskip("triton", reason="the kernels need Triton")
-    linear = torch.nn.Linear(32, 48)
-    torch.nn.init.constant_(linear.weight, torch.nan)
-    x = torch.randn(3, 1, 32)
-    with torch.no_grad(), EnteredRows(torch.zeros(3, 1, dtype=torch.bool)):
-        assert torch.equal(linear(x), torch.zeros(3, 1, 48))
-    torch.nn.init.normal_(linear.weight)
-    with torch.no_grad(), EnteredRows(torch.tensor([[False], [True], [False]])):
-        assert torch.allclose(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5)
 
 
 @on_devices([(EVERY_KEY, False), (Case("mod of an MLP, forecast, soft", "llama"), False)], [EVERY_KEY])

@@ -402,16 +402,20 @@ STRANGERS = [
 """Files of others: damaged, made to look like what they are not, or leading out of their folder."""
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+TABLE = [*PRESETS, *TRAIN, *DATA, *GENERATE, *SERVE, *INSPECT, *EVAL, *PUSH, *STRANGERS]
+MISSING = ("wandb", "tensorboard", "trackio", "bitsandbytes")
+"""Packages that are not there, as far as the commands can see."""
+PROGRESS = ("hashing the weights", "merging the adapter into its base", "looking for what must not be published")
+MODELS = ("model", "dense", "scored", "orphan", "unnamed", "hollow")
+
+
+def _make_models(root: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Routed and dense models, one with an end-of-text token; adapters that lack things."""
-    root = tmp_path_factory.mktemp("models")
     for name, model in (("model", routed_model()), ("dense", dense_model()), ("scored", routed_model())):
         model.save_pretrained(root / name)
-        tokenizer = copy.deepcopy(word_tokenizer)
-        if name == "scored":
-            tokenizer.eos_token = "z"
-        tokenizer.save_pretrained(root / name)
+        its = copy.deepcopy(tokenizer)
+        its.eos_token = "z" if name == "scored" else None
+        its.save_pretrained(root / name)
     for name, base in (("orphan", "./gone/base"), ("unnamed", None), ("hollow", "dense")):
         (root / name).mkdir()
         shutil.copy(root / "model" / "config.json", root / name)
@@ -419,25 +423,77 @@ def folders(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrained
         (root / name / "adapter_config.json").write_text(json.dumps(adapter))
         if name != "hollow":
             (root / name / "adapter_model.safetensors").write_bytes(b"")
-    names = ("model", "dense", "scored", "orphan", "unnamed", "hollow")
-    return {name: str(root / name) for name in names}
+    its = PreTrainedTokenizerFast.from_pretrained(root / "scored")
+    its.chat_template = "{{ messages[0].content }}"
+    its.save_pretrained(root.parent / "chat")
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with files that are not what they should be; token caches go there too."""
-    (tmp_path / "taken.toml").write_text("# mine\n")
-    (tmp_path / "broken.toml").write_text("[training\n")
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00x")
-    (tmp_path / "wrong.toml").write_text("[training]\nmax_stpes = 3\n")
-    (tmp_path / "notes.gguf").write_text("not a model")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "prompts.txt").write_text("a b\n")
-    (tmp_path / "rows.jsonl").write_text('{"body": "a b"}\n')
-    (tmp_path / "folder").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DTF_DATA__CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path
+def _make_files(folder: Path) -> None:
+    """Files that are not what they should be."""
+    score = {"x": {"metrics": {"acc": {"value": 0.5}}}}
+    files: dict[str, str | bytes] = {
+        "taken.toml": "# mine\n",
+        "broken.toml": "[training\n",
+        "binary.toml": b"\xff\xfe\x00x",
+        "wrong.toml": "[training]\nmax_stpes = 3\n",
+        "model.toml": '[model]\nbase = "folder"\n',
+        "deep.toml": "a = " + "[" * 10_000,
+        "notes.gguf": "not a model",
+        "base.gguf": "GGUF....",
+        "six.gguf": b"GGUF\3\0",
+        "empty.txt": "",
+        "prompts.txt": "a b\n",
+        "rows.jsonl": '{"body": "a b"}\n',
+        "full/mine.txt": "mine",
+        "pickled/config.json": "{}",
+        "pickled/pytorch_model.bin": b"PK",
+        "other.json": json.dumps({"model_hash": "a" * 64, "results": score}),
+        "fewer.json": json.dumps({"quantize": "int8", "results": score}),
+        "empty.json": '{"results": {}}',
+        "tasks/broken.yaml": "task: [",
+        "coded/x.yaml": "task: x\nprocess_docs: !function y.z\n",
+    }
+    (folder / "folder").mkdir()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def _make_strangers_models(folder: Path, model: Path) -> None:
+    """Copies of a model, each with something wrong."""
+    changes: dict[str, Any] = {
+        "text": {"hidden_size": "wide"},
+        "kernel": {"attn_implementation": "some/kernel"},
+        "code": {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}},
+        "called": {"auto_map": {"AutoConfig": "../mine.Config"}},
+    }
+    for name in (*changes, "listed", "linked", "indexed", "cut", "words", "nested"):
+        config = Path(shutil.copytree(model, folder / name)) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes.get(name, {})))
+    (folder / "listed/config.json").write_text("[]")
+    (folder / "nested/config.json").write_text("[" * 100_000)
+    (folder / "linked/tokenizer.json").unlink()
+    (folder / "linked/tokenizer.json").symlink_to(model / "tokenizer.json")
+    (folder / "indexed/model.safetensors").rename(folder / "indexed/model-00001-of-00001.safetensors")
+    (folder / "indexed/model.safetensors.index.json").write_text('{"weight_map": {"x": "../model.safetensors"}}')
+    (folder / "cut/model.safetensors").write_bytes(b"\xff" * 20)
+    (folder / "words/tokenizer.json").write_text('{"model": 3}')
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The folder that the commands run in. No command changes it, so one is enough."""
+    folder = tmp_path_factory.mktemp("work")
+    _make_files(folder)
+    _make_models(folder / "models", word_tokenizer)
+    _make_strangers_models(folder, folder / "models" / "dense")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def before(workplace: Path) -> dict[str, str]:
+    """What the files hold."""
+    return _contents(workplace)
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -446,157 +502,38 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def _check(result: Outcome, expected: list[str]) -> None:
+    lines = [line for line in result.stderr.splitlines() if not line.rstrip().endswith(" …")]
+    message = "\n".join(line for line in lines if line.strip() not in PROGRESS)
     assert result.code == 2, result
     for text in expected:
-        assert text in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) <= 2, result.stderr
+        assert text in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) <= 2, message
 
 
-@pytest.mark.parametrize(("command", "expected"), PRESETS, ids=[row[0] for row in PRESETS])
-def test_presets(dtf: Callable[..., Outcome], workplace: Path, command: str, expected: list[str]) -> None:
-    before = _contents(workplace)
-    _check(dtf(*shlex.split(command)), expected)
-    assert _contents(workplace) == before
-
-
-@pytest.mark.parametrize(("command", "expected"), TRAIN, ids=[row[0] for row in TRAIN])
-def test_train(dtf: Callable[..., Outcome], workplace: Path, command: str, expected: list[str]) -> None:
-    before = _contents(workplace)
-    _check(dtf(*shlex.split(command)), expected)
-    assert _contents(workplace) == before
-
-
-@pytest.mark.parametrize(("command", "expected"), DATA, ids=[row[0] for row in DATA])
-def test_data_and_trackers(
+@pytest.mark.parametrize(("command", "expected"), TABLE, ids=[row[0] for row in TABLE])
+def test_wrong_input(
     dtf: Callable[..., Outcome],
     workplace: Path,
+    before: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
-    folders: dict[str, str],
     command: str,
     expected: list[str],
 ) -> None:
     find_spec = importlib.util.find_spec
-    missing = ("wandb", "tensorboard", "trackio", "bitsandbytes")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in missing else find_spec(name, *_))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folders["scored"])
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    tokenizer.save_pretrained("chat")
-    (workplace / "model.toml").write_text('[model]\nbase = "folder"\n')
-    before = _contents(workplace)
-    for name, path in {**folders, "chat": "chat"}.items():
-        command = command.replace(f"{{{name}}}", path)
-    result = dtf(*shlex.split(command))
-    lines = result.stderr.splitlines(keepends=True)
-    told = "".join(line for line in lines if not line.rstrip().endswith(" …"))  # progress, before what is wrong
-    _check(Outcome(result.code, result.stdout, told), expected)
-    assert _contents(workplace) == before
-
-
-@pytest.mark.parametrize(("command", "expected"), GENERATE, ids=[row[0] for row in GENERATE])
-def test_generate(
-    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
-) -> None:
-    before = _contents(workplace)
-    _check(dtf(*shlex.split(command.format(**folders))), [text.format(**folders) for text in expected])
-    assert _contents(workplace) == before
-
-
-@pytest.mark.parametrize(("command", "expected"), SERVE, ids=[row[0] for row in SERVE])
-def test_serve(
-    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
-) -> None:
-    before = _contents(workplace)
-    _check(dtf(*shlex.split(command.format(**folders))), expected)
-    assert _contents(workplace) == before
-
-
-def _strangers_files(model: Path) -> None:
-    """Copies of a model in the working folder, each with something wrong, and files of other kinds."""
-    changes: dict[str, Any] = {
-        "text": {"hidden_size": "wide"},
-        "kernel": {"attn_implementation": "some/kernel"},
-        "code": {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}},
-        "called": {"auto_map": {"AutoConfig": "../mine.Config"}},
-    }
-    for name in (*changes, "listed", "linked", "indexed", "cut", "words", "nested"):
-        config = Path(shutil.copytree(model, name)) / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes.get(name, {})))
-    Path("listed/config.json").write_text("[]")
-    Path("nested/config.json").write_text("[" * 100_000)
-    Path("linked/tokenizer.json").unlink()
-    Path("linked/tokenizer.json").symlink_to(model / "tokenizer.json")
-    Path("indexed/model.safetensors").rename("indexed/model-00001-of-00001.safetensors")
-    Path("indexed/model.safetensors.index.json").write_text('{"weight_map": {"x": "../model.safetensors"}}')
-    Path("cut/model.safetensors").write_bytes(b"\xff" * 20)
-    Path("words/tokenizer.json").write_text('{"model": 3}')
-    Path("six.gguf").write_bytes(b"GGUF\3\0")
-    Path("deep.toml").write_text("a = " + "[" * 10_000)
-    Path("tasks").mkdir()
-    Path("tasks/broken.yaml").write_text("task: [")
-    Path("coded").mkdir()
-    Path("coded/x.yaml").write_text("task: x\nprocess_docs: !function y.z\n")
-
-
-@pytest.mark.parametrize(("command", "expected"), STRANGERS, ids=[row[0] for row in STRANGERS])
-def test_strangers_files(
-    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
-) -> None:
-    _strangers_files(Path(folders["dense"]))
-    before = _contents(workplace)
-    _check(dtf(*shlex.split(command.format(**folders))), expected)
-    assert _contents(workplace) == before
-
-
-@pytest.mark.parametrize(("command", "expected"), INSPECT, ids=[row[0] for row in INSPECT])
-def test_inspect_routing(
-    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
-) -> None:
-    before = _contents(workplace)
-    _check(dtf(*shlex.split(command.format(**folders))), expected)
-    assert _contents(workplace) == before
-
-
-@pytest.mark.parametrize(("command", "expected"), EVAL, ids=[row[0] for row in EVAL])
-def test_eval(
-    dtf: Callable[..., Outcome], workplace: Path, folders: dict[str, str], command: str, expected: list[str]
-) -> None:
-    before = _contents(workplace) | _contents(Path(folders["model"]))
-    _check(dtf(*shlex.split(command.format(**folders))), expected)
-    assert _contents(workplace) | _contents(Path(folders["model"])) == before
-
-
-@pytest.mark.parametrize(("command", "expected"), PUSH, ids=[row[0] for row in PUSH])
-def test_push(
-    dtf: Callable[..., Outcome],
-    workplace: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    folders: dict[str, str],
-    command: str,
-    expected: list[str],
-) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name in MISSING else find_spec(name, *_))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(workplace / "no-token"))
-    (workplace / "full").mkdir()
-    (workplace / "full" / "mine.txt").write_text("mine")
-    (workplace / "base.gguf").write_bytes(b"GGUF....")
-    (workplace / "pickled").mkdir()
-    (workplace / "pickled" / "config.json").write_text("{}")
-    (workplace / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
-    score = {"acc": {"value": 0.5}}
-    (workplace / "other.json").write_text(json.dumps({"model_hash": "a" * 64, "results": {"x": {"metrics": score}}}))
-    (workplace / "fewer.json").write_text(json.dumps({"quantize": "int8", "results": {"x": {"metrics": score}}}))
-    (workplace / "empty.json").write_text('{"results": {}}')
-    before = _contents(workplace)
-    result = dtf(*shlex.split(command.format(**folders)))
-    notes = (
-        "hashing the weights",
-        "merging the adapter into its base",
-        "looking for what must not be published",
-    )  # progress, before what is wrong
-    lines = [line for line in result.stderr.splitlines(keepends=True) if line.strip() not in notes]
-    _check(Outcome(result.code, result.stdout, "".join(lines)), expected)
+    monkeypatch.setenv("DTF_DATA__CACHE_DIR", str(workplace / "cache"))
+    monkeypatch.chdir(workplace)
+
+    def named(text: str) -> str:
+        for name in MODELS:
+            text = text.replace(f"{{{name}}}", f"{workplace}/models/{name}")
+        return text.replace("{chat}", "chat")
+
+    _check(dtf(*shlex.split(named(command))), [named(text) for text in expected])
     assert _contents(workplace) == before
     assert not (workplace / "out").exists()
 
