@@ -37,8 +37,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(value: bool) -> None:
+    if value:
         print(f"dtf {__version__}")  # noqa: T201  # rich would cost more than the rest of the command
         raise typer.Exit
 

@@ -76,12 +76,12 @@ def quantize_and_measure(model: Any, tokenizer: Any, kind: str) -> Quantization:
         ids = tokenizer(SAMPLE)["input_ids"]
     ids = ids[: min(_MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or _MOST_TOKENS)]
     before = _measure(model, ids)
-    done = quantize(model, kind)
+    quantization = quantize(model, kind)
     after = _measure(model, ids)
     if before is None or after is None:
-        return done
+        return quantization
     model.quantization = replace(
-        done,
+        quantization,
         tokens=len(ids),
         loss_before=before[0],
         loss_after=after[0],
@@ -107,12 +107,12 @@ def _measure(model: Any, ids: list[int]) -> tuple[float, float | None] | None:
     return loss, meter.read().overall
 
 
-def in_words(done: Quantization) -> str:
-    """One line: what quantizing changed."""
-    said = f"quantized {done.kind}: {done.bytes_before / 1e6:,.1f} MB → {done.bytes_after / 1e6:,.1f} MB"
-    if done.loss_before is None or done.loss_after is None:
-        return said
-    said += f"; on {done.tokens} tokens of the sample: loss {done.loss_before:.3f} → {done.loss_after:.3f}"
-    if done.routed_before is None or done.routed_after is None:
-        return said
-    return f"{said}, routed {done.routed_before:.1%} → {done.routed_after:.1%}"
+def in_words(change: Quantization) -> str:
+    """One line: the effect of quantizing."""
+    line = f"quantized {change.kind}: {change.bytes_before / 1e6:,.1f} MB → {change.bytes_after / 1e6:,.1f} MB"
+    if change.loss_before is None or change.loss_after is None:
+        return line
+    line += f"; on {change.tokens} tokens of the sample: loss {change.loss_before:.3f} → {change.loss_after:.3f}"
+    if change.routed_before is None or change.routed_after is None:
+        return line
+    return f"{line}, routed {change.routed_before:.1%} → {change.routed_after:.1%}"

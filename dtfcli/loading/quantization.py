@@ -160,20 +160,21 @@ def _check_plain(model: Any, kind: str) -> None:
 
 
 def _check_groups(layers: dict[str, nn.Linear], device: torch.device) -> None:
+    outputs = _INT4_OUTPUTS if device.type == "cpu" else 1
     for name, layer in layers.items():
-        if layer.in_features % GROUP:
+        if layer.in_features % GROUP or layer.out_features % outputs:
             raise ConfigError(
-                f"quantize = 'int4': {name} has {layer.in_features} inputs, no multiple of {GROUP}; choose int8."
-            )
-        if device.type == "cpu" and layer.out_features % _INT4_OUTPUTS:
-            raise ConfigError(
-                f"quantize = 'int4': {name} has {layer.out_features} outputs, no multiple of {_INT4_OUTPUTS}, which "
-                "the kernel for cpu needs; choose int8."
+                f"quantize = 'int4': {name} has {layer.in_features} inputs and {layer.out_features} outputs, which are "
+                f"no multiples of {GROUP} and {outputs}; choose int8."
             )
 
 
 def _torchao_config(kind: str, device: torch.device) -> Any:
-    """Torchao's name for a format; it would also change the settings of torch.compile for the whole process."""
+    """Torchao's name for a format, without its changes to the settings of torch.compile.
+
+    Transformers' `TorchAoConfig` takes the same names. It quantizes while it opens a folder, so there is no plain model
+    to measure against, and it skips modules by name, which merged adapters and converted models do not go through.
+    """
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
     if kind == "int8":
@@ -184,8 +185,7 @@ def _torchao_config(kind: str, device: torch.device) -> Any:
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     except ImportError as error:
         raise ConfigError(
-            f"quantize = 'int4': this torchao has no int4 for cpu where 0.18 has it ({error}); choose int8, or install "
-            "torchao==0.18."
+            "quantize = 'int4': on a cpu this needs torchao==0.18; install it, or choose int8."
         ) from error
     return PrototypeInt4WeightOnlyConfig(GROUP, set_inductor_config=False)
 
@@ -248,9 +248,8 @@ def _nf4_class() -> Any:
             self.support_avx512bf16_for_cpu = False
 
         def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-            found: dict[str, Any] = {}
-            super()._save_to_state_dict(found, prefix, keep_vars)
-            own = (f"{prefix}weight", f"{prefix}bias")
-            destination.update({name: x for name, x in found.items() if name in own})
+            tensors: dict[str, Any] = {}
+            super()._save_to_state_dict(tensors, prefix, keep_vars)
+            destination |= {name: x for name, x in tensors.items() if name in (f"{prefix}weight", f"{prefix}bias")}
 
     return FrozenNF4

@@ -129,9 +129,9 @@ def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("dense")
     with pytest.raises(ConfigError, match="quantize = 'int3': choose int8 or int4"):
         quantize(model, "int3")
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj has 48 inputs, no multiple of 32; choose int8"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj has 48 inputs .* 32 and 16; choose int8"):
         quantize(dense_model(), "int4")
-    with pytest.raises(ConfigError, match=r"k_proj has 8 outputs, no multiple of 16"):
+    with pytest.raises(ConfigError, match=r"k_proj has .* 8 outputs"):
         quantize(dense_model(intermediate_size=64, num_key_value_heads=1), "int4")
     with pytest.raises(ConfigError, match="this is mps; choose int8"):
         check_quantize("int4", torch.device("mps"))

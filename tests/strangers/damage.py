@@ -30,16 +30,16 @@ ENCODINGS = ("utf-16", "utf-32", "latin-1", "utf-8-sig", "utf-16-be")
 
 def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of all values in a JSON document, its own, (), included."""
-    found = [path]
+    paths = [path]
     if isinstance(document, dict):
         children: Any = document.items()
     elif isinstance(document, list):
         children = enumerate(document[:20])
     else:
-        return found
+        return paths
     for key, value in children:
-        found += places(value, (*path, key))
-    return found
+        paths += places(value, (*path, key))
+    return paths
 
 
 def changed(rng: Random, document: Any, values: tuple[Any, ...] = HUGE) -> tuple[Any, str]:
@@ -102,27 +102,25 @@ def damage_bytes(rng: Random, path: Path) -> str:
     """A file cut anywhere, with flipped bits, with bytes put in or left out, empty, or nothing but zeros."""
     data = bytearray(path.read_bytes())
     # Most formats begin with what matters most.
-    at = rng.randrange(min(len(data), 400)) if rng.random() < 0.6 else rng.randrange(len(data))
-    kind = rng.choice(("cut", "cut", "flip", "flip", "number", "insert", "leave out", "empty", "zeros", "encoding"))
+    place = rng.randrange(min(len(data), 400)) if rng.random() < 0.6 else rng.randrange(len(data))
+    kind = rng.choice(("cut", "cut", "flip", "flip", "number", "shift", "empty", "zeros", "encoding"))
     if kind == "cut":
-        data = data[:at]
+        data = data[:place]
     elif kind == "flip":
         for _ in range(rng.choice((1, 1, 8))):
-            data[min(len(data) - 1, at + rng.randrange(64))] ^= 1 << rng.randrange(8)
+            data[min(len(data) - 1, place + rng.randrange(64))] ^= 1 << rng.randrange(8)
     elif kind == "number":
         size = struct.pack("<Q", rng.choice((2**60, 2**63, 2**64 - 1, 2**31, 10**12, 0)))
-        at = rng.choice((0, 4, 8, 16, 24, at))
-        data[at : at + 8] = size
-    elif kind == "insert":
-        data[at:at] = bytes(rng.randrange(256) for _ in range(rng.choice((1, 3, 8))))
-    elif kind == "leave out":
-        del data[at : at + rng.choice((1, 8, 100))]
+        place = rng.choice((0, 4, 8, 16, 24, place))
+        data[place : place + 8] = size
+    elif kind == "shift":
+        data[place : place + rng.choice((0, 1, 8, 100))] = rng.randbytes(rng.choice((1, 3, 8)))
     elif kind == "encoding":
         data = bytearray(bytes(data).decode("latin-1").encode(rng.choice(ENCODINGS), "replace"))
     else:
         data = bytearray() if kind == "empty" else bytearray(len(data))
     path.write_bytes(bytes(data))
-    return f"{kind} at byte {at}"
+    return f"{kind} at byte {place}"
 
 
 def displace(rng: Random, path: Path) -> str:
@@ -134,12 +132,8 @@ def displace(rng: Random, path: Path) -> str:
     if kind == "folder":
         path.mkdir()
         (path / "x").write_text("x")
-    elif kind == "dangling link":
-        os.symlink("nowhere", path)
-    elif kind == "link to itself":
-        os.symlink(path.name, path)
-    elif kind == "link out":
-        os.symlink(outside, path)
+    elif kind != "missing":
+        os.symlink({"dangling link": "nowhere", "link to itself": path.name, "link out": outside}[kind], path)
     return kind
 
 

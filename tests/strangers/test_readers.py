@@ -49,24 +49,21 @@ def bounded_memory(room: int = _ROOM) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def look(folder: Path) -> dict[str, tuple[int, int]]:
+def states(folder: Path) -> dict[str, tuple[int, int]]:
     """Sizes and times of everything in a folder."""
-    found = {}
-    for path in folder.rglob("*"):
-        stat = path.lstat()
-        found[str(path)] = (stat.st_size, stat.st_mtime_ns)
-    return found
+    stats = {str(path): path.lstat() for path in folder.rglob("*")}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def check(reader: Reader, rng: Random, healthy: Path, scratch: Path) -> None:
     """One case."""
     folder = fresh_copy(healthy / reader.folder, scratch / f"case{next(_NUMBERS)}" / "it")
     damage = reader.damage(rng, folder / reader.file)
-    before = look(folder.parent)
-    found: Any = None
+    before = states(folder.parent)
+    answer: Any = None
     with bounded_memory():
         try:
-            found = reader.read(folder)
+            answer = reader.read(folder)
         except DTFError as error:
             said = str(error)
             assert str(folder) in said, (damage, said)
@@ -74,26 +71,16 @@ def check(reader: Reader, rng: Random, healthy: Path, scratch: Path) -> None:
             assert said.rstrip().endswith((".", "?", "…")), (damage, said)
             assert "allocate" not in said, (damage, said)
             assert "SECRET" not in said, (damage, said)
-    assert look(folder.parent) == before, damage
-    assert reader.named or "SECRET" not in str(found), damage
-    if isinstance(found, torch.Tensor):
-        assert found.shape[:2] == (1, 8), damage
+    assert states(folder.parent) == before, damage
+    assert reader.named or "SECRET" not in str(answer), damage
+    if isinstance(answer, torch.Tensor):
+        assert answer.shape[:2] == (1, 8), damage
 
 
+@pytest.mark.parametrize("count", [examples(CASES), pytest.param(MANY, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", READERS)
-def test_read_or_explained(name: str, healthy: Path, tmp_path: Path) -> None:
-    @settings(max_examples=examples(CASES), derandomize=True, **QUIET)
-    @given(rng=st.randoms(use_true_random=False))
-    def cases(rng: Random) -> None:
-        check(READERS[name], rng, healthy, tmp_path)
-
-    cases()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", READERS)
-def test_read_or_explained_many_times(name: str, healthy: Path, tmp_path: Path) -> None:
-    @settings(max_examples=MANY, **QUIET)
+def test_read_or_explained(name: str, count: int, healthy: Path, tmp_path: Path) -> None:
+    @settings(max_examples=count, derandomize=count < MANY, **QUIET)
     @given(seed=st.integers(0, 2**32))
     def cases(seed: int) -> None:
         check(READERS[name], Random(seed), healthy, tmp_path)

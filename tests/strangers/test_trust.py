@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dtfcli.settings.data import Source
 from dtfcli.settings.schema import load_settings
 from dtfcli.training.checkpoint import read_state
 from tests.strangers.damage import fresh_copy
+from tests.strangers.test_checkpoints import Runs
 from tests.strangers.test_readers import bounded_memory
 
 CODE = "from pathlib import Path\nPath({marker!r}).touch()\n"
@@ -63,47 +65,38 @@ def test_no_code_beside_an_adapter_runs(healthy: Path, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-class _Runs:
-    """Its pickle runs code where it is opened."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_pickle_runs_nothing(healthy: Path, tmp_path: Path, plain: bool) -> None:
     folder, marker = fresh_copy(healthy / "models/dense", tmp_path / "it"), tmp_path / "ran"
     (folder / "model.safetensors").unlink()
     if plain:
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": _Runs(marker)}))
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Runs(marker)}))
     else:
-        torch.save({"x": _Runs(marker)}, folder / "pytorch_model.bin")
+        torch.save({"x": Runs(marker)}, folder / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="the model cannot be loaded"):
         load_model(folder, device="cpu")
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("place", [8, 16, 24, 4, 0])
-@pytest.mark.parametrize("number", [2**60, 2**31, 2**64 - 1])
-def test_numbers_in_a_gguf(healthy: Path, tmp_path: Path, place: int, number: int) -> None:
-    file = fresh_copy(healthy / "gguf", tmp_path / "it") / "small.gguf"
-    data = bytearray(file.read_bytes())
-    data[place : place + 8] = struct.pack("<Q", number)
-    file.write_bytes(data)
+DAMAGED_GGUF: dict[str, Callable[[bytes], bytes]] = {
+    **{f"cut at {length}": lambda data, length=length: data[:length] for length in (4, 6, 23, 24, 40)},
+    **{
+        f"{number} at {place}": lambda data, place=place, number=number: (
+            data[:place] + struct.pack("<Q", number) + data[place + 8 :]
+        )
+        for place, number in ((4, 2**60), (8, 2**60), (8, 2**64 - 1), (16, 2**31), (24, 2**60))
+    },
+}
+"""After the letters GGUF: version, number of tensors, number of values, length of the first name."""
+
+
+@pytest.mark.parametrize("name", DAMAGED_GGUF)
+def test_a_damaged_gguf_is_explained(healthy: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "damaged.gguf"
+    file.write_bytes(DAMAGED_GGUF[name]((healthy / "gguf" / "small.gguf").read_bytes()))
     for read in (lambda: load_model(file, device="cpu"), lambda: load_tokenizer(file)):
-        with bounded_memory(2**29), pytest.raises(CheckpointError, match=r"small\.gguf: .*again\.$"):
+        with bounded_memory(2**29), pytest.raises(CheckpointError, match=r"damaged\.gguf: .*again\.$"):
             read()
-
-
-@pytest.mark.parametrize("length", [4, 6, 23, 24, 40])
-def test_a_gguf_cut_off_early(healthy: Path, tmp_path: Path, length: int) -> None:
-    file = tmp_path / "cut.gguf"
-    file.write_bytes((healthy / "gguf" / "small.gguf").read_bytes()[:length])
-    with pytest.raises(CheckpointError, match=r"cut\.gguf: .*again\.$"):
-        load_model(file, device="cpu")
 
 
 def test_a_kernel_on_the_hub_is_not_fetched(healthy: Path, tmp_path: Path) -> None:
