@@ -21,6 +21,7 @@ from dtfcli.loading.model_files import weights_hash
 from dtfcli.loading.quantization import plain_tensors
 from dtfcli.loading.source import ModelSource
 from dtfcli.models.configuration_fields import CAUSAL_MODES, ROUTING_MODES
+from dtfcli.runs.files import replaced_file
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, SETTINGS_FILE
 from dtfcli.shares import ShareMeter
 
@@ -375,11 +376,10 @@ def write_document(document: Any, path: Path) -> None:
     Raises:
         DTFError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(plain(document), ensure_ascii=False, indent=2) + "\n", "utf-8")
-        os.replace(partial, path)
+        with replaced_file(path) as partial:
+            partial.write_text(json.dumps(plain(document), ensure_ascii=False, indent=2) + "\n", "utf-8")
     except OSError as error:
         raise DTFError(
             f"{path}: cannot be written ({error.strerror}); name another place with --output FILE."

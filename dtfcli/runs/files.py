@@ -41,6 +41,14 @@ def explained_write_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place when the block ends: readers see the old one or the new."""
+    partial = _partial(path)
+    yield partial
+    os.replace(partial, path)
+
+
+@contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill beside `folder`, which takes its place when the block ends without an error."""
     partial, previous = _partial(folder), folder.with_name(f".{folder.name}.previous")

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dtfcli.errors import CheckpointError, ConfigError, did_you_mean
-from dtfcli.runs.files import explained_write_errors
+from dtfcli.runs.files import explained_write_errors, replaced_file
 from dtfcli.settings import Settings
 from dtfcli.settings.describe import STRUCK, problems
 from dtfcli.settings.sources import lookup, remove
@@ -75,9 +74,8 @@ def create_run_folder(folder: Path, settings: Settings) -> None:
             folder.mkdir()
         except FileExistsError as error:
             raise ConfigError(f"{folder}: another run took this name just now; choose another run.name.") from error
-        partial = folder / f".{SETTINGS_FILE}.partial"
-        partial.write_text(settings.to_toml(), encoding="utf-8")
-        os.replace(partial, folder / SETTINGS_FILE)
+        with replaced_file(folder / SETTINGS_FILE) as partial:
+            partial.write_text(settings.to_toml(), encoding="utf-8")
 
 
 def run_settings(folder: Path) -> Settings:

@@ -17,7 +17,7 @@ from typing import Any
 from dtfcli.errors import ConfigError, did_you_mean
 from dtfcli.models.configuration_fields import RoutingFields
 from dtfcli.settings import Settings, load_settings
-from dtfcli.settings.describe import show_value, walk
+from dtfcli.settings.describe import flat_settings, show_value, walk
 from dtfcli.settings.resolve import Sources, unread_keys
 
 KEY_LENGTH = 8
@@ -252,7 +252,7 @@ def settings_key(settings: Settings) -> str:
     unread = unread_keys(settings.model_dump(exclude_none=True))
     kept = {
         key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        for key, value in _flat(values).items()
+        for key, value in flat_settings(values).items()
         if value is not None and not any(key == name or key.startswith(f"{name}.") for name in unread)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -276,7 +276,7 @@ def check_equal_terms(runs: Sequence[Settings], varied: Sequence[str]) -> None:
     first: dict[str, tuple[str, Any]] = {}  # by key: the first run that reads it, and its value
     for run in runs:
         unread = (*excused, *unread_keys(run.model_dump(exclude_none=True)))
-        for key, value in _flat(resolved(run)).items():
+        for key, value in flat_settings(resolved(run)).items():
             if any(key == name or key.startswith(f"{name}.") for name in unread):
                 continue
             other, its = first.setdefault(key, (run.run.name, value))
@@ -285,13 +285,3 @@ def check_equal_terms(runs: Sequence[Settings], varied: Sequence[str]) -> None:
                     f"{key}: runs are not on equal terms, {other} has {show_value(its)} and {run.run.name} "
                     f"{show_value(value)}; make it equal, or vary it with --vary {key}=…"
                 )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

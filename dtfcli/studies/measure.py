@@ -19,7 +19,7 @@ from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.evaluation.validation_text import held_out_rows
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.conversion import to_dense
-from dtfcli.runs.files import read_metrics
+from dtfcli.runs.files import read_metrics, replaced_file
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, run_settings
 from dtfcli.settings import Settings
 from dtfcli.statistics import TextLosses
@@ -166,12 +166,10 @@ def _write(run: Path, measured: Measured) -> None:
     """Keep what was measured; the file that `_read` looks for comes last, so that half a measurement is none."""
     layers, selected = list(measured.routed), np.array(list(measured.routed.values()), dtype=bool)
     count = selected.shape[-1]
-    with (run / f".{_ROUTED_FILE}.partial").open("wb") as file:
+    with replaced_file(run / _ROUTED_FILE) as partial, partial.open("wb") as file:
         np.savez_compressed(file, layers=layers, count=count, packed=np.packbits(selected, axis=-1))
-    partial = run / f".{_FILE}.partial"
-    partial.write_text(json.dumps({"version": _VERSION, **asdict(replace(measured, routed={}))}), "utf-8")
-    (run / f".{_ROUTED_FILE}.partial").replace(run / _ROUTED_FILE)
-    partial.replace(run / _FILE)
+    with replaced_file(run / _FILE) as partial:
+        partial.write_text(json.dumps({"version": _VERSION, **asdict(replace(measured, routed={}))}), "utf-8")
 
 
 def _read(run: Path) -> Measured | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dtfcli.runs.files import explained_write_errors
+from dtfcli.runs.files import explained_write_errors, replaced_file
 
 Line = dict[str, Any]
 
@@ -33,10 +33,8 @@ def draw_curves(lines: list[Line], path: Path, title: str) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("steps")
-    with explained_write_errors(path.parent):
-        partial = path.with_name(f".{path.name}.partial")
+    with explained_write_errors(path.parent), replaced_file(path) as partial:
         figure.savefig(partial, format="png")
-        partial.replace(path)
 
 
 def _series(lines: list[Line], name: str) -> tuple[list[int], list[float]]:

@@ -22,11 +22,12 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from dtfcli.errors import ConfigError, DTFError
+from dtfcli.errors import ConfigError, DTFError, reason_of
 from dtfcli.quiet import quiet_libraries
-from dtfcli.runs.files import explained_write_errors
+from dtfcli.runs.files import explained_write_errors, replaced_file
 from dtfcli.runs.public import public_settings
 from dtfcli.settings import Settings
+from dtfcli.settings.describe import flat_settings
 
 TRACKERS_FILE = "trackers.json"
 NAMES = ("wandb", "tensorboard", "trackio")
@@ -46,8 +47,8 @@ def check_trackers(settings: Settings) -> None:
         ConfigError: and what to install or to do.
     """
     for name in enabled_trackers(settings):
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name is not a package
+        package = importlib.util.find_spec(name)
+        if package is None or package.origin is None:  # a folder of that name is not a package
             raise ConfigError(
                 f"logging.{name}.enabled = true: the package {name} is not installed; pip install 'dtfcli[{name}]'."
             )
@@ -99,8 +100,8 @@ class Trackers:
                     if not resumed:
                         tracker.store_init_configuration(tracker_config(settings, folder))
             except Exception as error:  # the services raise what they like
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
                 self.finish()
+                reason = reason_of(error)
                 raise DTFError(
                     f"logging.{name}.enabled = true: it does not start ({reason}). Mend that, or leave it out."
                 ) from error
@@ -132,8 +133,7 @@ class Trackers:
         except Exception as error:  # whatever it is, the run goes on
             if tracker in self.trackers:
                 self.trackers.remove(tracker)
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            self._warn(f"logging.{tracker.name}: it failed and is left out from here on ({reason}).")
+            self._warn(f"logging.{tracker.name}: it failed and is left out from here on ({reason_of(error)}).")
 
 
 class _Trackio(TrackioTracker):
@@ -167,30 +167,20 @@ def _build(name: str, settings: Settings, folder: Path, step: int) -> GeneralTra
 def _identity(folder: Path, name: str) -> str:
     """The id of this run with a tracker: made once, and kept in the run folder."""
     path = folder / TRACKERS_FILE
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if name not in known:
-        known[name] = uuid.uuid4().hex[:8]
-        with explained_write_errors(folder):
-            partial = folder / f".{TRACKERS_FILE}.partial"
-            partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-    return str(known[name])
+    identities: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        identities = json.loads(path.read_text(encoding="utf-8"))
+    if name not in identities:
+        identities[name] = uuid.uuid4().hex[:8]
+        with explained_write_errors(folder), replaced_file(path) as partial:
+            partial.write_text(json.dumps(identities, indent=2) + "\n", encoding="utf-8")
+    return str(identities[name])
 
 
 def tracker_config(settings: Settings, folder: Path) -> dict[str, bool | int | float | str]:
     """The resolved settings under dotted names, as far as they are fit for the public; lists as JSON."""
-    flat: dict[str, bool | int | float | str] = {}
-
-    def add(prefix: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                add(f"{prefix}{name}.", value)
-            else:
-                plain = isinstance(value, bool | int | float | str)
-                flat[prefix + name] = value if plain else json.dumps(value, ensure_ascii=False)
-
-    add("", public_settings(tomllib.loads(settings.to_toml()), folder))
-    return flat
+    public = flat_settings(public_settings(tomllib.loads(settings.to_toml()), folder))
+    return {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value, ensure_ascii=False)
+        for name, value in public.items()
+    }

@@ -112,8 +112,8 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path: Path, wandb: Fa
     assert second.options["resume"] == "allow"
     assert first.finished, "also when the run is torn down"
     assert len(wandb.configs) == 1
-    told = dict(first.lines) | dict(second.lines)
-    assert sorted(told) == sorted({step for step, _ in finite(result)})
+    logged = dict(first.lines) | dict(second.lines)
+    assert sorted(logged) == sorted({step for step, _ in finite(result)})
     other = train(settings_with(tmp_path, ENABLED, run={"name": "other"}))
     assert wandb.runs[-1].options["id"] != first.options["id"]
     assert json.loads((other.run_dir / "trackers.json").read_text())["wandb"] == wandb.runs[-1].options["id"]
@@ -145,17 +145,17 @@ def test_one_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
         def finish(self) -> None:
             self.steps.append("finished")
 
-    said: list[str] = []
+    warnings: list[str] = []
     good = Tracker()
     both: Any = [Tracker(RuntimeError()), good]
-    together = Trackers(said.append)
+    together = Trackers(warnings.append)
     together.trackers += both
     together.log({"step": 1, "loss": 1.0})
     together.log({"step": 2, "loss": None})
     together.finish()
     assert good.steps == [1, 2, "finished"]
-    assert len(said) == 1
-    assert "RuntimeError" in said[0]
+    assert len(warnings) == 1
+    assert "RuntimeError" in warnings[0]
 
 
 def test_one_that_does_not_start(tmp_path: Path, wandb: FakeWandb) -> None:
@@ -268,7 +268,7 @@ def test_the_path_is_the_last_line_with_all_trackers(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(settings_with(tmp_path, logging).to_toml())
     command = [sys.executable, "-m", "dtfcli", "train", "--config", str(tmp_path / "run.toml")]
     environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("final_model")
-    assert "Upload" not in done.stdout
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].endswith("final_model")
+    assert "Upload" not in process.stdout
