@@ -52,7 +52,7 @@ class ShareMeter:
         like = records[0].selected
         buckets = torch.bucketize(output.positions, output.positions.new_tensor(POSITION_STARTS), right=True)
         one_hot = torch.nn.functional.one_hot(buckets.expand_as(like), len(POSITION_STARTS) + 1)
-        real = torch.ones_like(like) if output.real is None else output.real
+        real = torch.ones_like(like) if output.is_token is None else output.is_token
         self._real = self._real + _count(real, one_hot)
         for record in records:
             self._routed[record.layer] = self._routed.get(record.layer, 0.0) + _count(record.selected, one_hot)

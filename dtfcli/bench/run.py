@@ -14,7 +14,7 @@ from dtfcli.bench.steps import bench_training
 from dtfcli.cost.peak import matmul_peak
 from dtfcli.loading.devices import keep_freed_memory
 from dtfcli.models.pretrained import is_routed
-from dtfcli.models.routers import CAPACITY_GRID
+from dtfcli.models.router import CAPACITY_GRID
 
 
 def bench(

@@ -161,7 +161,7 @@ def _attention_flops(config: Any, seq_len: int) -> float:
 def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> float:
     """What forecasts and predicted costs take in training, besides the pass itself, per token of the sequence."""
     config, flops = model.config, 0.0
-    explored = config.explore if config.has_forecast or config.predicts_cost else 0.0
+    explored = config.explore if config.learns_from_updates else 0.0
     if config.routed_part != "mlp":
         flops += _attention_flops(config, seq_len) * explored * sum(1.0 - share for share in shares.values())
     for name, parameter in model.named_parameters():
@@ -170,7 +170,7 @@ def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> fl
             continue
         share, more = shares[layer], (1.0 - shares[layer]) * explored
         if "forecast" in name:  # its input carries no gradient
-            flops += 2.0 * (3.0 if "w_out" in name else 2.0) * (share + more) * parameter.numel()
+            flops += 2.0 * 2.0 * (share + more) * parameter.numel()
         elif in_routed_part(config, name):
             for_all = "k_proj" in name or "v_proj" in name  # explored tokens see the keys of tokens that entered
             seen = float(more > 0 and not config.keeps_every_key) if for_all else 0.0
@@ -215,8 +215,8 @@ def _matrix_flops(
 
 def routed_shares(config: Any, seq_len: int) -> dict[int, float]:
     """K / T of each routed layer; empty for a dense model."""
-    layers = getattr(config, "routed_layer_indices", [])
-    return {layer: max(1, int(config.layer_capacity(layer) * seq_len)) / seq_len for layer in layers}
+    capacities = config.layer_capacities() if hasattr(config, "layer_capacities") else {}
+    return {layer: max(1, int(capacity * seq_len)) / seq_len for layer, capacity in capacities.items()}
 
 
 def _training_bytes(model: Any, seq_len: int, rows: int, width: int, checkpointing: bool | str) -> int:

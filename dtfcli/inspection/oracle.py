@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dtfcli.inspection.agreement import Overlap
 from dtfcli.inspection.losses import next_token_losses
-from dtfcli.models.routers import RoutingFrame
+from dtfcli.models.context import RoutingContext
 from dtfcli.statistics import Difference, TextLosses
 
 CHOOSERS = ("router", "oracle", "random", "every token")
@@ -162,59 +162,57 @@ class _Walk:
 
     def along_router(self, layers: dict[int, OracleLayer], costs: dict[int, list[Tensor]]) -> Tensor:
         """The router's own pass; adds the measurements of each layer. Returns hidden states [1, T, D]."""
-        passing = self._enter()
+        state = self._enter()
         for index in range(len(self.stack.layers)):
-            skipped = self._skipping(index, passing) if index in self.stack.routed else None
-            self.stack.step(index, passing)
+            skipped = self._skipping(index, state) if index in self.stack.routed else None
+            self.stack.run_layer(index, state)
             if skipped is not None:
-                record = passing.records[-1]
+                record = state.records[-1]
                 self.counts[index] = int(record.selected.sum())
-                oracle = _largest(skipped.cost, self.counts[index], passing.frame)
-                layer = _compare(record.scores[0], record.selected[0], skipped, oracle, passing.frame)
+                oracle = _largest(skipped.cost, self.counts[index], state.context)
+                layer = _compare(record.scores[0], record.selected[0], skipped, oracle, state.context)
                 layers[index] = layers[index] + layer if index in layers else layer
                 costs[index].append(skipped.cost)
-        return self.stack.norm(passing.hidden_states)
+        return self.stack.norm(state.hidden_states)
 
     def chosen_by(self, chooser: str) -> Tensor:
         """A pass in which somebody else chooses as many tokens. Returns hidden states [1, T, D]."""
-        passing = self._enter()
+        state = self._enter()
         for index in range(len(self.stack.layers)):
             if index in self.stack.routed:
-                chosen = self._choice(chooser, index, passing)
-                passing.frame = replace(passing.frame, chosen={index: chosen.unsqueeze(0)})
-            self.stack.step(index, passing)
-        return self.stack.norm(passing.hidden_states)
+                chosen = self._choice(chooser, index, state)
+                state.context = replace(state.context, chosen={index: chosen.unsqueeze(0)})
+            self.stack.run_layer(index, state)
+        return self.stack.norm(state.hidden_states)
 
-    def _choice(self, chooser: str, index: int, passing: Any) -> Tensor:
+    def _choice(self, chooser: str, index: int, state: Any) -> Tensor:
         """Bool [T]."""
         if chooser == "every token":
-            passing.frame = replace(passing.frame, capacities={**passing.frame.capacities, index: 1.0})
+            state.context = replace(state.context, capacities={**state.context.capacities, index: 1.0})
             return torch.ones_like(self.row[0], dtype=torch.bool)
         if chooser == "random":
             cost = torch.from_numpy(self.random.random(self.row.shape[1], dtype=np.float32)).to(self.row.device)
         else:
-            cost = self._skipping(index, passing).cost
-        return _largest(cost, self.counts[index], passing.frame)
+            cost = self._skipping(index, state).cost
+        return _largest(cost, self.counts[index], state.context)
 
     def _enter(self) -> Any:
-        passing = self.stack.enter(self.stack.embed_tokens(self.row))
-        passing.frame.prepare()
-        return passing
+        return self.stack.prepare(self.stack.embed_tokens(self.row))
 
-    def _skipping(self, index: int, passing: Any) -> "_Skipping":
+    def _skipping(self, index: int, state: Any) -> "_Skipping":
         """The loss of each token by skipping the layer; the pass stays at the layer."""
         outputs = []
         for everyone in (True, False):
-            chosen = None if everyone else {index: torch.zeros_like(self.row, dtype=torch.bool)}
-            capacities = {**passing.frame.capacities, index: 1.0 if everyone else 0.5}
-            frame = replace(passing.frame, capacities=capacities, chosen=chosen, shows_updates=everyone)
-            outputs.append(self.stack.route(index, passing, frame))
-        entered, skipped = outputs
-        cost = (entered.hidden_states - skipped.hidden_states)[0].float().norm(dim=-1)
+            chosen = {index: torch.full_like(self.row, everyone, dtype=torch.bool)}
+            capacities = {**state.context.capacities, index: 1.0 if everyone else 0.5}
+            context = replace(state.context, capacities=capacities, chosen=chosen, shows_updates=everyone)
+            outputs.append(self.stack.route(index, state, context))
+        (with_layer, record), (without_layer, _) = outputs
+        cost = (with_layer - without_layer)[0].float().norm(dim=-1)
         if self.stack.config.bypass != "forecast":
             return _Skipping(cost, None)
-        error = (entered.after - skipped.hidden_states)[0].float().square().sum(-1)
-        update = (entered.after - entered.before)[0].float().square().sum(-1)
+        error = (record.after - without_layer)[0].float().square().sum(-1)
+        update = (record.after - record.before)[0].float().square().sum(-1)
         return _Skipping(cost, error / update.clamp(min=torch.finfo(torch.float32).tiny))
 
 
@@ -227,17 +225,19 @@ class _Skipping(NamedTuple):
     """‖Δ − f‖² / ‖Δ‖², float32 [T]; None without forecasts."""
 
 
-def _largest(cost: Tensor, count: int, frame: RoutingFrame) -> Tensor:
+def _largest(cost: Tensor, count: int, context: RoutingContext) -> Tensor:
     """The sinks and the costliest other tokens, `count` together; bool [T]."""
-    if frame.sinks is not None:
-        cost = cost.masked_fill(frame.sinks[0], torch.inf)
+    if context.sinks is not None:
+        cost = cost.masked_fill(context.sinks[0], torch.inf)
     return torch.zeros_like(cost, dtype=torch.bool).scatter_(0, cost.topk(count).indices, True)
 
 
-def _compare(scores: Tensor, routed: Tensor, skipped: _Skipping, oracle: Tensor, frame: RoutingFrame) -> OracleLayer:
+def _compare(
+    scores: Tensor, routed: Tensor, skipped: _Skipping, oracle: Tensor, context: RoutingContext
+) -> OracleLayer:
     from scipy import stats
 
-    counted = slice(None) if frame.sinks is None else ~frame.sinks[0].cpu().numpy()
+    counted = slice(None) if context.sinks is None else ~context.sinks[0].cpu().numpy()
     ranked, costs, ours, theirs = (each.cpu().numpy()[counted] for each in (scores, skipped.cost, routed, oracle))
     varies = len(ranked) > 2 and np.ptp(ranked) > 0 and np.ptp(costs) > 0
     correlation = float(stats.spearmanr(ranked, costs).statistic) if varies else 0.0

@@ -296,7 +296,7 @@ class RoutedCache(Cache):
     """The state of a cache that has fixed shapes by now."""
 
     def __init__(self, config: Any, length: int | None = None) -> None:
-        if length is not None and (not config.keeps_every_key or config.by_surprise):
+        if length is not None and (not config.keeps_every_key or config.needs_decision_layers):
             raise ValueError(
                 "a static cache takes an architecture that routes tokens, kv_tokens = 'all' and a score of "
                 "the token alone, such as 'forecast_error'; leave the length, or cache_implementation = 'static', out"

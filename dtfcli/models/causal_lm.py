@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .auxiliary import auxiliary_losses
 from .cache import CACHE_NAME, RoutedCache
-from .calibration import calibrate_columns
+from .calibration import calibrate_layers
 from .configuration_fields import CAUSAL_MODES, ROUTING_MODES
 from .fitting import fit_layers
-from .losses import causal_lm_loss, embedded_with_head, for_head
+from .losses import auxiliary_losses, causal_lm_loss, embedded_with_head, for_head
 from .outputs import RoutedCausalLMOutput, RoutedModelOutput
 from .pretrained import DynamicPreTrainedMixin
-from .routers import CAPACITY_GRID
+from .router import CAPACITY_GRID
 from .stock import StockLM
 
 
@@ -118,13 +117,13 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         hidden_states = for_head(outputs.last_hidden_state, self.config)
         lm_loss = causal_lm_loss(hidden_states, head, labels, num_items_in_batch)
         share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
-        beside = auxiliary_losses(self.config, outputs, share)
+        auxiliary = auxiliary_losses(self.config, self.model.routers, outputs, share)
         return {
-            "loss": beside.added_to(lm_loss, self.config) if self.training else lm_loss,
+            "loss": auxiliary.added_to(lm_loss, self.config) if self.training else lm_loss,
             "lm_loss": lm_loss,
-            "prior_loss": beside.prior,
-            "router_loss": beside.router,
-            "forecast_loss": beside.forecast,
+            "prior_loss": auxiliary.prior,
+            "router_loss": auxiliary.router,
+            "forecast_loss": auxiliary.forecast,
         }
 
     @property
@@ -151,14 +150,16 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
     @property
     def is_calibrated(self) -> bool:
         """Whether every routed layer knows a threshold for the model's own capacity."""
-        return not any(router.threshold("threshold").isnan() for router in self.model.routers.values())
+        capacities = self.config.layer_capacities()
+        routers = self.model.routers.items()
+        return not any(r.threshold_at("threshold", capacities[i], capacities[i]).isnan() for i, r in routers)
 
     @property
     def is_fitted(self) -> bool:
         """Whether forecasts and predicted costs, where there are any, are no longer as conversion made them."""
-        costs = [not router.level.isnan() for router in self.model.routers.values() if self.config.predicts_cost]
-        forecasts = [self.model.layers[i].forecast_prior for i in self.model.routers if self.config.has_forecast]
-        return all(bool(known) for known in costs) and all(bool(f.linear.weight.any()) for f in forecasts)
+        layers = [self.model.layers[i] for i in self.model.routers]
+        scores = all(bool(layer.router.threshold.isfinite()) for layer in layers if self.config.learns_scores)
+        return scores and all(bool(layer.forecast.linear.weight.any()) for layer in layers if self.config.has_forecast)
 
     def set_routing(self, mode: str, capacity: float | None = None) -> None:
         """Choose how tokens are routed in eval.
@@ -222,20 +223,19 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         Raises:
             ValueError: no batches, or a capacity that is not in the grid.
         """
-        moved = self._moved(batches)
-        grid = []
-        for capacity in CAPACITY_GRID if capacities is None else capacities:
+        on_device = self._on_device(batches)
+        grid = list(CAPACITY_GRID if capacities is None else capacities)
+        for capacity in grid:
             if capacity not in CAPACITY_GRID:
                 raise ValueError(f"capacities has {capacity!r}: choose from {', '.join(map(str, CAPACITY_GRID))}")
-            grid.append(1 + CAPACITY_GRID.index(capacity))
         if not all(router.by_token for router in self.model.routers.values()):
             return  # layers kept or left out whole: there is nothing to measure
-        columns = [("threshold", column) for column in (0, *grid)]
+        targets = [("threshold", capacity) for capacity in (None, *grid)]
         if self.config.has_predictor:  # at the model's own capacity it has a rule of its own, σ(p) > 0.5
-            columns += [("predictor", column) for column in grid]
+            targets += [("predictor", capacity) for capacity in grid]
         was_training = self.training
         self.eval()
-        calibrate_columns(self.model, moved, columns)
+        calibrate_layers(self.model, on_device, targets)
         self.train(was_training)
 
     def fit_routing(
@@ -243,7 +243,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         batches: Iterable[Mapping[str, Tensor]],
         on_layer: Callable[[int, int], None] | None = None,
         device: torch.device | None = None,
-    ) -> dict[int, Tensor]:
+    ) -> None:
         """Fit forecasts and predicted costs by least squares, and calibrate the model's own γ on the way.
 
         One pass over the text, each layer computed for every token, before any training. For a pretrained backbone;
@@ -254,39 +254,33 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             on_layer: called with how many layers are done, and how many there are.
             device: that computes, a layer at a time; None: where the model is.
 
-        Returns:
-            What skipping loses in each layer, as `fit_layers` says.
-
         Raises:
             ValueError: no batches, or nothing to fit: no forecast, and no score that predicts.
         """
-        if not (self.config.has_forecast or self.config.predicts_cost):
+        if not self.config.learns_from_updates:
             raise ValueError(
                 "there is nothing to fit: convert with bypass = 'forecast', or score 'update_size' or 'forecast_error'"
             )
-        moved = self._moved(batches)
+        on_device = self._on_device(batches)
         was_training = self.training
         self.eval()
-        curves = fit_layers(self.model, moved, self.device if device is None else device, on_layer)
-        if self.config.budget == "model":
-            calibrate_columns(self.model, moved, [("threshold", 0)])
+        fit_layers(self.model, on_device, self.device if device is None else device, on_layer)
         self.train(was_training)
-        return curves
 
-    def _moved(self, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def _on_device(self, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Batches of text on the model's device."""
         names = ("input_ids", "attention_mask")
-        moved = [{k: v.to(self.device) for k, v in batch.items() if k in names} for batch in batches]
-        if not moved:
+        on_device = [{k: v.to(self.device) for k, v in batch.items() if k in names} for batch in batches]
+        if not on_device:
             raise ValueError("batches is empty: give it text, some thousand tokens of it")
-        for batch in moved:
+        for batch in on_device:
             self.model.check_inputs(batch["input_ids"], None, batch.get("attention_mask"), None)
-        return moved
+        return on_device
 
     def router_scalars(self) -> dict[int, dict[str, float]]:
         """For each routed layer its own threshold and, for DTF, o_ce, m_cu, beta_ce and beta_cu."""
         return {
-            index: router.scalars() | ({"threshold": router.thresholds[0].item()} if router.by_token else {})
+            index: router.scalars() | ({"threshold": router.threshold.item()} if router.by_token else {})
             for index, router in self.model.routers.items()
         }
 

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 from transformers.configuration_utils import strict
 
 from .configuration_fields import (
+    STRUCK,
+    WAYS,
     RoutingFields,
-    by_surprise,
-    check_routing_fields,
+    check_field,
+    check_fields,
     kept_layers,
     resolve_routed_layers,
+    way_of,
 )
 from .families import FAMILIES, Family
 from .stock import StockConfig
@@ -25,7 +28,10 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
 
     def validate_routing(self) -> None:
         """Run by Transformers after construction; raises ValueError naming field, value and remedy."""
-        check_routing_fields({f.name: getattr(self, f.name) for f in fields(RoutingFields)}, self.num_hidden_layers)
+        for name in STRUCK:  # of a model that an earlier version saved
+            if name in vars(self):
+                check_field(name, vars(self).pop(name))
+        check_fields({f.name: getattr(self, f.name) for f in fields(RoutingFields)}, self.num_hidden_layers)
 
     @property
     def routed_layer_indices(self) -> list[int]:
@@ -43,19 +49,34 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
         return self.predictor_loss_weight > 0
 
     @property
-    def by_surprise(self) -> bool:
-        """Whether decision layers below the routed ones measure surprise."""
-        return by_surprise(vars(self))
+    def way(self) -> str:
+        """How tokens are chosen: a name in `WAYS`."""
+        return way_of(vars(self))
 
     @property
-    def predicts_cost(self) -> bool:
-        """Whether routers estimate what skipping costs."""
-        return self.architecture == "dtf" and not self.by_surprise
+    def needs_decision_layers(self) -> bool:
+        """Whether the layers below the routed ones observe what routers read."""
+        return WAYS[self.way].needs_decision_layer
 
     @property
     def has_forecast(self) -> bool:
         """Whether tokens that skip a layer take a forecast of its update."""
         return self.bypass == "forecast"
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether scores predict what skipping loses."""
+        return WAYS[self.way].learns_from_updates
+
+    @property
+    def learns_from_updates(self) -> bool:
+        """Whether something is fitted to the updates of tokens: scores or forecasts."""
+        return self.has_forecast or self.learns_scores
+
+    @property
+    def explores(self) -> bool:
+        """Whether training computes the update of some tokens that skip."""
+        return self.explore > 0 and self.learns_from_updates
 
     @property
     def keeps_every_key(self) -> bool:
@@ -84,13 +105,7 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
             kept = kept_layers(routed, float(share), self.layer_order)  # type: ignore[arg-type]  # checked: one number
             return {layer: float(layer in kept) for layer in routed}
         shares = share if isinstance(share, (list, tuple)) else [share] * len(routed)
-        return {layer: float(own) for layer, own in zip(routed, shares, strict=True)}
-
-    def layer_capacity(self, layer: int) -> float:
-        """γ of one routed layer."""
-        if isinstance(self.capacity, (list, tuple)) or self.architecture == "layerdrop":
-            return self.layer_capacities()[layer]
-        return float(self.capacity)
+        return dict(zip(routed, map(float, shares), strict=True))
 
 
 def _made(model_type: str, family: Family) -> type[Any]:

@@ -7,23 +7,37 @@ The choices: equation numbers (3.x) are those of the MSc thesis "Dynamic Transfo
 defaults depart from it where measurements on a pretrained model did (`docs/thesis.md` says which).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-ARCHITECTURES = ("dtf", "mod", "random", "layerdrop")
 ROUTING_MODES = ("threshold", "predictor", "topk")
 CAUSAL_MODES = ("threshold", "predictor")
 GATES = ("straight_through", "soft")
 MOD_GATES = ("sigmoid", "raw")
 KV_TOKENS = ("routed", "all")
-PARTS = ("block", "mlp", "attention")
+PARTS = ("block", "mlp")
 BYPASSES = ("identity", "forecast")
-SCORES = ("surprise", "update_size", "forecast_error")
-BUDGETS = ("layer", "model")
-SURPRISE_SCALES = ("raw", "running")
 
-SURPRISE_ONLY = (
+
+@dataclass(frozen=True)
+class Way:
+    """One way of choosing tokens: a row of `WAYS`. Its score, loss and fit are in a file of its own (`routers`)."""
+
+    reads: tuple[str, ...]
+    """The fields that only some ways read."""
+    architecture: str = "dtf"
+    """`architecture` of the models that choose so; those of "dtf" differ in their `score`."""
+    needs_decision_layer: bool = False
+    """Whether it observes what the layer below does: that layer is dense and measures it."""
+    needs_forecast: bool = False
+    """Whether it is about the forecast, so that there has to be one."""
+    learns_from_updates: bool = False
+    """Whether it is fitted to the updates of tokens, explored ones included."""
+
+
+_OF_TOKENS = ("sink_tokens", "kv_tokens", "predictor_loss_weight")
+_OF_SURPRISE = (
     "prior_factor",
     "prior_dropout",
     "prior_input_gradient",
@@ -34,15 +48,25 @@ SURPRISE_ONLY = (
     "m_cu_init",
     "beta_ce_init",
     "beta_cu_init",
-    "surprise_scale",
 )
-"""What only routing by surprise reads."""
-COST_ONLY = ("score_factor", "budget")
-"""What only DTF by predicted costs reads."""
-ROUTER_LOSSES = ("router_aux_loss_weight", "router_z_loss_weight")
-BY_TOKEN = ("sink_tokens", "kv_tokens", "gate", "mod_gate", "predictor_loss_weight")
-"""What only architectures that choose tokens read; layerdrop keeps or leaves out whole layers."""
-FORECAST = ("forecast_factor", "forecast_loss_weight")
+
+WAYS: dict[str, Way] = {
+    "surprise": Way(("score", *_OF_TOKENS, "gate", *_OF_SURPRISE), needs_decision_layer=True),
+    "update_size": Way(("score", *_OF_TOKENS, "explore"), learns_from_updates=True),
+    "forecast_error": Way(("score", *_OF_TOKENS, "explore"), learns_from_updates=True, needs_forecast=True),
+    "mod": Way((*_OF_TOKENS, "gate", "mod_gate", "router_aux_loss_weight", "router_z_loss_weight"), "mod"),
+    "random": Way((*_OF_TOKENS, "gate", "mod_gate"), "random"),
+    "layerdrop": Way(("layer_order",), "layerdrop"),
+}
+"""By name: the `score` of DTF, the `architecture` of the others."""
+
+STRUCK: dict[str, tuple[Any, str]] = {
+    "budget": ("layer", "every layer has a γ of its own; give capacity a list where they should differ"),
+    "forecast_factor": (0.0, "forecasts are linear"),
+    "score_factor": (0.0, "predicted costs are linear"),
+    "surprise_scale": ("raw", "surprise is never rescaled"),
+}
+"""Fields that earlier versions had: the value that meant nothing, and why every other is gone."""
 
 Number = float | int
 
@@ -80,31 +104,32 @@ class RoutingFields:
         "threshold",
         "Mode in eval: threshold (causal, calibrated), predictor (causal, a trained guess) or topk (not causal).",
     )
-    prior_factor: Number = _option(0.0625, "PriorFFN width as a share of the hidden size (DTF, eq. 3.2).")
-    prior_dropout: Number = _option(0.0, "Dropout inside the PriorFFN while training (DTF).")
+    prior_factor: Number = _option(0.0625, "PriorFFN width as a share of the hidden size (surprise, eq. 3.2).")
+    prior_dropout: Number = _option(0.0, "Dropout inside the PriorFFN while training (surprise).")
     prior_input_gradient: bool = _option(
-        False, "Let the prior loss pull the backbone through the prior's own input, as eq. 3.4 has it (DTF)."
+        False, "Let the prior loss pull the backbone through the prior's own input, as eq. 3.4 has it (surprise)."
     )
-    prior_loss_weight: Number = _option(0.05, "λ, the weight of the prior loss (DTF, eq. 3.5).")
-    ma_window: int = _option(100, "Tokens in the moving average of the static surprise (DTF, eq. 3.9).")
-    ma_skip_sinks: bool | None = _option(None, "Leave sink tokens out of that average; unset: if there are any (DTF).")
-    o_ce_init: Number = _option(1.025, "Initial o_ce, the offset of the expected change; positive (DTF, eq. 3.8).")
-    m_cu_init: Number = _option(1.1, "Initial m_cu, the multiplier of the moving average; positive (DTF, eq. 3.9).")
-    beta_ce_init: Number = _option(-0.3, "Initial β_ce, before softplus: sharpness of S_CE (DTF, eq. 3.10).")
-    beta_cu_init: Number = _option(-0.6, "Initial β_cu, before softplus: sharpness of S_CU (DTF, eq. 3.11).")
+    prior_loss_weight: Number = _option(0.05, "λ, the weight of the prior loss (surprise, eq. 3.5).")
+    ma_window: int = _option(100, "Tokens in the moving average of the static surprise (surprise, eq. 3.9).")
+    ma_skip_sinks: bool | None = _option(
+        None, "Leave sink tokens out of that average; unset: if there are any (surprise)."
+    )
+    o_ce_init: Number = _option(1.025, "Initial o_ce, the offset of the expected change; positive (surprise, eq. 3.8).")
+    m_cu_init: Number = _option(
+        1.1, "Initial m_cu, the multiplier of the moving average; positive (surprise, eq. 3.9)."
+    )
+    beta_ce_init: Number = _option(-0.3, "Initial β_ce, before softplus: sharpness of S_CE (surprise, eq. 3.10).")
+    beta_cu_init: Number = _option(-0.6, "Initial β_cu, before softplus: sharpness of S_CU (surprise, eq. 3.11).")
     layer_order: str | list[int] = _option(
         "spread",
         "Which routed layers layerdrop keeps: 'spread' (evenly), or all routed layers, the most important first.",
     )
     routed_part: str = _option(
-        "block", "The part of a routed layer that only some tokens enter: the whole block, its mlp or its attention."
+        "block", "The part of a routed layer that only some tokens enter: the whole block, or its mlp alone."
     )
     bypass: str = _option(
         "identity",
         "Tokens that skip pass unchanged (identity), or take a linear forecast of the update (forecast).",
-    )
-    forecast_factor: Number = _option(
-        0.0, "Width of a network beside the forecast's linear map, as a share of the hidden size; 0: none."
     )
     forecast_loss_weight: Number = _option(
         10.0, "Weight of the forecast's relative squared error, mean over routed layers; 0: the language model alone."
@@ -114,21 +139,10 @@ class RoutingFields:
         "The score of DTF: the predicted error of the forecast (forecast_error), the predicted size of the update "
         "(update_size), or surprise, which the layer below observes (the thesis).",
     )
-    score_factor: Number = _option(
-        0.0, "Hidden units of a learned estimate of costs, as a share of the hidden size; 0: a linear one."
-    )
     explore: Number = _option(
         0.0,
         "Share of the tokens that skip whose update training computes too, without gradient: score and forecast learn "
         "from it.",
-    )
-    budget: str = _option(
-        "layer",
-        "What γ is the share of: each layer's tokens, or those of the whole model, under one threshold for all layers "
-        "(update_size and forecast_error).",
-    )
-    surprise_scale: str = _option(
-        "raw", "Unit of DTF's surprise: raw, or running: its moving average, whatever the model's scale."
     )
     mod_gate: str = _option("sigmoid", "MoD's gate: sigmoid (of the score) or raw (the score itself).")
     router_aux_loss_weight: Number = _option(0.0, "Weight of MoD's cross-entropy against its own top-K mask.")
@@ -139,9 +153,10 @@ class RoutingFields:
     )
 
 
-def by_surprise(values: Mapping[str, Any]) -> bool:
-    """Whether tokens are chosen by surprise, which takes a decision layer below each routed one."""
-    return values.get("architecture") in (None, "dtf") and values.get("score") in (None, "surprise")
+def way_of(values: Mapping[str, Any]) -> str:
+    """The name in `WAYS` of how these values choose tokens; absent or None: the default."""
+    architecture = values.get("architecture") or RoutingFields.architecture
+    return (values.get("score") or RoutingFields.score) if architecture == "dtf" else architecture
 
 
 def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
@@ -150,27 +165,24 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
     Args:
         values: field name → value, the architecture among them; absent or None: the default.
     """
-    architecture = values.get("architecture") or "dtf"
-    reason = f"model.architecture is {architecture}"
-    dtf, layers = architecture == "dtf", architecture == "layerdrop"
-    unread: dict[str, str] = {}
-    if not dtf:
-        unread |= dict.fromkeys((*SURPRISE_ONLY, *COST_ONLY, "score"), reason)
-    elif not by_surprise(values):
-        unread |= dict.fromkeys((*SURPRISE_ONLY, "gate"), f"model.score is {values['score']}")
+    name = way_of(values)
+    if name not in WAYS:  # `check_field` says what is wrong
+        return {}
+    way, some_read = WAYS[name], {field for other in WAYS.values() for field in other.reads}
+    dtf_reads = {field for other in WAYS.values() if other.architecture == "dtf" for field in other.reads}
+    by_architecture = f"model.architecture is {way.architecture}"
+    unread = {
+        field: f"model.score is {name}" if way.architecture == "dtf" and field in dtf_reads else by_architecture
+        for field in sorted(some_read - set(way.reads))
+    }
+    if values.get("bypass") == "forecast":
+        unread.pop("explore", None)
     else:
-        unread |= dict.fromkeys(COST_ONLY, "model.score is surprise")
-    if architecture != "mod":
-        unread |= dict.fromkeys(ROUTER_LOSSES, reason)
-    if architecture not in ("mod", "random"):
-        unread["mod_gate"] = reason
-    unread |= dict.fromkeys(BY_TOKEN, reason) if layers else {"layer_order": reason}
+        unread["forecast_loss_weight"] = "model.bypass is identity"
+        if "explore" in unread:
+            unread["explore"] = "nothing learns from it without a forecast or a score that predicts"
     if values.get("routed_part") == "mlp":
         unread.setdefault("kv_tokens", "model.routed_part is mlp: attention is dense")
-    if values.get("bypass") != "forecast":
-        unread |= dict.fromkeys(FORECAST, "model.bypass is identity")
-        if not dtf or by_surprise(values):
-            unread["explore"] = "nothing learns from it without a forecast or a score that predicts"
     return unread
 
 
@@ -193,7 +205,10 @@ def kept_layers(routed: list[int], capacity: float, order: str | list[int]) -> s
     return set(order[:count])
 
 
-def _one_of(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(choices: Iterable[str]) -> Rule:
     return (lambda value: value in choices), f"choose one of {', '.join(choices)}"
 
 
@@ -204,20 +219,14 @@ def _shares(capacity: Any) -> list[Any]:
 _COUNT = (lambda value: value >= 0), "must be 0 or more"
 _POSITIVE = (lambda value: value > 0.0), "must be positive (it enters a logarithm or scales an average)"
 
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "architecture": _one_of(ARCHITECTURES),
+_RULES: dict[str, Rule] = {
     "routing": _one_of(ROUTING_MODES),
     "gate": _one_of(GATES),
     "mod_gate": _one_of(MOD_GATES),
     "kv_tokens": _one_of(KV_TOKENS),
     "routed_part": _one_of(PARTS),
     "bypass": _one_of(BYPASSES),
-    "score": _one_of(SCORES),
-    "budget": _one_of(BUDGETS),
-    "surprise_scale": _one_of(SURPRISE_SCALES),
-    "score_factor": _COUNT,
     "explore": ((lambda value: 0.0 <= value <= 1.0), "must be a share from 0 to 1"),
-    "forecast_factor": ((lambda value: 0.0 <= value <= 8.0), "must lie in [0, 8]"),
     "forecast_loss_weight": _COUNT,
     "capacity": (
         lambda value: bool(_shares(value)) and all(0.0 < share <= 1.0 for share in _shares(value)),
@@ -246,13 +255,38 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Field → what a value must fulfill, and the remedy if it does not."""
 
 
+def architectures() -> list[str]:
+    """The values of `architecture`."""
+    return list(dict.fromkeys(way.architecture for way in WAYS.values()))
+
+
+def scores() -> list[str]:
+    """The values of `score`."""
+    return [name for name, way in WAYS.items() if way.architecture == "dtf"]
+
+
 def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
     if not condition:
         raise ValueError(f"{name} = {value!r}: {remedy}")
 
 
-def check_routing_fields(values: Mapping[str, Any], num_layers: int | None = None) -> None:
-    """Check values of `RoutingFields` and how they fit together.
+def check_field(name: str, value: Any) -> None:
+    """Check one field by itself, whatever the others are.
+
+    Raises:
+        ValueError: names the field, its value and the remedy.
+    """
+    if name in STRUCK:
+        _require(value == STRUCK[name][0], name, value, f"this field is gone, since {STRUCK[name][1]}")
+    known = {"architecture": architectures, "score": scores}
+    rule = _one_of(known[name]()) if name in known else _RULES.get(name)
+    if rule is not None:
+        fulfilled, remedy = rule
+        _require(fulfilled(value), name, value, remedy)
+
+
+def check_fields(values: Mapping[str, Any], num_layers: int | None = None) -> None:
+    """Check values of `RoutingFields`, and how they fit together.
 
     Args:
         values: field name → value; fields that are absent or None take their defaults.
@@ -263,35 +297,20 @@ def check_routing_fields(values: Mapping[str, Any], num_layers: int | None = Non
     """
     defaults: dict[str, Any] = {f.name: f.default for f in fields(RoutingFields)}
     chosen = defaults | {name: value for name, value in values.items() if value is not None and name in defaults}
-    for name, (fulfilled, remedy) in _RULES.items():
-        _require(fulfilled(chosen[name]), name, chosen[name], remedy)
-    alone = set(values) == {"routing"}  # looked at by itself, before the other fields are known
+    for name, value in chosen.items():
+        if value is not None:
+            check_field(name, value)
     _require(
-        chosen["routing"] != "predictor" or chosen["predictor_loss_weight"] > 0 or alone,
+        chosen["routing"] != "predictor" or chosen["predictor_loss_weight"] > 0,
         "routing",
         chosen["routing"],
         "needs a predictor: set predictor_loss_weight above 0 (such as 0.01), or choose threshold",
     )
     _require(
-        chosen["score"] != "forecast_error" or chosen["bypass"] == "forecast" or set(values) == {"score"},
+        chosen["bypass"] == "forecast" or not WAYS[way_of(chosen)].needs_forecast,
         "score",
         chosen["score"],
         "there is no forecast; set bypass = 'forecast', or score = 'update_size', which needs none",
-    )
-    _require(
-        chosen["budget"] == "layer"
-        or (chosen["architecture"] == "dtf" and chosen["score"] != "surprise")
-        or set(values) == {"budget"},
-        "budget",
-        chosen["budget"],
-        "one threshold needs scores of one unit in all layers: those of dtf with score = 'update_size' or "
-        "'forecast_error'",
-    )
-    _require(
-        chosen["budget"] == "layer" or not isinstance(chosen["capacity"], (list, tuple)),
-        "capacity",
-        chosen["capacity"],
-        "with budget = 'model' give one share: layers share it as they need",
     )
     if num_layers is not None:
         _check_layers(chosen, num_layers)
@@ -312,10 +331,10 @@ def _check_layers(chosen: Mapping[str, Any], num_layers: int) -> None:
     )
     neighbors = 0 in layers or set(layers) & {i + 1 for i in layers}
     _require(
-        not by_surprise(chosen) or not neighbors,
+        not neighbors or not WAYS[way_of(chosen)].needs_decision_layer,
         "routed_layers",
         routed,
-        "a DTF router needs a dense decision layer right below it: leave out layer 0 and neighbors",
+        "a router by surprise needs a dense decision layer right below it: leave out layer 0 and neighbors",
     )
     _require(
         not isinstance(capacity, (list, tuple)) or len(capacity) == len(layers),

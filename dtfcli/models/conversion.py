@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_dynamic import CONFIGS
-from .configuration_fields import RoutingFields
+from .configuration_fields import STRUCK, RoutingFields, check_field
 from .families import FAMILIES
 from .modeling_dynamic import MODELS
 from .pretrained import is_added, is_routed
@@ -82,6 +82,8 @@ def routed_config(dense_config: Any, **config_fields: Any) -> Any:
     if getattr(dense_config, "use_bidirectional_attention", False):
         raise ValueError(f"model type {model_type!r} with bidirectional attention is not causal")
     for name in config_fields:
+        if name in STRUCK:
+            check_field(name, config_fields[name])
         if name not in ROUTING_FIELD_NAMES:
             close = get_close_matches(name, ROUTING_FIELD_NAMES, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" The fields are: {', '.join(ROUTING_FIELD_NAMES)}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from .cache import RoutedLayerCache
-from .routers import TokenFrame
+from .context import StaticContext
 from .slots import Slots
 
 
@@ -60,16 +60,16 @@ class OwnKeys:
         """Those that the rows of a group attend to."""
         return self
 
-    def visible(self, slots: Slots, frame: Any) -> Tensor | None:
+    def visible(self, slots: Slots, context: Any) -> Tensor | None:
         """Which keys each slot may attend to, bool [R, 1, K, S]; None: plain causal attention."""
-        if not self.slides(frame):
+        if not self.slides(context):
             return None
         at, slot = slots.position, torch.arange(slots.position.shape[1], device=slots.position.device)
         return self.within(at, at) & (slot <= slot.unsqueeze(-1))
 
-    def slides(self, frame: Any) -> bool:
+    def slides(self, context: Any) -> bool:
         """Whether the window is shorter than the text so far."""
-        return self.window is not None and self.window < frame.past + frame.shape[1]
+        return self.window is not None and self.window < context.past + context.shape[1]
 
     def within(self, at: Tensor, keys_at: Tensor) -> Tensor:
         """Whether keys lie in the window of each token, bool [R, 1, K, S].
@@ -81,13 +81,13 @@ class OwnKeys:
         assert self.window is not None, "`slides` said so"
         return (keys_at.unsqueeze(-2) > at.unsqueeze(-1) - self.window).unsqueeze(1)
 
-    def mask(self, hidden_states: Tensor, slots: Slots, frame: Any, config: Any) -> Tensor | None:
+    def mask(self, hidden_states: Tensor, slots: Slots, context: Any, config: Any) -> Tensor | None:
         """The attention mask in the form that the configured attention implementation takes.
 
         Raises:
             ValueError: flash or flex attention would need a mask that it cannot take.
         """
-        visible, implementation = self.visible(slots, frame), config._attn_implementation
+        visible, implementation = self.visible(slots, context), config._attn_implementation
         if visible is None:
             if implementation == "sdpa":
                 return None
@@ -120,17 +120,17 @@ class StoredKeys(OwnKeys):
         """Called by the attention with the keys and values of the slots, [R, H, K, E]."""
         return self.store.append(keys, values, self.rows, [self.counts[row] for row in self.rows])
 
-    def visible(self, slots: Slots, frame: Any) -> Tensor | None:
+    def visible(self, slots: Slots, context: Any) -> Tensor | None:
         before = [self.store.counts[row] for row in self.rows]
         after = [self.store.counts[row] + self.counts[row] for row in self.rows]
-        width, device, slides = slots.position.shape[1], slots.position.device, self.slides(frame)
+        width, device, slides = slots.position.shape[1], slots.position.device, self.slides(context)
         if not slides and (not any(before) or (width == 1 and min(after) == max(after))):
             return None
         last_RK = torch.tensor(before, device=device).unsqueeze(1) + torch.arange(width, device=device)
         visible = (torch.arange(max(after), device=device) <= last_RK.unsqueeze(-1)).unsqueeze(1)
         if slides:
             stored_at = self.store.positions(max(after))[torch.tensor(self.rows, device=device)]
-            visible = visible & self.within(slots.position + frame.past, stored_at)
+            visible = visible & self.within(slots.position + context.past, stored_at)
         return visible
 
 
@@ -159,15 +159,15 @@ class PlacedKeys(OwnKeys):
         assert self.slots.routed is not None, "without a look, any slot may be free"
         return self.store.place(keys, values, self.slots.routed)
 
-    def visible(self, slots: Slots, frame: Any) -> Tensor | None:
-        if self.store.most == 0 and not self.slides(frame):
+    def visible(self, slots: Slots, context: Any) -> Tensor | None:
+        if self.store.most == 0 and not self.slides(context):
             return None
         width, device = slots.position.shape[1], slots.position.device
         last_BK = self.store.stored.unsqueeze(1) + torch.arange(width, device=device)
         count = self.store.most + width
         visible = (torch.arange(count, device=device) <= last_BK.unsqueeze(-1)).unsqueeze(1)
-        if self.slides(frame):
-            visible = visible & self.within(slots.position + frame.past, self.store.positions(count))
+        if self.slides(context):
+            visible = visible & self.within(slots.position + context.past, self.store.positions(count))
         return visible
 
 
@@ -199,18 +199,24 @@ class EveryKey(OwnKeys):
         """Called by the attention; the slots' own keys are among those that are here already."""
         return self.keys, self.values
 
-    def visible(self, slots: Slots, frame: Any) -> Tensor | None:
-        if isinstance(frame, TokenFrame):
-            return frame.visible(self.window)
-        tokens, offered, slides = frame.shape[1], self.offered, self.slides(frame)
+    def visible(self, slots: Slots, context: Any) -> Tensor | None:
+        if isinstance(context, StaticContext):
+            return context.visible(self.window)
+        tokens, offered, slides = context.shape[1], self.offered, self.slides(context)
         every_token = (slots.routed is None or tokens == 1) and slots.position.shape[1] == tokens
-        if offered is None and frame.seen is None and every_token and not slides and (frame.past == 0 or tokens == 1):
+        if (
+            offered is None
+            and context.padding_mask is None
+            and every_token
+            and not slides
+            and (context.past == 0 or tokens == 1)
+        ):
             return None  # each sees all keys up to its own
-        at = (slots.position + frame.past).unsqueeze(-1)
+        at = (slots.position + context.past).unsqueeze(-1)
         positions = torch.arange(self.keys.shape[2], device=at.device)
         visible = positions <= at
-        if offered is None and frame.seen is not None:
-            offered = frame.seen if slots.rows is None else frame.seen.index_select(0, slots.rows)
+        if offered is None and context.padding_mask is not None:
+            offered = context.padding_mask if slots.rows is None else context.padding_mask.index_select(0, slots.rows)
         if offered is not None:
             # A free slot may hold padding: it sees itself, lest its softmax be empty and its gradient NaN.
             visible = visible & (offered.unsqueeze(1) | (positions == at))

@@ -2,9 +2,9 @@
 
 Both are subclasses of the stock decoder layer, so that the backbone keeps its parameter names:
 
-    decision layer   dense block, then PriorFFN: hands D_st, D_ch upwards (DTF by surprise)
-    routed layer     router → slots → block, MLP or attention on the routed tokens → gated update;
+    routed layer     router → slots → block or MLP on the routed tokens → gated update;
                      tokens that skip pass by, or take a forecast of the update
+    decision layer   dense block, then PriorFFN: observes how surprising each token was (`surprise`)
 
 Layers return flat tuples of tensors, hidden states first: gradient checkpointing runs a forward twice, so nothing may
 be recorded on the side.
@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cache import CACHE_NAME
+from .context import RoutingContext
+from .forecast import Forecast, KnownUpdates, RegressionTargets, regression_targets
 from .keys import EveryKey, OwnKeys, PlacedKeys, StoredKeys
-from .learning import Known, Lesson, learn
-from .priors import Forecast, PriorFFN
-from .routers import Predictor, RoutingFrame, router_of
+from .outputs import RoutingRecord
+from .router import TopKPredictor
+from .routers import router_of
 from .routing import (
     Scores,
     gated_update,
@@ -33,58 +35,27 @@ from .routing import (
 from .slots import Slots, assign_group, assign_slots, every_slot, gather_tokens, row_groups, scatter_tokens
 from .static import EnteredRows
 from .stock import StockLayer
-from .surprise import Surprise, surprise
+from .surprise import PriorFFN, Surprise, surprise
 
 
-class RoutedOutput(NamedTuple):
-    """What a routed layer returns. Checkpointing and hooks may hand it on as a plain tuple."""
-
-    hidden_states: Tensor
-    """[B, T, D]."""
-    ranked: Tensor
-    """float32 [B, T], what is compared with thresholds: scores, or in `predictor` mode the predictor's logits."""
-    selected: Tensor
-    """bool [B, T], True where the token entered."""
-    threshold: Tensor | None
-    """float32, 0-d; None: top-K."""
-    gate: Tensor
-    """float32 [B, T], G (DTF), σ(r) or r (MoD)."""
-    s_ce: Tensor | None
-    s_cu: Tensor | None
-    """float32 [B, T], the criteria (DTF)."""
-    predictor_logits: Tensor | None
-    """float32 [B, T], while a predictor trains or routes."""
-    weight: Tensor | None = None
-    """float32 [B, T], while training with a forecast or a score that predicts: 0 where the update is not known; for
-    explored tokens, how many others each stands for."""
-    cost: Tensor | None = None
-    """float32 [B, T], what skipping would have lost, where it is known: what the score has to predict."""
-    miss: Tensor | None = None
-    """float32 [B, T], relative squared error of the forecast, where it is known."""
-    before: Tensor | None = None
-    """[B, T, D], what enters the routed part, if the frame asks for updates; where every token enters."""
-    after: Tensor | None = None
-    """[B, T, D], what it makes of each token; likewise."""
-
-
-class Inside(NamedTuple):
+class LayerInputs(NamedTuple):
     """What the routed part of a layer works on."""
 
     hidden_states: Tensor
     """[B, T, D], of all tokens."""
     keys: OwnKeys
-    """Whom the tokens attend to that enter."""
+    """The keys that entering tokens attend to."""
     position_embeddings: tuple[Tensor, Tensor]
     more: dict[str, Any]
     """What else the stock attention takes."""
 
 
 class DecisionLayerMixin(StockLayer):
-    """A dense decoder layer that also says how surprising each token was to it."""
+    """A dense decoder layer that also observes how surprising each token was to it."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.prior = PriorFFN(config, config.prior_factor, config.prior_dropout)
+        self.prior = PriorFFN(config)
         self.prior_input_gradient = config.prior_input_gradient
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Surprise:
@@ -110,85 +81,65 @@ class RoutedLayerMixin(StockLayer):
         self.layer_idx = layer_idx
         self.part = config.routed_part
         self.window = config.window(layer_idx)
-        self.by_surprise = config.by_surprise  # not by the router's class: peft may have wrapped it
         self.router = router_of(config, layer_idx)
-        self.forecast_prior = Forecast(config) if config.has_forecast else None
-        self.predictor = Predictor(config) if config.has_predictor else None
-
-    def score(
-        self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
-    ) -> Scores:
-        """The router's scores in float32; `surprises` is (D_st, D_ch) for DTF, () for MoD."""
-        if not self.by_surprise:
-            return self.router(hidden_states)
-        static, change = surprises
-        history = static if store is None else store.extend_surprise(static)
-        return self.router(static, change, history, frame)
+        self.forecast = Forecast(config) if config.has_forecast else None
+        self.predictor = TopKPredictor(config) if config.has_predictor else None
 
     def rank(
-        self, hidden_states: Tensor, surprises: tuple[Tensor, ...], frame: RoutingFrame, store: Any = None
+        self, hidden_states: Tensor, below: tuple[Tensor, ...], context: RoutingContext, store: Any
     ) -> tuple[Tensor, Scores, Tensor | None]:
         """What is compared with thresholds, float32 [B, T]; the router's scores; the predictor's logits, if used."""
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                scores = self.score(hidden_states, surprises, frame, store)
+                scores = self.router(hidden_states, below, context, store)
         else:
-            scores = self.score(hidden_states, surprises, frame, store)
+            scores = self.router(hidden_states, below, context, store)
         logits = None
-        if self.predictor is not None and (self.training or frame.mode == "predictor"):
+        if self.predictor is not None and (self.training or context.mode == "predictor"):
             logits = self.predictor(hidden_states)
-        if frame.mode == "predictor":
+        if context.mode == "predictor":
             assert logits is not None, "`set_routing` refuses this mode without a predictor"
             return logits, scores, logits
         return scores.score, scores, logits
 
-    def select(self, ranked: Tensor, frame: RoutingFrame, capacity: float) -> tuple[Tensor, Tensor | None]:
+    def select(self, ranked: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor | None]:
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
-        if frame.chosen is not None and self.layer_idx in frame.chosen:
-            return frame.chosen[self.layer_idx], None
-        if not self.router.by_token:
-            everyone = torch.ones_like(ranked, dtype=torch.bool) if frame.real is None else frame.real
-            chosen = everyone if capacity else torch.zeros_like(everyone)
-            return chosen, None if frame.mode == "topk" else self.router.threshold(frame.mode, capacity)
-        if frame.mode == "topk":
-            return select_topk(ranked, capacity, frame.real, frame.sinks), None
-        if frame.thresholds is not None:
-            threshold = frame.thresholds[self.layer_idx]
-        else:
-            threshold = self.router.threshold(frame.mode, capacity, frame.column)
+        if self.layer_idx in context.chosen:
+            return context.chosen[self.layer_idx], None
+        sinks = context.sinks if self.router.by_token else None
+        if context.mode == "topk":
+            return select_topk(ranked, context.capacities[self.layer_idx], context.is_token, sinks), None
+        threshold = context.thresholds[self.layer_idx]
         # A checkpointed layer's outputs become part of its graph; the threshold it will recompute with must not.
-        return select_threshold(ranked, threshold, frame.real, frame.sinks), threshold.detach()
+        return select_threshold(ranked, threshold, context.is_token, sinks), threshold.detach()
 
-    def groups(
-        self, selected: Tensor, frame: RoutingFrame, capacity: float
-    ) -> tuple[list[tuple[list[int], Slots]], list[int]]:
+    def groups(self, selected: Tensor, context: RoutingContext) -> tuple[list[tuple[list[int], Slots]], list[int]]:
         """Rows that go through the block together, with their slots; and how many tokens of each row enter.
 
-        `topk` never waits for the device: every row has the same number of slots. A causal mode looks once, because
-        its number of slots depends on the scores, unless the frame says how many there are; at γ = 0 and γ = 1 it does
-        not. While training all rows go together,
-        and never without any slot: every process of a distributed run has to enter every layer. Rows and counts are
-        empty if not looked at.
+        `topk` never synchronizes with the device: every row has the same number of slots. A causal mode synchronizes
+        once, because its number of slots depends on the scores, unless the context has a number; at γ = 0 and γ = 1 it
+        does not. In training all rows go together, and never without any slot: every process of a distributed run has
+        to enter every layer. Rows and counts are empty where the host does not know them.
         """
-        rows, tokens = frame.shape
+        (rows, tokens), capacity = context.shape, context.capacities[self.layer_idx]
         if capacity == 0.0:
             return [], [0] * rows
-        if capacity == 1.0 and frame.real is None:
-            return [(list(range(rows)), every_slot(rows, tokens, frame.device))], [tokens] * rows
-        if frame.mode == "topk":
+        if capacity == 1.0 and context.is_token is None:
+            return [(list(range(rows)), every_slot(rows, tokens, context.device))], [tokens] * rows
+        if context.mode == "topk":
             width = topk_capacity(capacity, tokens)
             slots = assign_slots(selected, width)
-            if frame.real is not None:
+            if context.is_token is not None:
                 return [([], slots)], []
             return [([], slots._replace(routed=None))], [width] * rows  # K of T, in every row
-        if frame.slots_per_row is not None:
-            everyone = every_slot(rows, tokens, frame.device)
-            width = frame.slots_per_row[self.layer_idx]
+        if context.slots_per_row is not None:
+            everyone = every_slot(rows, tokens, context.device)
+            width = context.slots_per_row[self.layer_idx]
             return [([], everyone._replace(routed=selected) if tokens == 1 else assign_slots(selected, width))], []
         if self.training:
             return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
-        # The one look at the device. A sum of one column would be an operation for nothing.
+        # The one synchronization. A sum of one column would be an operation for nothing.
         counts = [int(row[0]) for row in selected.tolist()] if selected.shape[1] == 1 else selected.sum(1).tolist()
         rows_together = row_groups(counts)
         return [(rows, assign_group(selected, rows, [counts[row] for row in rows])) for rows in rows_together], counts
@@ -212,59 +163,68 @@ class RoutedLayerMixin(StockLayer):
         scale = getattr(self, "residual_multiplier", None)
         return hidden_states + (update if scale is None else update * scale)
 
-    def reach(self, hidden_states: Tensor, **layer_inputs: Any) -> Tensor:
-        """What enters the routed part, [B, T, D]: before an MLP that is routed alone, attention is dense."""
-        return self.attend(hidden_states, **layer_inputs) if self.part == "mlp" else hidden_states
-
     def forward(
         self,
         hidden_states: Tensor,
-        *surprises: Tensor,
-        frame: RoutingFrame,
-        capacity: float,
+        *below: Tensor,
+        context: RoutingContext,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> RoutedOutput:
+    ) -> tuple[Any, ...]:
         """Route, process, write back.
 
         Args:
             hidden_states: [B, T, D].
-            surprises: D_st, D_ch of the decision layer below, float32 [B, T] (DTF by surprise); else none.
-            frame: mode, padding and sinks of this pass.
-            capacity: γ of this layer in this pass.
+            below: what the decision layer below observed, float32 [B, T] each; none without one.
+            context: of this pass.
             position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
             attention_mask: for attention that is not routed; the slots have their own.
-            position_ids: unused.
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
+
+        Returns:
+            Hidden states [B, T, D], and the fields of a `RoutingRecord`, flat.
         """
         cache = kwargs.pop(CACHE_NAME, None)
         store = None if cache is None else cache.layers[self.layer_idx]
         dense = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, CACHE_NAME: cache}
-        x = self.reach(hidden_states, **dense, **kwargs)
-        ranked, scores, logits = self.rank(x, surprises, frame, store)
-        selected, threshold = self.select(ranked, frame, capacity)
-        groups, counts = self.groups(selected, frame, capacity)
-        inside = Inside(x, self._keys(x, position_embeddings, selected, counts, store), position_embeddings, kwargs)
+        x = self.attend(hidden_states, **dense, **kwargs) if self.part == "mlp" else hidden_states
+        ranked, scores, logits = self.rank(x, below, context, store)
+        selected, threshold = self.select(ranked, context)
+        groups, counts = self.groups(selected, context)
+        inputs = LayerInputs(
+            x, self._keys(x, position_embeddings, selected, counts, store), position_embeddings, kwargs
+        )
         updated = skipped = self.skip(x, selected, counts)
         known = []
         for rows, slots in groups:
-            x_RKD, processed = self._processed(rows, slots, inside, frame)
+            x_RKD, processed = self._processed(rows, slots, inputs, context)
             gate_RK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
             skipped_RKD = x_RKD if skipped is x else gather_tokens(skipped, slots)
             y_RKD = gated_update(skipped_RKD, processed, gate_RK, self.config.gate)
             if slots.routed is not None:
                 y_RKD = torch.where(slots.routed.unsqueeze(-1), y_RKD, skipped_RKD)
             updated = scatter_tokens(updated, slots, y_RKD)
-            known.append(Known(slots, x_RKD, processed))
-        shown = _rows(x, known) if frame.shows_updates else (None, None)
-        learnt = self._learn(known, selected, inside, frame, capacity) if self.learns else Lesson(None, None, None)
-        if self.part == "attention":
-            updated = self.feed(updated)
-        return RoutedOutput(
-            updated, ranked, selected, threshold, scores.gate, scores.s_ce, scores.s_cu, logits, *learnt, *shown
+            known.append(KnownUpdates(slots, x_RKD, processed))
+        targets = self._targets(known, selected, inputs, context) if self.learns else RegressionTargets()
+        before, after = _of_all_tokens(x, known) if context.shows_updates else (None, None)
+        static, change = (each.detach() for each in below) if below else (None, None)
+        record = RoutingRecord(
+            self.layer_idx,
+            ranked,
+            selected,
+            scores.gate,
+            threshold,
+            static,
+            change,
+            scores.s_ce,
+            scores.s_cu,
+            logits,
+            *targets,
+            before,
+            after,
         )
+        return updated, *record
 
     def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:
         """What tokens are without the routed part: x, or x + f(x) with a forecast; [B, T, D].
@@ -274,64 +234,68 @@ class RoutedLayerMixin(StockLayer):
         Args:
             x: [B, T, D].
             selected: bool [B, T].
-            counts: selected tokens of each row; empty if nobody has looked.
+            counts: selected tokens of each row; empty where the host does not know them.
         """
-        if self.forecast_prior is None:
+        if self.forecast is None:
             return x
-        gated = self.config.gate == "soft" and not self.config.predicts_cost
+        gated = self.config.gate == "soft" and not self.config.learns_scores
         if self.training or gated or not counts:
-            return x + self.forecast_prior(x)
+            return x + self.forecast(x)
         if sum(counts) == selected.numel():
             return x
         flat = x.flatten(0, 1)
-        at = torch.nonzero_static(~selected.flatten(), size=selected.numel() - sum(counts)).squeeze(1)
-        skipping = flat.index_select(0, at)
-        return flat.index_copy(0, at, (skipping + self.forecast_prior(skipping)).to(x.dtype)).view_as(x)
+        places = torch.nonzero_static(~selected.flatten(), size=selected.numel() - sum(counts)).squeeze(1)
+        skipping = flat.index_select(0, places)
+        return flat.index_copy(0, places, (skipping + self.forecast(skipping)).to(x.dtype)).view_as(x)
 
-    def _processed(self, rows: list[int], slots: Slots, inside: Inside, frame: RoutingFrame) -> tuple[Tensor, Tensor]:
+    def _processed(
+        self, rows: list[int], slots: Slots, inputs: LayerInputs, context: RoutingContext
+    ) -> tuple[Tensor, Tensor]:
         """What the tokens of some slots are before and after the routed part, [R, K, D] each."""
-        x_RKD = gather_tokens(inside.hidden_states, slots)
-        with EnteredRows(slots.routed) if frame.triton_kernels and slots.routed is not None else nullcontext():
+        x_RKD = gather_tokens(inputs.hidden_states, slots)
+        with EnteredRows(slots.routed) if context.triton_kernels and slots.routed is not None else nullcontext():
             if self.part == "mlp":
                 return x_RKD, self.feed(x_RKD)
-            keys = inside.keys.of_rows(rows, slots)
-            cos, sin = (gather_tokens(part, slots) for part in inside.position_embeddings)
-            process = super().forward if self.part == "block" else self.attend
-            return x_RKD, process(
+            keys = inputs.keys.of_rows(rows, slots)
+            cos, sin = (gather_tokens(part, slots) for part in inputs.position_embeddings)
+            return x_RKD, super().forward(
                 x_RKD,
-                attention_mask=keys.mask(x_RKD, slots, frame, self.config),
+                attention_mask=keys.mask(x_RKD, slots, context, self.config),
                 position_embeddings=(cos, sin),
                 **{CACHE_NAME: keys.as_cache},
-                **inside.more,
+                **inputs.more,
             )
 
     @property
     def learns(self) -> bool:
         """Whether this pass compares updates with the forecast, or their cost with the score."""
-        return self.training and (self.config.has_forecast or self.config.predicts_cost)
+        return self.training and self.config.learns_from_updates
 
-    def _learn(
-        self, known: list[Known], selected: Tensor, inside: Inside, frame: RoutingFrame, capacity: float
-    ) -> Lesson:
-        """What the updates say that are known: those of the tokens that entered, and of some that are explored."""
-        weight, tokens = selected.float(), frame.shape[1]
-        count = round(self.config.explore * (tokens - topk_capacity(capacity, tokens)))
-        if frame.noise is not None and count:
-            explored, stands_for = select_explored(frame.noise, selected, count, frame.real, frame.sinks)
-            known = [*known, self._look(assign_slots(explored, count), selected, inside, frame)]
+    def _targets(
+        self, known: list[KnownUpdates], selected: Tensor, inputs: LayerInputs, context: RoutingContext
+    ) -> RegressionTargets:
+        """What the known updates teach: those of the tokens that entered, and of some that are explored."""
+        weight, tokens = selected.float(), context.shape[1]
+        skipping = tokens - topk_capacity(context.capacities[self.layer_idx], tokens)
+        count = round(self.config.explore * skipping)
+        if context.noise is not None and count:
+            explored, stands_for = select_explored(context.noise, selected, count, context.is_token, context.sinks)
+            known = [*known, self._explored_update(assign_slots(explored, count), selected, inputs, context)]
             weight = torch.where(explored, stands_for, weight)
-        if frame.sinks is not None:
-            weight = weight.masked_fill(frame.sinks, 0.0)
-        return learn(known, inside.hidden_states, weight, self.forecast_prior, self.config)
+        if context.sinks is not None:
+            weight = weight.masked_fill(context.sinks, 0.0)
+        return regression_targets(known, weight, self.forecast, self.router)
 
     @torch.no_grad()
-    def _look(self, slots: Slots, selected: Tensor, inside: Inside, frame: RoutingFrame) -> Known:
-        """The update of tokens that skip, as if each of them alone had entered besides those that do."""
+    def _explored_update(
+        self, slots: Slots, selected: Tensor, inputs: LayerInputs, context: RoutingContext
+    ) -> KnownUpdates:
+        """The update of tokens that skip: each attends to the tokens that entered and to itself."""
         if self.part != "mlp" and not self.config.keeps_every_key:
-            keys = self._all_keys(inside.hidden_states, inside.position_embeddings)
+            keys = self._all_keys(inputs.hidden_states, inputs.position_embeddings)
             offered = selected if self.router.by_token else None
-            inside = inside._replace(keys=EveryKey(*keys, offered, window=self.window))
-        return Known(slots, *self._processed([], slots, inside, frame))
+            inputs = inputs._replace(keys=EveryKey(*keys, offered, window=self.window))
+        return KnownUpdates(slots, *self._processed([], slots, inputs, context))
 
     def _all_keys(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, [B, H, T, E] each."""
@@ -363,7 +327,7 @@ class RoutedLayerMixin(StockLayer):
         return StoredKeys(store, counts, window=self.window) if counts else PlacedKeys(store, window=self.window)
 
 
-def _rows(x: Tensor, known: list[Known]) -> tuple[Tensor, Tensor]:
+def _of_all_tokens(x: Tensor, known: list[KnownUpdates]) -> tuple[Tensor, Tensor]:
     """Before and after the routed part, [B, T, D] each; tokens that are in no slot stay as they are."""
     after = x
     for slots, before, processed in known:

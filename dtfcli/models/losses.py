@@ -1,13 +1,20 @@
-"""Next-token cross-entropy that never holds the vocabulary logits of a whole batch.
+"""What training minimizes: next-token cross-entropy, and what routing adds to it.
+
+The cross-entropy never holds the vocabulary logits of a whole batch.
 
 Shapes: N tokens with a target, D hidden size, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .outputs import RoutedModelOutput
+from .router import Router, predictor_loss
+from .routing import masked_mean
 
 IGNORE_INDEX = -100
 
@@ -170,3 +177,58 @@ def reference_causal_lm_loss(hidden_states: Tensor, weight: Tensor, labels: Tens
     """The same, with whole logits: what `causal_lm_loss` is tested against."""
     logits = F.linear(hidden_states[:, :-1], weight).float()
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+
+
+class AuxiliaryLosses(NamedTuple):
+    """Means over tokens and layers, 0-d float32; None: there is no such loss."""
+
+    prior: Tensor | None
+    """Prior error (3.5) of the decision layers, unweighted."""
+    router: Tensor | None
+    """Of routers and predictors, weighted and summed."""
+    forecast: Tensor | None
+    """Relative squared error of the forecasts, unweighted."""
+
+    def added_to(self, lm_loss: Tensor, config: Any) -> Tensor:
+        """The loss to minimize."""
+        loss = lm_loss
+        if self.prior is not None:
+            loss = loss + config.prior_loss_weight * self.prior
+        if self.router is not None:
+            loss = loss + self.router
+        if self.forecast is not None:  # times 0, too: several processes count on every parameter's gradient
+            loss = loss + config.forecast_loss_weight * self.forecast
+        return loss
+
+
+def auxiliary_losses(
+    config: Any, routers: Mapping[int, Router], outputs: RoutedModelOutput, share: Tensor | float = 1.0
+) -> AuxiliaryLosses:
+    """The auxiliary losses of one pass.
+
+    Args:
+        config: of the model.
+        routers: by layer index; each adds what it learns from (`Router.loss`).
+        outputs: what the stack returned.
+        share: of the step that this batch is: what its means are multiplied by.
+    """
+    prior = router = forecast = None
+    if outputs.prior_errors:
+        counted = outputs.is_token
+        if outputs.sinks is not None:
+            counted = ~outputs.sinks if counted is None else counted & ~outputs.sinks
+        prior = torch.stack([masked_mean(error, counted) for error in outputs.prior_errors]).mean() * share
+    records = outputs.routing or ()
+    terms = [term for record in records for term in routers[record.layer].loss(record, outputs.is_token)]
+    terms += [
+        config.predictor_loss_weight * predictor_loss(record.predictor_logits, record.selected, outputs.is_token)
+        for record in records
+        if record.predictor_logits is not None
+    ]
+    if terms:
+        router = torch.stack(terms).sum() / len(records) * share
+    misses = [(r.miss, r.weight) for r in records if r.miss is not None and r.weight is not None]
+    if misses:  # layers that nobody entered say nothing
+        known = torch.stack([weight.any() for _, weight in misses]).sum().clamp(min=1)
+        forecast = torch.stack([masked_mean(miss, weight) for miss, weight in misses]).sum() / known * share
+    return AuxiliaryLosses(prior, router, forecast)

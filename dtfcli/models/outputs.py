@@ -1,7 +1,7 @@
 """What a routed model returns beyond the stock outputs."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.utils import ModelOutput
@@ -9,8 +9,7 @@ from transformers.utils import ModelOutput
 from .cache import CACHE_NAME
 
 
-@dataclass
-class RoutingRecord:
+class RoutingRecord(NamedTuple):
     """How one routed layer treated each token.
 
     Attributes:
@@ -18,22 +17,23 @@ class RoutingRecord:
         scores: float32 [B, T], what is ranked and compared with the threshold: the router's scores, or in `predictor`
             mode the predictor's logits.
         selected: bool [B, T], True where the token entered the layer.
-        gate: float32 [B, T], the soft gate: G (DTF), σ(r) or r (MoD).
+        gate: float32 [B, T], the soft gate: G (surprise), σ(r) or r (MoD), 1 (predicted costs).
         threshold: float32 0-d, in the causal modes.
-        static_surprise, change_surprise: float32 [B, T], D_st and D_ch (DTF).
-        s_ce, s_cu: float32 [B, T], the two criteria after their sigmoids (DTF).
-        predictor_logits: float32 [B, T], while training a predictor or routing by it.
-        weight: float32 [B, T], while training a forecast or a score that predicts: what each token counts in what they
-            learn from; 0 where its update is not known.
-        cost: float32 [B, T], what skipping loses, where it is known: ln(‖Δ‖² / D) or, against the forecast f,
-            ln(‖Δ − f‖² / D); relative to ‖x‖² / D with `budget` "model".
+        static_surprise, change_surprise: float32 [B, T], D_st and D_ch (surprise).
+        s_ce, s_cu: float32 [B, T], the two criteria after their sigmoids (surprise).
+        predictor_logits: float32 [B, T], while a predictor trains or routes.
+        weight: float32 [B, T], while a forecast or a predicted cost trains: what each token counts; 0 where its update
+            is not known; for explored tokens, how many others each stands for.
+        cost: float32 [B, T], what skipping loses, where it is known: ln(‖Δ‖² / D) or, with the forecast f,
+            ln(‖Δ − f‖² / D).
         miss: float32 [B, T], ‖Δ − f‖² / ‖Δ‖², where it is known.
+        before, after: [B, T, D], what every token is before and after the routed part, where the context asks for it.
     """
 
     layer: int
     scores: Tensor
     selected: Tensor
-    gate: Tensor | None = None
+    gate: Tensor
     threshold: Tensor | None = None
     static_surprise: Tensor | None = None
     change_surprise: Tensor | None = None
@@ -43,6 +43,8 @@ class RoutingRecord:
     weight: Tensor | None = None
     cost: Tensor | None = None
     miss: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
 
 
 @dataclass
@@ -52,7 +54,7 @@ class RoutedModelOutput(ModelOutput):
     Attributes:
         prior_errors: float32 [B, T] for each decision layer, ‖prior − stop_grad(posterior)‖² / D.
         routing: a `RoutingRecord` for each routed layer.
-        real, sinks: bool [B, T] or None: tokens that are not padding, tokens that are sinks.
+        is_token, sinks: bool [B, T] or None: positions that are no padding, tokens that are sinks.
         positions: int64 [B or 1, T], rotary positions: real tokens counted from 0.
     """
 
@@ -65,7 +67,7 @@ class RoutedModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     prior_errors: tuple[Tensor, ...] | None = None
     routing: tuple[RoutingRecord, ...] | None = None
-    real: Tensor | None = None
+    is_token: Tensor | None = None
     sinks: Tensor | None = None
     positions: Tensor | None = None
 

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .priors import ZeroLinear
-from .routers import Router
+from .forecast import ZeroLinear
+from .router import Router
 from .stock import StockModel
 
-ADDED_NAMES = ("router", "prior", "predictor")
+ADDED_NAMES = ("router", "forecast", "prior", "predictor")
 """Every parameter and buffer that routing adds has one of these in its name."""
+
+RENAMED = {r"\.forecast_prior\.": ".forecast."}
+"""Names in folders that earlier versions saved, as regular expressions, and what they are now."""
 
 
 def is_added(name: str) -> bool:
@@ -31,6 +34,7 @@ class DynamicPreTrainedMixin(StockModel):
     """Initialization and loading, common to the stack and the language model."""
 
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"\.router\.level$"]  # noqa: RUF012  # of earlier versions
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -49,6 +53,7 @@ class DynamicPreTrainedMixin(StockModel):
                 routing parameters (Transformers alone would only warn and initialize them).
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["key_mapping"] = RENAMED | (kwargs.get("key_mapping") or {})
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])

@@ -3,11 +3,11 @@
 The idea, for one routed layer: every token has a score that depends on nothing after it. The tokens with the highest
 scores (`topk`, while training) or with a score above a calibrated threshold (`threshold`, causal) are gathered, pass
 through the backbone's own block among themselves, and are scattered back. The others skip it: they stay as they are,
-or take what a linear map forecasts the block would have added (`priors`, fitted by `fitting`).
+or take what a linear map forecasts that the block would have added (`forecast`).
 
-What should the score be? What skipping costs, and that can be learned: a linear function of the token is trained to
-predict it (`cost_loss`) from the updates of tokens that enter. The thesis scores by `surprise` (a file of its own),
-Mixture-of-Depths (arXiv 2404.02258) by a linear function that follows the language model's gradient (`mod_scores`).
+The score is what one way of choosing differs from another in, and each has a file: `cost` predicts what skipping would
+lose, by a linear function of the token that is fitted to known updates. `mod` (Mixture-of-Depths, arXiv 2404.02258)
+follows the language model's gradient. `surprise` (the thesis) measures what the layer below did.
 
 `routing_naive` holds the same as loops over tokens, which is what the tests compare with. Shape suffixes: B rows, T
 tokens of a row, K slots for routed tokens, D hidden size. Scores are float32.
@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     """G (surprise) or σ(r), or r itself (MoD), or 1: scales the residual update."""
     s_ce: Tensor | None = None
     s_cu: Tensor | None = None
-    """The two criteria after their sigmoids (DTF)."""
+    """The two criteria after their sigmoids (`surprise`)."""
 
 
 def mean_square(x: Tensor, keepdim: bool = False) -> Tensor:
@@ -38,57 +38,40 @@ def mean_square(x: Tensor, keepdim: bool = False) -> Tensor:
     return x.float().square().mean(-1, keepdim=keepdim)
 
 
-_TINY = 1e-9
-"""Added to mean squares before the logarithm: a token without any update costs ln 1e-9."""
+TINY = 1e-9
+"""Added to mean squares before a division or a logarithm."""
 
 
-def log_size(x: Tensor) -> Tensor:
-    """ln(‖x‖² / D) of each token: [B, T, D] → float32 [B, T]. The unit of what skipping costs."""
-    return (mean_square(x) + _TINY).log()
+def normalized(x: Tensor, eps: float) -> Tensor:
+    """The normalized state n = x / RMS(x), float32 [..., D]: what forecasts and predicted costs are linear in."""
+    return x.float() * torch.rsqrt(mean_square(x, keepdim=True) + eps)
 
 
-def cost_loss(scores: Tensor, cost: Tensor, weight: Tensor) -> Tensor:
-    """How far predicted costs are from the true ones, up to a constant: the variance of their difference, 0-d.
-
-    A score need not know the mean cost of its layer, since thresholds follow; and while it had to learn it, it would
-    learn little else (R² after 50 updates 0.4 instead of 0.8 in upper layers of a pretrained model).
-
-    Args:
-        scores, cost: float32 [B, T].
-        weight: float32 [B, T], 0 where the cost is not known.
-    """
-    error = scores - cost
-    return masked_mean((error - masked_mean(error.detach(), weight)).square(), weight)
+_RIDGE = 1e-2
+"""Added to the diagonal of the normal equations, as a share of its mean."""
 
 
-def forecast_miss(update: Tensor, forecast: Tensor) -> Tensor:
-    """‖Δ − f‖² / ‖Δ‖² of each token, float32 [B, T]: 1 without any forecast, 0 for a perfect one, whatever the scale.
+def least_squares(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """The matrix W with the smallest Σ_t weight_t ‖target_t − W input_t‖² and a slight ridge; float32 [E, D].
 
     Args:
-        update, forecast: Δ and f, [B, T, D]; Δ carries no gradient.
+        inputs: float32 [N, D].
+        targets: float32 [N, E].
+        weight: float32 [N].
     """
-    return mean_square(update.detach().float() - forecast.float()) / (mean_square(update.detach()) + _TINY)
+    weighted = inputs * (weight / weight.sum().clamp(min=TINY)).unsqueeze(1)
+    moments, crossed = weighted.t() @ inputs, weighted.t() @ targets
+    ridge = _RIDGE * moments.diagonal().mean() + TINY
+    return torch.linalg.solve(moments + ridge * torch.eye(len(moments), device=moments.device), crossed).t()
 
 
-def mod_scores(hidden_states: Tensor, weight: Tensor, kind: str = "sigmoid") -> Scores:
-    """Mixture-of-Depths: r = x · w, a linear score of the token alone; gate σ(r), or r itself ("raw").
-
-    Args:
-        hidden_states: [B, T, D].
-        weight: float32 [D].
-        kind: of gate, "sigmoid" or "raw".
-    """
-    score = hidden_states.float() @ weight
-    return Scores(score, score if kind == "raw" else torch.sigmoid(score))
-
-
-def sink_mask(real: Tensor | None, sinks: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+def sink_mask(is_token: Tensor | None, sinks: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:
     """The first `sinks` real tokens of each row, wherever padding puts them; bool [B, T], None without sinks."""
     if sinks == 0:
         return None
-    if real is None:
+    if is_token is None:
         return (torch.arange(shape[1], device=device) < sinks).expand(shape)
-    return real & (real.long().cumsum(1) <= sinks)
+    return is_token & (is_token.long().cumsum(1) <= sinks)
 
 
 @lru_cache(maxsize=32)
@@ -110,13 +93,13 @@ def slots_per_row(capacity: float, length: int, sinks: int) -> int:
     return min(length, sinks + math.ceil((capacity + 0.04) * length + 2 * math.sqrt(length)))
 
 
-def select_topk(scores: Tensor, capacity: float, real: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+def select_topk(scores: Tensor, capacity: float, is_token: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
     """The training rule (3.13): exactly K tokens of each row, the sinks first, then by score. Not causal.
 
     Args:
         scores: float32 [B, T].
         capacity: γ.
-        real: bool [B, T], False for padding; None: all real.
+        is_token: bool [B, T], False for padding; None: all real.
         sinks: bool [B, T] from `sink_mask`.
 
     Returns:
@@ -128,25 +111,25 @@ def select_topk(scores: Tensor, capacity: float, real: Tensor | None = None, sin
         # Earlier sinks first, should there be more of them than K.
         first = torch.finfo(ranked.dtype).max / torch.arange(1, tokens + 1, device=scores.device)
         ranked = torch.where(sinks, first, ranked)
-    if real is not None:
-        ranked = ranked.masked_fill(~real, -torch.inf)
+    if is_token is not None:
+        ranked = ranked.masked_fill(~is_token, -torch.inf)
     best_BK = ranked.topk(topk_capacity(capacity, tokens), dim=1).indices
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    if real is None:
+    if is_token is None:
         return chosen.scatter(1, best_BK, True)
-    allowed_B1 = _capacity_table(capacity, tokens, scores.device)[real.sum(1, keepdim=True)]
+    allowed_B1 = _capacity_table(capacity, tokens, scores.device)[is_token.sum(1, keepdim=True)]
     return chosen.scatter(1, best_BK, torch.arange(best_BK.shape[1], device=scores.device) < allowed_B1)
 
 
 def select_threshold(
-    scores: Tensor, threshold: Tensor, real: Tensor | None = None, sinks: Tensor | None = None
+    scores: Tensor, threshold: Tensor, is_token: Tensor | None = None, sinks: Tensor | None = None
 ) -> Tensor:
     """The causal rule: a token is routed when its score exceeds the layer's threshold, whatever comes later.
 
     Args:
         scores: float32 [B, T].
         threshold: float32, 0-d.
-        real, sinks: as in `select_topk`.
+        is_token, sinks: as in `select_topk`.
 
     Returns:
         bool [B, T].
@@ -154,11 +137,11 @@ def select_threshold(
     chosen = scores.detach() > threshold
     if sinks is not None:
         chosen = chosen | sinks
-    return chosen if real is None else chosen & real
+    return chosen if is_token is None else chosen & is_token
 
 
 def select_explored(
-    noise: Tensor, selected: Tensor, count: int, real: Tensor | None = None, sinks: Tensor | None = None
+    noise: Tensor, selected: Tensor, count: int, is_token: Tensor | None = None, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Skipping tokens at random, whose update is looked at: without them only tokens that score high are learned from.
 
@@ -166,12 +149,12 @@ def select_explored(
         noise: uniform in [0, 1), [B, T].
         selected: bool [B, T], who enters.
         count: how many of each row, at most.
-        real, sinks: as in `select_topk`.
+        is_token, sinks: as in `select_topk`.
 
     Returns:
         bool [B, T]; and float32 [B, 1], how many skipping tokens each of them stands for.
     """
-    skipping = ~selected if real is None else ~selected & real
+    skipping = ~selected if is_token is None else ~selected & is_token
     if sinks is not None:
         skipping = skipping & ~sinks
     drawn = noise.masked_fill(~skipping, -1.0).topk(min(count, noise.shape[1]), dim=1).indices
@@ -179,7 +162,9 @@ def select_explored(
     return explored, skipping.sum(1, keepdim=True) / explored.sum(1, keepdim=True).clamp(min=1)
 
 
-def share_threshold(scores: Tensor, capacity: float, real: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+def share_threshold(
+    scores: Tensor, capacity: float, is_token: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """The threshold that routes the share γ of the real tokens of these rows together, sinks counted in.
 
     The (1 − γ) quantile of the scores of real tokens that are not sinks, taken midway between two scores. Without
@@ -188,13 +173,13 @@ def share_threshold(scores: Tensor, capacity: float, real: Tensor | None = None,
     Args:
         scores: float32 [B, T].
         capacity: γ in [0, 1].
-        real, sinks: as in `select_topk`.
+        is_token, sinks: as in `select_topk`.
 
     Returns:
         float32, 0-d.
     """
     scores = scores.detach().flatten()
-    free = torch.ones_like(scores, dtype=torch.bool) if real is None else real.flatten()
+    free = torch.ones_like(scores, dtype=torch.bool) if is_token is None else is_token.flatten()
     wanted = capacity * free.sum()
     if sinks is not None:
         sinks = sinks.flatten() & free
@@ -242,4 +227,4 @@ def masked_mean(values: Tensor, counted: Tensor | None = None) -> Tensor:
     if counted is None:
         return values.mean()
     total = counted.sum()
-    return (values * counted).sum() / (total.clamp(min=1) if counted.dtype == torch.bool else total.clamp(min=_TINY))
+    return (values * counted).sum() / (total.clamp(min=1) if counted.dtype == torch.bool else total.clamp(min=TINY))

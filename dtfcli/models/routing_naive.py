@@ -54,18 +54,12 @@ def mean_square(x: Tensor) -> Tensor:
     return total
 
 
-def cost_score(
-    x: Tensor, weight: Tensor, w_in: Tensor | None = None, w_out: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
-    """ŝ = w · n + v · silu(U n), n = x / RMS(x), of one token; 0-d."""
+def cost_score(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """ŝ = w · n, n = x / RMS(x), of one token; 0-d."""
     n = x.detach().float() / torch.sqrt(mean_square(x.detach()) + eps)
     score = torch.zeros(())
     for value, w in zip(n, weight, strict=True):
         score = score + w * value
-    if w_in is not None and w_out is not None:
-        for row, v in zip(w_in, w_out, strict=True):
-            unit = (row * n).sum()
-            score = score + v * unit * sigmoid(unit)
     return score
 
 

@@ -1,32 +1,55 @@
 """The stack of layers: embeddings → dense, decision and routed layers in turn → norm.
 
-How one batch passes through it. The notable choices:
+How one batch passes through it: `prepare` makes its masks, rotary embeddings and `RoutingContext`; `run_layer` takes it
+through each layer. The notable choices:
 
 - training routes by `topk`; eval routes by the mode saved with the model, `threshold` unless chosen otherwise;
-- training never waits for the device. Eval does in every routed layer on a CPU, where that is free and saves time;
-  elsewhere once a pass, and never for a single token.
+- masks and rotary embeddings are made once for each kind of attention (with and without a sliding window), by
+  Transformers where that does not synchronize with the device;
+- training never synchronizes. Eval does in every routed layer on a CPU, where that is free and saves time; elsewhere
+  once a pass, and never for a single token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import CACHE_NAME, RoutedCache
 from .calibration import track_thresholds
 from .configuration_fields import CAUSAL_MODES
-from .entrance import EntranceMixin, Pass
-from .layers import DecisionLayerMixin, RoutedLayerMixin, RoutedOutput
+from .context import RoutingContext, StaticContext
+from .keys import as_mask
+from .layers import DecisionLayerMixin, RoutedLayerMixin
 from .outputs import RoutedModelOutput, RoutingRecord
 from .pretrained import DynamicPreTrainedMixin
-from .routers import Router, RoutingFrame
+from .router import Router
+from .routing import slots_per_row
+from .stock import StockStack
 from .triton_kernels import available
 
 
-class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
+@dataclass
+class ForwardState:
+    """One batch on its way through the stack."""
+
+    hidden_states: Tensor
+    context: RoutingContext
+    layer_inputs: dict[str, dict[str, Any]]
+    """What layers take besides hidden states, by the kind of their attention."""
+    positions: Tensor
+    below: tuple[Tensor, ...] = ()
+    """What the decision layer below observed."""
+    prior_errors: list[Tensor] = field(default_factory=list)
+    records: list[RoutingRecord] = field(default_factory=list)
+
+
+class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
     """The stack of layers.
 
     Attributes:
@@ -35,30 +58,31 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
         training_mode: how training routes, "topk" or "threshold".
         training_capacities: γ of each routed layer while training, where it is not the model's own.
         capacity_override: γ of all routed layers in eval; None: the model's own.
-        looks: whether each routed layer of a causal pass looks at how many tokens enter, so that none is computed for
-            nothing; None: on a CPU, where looking is free. Else a pass looks once, at its end, whether the slots were
-            enough, and is repeated if they were not; the pass of a single token never looks.
+        syncs: whether each routed layer of a causal pass asks the device how many tokens enter, so that no slot stays
+            free; None: on a CPU, where asking costs nothing. Else a pass asks once, at its end, whether the slots were
+            enough, and is repeated if they were not; the pass of a single token never asks.
         triton_kernels: whether the Triton kernels are used (`use_triton_kernels`).
     """
 
     decision_layer_class: type
     routed_layer_class: type
+    rotary_by_kind = False
+    """Whether rotary embeddings differ with the kind of attention, as in Gemma 3."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         for index in config.routed_layer_indices:
             self.layers[index] = self.routed_layer_class(config, index)
-            if config.by_surprise:
+            if config.needs_decision_layers:
                 self.layers[index - 1] = self.decision_layer_class(config, index - 1)
         self.routed = tuple(config.routed_layer_indices)
         self.kinds = tuple(config.layer_kind(index) for index in range(len(self.layers)))
         self.training_mode = "topk"
         self.training_capacities: Mapping[int, float] | None = None
         self.capacity_override: float | None = None
-        self.looks: bool | None = None
+        self.syncs: bool | None = None
         self.triton_kernels = False
-        self._thresholds_seen_at: tuple[str, float | None] | None = None
-        self._tracked = False
+        self._thresholds_checked_at: tuple[str, float | None] | None = None
         self.post_init()
 
     @property
@@ -67,10 +91,10 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
         return {i: self.layers[i].router for i in self.routed}
 
     def use_triton_kernels(self, used: bool = True) -> None:
-        """Decode with our Triton kernels where the cache is static, on a GPU. Not saved.
+        """Take our Triton kernel in static decoding. On a GPU; not saved.
 
         Raises:
-            ValueError: they cannot run here, or weights are no plain tensors.
+            ValueError: it cannot run here, or weights are no plain tensors.
         """
         if used and not available(self.embed_tokens.weight):
             raise ValueError("our kernels need Triton and a GPU: install triton, or leave them out")
@@ -105,53 +129,53 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
         self.check_inputs(input_ids, inputs_embeds, attention_mask, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.mode in CAUSAL_MODES:
-            self._require_thresholds(self.mode)
-        looks = self._looks_at(inputs_embeds, kwargs)
+        syncs = self._may_sync(inputs_embeds, kwargs)
         given = (inputs_embeds, attention_mask, position_ids, cache)
-        passing = self._run(self.enter(*given, looks=looks), **kwargs)
-        if not self._holds(passing, attention_mask):
+        state = self.prepare(*given, syncs=syncs)
+        self._require_thresholds(state.context)
+        self._run(state, **kwargs)
+        if not self._slots_sufficed(state, attention_mask):
             if cache is not None:
                 cache.crop(-inputs_embeds.shape[1])
-            passing = self._run(self.enter(*given), **kwargs)
+            state = self.prepare(*given)
+            self._run(state, **kwargs)
         if cache is not None and cache.static is not None:
             cache.static.advance()
         if self.training:
-            track_thresholds(passing.records, self.routers, passing.frame)
+            track_thresholds(state.records, self.routers, state.context)
         return RoutedModelOutput(
-            last_hidden_state=self.norm(passing.hidden_states),
-            prior_errors=tuple(passing.prior_errors),
-            routing=tuple(passing.records),
-            real=passing.frame.real,
-            sinks=passing.frame.sinks,
-            positions=passing.positions,
+            last_hidden_state=self.norm(state.hidden_states),
+            prior_errors=tuple(state.prior_errors),
+            routing=tuple(state.records),
+            is_token=state.context.is_token,
+            sinks=state.context.sinks,
+            positions=state.positions,
             **{CACHE_NAME: cache},
         )
 
-    def _run(self, passing: Pass, **kwargs: Any) -> Pass:
+    def _run(self, state: ForwardState, **kwargs: Any) -> None:
         """Take a batch through all layers."""
-        passing.frame.prepare()
         for index in range(len(self.layers)):
-            self.step(index, passing, **kwargs)
-        return passing
+            self.run_layer(index, state, **kwargs)
 
-    def _looks_at(self, inputs_embeds: Tensor, asked: Mapping[str, Any]) -> bool:
-        """Whether the layers of a pass over these look at how many tokens enter."""
-        free = inputs_embeds.device.type == "cpu" if self.looks is None else self.looks
+    def _may_sync(self, inputs_embeds: Tensor, options: Mapping[str, Any]) -> bool:
+        """Whether the layers of a pass over these ask the device how many tokens enter."""
+        free = inputs_embeds.device.type == "cpu" if self.syncs is None else self.syncs
         if free or self.training or self.mode not in CAUSAL_MODES:
             return True
         # What is captured on the way has to be that of a single run.
         captured = ("output_hidden_states", "output_attentions")
-        return any(asked.get(name, getattr(self.config, name, False)) for name in captured)
+        return any(options.get(name, getattr(self.config, name, False)) for name in captured)
 
-    def _holds(self, passing: Pass, attention_mask: Tensor | None) -> bool:
-        """Whether what was assumed without a look was right: every token had a slot, and a row alone has no padding."""
-        frame = passing.frame
-        if frame.slots_per_row is None or frame.shape[1] == 1:
+    def _slots_sufficed(self, state: ForwardState, attention_mask: Tensor | None) -> bool:
+        """Whether what a pass assumed was right: every token had a slot, and a row alone has no padding."""
+        context = state.context
+        slots = context.slots_per_row
+        if slots is None or context.shape[1] == 1:
             return True
-        assumed = [record.selected.sum(1).max() <= frame.slots_per_row[record.layer] for record in passing.records]
-        if attention_mask is not None and frame.seen is None:
-            assumed.append(attention_mask.to(frame.device).all())
+        assumed = [record.selected.sum(1).max() <= slots[record.layer] for record in state.records]
+        if attention_mask is not None and context.padding_mask is None:
+            assumed.append(attention_mask.to(context.device).all())
         return bool(torch.stack(assumed).all()) if assumed else True
 
     def check_inputs(
@@ -186,27 +210,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
 
     @property
     def mode(self) -> str:
-        """The routing mode of the next pass.
-
-        A budget of the whole model has no top-K of a layer: training routes by the tracked threshold once there is one,
-        except while γ is on its way.
-        """
-        if not self.training:
-            return self.config.routing
-        shared = self.config.budget == "model" and self.training_capacities is None
-        return "threshold" if shared and self._has_tracked else self.training_mode
-
-    @property
-    def _has_tracked(self) -> bool:
-        """Whether training has a threshold of its own; looked at until it has."""
-        if not self._tracked:
-            self._tracked = not any(bool(router.threshold("threshold").isnan()) for router in self.routers.values())
-        return self._tracked
-
-    @property
-    def explores(self) -> bool:
-        """Whether training looks at tokens that skip."""
-        return self.config.explore > 0 and (self.config.has_forecast or self.config.predicts_cost)
+        """The routing mode of the next pass."""
+        return self.training_mode if self.training else self.config.routing
 
     def capacities(self) -> Mapping[int, float]:
         """γ of each routed layer in the next pass."""
@@ -214,58 +219,203 @@ class DynamicModelMixin(DynamicPreTrainedMixin, EntranceMixin):
             return self.training_capacities
         return self.config.layer_capacities(None if self.training else self.capacity_override)
 
-    def step(self, index: int, passing: Pass, **kwargs: Any) -> None:
-        """Take a batch through one layer."""
-        layer, hidden_states = self.layers[index], passing.hidden_states
-        inputs = passing.layer_inputs[self.kinds[index]]
-        if isinstance(layer, RoutedLayerMixin):
-            static, change = passing.surprises or (None, None)
-            out = self.route(index, passing, passing.frame, **kwargs)
-            passing.hidden_states = out.hidden_states
-            passing.records.append(
-                RoutingRecord(
-                    layer=index,
-                    scores=out.ranked,
-                    selected=out.selected,
-                    gate=out.gate,
-                    threshold=out.threshold,
-                    static_surprise=static,
-                    change_surprise=change,
-                    s_ce=out.s_ce,
-                    s_cu=out.s_cu,
-                    predictor_logits=out.predictor_logits,
-                    weight=out.weight,
-                    cost=out.cost,
-                    miss=out.miss,
-                )
-            )
-        elif isinstance(layer, DecisionLayerMixin):
-            passing.hidden_states, static, change, error = layer(hidden_states, **inputs, **kwargs)
-            passing.surprises = (static, change)
-            passing.prior_errors.append(error)
-        else:
-            passing.hidden_states = layer(hidden_states, **inputs, **kwargs)
+    def thresholds(self) -> dict[int, Tensor]:
+        """The threshold of each routed layer in the next pass, float32 0-d each; empty in `topk`."""
+        if self.mode not in CAUSAL_MODES:
+            return {}
+        trained = self.config.layer_capacities()
+        wanted = trained if self.training else self.capacities()
+        return {i: router.threshold_at(self.mode, wanted[i], trained[i]) for i, router in self.routers.items()}
 
-    def route(self, index: int, passing: Pass, frame: RoutingFrame, **kwargs: Any) -> RoutedOutput:
-        """What a routed layer makes of a batch before it."""
-        inputs = passing.layer_inputs[self.kinds[index]]
-        how = {"frame": frame, "capacity": frame.capacities[index], **inputs}
-        return RoutedOutput(*self.layers[index](passing.hidden_states, *passing.surprises, **how, **kwargs))
-
-    def _require_thresholds(self, mode: str) -> None:
-        """Refuse thresholds that were never calibrated. Looked at once for each capacity: it waits for the device."""
-        asked = None if self.training else self.capacity_override
-        if self._thresholds_seen_at == (mode, asked):
+    def _require_thresholds(self, context: RoutingContext) -> None:
+        """Refuse thresholds that were never calibrated. Checked once for each capacity: it synchronizes."""
+        checked = (self.mode, None if self.training else self.capacity_override)
+        if self._thresholds_checked_at == checked:
             return
-        for index, router in self.routers.items():
-            if router.threshold(mode, asked).isnan():
-                capacity = router.capacity if asked is None else asked
+        for index, threshold in context.thresholds.items():
+            if threshold.isnan():
                 raise ValueError(
-                    f"routing = {mode!r} at capacity {capacity:g}: layer {index} is not calibrated. Call "
-                    "model.calibrate(batches) on text of the kind you will use, or choose routing 'topk' (not causal)"
+                    f"routing = {self.mode!r} at capacity {context.capacities[index]:g}: layer {index} is not "
+                    "calibrated. Call model.calibrate(batches) on text of the kind you will use, or choose routing "
+                    "'topk' (not causal)"
                 )
-        self._thresholds_seen_at = (mode, asked)
+        self._thresholds_checked_at = checked
+
+    def prepare(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: RoutedCache | None = None,
+        syncs: bool = True,
+    ) -> ForwardState:
+        """A batch [B, T, D] before its first layer. Positions count real tokens, so padding shifts nothing.
+
+        Args:
+            inputs_embeds, attention_mask, position_ids, cache: as of `forward`.
+            syncs: whether routed layers may ask the device how many tokens enter; else `_slots_sufficed` checks.
+        """
+        (batch, tokens), device = inputs_embeds.shape[:2], inputs_embeds.device
+        past = 0 if cache is None else cache.get_seq_length()
+        padding_mask = None if attention_mask is None else attention_mask.bool().to(device)
+        if cache is not None and cache.length is not None:
+            if tokens == 1 and past:
+                cache.to_static(None if padding_mask is None else padding_mask[:, :past])
+                return self._prepare_static(inputs_embeds, position_ids, cache)
+            cache.to_dynamic()
+        if padding_mask is not None and self._has_no_padding(padding_mask, tokens, syncs):
+            padding_mask = None
+        given_positions = position_ids
+        if position_ids is None:
+            position_ids = _positions(padding_mask, past, tokens, device)
+        capacities, slots = self.capacities(), None
+        if not syncs:
+            slots = {i: slots_per_row(share, tokens, self.config.sink_tokens) for i, share in capacities.items()}
+            if isinstance(cache, RoutedCache):
+                cache.reserve()
+        thresholds = self.thresholds()
+        if self.training:  # as they are now: tracking moves them before checkpointing runs the layers again
+            thresholds = {i: threshold.clone() for i, threshold in thresholds.items()}
+        context = RoutingContext(
+            config=self.config,
+            mode=self.mode,
+            shape=(batch, tokens),
+            device=device,
+            capacities=capacities,
+            thresholds=thresholds,
+            padding_mask=padding_mask,
+            past=past,
+            slots_per_row=slots,
+            noise=torch.rand(batch, tokens, device=device) if self.training and self.config.explores else None,
+        )
+        return self._state(
+            inputs_embeds,
+            context,
+            position_ids,
+            cache,
+            lambda kind: self._mask(kind, inputs_embeds, padding_mask, cache, given_positions, syncs),
+        )
+
+    def _prepare_static(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: RoutedCache) -> ForwardState:
+        """A token of each row, [B, 1, D], on top of a static cache."""
+        assert cache.static is not None, "`to_static` was called"
+        filled = cache.static.filled.index_fill_(1, cache.static.position, True)
+        if position_ids is None:
+            position_ids = filled.sum(1, keepdim=True) - 1
+        context = StaticContext(
+            config=self.config,
+            mode=self.mode,
+            shape=(len(inputs_embeds), 1),
+            device=inputs_embeds.device,
+            capacities=self.capacities(),
+            thresholds=self.thresholds(),
+            slots_per_row=dict.fromkeys(self.routed, 1),
+            triton_kernels=self.triton_kernels,
+            filled=filled,
+            position=cache.static.position,
+        )
+
+        def mask(kind: str) -> Tensor:
+            visible = context.visible(self.config.sliding_window if kind == "sliding_attention" else None)
+            return as_mask(visible, inputs_embeds.dtype, self.config._attn_implementation)
+
+        return self._state(inputs_embeds, context, position_ids, cache, mask)
+
+    def _state(
+        self,
+        inputs_embeds: Tensor,
+        context: RoutingContext,
+        position_ids: Tensor,
+        cache: RoutedCache | None,
+        mask: Callable[[str], Any],
+    ) -> ForwardState:
+        """A batch with all that its layers will ask for."""
+        context.compute_masks()
+        next(iter(self.routers.values())).prepare(context)
+        layer_inputs = self._inputs(inputs_embeds, position_ids, cache, mask)
+        return ForwardState(self._scaled(inputs_embeds), context, layer_inputs, position_ids)
+
+    def _scaled(self, inputs_embeds: Tensor) -> Tensor:
+        """Embeddings as the first layer takes them; Granite scales them."""
+        scale = getattr(self.config, "embedding_multiplier", None)
+        return inputs_embeds if scale is None else inputs_embeds * scale
+
+    def _inputs(
+        self, inputs_embeds: Tensor, position_ids: Tensor, cache: RoutedCache | None, mask: Callable[[str], Any]
+    ) -> dict[str, dict[str, Any]]:
+        """What layers take besides hidden states, for each kind of attention there is."""
+        inputs = {}
+        for kind in set(self.kinds):
+            by_kind = (kind,) if self.rotary_by_kind else ()
+            embeddings = self.rotary_emb(inputs_embeds, position_ids, *by_kind)
+            inputs[kind] = {"attention_mask": mask(kind), CACHE_NAME: cache, "position_embeddings": embeddings}
+        return inputs
+
+    def _has_no_padding(self, padding_mask: Tensor, tokens: int, syncs: bool) -> bool:
+        """Whether a mask, bool [B, S + T], can be left out. `generate` always gives one, mostly for nothing.
+
+        A causal mode may synchronize here. For a row alone the answer is assumed (`_slots_sufficed` checks it later),
+        and a single token takes its mask as it is.
+        """
+        if self.training or self.mode not in CAUSAL_MODES:
+            return False
+        if syncs or (len(padding_mask) > 1 and tokens > 1):
+            return bool(padding_mask.all())
+        return tokens > 1
+
+    def _mask(
+        self,
+        kind: str,
+        inputs_embeds: Tensor,
+        padding_mask: Tensor | None,
+        cache: RoutedCache | None,
+        given_positions: Tensor | None,
+        syncs: bool,
+    ) -> Any:
+        """The attention mask of layers of a kind that are not routed."""
+        slides = kind == "sliding_attention"
+        if syncs or padding_mask is None or self.config._attn_implementation != "sdpa":
+            # By place: Transformers 5.24 renamed the cache's argument. Without a mask it waits for the device to see
+            # whether given positions begin again within a row: ours do not. With one, whether there is padding.
+            create = create_sliding_window_causal_mask if slides else create_causal_mask
+            return create(self.config, inputs_embeds, padding_mask, cache, given_positions)
+        positions = torch.arange(padding_mask.shape[1], device=padding_mask.device)
+        new = positions[-inputs_embeds.shape[1] :, None]
+        visible = positions <= new
+        if slides:
+            visible = visible & (positions > new - self.config.sliding_window)
+        return (padding_mask.unsqueeze(1) & visible).unsqueeze(1)
+
+    def run_layer(self, index: int, state: ForwardState, **kwargs: Any) -> None:
+        """Take a batch through one layer."""
+        layer, inputs = self.layers[index], state.layer_inputs[self.kinds[index]]
+        if isinstance(layer, RoutedLayerMixin):
+            state.hidden_states, record = self.route(index, state, state.context, **kwargs)
+            state.records.append(record)
+        elif isinstance(layer, DecisionLayerMixin):
+            state.hidden_states, static, change, error = layer(state.hidden_states, **inputs, **kwargs)
+            state.below = (static, change)
+            state.prior_errors.append(error)
+        else:
+            state.hidden_states = layer(state.hidden_states, **inputs, **kwargs)
+
+    def route(
+        self, index: int, state: ForwardState, context: RoutingContext, **kwargs: Any
+    ) -> tuple[Tensor, RoutingRecord]:
+        """What a routed layer makes of a batch that stands below it, and how it treated each token."""
+        inputs = state.layer_inputs[self.kinds[index]]
+        hidden_states, *record = self.layers[index](
+            state.hidden_states, *state.below, context=context, **inputs, **kwargs
+        )
+        return hidden_states, RoutingRecord(*record)
 
     def forget_checks(self) -> None:
-        """Look at the thresholds again before the next causal pass: they, or the capacity asked for, changed."""
-        self._thresholds_seen_at, self._tracked = None, False
+        """Check the thresholds again before the next causal pass: they, or the capacity asked for, changed."""
+        self._thresholds_checked_at = None
+
+
+def _positions(padding_mask: Tensor | None, past: int, tokens: int, device: torch.device) -> Tensor:
+    """Of new tokens, int64 [B or 1, T]: real ones are counted from 0."""
+    if padding_mask is None:
+        return torch.arange(past, past + tokens, device=device).unsqueeze(0)
+    return (padding_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]

@@ -1,4 +1,7 @@
-"""Surprise: the thesis's score of a token, from what the decision layer below a routed one did to it.
+"""Surprise: the thesis's score of a token, observed by the decision layer below a routed one.
+
+The layer below is dense. A small network, the prior, predicts what it adds to a token; how much it really adds, and how
+far that is from the prediction, are the two surprises that the router makes its score of.
 
 Equation numbers (3.x) are those of the MSc thesis "Dynamic Transformers" (Wieser, UCL 2025). `routing_naive` holds the
 same as loops over tokens, which is what the tests compare with.
@@ -8,13 +11,48 @@ is float32.
 """
 
 from functools import partial
+from math import ceil, exp, log
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .context import RoutingContext
+from .router import Router
 from .routing import Scores, mean_square
+
+
+class PriorFFN(nn.Module):
+    """W_out(silu(W_gate n) · W_up n), n = x / RMS(x): a cheap guess at the update that a block gives a token (3.1–3.3).
+
+    Width ⌈D·f⌉ rounded up to an even number, at least 2; no biases. W_gate and W_up are the halves of one matrix, and
+    n has no weight of its own, which would only scale the columns of that matrix: in decoding a small operation costs
+    as much as a small matrix.
+
+    In a decision layer prior = x + guess.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        width = ceil(config.hidden_size * config.prior_factor)
+        width = max(2, width + width % 2)
+        self.eps = config.rms_norm_eps
+        self.w_in = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.w_out = nn.Linear(width, config.hidden_size, bias=False)
+        self.dropout = config.prior_dropout
+
+    def forward(self, original: Tensor) -> Tensor:
+        """[B, T, D] → guess, [B, T, D]."""
+        # 1 / RMS(x), a number for each token, goes behind the matrix: the normalized states are never formed.
+        square = mean_square(original, keepdim=True)
+        scale = torch.rsqrt(square + self.eps)
+        projected = self.w_in(original)
+        gate, up = (projected * scale.to(projected.dtype)).chunk(2, dim=-1)
+        change = self.w_out(nn.functional.silu(gate) * up)
+        if self.training and self.dropout:
+            change = nn.functional.dropout(change, self.dropout)
+        return change
 
 
 class Surprise(NamedTuple):
@@ -178,7 +216,7 @@ class Scalars(NamedTuple):
     """Sharpness of S_CU, before softplus (3.11)."""
 
 
-def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Scalars, scale: str = "raw") -> Scores:
+def surprise_scores(static: Tensor, change: Tensor, average: Tensor, of: Scalars) -> Scores:
     """Surprise → gate, token by token.
 
     CE = D_st − (D_ch − ln(o_ce + 1e-10)) (3.8): the change that the prior saw coming.
@@ -187,19 +225,73 @@ def dtf_scores(static: Tensor, change: Tensor, average: Tensor, of: Scalars, sca
     G saturates in float32, so the ranked score is −ln(1 − G) = softplus(a) + softplus(b), where a and b are the
     arguments of the two sigmoids: the same order without ties.
 
-    With the scale "running" D_st, D_ch and MA(D_st) are first divided by MA(D_st): surprises of any size then meet the
-    sigmoids where these tell tokens apart.
-
     Args:
         static, change, average: D_st, D_ch, MA(D_st); float32 [B, T].
         of: the layer's scalars.
-        scale: "raw" (the thesis) or "running".
     """
-    if scale == "running":
-        unit = torch.where(average > 0, average, static.detach()).clamp(min=1e-6)  # its own, before any other counts
-        static, change, average = static / unit, change / unit, average / unit
     expected = static - (change - torch.log(of.o_ce + 1e-10))
     unexpected = static - of.m_cu * average
     a, b = F.softplus(of.beta_ce) * expected, F.softplus(of.beta_cu) * unexpected
     s_ce, s_cu = torch.sigmoid(a), torch.sigmoid(b)
     return Scores(F.softplus(a) + F.softplus(b), s_ce + s_cu - s_ce * s_cu, s_ce, s_cu)
+
+
+def recent_of(context: RoutingContext) -> Recent | slice:
+    """The tokens that the moving average of each new token covers: no padding, and no sinks where it skips them."""
+    config, (rows, tokens), past = context.config, context.shape, context.past
+    counted, window = context.padding_mask, config.ma_window
+    if counted is None:
+        skipped = config.sink_tokens if config.skips_sinks_in_average else 0
+        if tokens == 1 and past >= skipped:  # decoding: a run of positions
+            return slice(max(skipped, past + 1 - window), past + 1)
+        counted = torch.ones(rows, past + tokens, dtype=torch.bool, device=context.device)
+    if config.skips_sinks_in_average and context.all_sinks is not None:
+        counted = counted & ~context.all_sinks
+    return recent_tokens(counted, window, past)
+
+
+class SurpriseRouter(Router):
+    """Gates by expected and unexpected change (3.8–3.12), with four learnable scalars: the thesis's Predictive Router.
+
+    o_ce and m_cu are stored as logarithms: they must stay positive (ln of a negative o_ce is a NaN).
+    """
+
+    log_o_ce: nn.Parameter
+    log_m_cu: nn.Parameter
+    beta_ce: nn.Parameter
+    beta_cu: nn.Parameter
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.initial = {
+            "log_o_ce": log(config.o_ce_init),
+            "log_m_cu": log(config.m_cu_init),
+            "beta_ce": config.beta_ce_init,
+            "beta_cu": config.beta_cu_init,
+        }
+        for name in self.initial:
+            self.register_parameter(name, nn.Parameter(torch.empty(1, dtype=torch.float32)))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, value in self.initial.items():
+            getattr(self, name).fill_(value)
+
+    def prepare(self, context: RoutingContext) -> None:
+        context.shared["recent"] = recent_of(context)
+
+    def forward(self, hidden_states: Tensor, below: tuple[Tensor, ...], context: RoutingContext, store: Any) -> Scores:
+        """D_st and D_ch of the new tokens are `below`; the cache keeps D_st of the row up to them."""
+        static, change = below
+        history = static if store is None else store.extend_surprise(static)
+        of = Scalars(self.log_o_ce.exp(), self.log_m_cu.exp(), self.beta_ce, self.beta_cu)
+        return surprise_scores(static, change, moving_average(history, context.shared["recent"]), of)
+
+    def scalars(self) -> dict[str, float]:
+        """The four scalars of the thesis, for reports."""
+        return {
+            "o_ce": exp(self.log_o_ce.item()),
+            "m_cu": exp(self.log_m_cu.item()),
+            "beta_ce": self.beta_ce.item(),
+            "beta_cu": self.beta_cu.item(),
+        }

@@ -15,12 +15,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from dtfcli.errors import did_you_mean
+from dtfcli.models import configuration_fields
 
 STRUCK: dict[str, tuple[Any, str]] = {
-    "model.budget": ("layer", "every layer has a γ of its own; give model.capacity a list where they should differ"),
-    "model.forecast_factor": (0.0, "forecasts are linear"),
-    "model.score_factor": (0.0, "predicted costs are linear"),
-    "model.surprise_scale": ("raw", "surprise is never rescaled"),
+    **{f"model.{name}": struck for name, struck in configuration_fields.STRUCK.items()},
     "model.flops_share": (
         None,
         "list layers in model.routed_layers; `dtf inspect-routing MODEL --sensitivity` measures what each one costs",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, Field, create_model, model_validator
 
-from dtfcli.models.configuration_fields import RoutingFields, check_routing_fields
+from dtfcli.models.configuration_fields import RoutingFields, check_field, check_fields
 from dtfcli.models.families import FAMILIES
 from dtfcli.settings.group import Count, Group, require
 from dtfcli.settings.resolve import ROUTING_NAMES
@@ -58,7 +58,7 @@ class ScratchSettings(Group):
 def _check_alone(name: str, value: Any) -> Any:
     """Check one routing field by itself, so that a mistake elsewhere does not hide this one."""
     if value is not None:
-        check_routing_fields({name: value})
+        check_field(name, value)
     return value
 
 
@@ -106,7 +106,7 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
             "explored tokens need masks that flash_attention_2 does not take; use model.attn_implementation = 'sdpa'",
         )
         fields, layers = self.routing_fields(), None if self.base else self.scratch.num_hidden_layers
-        check_routing_fields({"architecture": self.architecture, **fields}, layers)
+        check_fields({"architecture": self.architecture, **fields}, layers)
         return self
 
     def routing_fields(self) -> dict[str, Any]:

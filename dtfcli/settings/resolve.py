@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dtfcli.models.configuration_fields import RoutingFields, by_surprise, unread_fields
+from dtfcli.models.configuration_fields import RoutingFields, unread_fields
 from dtfcli.settings import describe
 from dtfcli.settings.sources import (
     environment_name,
@@ -54,7 +54,7 @@ def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
         keys = [*names, *rates, *_OTHER_KEYS, *_ROUTER_KEYS, *_TOKEN_KEYS]
         return dict.fromkeys(keys, "model.architecture is dense")
     unread = {f"model.{name}": reason for name, reason in unread_fields(model).items()}
-    if not by_surprise(model):
+    if "model.prior_factor" in unread:
         unread["training.learning_rates.prior"] = unread["model.prior_factor"]
     if model.get("bypass") != "forecast":
         unread["training.learning_rates.forecast"] = "model.bypass is identity"

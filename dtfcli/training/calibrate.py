@@ -43,14 +43,14 @@ def evaluation_thresholds(run: Run) -> Iterator[None]:
         yield
         return
     routers = run.model.model.routers
-    tracked = {layer: router.thresholds[0].clone() for layer, router in routers.items() if router.by_token}
+    tracked = {layer: router.threshold.clone() for layer, router in routers.items() if router.by_token}
     try:
         calibrate(run, capacities=(), tokens=QUICK_CALIBRATION_TOKENS)
         yield
     finally:
         if run.state.step:  # before the first step nothing was tracked
             for layer, threshold in tracked.items():
-                routers[layer].thresholds[0] = threshold
+                routers[layer].threshold.copy_(threshold)
 
 
 def complete_best_model(run: Run) -> None:

@@ -28,7 +28,7 @@ def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device,
         return
     if tokens is None:
         tokens = _TOKENS_PER_UNIT * model.config.hidden_size
-    if not (tokens and settings.model.base and (model.config.has_forecast or model.config.predicts_cost)):
+    if not (tokens and settings.model.base and model.config.learns_from_updates):
         return
     batches = calibration_batches(rows, tokens, settings.training.micro_batch_size, settings.run.seed)
     dtype = compute_dtype(settings.run.dtype, device)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from dtfcli.models.cost import cost_loss
 from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head, for_head
 from dtfcli.models.pretrained import is_routed
-from dtfcli.models.routing import cost_loss, masked_mean
+from dtfcli.models.routing import masked_mean
 from dtfcli.training.distillation import Distillation, DistillLosses
 
 STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}

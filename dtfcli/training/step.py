@@ -115,11 +115,10 @@ def _choose_training_routing(run: Run) -> None:
 
 
 def _average_thresholds(run: Run) -> None:
-    """Give all processes the mean of the thresholds and levels that each has tracked on its own rows."""
+    """Give all processes the mean of the thresholds that each has tracked on its own rows."""
     if run.processes.world_size > 1:
         routers = run.model.model.routers.values()
-        tracked = [router.thresholds[:1] for router in routers if router.by_token]
-        tracked += [router.level for router in routers if run.model.config.predicts_cost]
+        tracked = [router.threshold for router in routers if router.by_token]
         if not tracked:
             return
         together = torch.cat(tracked)

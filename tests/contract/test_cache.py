@@ -108,7 +108,8 @@ def test_thresholds_follow_capacity_and_calibration(architecture: str) -> None:
         return [record.threshold.item() for record in out.routing]
 
     def expected(capacity: float | None = None) -> list[float]:
-        return [router.threshold("threshold", capacity).item() for router in model.model.routers.values()]
+        with model.routing_mode("threshold", capacity):
+            return [threshold.item() for threshold in model.model.thresholds().values()]
 
     assert thresholds(0) == expected()
     with model.routing_mode("threshold", 0.25):

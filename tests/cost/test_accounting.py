@@ -40,8 +40,6 @@ PARTS = [
     for part, kv in (
         ("block", "routed"),
         ("block", "all"),
-        ("attention", "routed"),
-        ("attention", "all"),
         ("mlp", "all"),
     )
 ]

@@ -1,0 +1,106 @@
+"""What one forward pass tells all of its routed layers: mode, γ, thresholds, padding and sinks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .routing import sink_mask
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What all routed layers of one forward pass share.
+
+    Attributes:
+        config: of the model; whatever does not change from pass to pass.
+        mode: "topk", "threshold" or "predictor".
+        shape: B and T.
+        device: of the tokens.
+        capacities: γ of each routed layer in this pass, by layer index.
+        thresholds: of each routed layer in a causal mode, float32 0-d.
+        padding_mask: bool [B, S + T], False for padding, over the S cached positions and the T new ones; None: no
+            padding.
+        past: S.
+        chosen: who enters, bool [B, T], in layers whose router is not to choose (as many of each row in `topk`).
+        slots_per_row: slots of each routed layer where the host does not ask the device how many tokens enter; None: it
+            asks.
+        noise: uniform numbers [B, T] that draw the tokens to explore; None: none are.
+        shows_updates: whether layers return what each token is before and after their routed part.
+        triton_kernels: whether linear maps of a layer that no row enters read no weights (`static`).
+        shared: what routers compute once for all layers (`Router.prepare`).
+    """
+
+    config: Any
+    mode: str
+    shape: tuple[int, int]
+    device: torch.device
+    capacities: Mapping[int, float]
+    thresholds: dict[int, Tensor] = field(default_factory=dict)
+    padding_mask: Tensor | None = None
+    past: int = 0
+    chosen: Mapping[int, Tensor] = field(default_factory=dict)
+    slots_per_row: Mapping[int, int] | None = None
+    noise: Tensor | None = None
+    shows_updates: bool = False
+    triton_kernels: bool = False
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def is_token(self) -> Tensor | None:
+        """Which of the new positions are no padding, bool [B, T]; None: all."""
+        return None if self.padding_mask is None else self.padding_mask[:, self.past :]
+
+    @cached_property
+    def all_sinks(self) -> Tensor | None:
+        """Which of all positions are sinks, bool [B, S + T]; None: there are none."""
+        shape = (self.shape[0], self.past + self.shape[1])
+        return sink_mask(self.padding_mask, self.config.sink_tokens, shape, self.device)
+
+    @cached_property
+    def sinks(self) -> Tensor | None:
+        """Which of the new positions are sinks, bool [B, T]; None: there are none."""
+        if self.padding_mask is None and self.past >= self.config.sink_tokens:
+            return None
+        return None if self.all_sinks is None else self.all_sinks[:, self.past :]
+
+    def compute_masks(self) -> None:
+        """Compute now what layers will ask for: compiled ones cannot enter `cached_property`'s lock (Python 3.11)."""
+        _ = self.is_token, self.sinks
+
+
+@dataclass(frozen=True)
+class StaticContext(RoutingContext):
+    """The context of a token of each row on top of a static cache: all shapes are the same in every pass.
+
+    Attributes:
+        filled: bool [B, N], which of the cache's positions hold a token that may be attended to, the new ones included.
+        position: int64 [1], the position of the new ones.
+    """
+
+    filled: Tensor | None = None
+    position: Tensor | None = None
+
+    def visible(self, window: int | None) -> Tensor:
+        """Which of the cache's positions the new tokens attend to, bool [B, 1, 1, N]."""
+        assert self.filled is not None, "a context of this kind is made with it"
+        assert self.position is not None, "and with this"
+        if window is None:
+            return self.filled[:, None, None]
+        positions = torch.arange(self.filled.shape[1], device=self.device)
+        return (self.filled & (positions > self.position - window))[:, None, None]
+
+    @cached_property
+    def is_token(self) -> None:
+        """All: a row whose text has ended goes on with tokens that nobody reads."""
+        return
+
+    @cached_property
+    def sinks(self) -> Tensor | None:
+        """Whether the new token is a sink, bool [B, 1]; None: there are none."""
+        assert self.filled is not None, "a context of this kind is made with it"
+        count = self.config.sink_tokens
+        return self.filled.sum(1, keepdim=True) <= count if count else None
