@@ -66,7 +66,7 @@ def test_named_functions_are_in_the_named_files(page: str) -> None:
 
 
 def test_stale_names_are_reported() -> None:
-    row = "| scores | `mod_scores`, `old_scores` and `Router.gone` in `dtfcli/models/routing.py`; twins in `gone.py` |"
+    row = "| scores | `select_topk`, `old_scores` and `Router.gone` in `dtfcli/models/routing.py`; twins in `gone.py` |"
     assert list(stale_names(row)) == ["gone.py", "old_scores in routing.py", "Router.gone in routing.py"]
     step = "1. `dtfcli/errors.py`: a subclass of `DTFError`, and its name\n   in `OLD_ERRORS`."
     assert list(stale_names(step)) == ["OLD_ERRORS in errors.py"]

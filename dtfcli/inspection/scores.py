@@ -116,7 +116,7 @@ def layer_routing(model: Any, records: list[Any]) -> LayerRouting:
     figures = {name: values.astype(np.float64) for name, values in figures.items() if values is not None}
     shown_threshold, scalars = threshold, model.router_scalars()[layer]
     if model.routing != "predictor":  # there scores are logits of the predictor
-        offset = scalars.get("level", math.nan)
+        offset = scalars.get("cost_offset", math.nan)
         if not math.isnan(offset):
             figures["predicted_cost"] = np.exp((score + offset) / 2)
             shown_threshold = None if threshold is None else math.exp((threshold + offset) / 2)

@@ -17,20 +17,14 @@ from .outputs import RoutingRecord
 from .router import Router
 from .routing import share_threshold
 
-_MOMENTUM = 0.9
-"""Of the moving average of per-batch thresholds while training: it spans about ten steps."""
-
 
 @torch.no_grad()
 def track_thresholds(records: list[RoutingRecord], routers: Mapping[int, Router], context: RoutingContext) -> None:
-    """Move each layer's threshold at the model's own γ toward this batch's; a first one sets it."""
+    """Move each layer's threshold at the model's own γ toward this batch's."""
     for record in records:
-        router = routers[record.layer]
-        if router.by_token:
-            capacity = context.capacities[record.layer]
-            batch = share_threshold(record.scores, capacity, context.is_token, context.sinks)
-            average = router.threshold
-            average.copy_(torch.where(average.isnan(), batch, torch.lerp(batch, average, _MOMENTUM)))
+        capacity = context.capacities[record.layer]
+        threshold = share_threshold(record.scores, capacity, context.is_token, context.sinks)
+        routers[record.layer].track(record, threshold)
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
     def is_fitted(self) -> bool:
         """Whether forecasts and predicted costs, where there are any, are no longer as conversion made them."""
         layers = [self.model.layers[i] for i in self.model.routers]
-        scores = all(bool(layer.router.threshold.isfinite()) for layer in layers if self.config.learns_scores)
+        scores = all(bool(layer.router.cost_offset.isfinite()) for layer in layers if self.config.learns_scores)
         return scores and all(bool(layer.forecast.linear.weight.any()) for layer in layers if self.config.has_forecast)
 
     def set_routing(self, mode: str, capacity: float | None = None) -> None:

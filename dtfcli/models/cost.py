@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .context import RoutingContext
 from .outputs import RoutingRecord
-from .router import Router
+from .router import Router, move_average
 from .routing import TINY, Scores, least_squares, masked_mean, mean_square, normalized
 
 
@@ -39,15 +39,23 @@ def cost_loss(scores: Tensor, cost: Tensor, weight: Tensor) -> Tensor:
 
 
 class UpdateSizeRouter(Router):
-    """Scores a token by the predicted size of its update, ln(‖Δ‖² / D): what skipping loses without a forecast."""
+    """Scores a token by the predicted size of its update, ln(‖Δ‖² / D): what skipping loses without a forecast.
+
+    Attributes:
+        cost_offset: float32 [1], the constant that the score leaves out: predicted cost = score + cost_offset.
+    """
+
+    cost_offset: Tensor
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
+        self.register_buffer("cost_offset", torch.empty(1, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.weight.normal_(0.0, self.config.initializer_range)
+        self.cost_offset.fill_(torch.nan)
 
     def forward(self, hidden_states: Tensor, below: tuple[Tensor, ...], context: RoutingContext, store: Any) -> Scores:
         x = hidden_states.detach().float()
@@ -70,6 +78,19 @@ class UpdateSizeRouter(Router):
         mean = (cost * weight).sum() / weight.sum().clamp(min=1)
         inputs = normalized(hidden_states, self.config.rms_norm_eps)
         self.weight.copy_(least_squares(inputs, (cost - mean).unsqueeze(1), weight).squeeze(0))
+        self.cost_offset.copy_(masked_mean(cost - inputs @ self.weight, weight))
+
+    def tracked(self) -> list[Tensor]:
+        return [*super().tracked(), self.cost_offset]
+
+    def track(self, record: RoutingRecord, threshold: Tensor) -> None:
+        super().track(record, threshold)
+        if record.cost is not None and record.weight is not None:
+            offset = masked_mean(record.cost - record.scores, record.weight)
+            move_average(self.cost_offset, torch.where(record.weight.any(), offset, self.cost_offset))
+
+    def scalars(self) -> dict[str, float]:
+        return {"cost_offset": self.cost_offset.item()}
 
 
 class ForecastErrorRouter(UpdateSizeRouter):

@@ -67,6 +67,9 @@ def _fit_layer(stack: Any, index: int, passes: Sequence[Any]) -> None:
                 guess = layer.forecast(before.to(layer.forecast.linear.weight.dtype)).float()
             layer.router.fit(before, update, guess, counted)
             if not layer.router.by_token:
+                share = passes[0].context.capacities[index]
+                for state in passes:
+                    state.context.thresholds[index] = layer.router.threshold_at("threshold", share, share)
                 return
             scores, threshold = calibrate_layer(stack, index, passes, "threshold", None)
             skips = (scores <= threshold).float()

@@ -207,23 +207,10 @@ class RoutedLayerMixin(StockLayer):
             updated = scatter_tokens(updated, slots, y_RKD)
             known.append(KnownUpdates(slots, x_RKD, processed))
         targets = self._targets(known, selected, inputs, context) if self.learns else RegressionTargets()
-        before, after = _of_all_tokens(x, known) if context.shows_updates else (None, None)
-        static, change = (each.detach() for each in below) if below else (None, None)
-        record = RoutingRecord(
-            self.layer_idx,
-            ranked,
-            selected,
-            scores.gate,
-            threshold,
-            static,
-            change,
-            scores.s_ce,
-            scores.s_cu,
-            logits,
-            *targets,
-            before,
-            after,
-        )
+        observed = [each.detach() for each in below] if below else [None, None]
+        shown = _of_all_tokens(x, known) if context.shows_updates else ()
+        _, *gates = scores
+        record = RoutingRecord(self.layer_idx, ranked, selected, threshold, *gates, logits, *observed, *targets, *shown)
         return updated, *record
 
     def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:

@@ -33,13 +33,13 @@ class RoutingRecord(NamedTuple):
     layer: int
     scores: Tensor
     selected: Tensor
+    threshold: Tensor | None
     gate: Tensor
-    threshold: Tensor | None = None
-    static_surprise: Tensor | None = None
-    change_surprise: Tensor | None = None
     s_ce: Tensor | None = None
     s_cu: Tensor | None = None
     predictor_logits: Tensor | None = None
+    static_surprise: Tensor | None = None
+    change_surprise: Tensor | None = None
     weight: Tensor | None = None
     cost: Tensor | None = None
     miss: Tensor | None = None

@@ -16,7 +16,7 @@ from .stock import StockModel
 ADDED_NAMES = ("router", "forecast", "prior", "predictor")
 """Every parameter and buffer that routing adds has one of these in its name."""
 
-RENAMED = {r"\.forecast_prior\.": ".forecast."}
+RENAMED = {r"\.forecast_prior\.": ".forecast.", r"\.router\.level$": ".router.cost_offset"}
 """Names in folders that earlier versions saved, as regular expressions, and what they are now."""
 
 
@@ -34,7 +34,6 @@ class DynamicPreTrainedMixin(StockModel):
     """Initialization and loading, common to the stack and the language model."""
 
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"\.router\.level$"]  # noqa: RUF012  # of earlier versions
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -56,6 +55,7 @@ class DynamicPreTrainedMixin(StockModel):
         kwargs["key_mapping"] = RENAMED | (kwargs.get("key_mapping") or {})
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
+        vars(model).pop("_weight_conversions", None)  # Transformers would save the names of earlier versions again
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
         if kwargs.get("gguf_file") is not None or pretrained_model_name_or_path is None:
             from_dense = True

@@ -19,6 +19,15 @@ CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.8
 """γ for which calibration measures thresholds; others are interpolated."""
 
 
+_MOMENTUM = 0.9
+"""Of the moving averages over training steps: they span about ten."""
+
+
+def move_average(average: Tensor, batch: Tensor) -> None:
+    """Move an average, in place, toward this batch's value; a first value sets it."""
+    average.copy_(torch.where(average.isnan(), batch, torch.lerp(batch, average, _MOMENTUM)))
+
+
 class Router(nn.Module):
     """The router of one routed layer; always float32, whatever the model's dtype.
 
@@ -85,6 +94,15 @@ class Router(nn.Module):
             guess: f(x), likewise, or None.
             weight: float32 [N], 0 for tokens that do not count.
         """
+
+    def tracked(self) -> list[Tensor]:
+        """What `track` moves, float32 [1] each: several processes take the mean of theirs."""
+        return [self.threshold] if self.by_token else []
+
+    def track(self, record: RoutingRecord, threshold: Tensor) -> None:
+        """Move what is tracked while training toward this batch's; `threshold` is the batch's own, 0-d."""
+        if self.by_token:
+            move_average(self.threshold, threshold)
 
     def scalars(self) -> dict[str, float]:
         """Learned numbers for reports, by name; most routers have none."""

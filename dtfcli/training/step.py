@@ -115,10 +115,10 @@ def _choose_training_routing(run: Run) -> None:
 
 
 def _average_thresholds(run: Run) -> None:
-    """Give all processes the mean of the thresholds that each has tracked on its own rows."""
+    """Give all processes the mean of what each router has tracked on its own rows."""
     if run.processes.world_size > 1:
         routers = run.model.model.routers.values()
-        tracked = [router.threshold for router in routers if router.by_token]
+        tracked = [tensor for router in routers for tensor in router.tracked()]
         if not tracked:
             return
         together = torch.cat(tracked)

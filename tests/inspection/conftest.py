@@ -52,8 +52,8 @@ def model_by(kind: str, **more: Any) -> Any:
     """A small routed model, calibrated; predicted costs have their layer's constant."""
     model: Any = routed_model(**FIELDS[kind] | more)
     for router in model.model.routers.values():
-        if hasattr(router, "level"):
-            router.level.fill_(-1.5)
+        if hasattr(router, "cost_offset"):
+            router.cost_offset.fill_(-1.5)
     return model
 
 

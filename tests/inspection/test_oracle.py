@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
 from dtfcli.errors import ConfigError
 from dtfcli.inspection.oracle import CHOOSERS
@@ -86,7 +85,7 @@ def test_a_router_that_is_the_oracle_agrees_and_loses_nothing(words: Any, monkey
         cost = torch.tensor(inspect_text(model, words, TEXT, oracle=True).layers[place].figures["true_cost"])
         scores = Scores(cost[None].float(), torch.ones(1, len(cost)))
 
-        def by_cost(hidden: Tensor, scores: Scores = scores) -> Scores:
+        def by_cost(*_: object, scores: Scores = scores) -> Scores:
             return scores
 
         monkeypatch.setattr(model.model.layers[index].router, "forward", by_cost)

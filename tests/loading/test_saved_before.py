@@ -27,6 +27,7 @@ def test_the_logits_are_those_of_the_version_that_saved_it(tmp_path: Path) -> No
         torch.testing.assert_close(opened(expected["input_ids"]).logits, expected["logits"], atol=1e-5, rtol=0)
         opened.set_routing("threshold", capacity=0.3)
         torch.testing.assert_close(opened(expected["input_ids"]).logits, expected["logits_quarter"], atol=1e-5, rtol=0)
+    assert not [name for name in load_file(again / "model.safetensors") if "forecast_prior" in name or "level" in name]
     assert "budget" not in json.loads((again / "config.json").read_text())
 
 

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from dtfcli.errors import ConfigError
-from dtfcli.models.configuration_fields import ARCHITECTURES, RoutingFields
+from dtfcli.models.configuration_fields import RoutingFields, architectures
 from dtfcli.settings import Settings, load_settings
 from dtfcli.settings.model import Architecture, ModelSettings
 from dtfcli.settings.schema import file_problems
@@ -193,7 +193,7 @@ def test_toml_comes_back_the_same(tmp_path: Path, architecture: str) -> None:
 
 
 def test_architecture_fields_are_defined_once() -> None:
-    assert get_args(Architecture) == (*ARCHITECTURES, "dense")
+    assert get_args(Architecture) == (*architectures(), "dense")
     for name, field in RoutingFields.__dataclass_fields__.items():
         if name != "architecture":
             assert ModelSettings.model_fields[name].description == field.metadata["help"]
