@@ -70,8 +70,8 @@ def routed_model(
     """A converted model in eval mode, calibrated at its own capacity and on the grid; forecasts say something."""
     model = convert(dense_model(family, seed), architecture, capacity, **fields)
     for name, parameter in model.named_parameters():
-        if "forecast" in name or name.endswith("router.w_out"):
-            torch.nn.init.normal_(parameter, std=0.1 if "linear" in name else 0.2)
+        if "forecast" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
     model.calibrate([{"input_ids": tokens(32, 64, seed=7)}])
     return model
 

@@ -138,7 +138,7 @@ class _Routed(nn.Module):
             scores = [token @ router.weight for token in x]
             return scores, [naive.sigmoid(score) for score in scores]
         if config.score != "surprise":
-            return [naive.cost_score(token, router.weight, eps=router.eps) for token in x], ones
+            return [naive.cost_score(token, router.weight, eps=config.rms_norm_eps) for token in x], ones
         scalars = (router.log_o_ce.exp(), router.log_m_cu.exp(), router.beta_ce, router.beta_cu)
         averages = naive.moving_average(whole.surprise[0], config.ma_window, config.sink_tokens)
         both = [naive.dtf_gate(*each, *scalars) for each in zip(*whole.surprise, averages, strict=True)]
@@ -153,8 +153,8 @@ class _Routed(nn.Module):
         scores = [float(score.detach()) for score in ranked]
         if whole.mode == "topk":
             return naive.select_topk(scores, share, config.sink_tokens)
-        own = share == config.layer_capacity(ours.layer_idx)
-        threshold = float(ours.router.threshold(whole.mode, None if own else share))
+        trained = config.layer_capacities()[ours.layer_idx]
+        threshold = float(ours.router.threshold_at(whole.mode, share, trained))
         return naive.select_threshold(scores, threshold, config.sink_tokens)
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
@@ -173,7 +173,7 @@ class _Routed(nn.Module):
         updated = self.part(config.routed_part, x, visible[None, None], **kwargs)
 
         def skip(token: Tensor) -> Tensor:
-            return token if config.bypass == "identity" else token + ours.forecast_prior(token[None])[0]
+            return token if config.bypass == "identity" else token + ours.forecast(token[None])[0]
 
         if guesses is not None:
             whole.note("predictor", id(self), [(p, t in chosen) for t, p in enumerate(guesses)])

@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_tokens_whose_keys_are_asked_for(case: Case, batc
     """Of routed tokens alone; of all where attention is dense, or sees every key."""
     model, ids = case.on(), tokens(batch, 40)
     a_token = 2 * model.config.num_key_value_heads * model.model.layers[0].self_attn.head_dim * 4  # keys, values
-    remembered = batch * 40 * (1 + 4 * model.config.by_surprise)  # who entered; D_st
+    remembered = batch * 40 * (1 + 4 * model.config.needs_decision_layers)  # who entered; D_st
     for capacity in (0.125, 0.5):
         with model.routing_mode(case.mode, capacity):
             records = model(ids, output_routing=True, use_cache=False).routing

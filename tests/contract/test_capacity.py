@@ -161,13 +161,18 @@ def test_what_layerdrop_cannot_be_is_refused(fields: dict[str, Any]) -> None:
         convert(dense_model(), "layerdrop", **fields)
 
 
-def test_a_level_waits_for_costs() -> None:
+def test_the_offset_of_costs_waits_for_costs() -> None:
     """With rows of sinks alone nothing is known of what skipping costs."""
     model: Any = convert(dense_model(), score="update_size", sink_tokens=4).train()
     model(tokens(4, 3))
-    assert all(router.level.isnan() for router in model.model.routers.values())
+    assert all(router.cost_offset.isnan() for router in model.model.routers.values())
     model(tokens(4, 30))
-    before = {index: router.level.clone() for index, router in model.model.routers.items()}
-    assert not any(level.isnan() for level in before.values())
+    before = {index: router.cost_offset.clone() for index, router in model.model.routers.items()}
+    assert not any(level.isnan() for offset in before.values())
     model(tokens(4, 3))
-    assert all(torch.equal(router.level, before[index]) for index, router in model.model.routers.items())
+    assert all(torch.equal(router.cost_offset, before[index]) for index, router in model.model.routers.items())
+
+
+def test_fields_that_are_gone_are_refused() -> None:
+    with pytest.raises(ValueError, match="budget = 'model': this field is gone"):
+        convert(dense_model(), score="update_size", budget="model")

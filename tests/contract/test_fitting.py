@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dtfcli.models.conversion import convert
-from dtfcli.models.fitting import least_squares
 from dtfcli.models.pretrained import is_added
+from dtfcli.models.routing import least_squares
 from dtfcli.shares import measured_shares
 from tests.tiny import dense_model, pad, tokens
 
@@ -123,14 +123,12 @@ def test_the_first_layer_is_what_a_plain_solver_finds() -> None:
         skips = score <= score.sort().values[len(score) - (TEXT.numel() // 2 - len(TEXT)) - 1]
         weight = torch.where(skips, 1.0, 0.05) / update.square().mean(1)
     model.fit_routing([{"input_ids": part} for part in TEXT.split(5)])
-    torch.testing.assert_close(
-        model.model.layers[2].forecast_prior.linear.weight, forecast.t().float(), rtol=0, atol=5e-3
-    )
+    torch.testing.assert_close(model.model.layers[2].forecast.linear.weight, forecast.t().float(), rtol=0, atol=5e-3)
     router = model.model.layers[2].router
     with torch.no_grad():
-        found = router(states[2][:, 1:]).score.flatten()
+        found = router(states[2][:, 1:], (), None, None).score.flatten()
     torch.testing.assert_close(found, score.float(), rtol=0, atol=2e-2)
-    assert router.level.item() == pytest.approx((cost - score).mean().item(), abs=1e-3)
+    assert router.cost_offset.item() == pytest.approx((cost - score).mean().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["forecast error of an MLP", "forecast error", "mod, forecast"])

@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtfcli.models import routing_naive
-from dtfcli.models.routing import cost_loss, select_explored
+from dtfcli.models.cost import cost_loss
+from dtfcli.models.routing import select_explored
 from tests.budget import examples
 from tests.tiny import routed_model, tokens
 
 
 def test_a_score_learns_what_skipping_costs() -> None:
-    """On tokens that it has not seen, with the layers below routed; the level makes scores costs."""
+    """On tokens that it has not seen, with the layers below routed; the offset makes scores costs."""
     model = routed_model("llama", score="update_size", explore=1.0).train()
     learning = [parameter for name, parameter in model.named_parameters() if "router" in name]
     optimizer = torch.optim.Adam(learning, lr=1e-2)
@@ -26,8 +27,8 @@ def test_a_score_learns_what_skipping_costs() -> None:
         counted = record.weight > 0
         score, cost = record.scores[counted], record.cost[counted]
         assert torch.corrcoef(torch.stack([score, cost]))[0, 1] > 0.2
-        level = model.model.routers[record.layer].level
-        assert (score + level - cost).mean().abs() < 0.5
+        offset = model.model.routers[record.layer].cost_offset
+        assert (score + offset - cost).mean().abs() < 0.5
 
 
 @given(data=st.data())

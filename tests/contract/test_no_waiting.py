@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtfcli.models import entrance
+from dtfcli.models import stack
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.training.objectives import Objective
 from tests.budget import examples
@@ -24,7 +24,7 @@ from tests.waits import noting_waits
 def blind(case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model of a case, whose layers do not synchronize with the device."""
     model = case.on(device)
-    monkeypatch.setattr(model.model, "looks", False)
+    monkeypatch.setattr(model.model, "syncs", False)
     return model
 
 
@@ -84,7 +84,7 @@ def test_training_does_not_wait(case: Case, device: torch.device, checkpointing:
 @torch.no_grad()
 def test_a_prompt_waits_once(blind: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """At its end, if the slots are enough; a mask of several rows is read before, too."""
-    monkeypatch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: length)
+    monkeypatch.setattr(stack, "slots_per_row", lambda capacity, length, sinks: length)
     for rows, masked, most in ((2, False, 1), (1, True, 1), (2, True, 2)):
         ids = tokens(rows, 40).to(device)
         how: dict[str, Any] = {"use_cache": True, "attention_mask": torch.ones_like(ids) if masked else None}
@@ -119,10 +119,10 @@ def test_synchronizing_changes_nothing(case: Case, batch: Batch, enough: bool) -
     model, mask = case.on(), batch.mask.cummax(1).values  # what is cached has no padding on the right
     with pytest.MonkeyPatch.context() as patch:
         if not enough:
-            patch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: 1)
-        patch.setattr(model.model, "looks", True)
+            patch.setattr(stack, "slots_per_row", lambda capacity, length, sinks: 1)
+        patch.setattr(model.model, "syncs", True)
         expected, its = in_chunks(model, batch.input_ids, mask, batch.cuts)
-        patch.setattr(model.model, "looks", False)
+        patch.setattr(model.model, "syncs", False)
         logits, cache = in_chunks(model, batch.input_ids, mask, batch.cuts)
     assert (logits - expected)[mask.bool()].abs().max() <= 1e-5
     assert cache.routed_shares == its.routed_shares
@@ -136,7 +136,7 @@ def test_changing_a_cache_whose_counts_only_the_device_knows(case: Case, monkeyp
     model, ids = case.on(), tokens(2, 90)
     results = []
     for syncs in (True, False):
-        monkeypatch.setattr(model.model, "looks", syncs)
+        monkeypatch.setattr(model.model, "syncs", syncs)
         _, cache = in_chunks(model, ids[:, :45], None, list(range(40, 45)))
         cache.crop(-3)
         cache.reorder_cache(torch.tensor([1, 0]))
@@ -151,8 +151,8 @@ def test_changing_a_cache_whose_counts_only_the_device_knows(case: Case, monkeyp
 @torch.no_grad()
 def test_hidden_states_are_those_of_one_run(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = routed_model("llama", "mod", 0.5)
-    monkeypatch.setattr(entrance, "slots_per_row", lambda capacity, length, sinks: 1)
-    model.model.looks = False
+    monkeypatch.setattr(stack, "slots_per_row", lambda capacity, length, sinks: 1)
+    model.model.syncs = False
     if asked == "config":
         model.config.output_hidden_states = True
     out = model(tokens(1, 12), **({"output_hidden_states": True} if asked == "argument" else {}))

@@ -106,12 +106,12 @@ def test_moving_average(data: st.DataObject, window: int, skip: int, spike: floa
 
 @given(seed=st.integers(0, 2**20), scale=st.sampled_from([0.1, 1.0, 5.0]))
 @settings(max_examples=examples(40))
-def test_dtf_scores(seed: int, scale: float) -> None:
+def test_surprise_scores(seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     static, change, average = (scale * torch.rand(2, 5, generator=generator) for _ in range(3))
     inputs = [static.requires_grad_(), change.requires_grad_(), average]
     scalars = [torch.tensor(v, requires_grad=True) for v in (1.025, 1.1, -0.3, -0.6)]
-    ours = surprise.dtf_scores(static, change, average, surprise.Scalars(*scalars))
+    ours = surprise.surprise_scores(static, change, average, surprise.Scalars(*scalars))
     naive = [[routing_naive.dtf_gate(*(x[b, t] for x in inputs), *scalars) for t in range(5)] for b in range(2)]
     gate = torch.stack([torch.stack([pair[0] for pair in row]) for row in naive])
     score = torch.stack([torch.stack([pair[1] for pair in row]) for row in naive])
@@ -132,7 +132,7 @@ def test_dtf_scores(seed: int, scale: float) -> None:
 def test_the_score_ranks_like_the_gate_without_ties() -> None:
     static = torch.linspace(0, 60, 500).unsqueeze(0)
     zero, one = torch.zeros(()), torch.ones(())
-    out = surprise.dtf_scores(static, static * 0, static * 0, surprise.Scalars(one, one, zero, zero))
+    out = surprise.surprise_scores(static, static * 0, static * 0, surprise.Scalars(one, one, zero, zero))
     assert out.gate is not None
     assert (out.gate[0, -100:] == 1).all()  # saturated in float32
     assert (out.score.diff() > 0).all()

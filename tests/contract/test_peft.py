@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.cases import Case, every_way
 from tests.tiny import EVERY_ARCHITECTURE, routed_model, tokens
 
-ADDED = ("router", "prior", "forecast_prior", "predictor")
+ADDED = ("router", "prior", "forecast", "predictor")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 

@@ -31,7 +31,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dtf, forecast error": ("qwen2", {"architecture": "dtf", **FORECAST}),
     "mod": ("qwen2", {"architecture": "mod", "predictor_loss_weight": 0.1}),
     "mod, MLP": ("qwen3", {"architecture": "mod", "routed_part": "mlp"}),
-    "mod, attention": ("llama", {"architecture": "mod", "routed_part": "attention", "kv_tokens": "all"}),
 }
 NEAR = {"int8": 0.1, "int4": 1.0}
 """Largest mean difference of logits whose standard deviation is about 1."""
