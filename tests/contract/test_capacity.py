@@ -168,7 +168,7 @@ def test_the_offset_of_costs_waits_for_costs() -> None:
     assert all(router.cost_offset.isnan() for router in model.model.routers.values())
     model(tokens(4, 30))
     before = {index: router.cost_offset.clone() for index, router in model.model.routers.items()}
-    assert not any(level.isnan() for offset in before.values())
+    assert not any(offset.isnan() for offset in before.values())
     model(tokens(4, 3))
     assert all(torch.equal(router.cost_offset, before[index]) for index, router in model.model.routers.items())
 

@@ -73,7 +73,7 @@ def test_cached_and_chunked_is_together_is_alone(
         model.routing_mode(case.mode, capacity),
         its.routing_mode(case.mode, capacity),
     ):
-        patch.setattr(model.model, "looks", syncs)
+        patch.setattr(model.model, "syncs", syncs)
         uncached = model(ids, attention_mask=mask, use_cache=False).logits.cpu()
         cached = in_chunks(model, ids, mask, batch.cuts)[0].cpu()
         for b, row in enumerate(batch.rows):

@@ -137,14 +137,10 @@ def test_padding_does_not_count(name: str) -> None:
     fields = FITTED[name]
     rows = [TEXT[0, :40], TEXT[1, :48], TEXT[2, :17], *TEXT[3:20]]
     alone, together = converted(**fields), converted(**fields)
-    curves = alone.fit_routing([{"input_ids": row.unsqueeze(0)} for row in rows])
+    alone.fit_routing([{"input_ids": row.unsqueeze(0)} for row in rows])
     padded = [pad(row, left, 70 - len(row) - left) for row, left in zip(rows, [3, 0, 20] * 7, strict=False)]
     ids, masks = (torch.stack(parts) for parts in zip(*padded, strict=True))
-    padded_curves = together.fit_routing([{"input_ids": ids, "attention_mask": masks}])
-    assert bool(curves) == (fields.get("score", "surprise") != "surprise")
-    assert curves.keys() == padded_curves.keys()
-    for layer, curve in curves.items():
-        torch.testing.assert_close(curve, padded_curves[layer], rtol=0, atol=5e-3)
+    together.fit_routing([{"input_ids": ids, "attention_mask": masks}])
     for (name, one), (_, other) in zip(alone.named_parameters(), together.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3, msg=name)
 

@@ -37,7 +37,7 @@ def test_generate_continues_as_the_cpu_does(device: torch.device, monkeypatch: p
     expected = its.generate(row, **how)
     assert not near_tie(its, expected)
     for syncs in (True, False, None):
-        monkeypatch.setattr(model.model, "looks", syncs)
+        monkeypatch.setattr(model.model, "syncs", syncs)
         for more in ({}, {"use_cache": False}, {"prompt_lookup_num_tokens": 3}):
             assert torch.equal(model.generate(row.to(device), **how, **more).cpu(), expected), (syncs, more)
         assert model.generate(row.to(device), **how, num_beams=3).shape == expected.shape
