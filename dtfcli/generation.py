@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from dtfcli.errors import ConfigError
 from dtfcli.models.cache import CACHE_NAME
+from dtfcli.models.stock import head_size
 
 
 @dataclass(frozen=True)
@@ -276,14 +277,15 @@ def _run(
     stats = GenerationStats(
         prefill_tokens_per_second=int(encoded["attention_mask"].sum()) / (first - started),
         decode_tokens_per_second=later / (last - first) if later else None,
-        cache_bytes=_cache_bytes(cache) if use_cache else None,
+        cache_bytes=cache_bytes(cache) if use_cache else None,
         dense_cache_bytes=_dense_cache_bytes(model, out.sequences.numel() - len(new)),
         routed_share=sum(shares) / len(shares) if use_cache and shares else None,
     )
     return new, last - started, stats
 
 
-def _cache_bytes(cache: Any) -> int:
+def cache_bytes(cache: Any) -> int:
+    """Bytes of a key/value cache, ours or Transformers'."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -292,8 +294,8 @@ def _cache_bytes(cache: Any) -> int:
 def _dense_cache_bytes(model: Any, positions: int) -> int:
     """Bytes of the keys and values of every layer, for a number of positions."""
     config = model.config
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * positions * model.dtype.itemsize
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * positions
+    return numbers * model.dtype.itemsize
 
 
 def _results(

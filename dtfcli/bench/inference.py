@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from dtfcli.bench.report import BenchOptions, PhaseResult
 from dtfcli.cost.accounting import LAYER, forward_flops_per_token, in_routed_part
+from dtfcli.generation import cache_bytes
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from dtfcli.models.pretrained import is_added
 from dtfcli.models.static import static_layers
@@ -51,7 +52,7 @@ class _Timing:
 
 @torch.inference_mode()
 def bench_inference(
-    dense: PreTrainedModel, routed: dict[str, PreTrainedModel], options: BenchOptions, tell: Callable[[str], None]
+    dense: PreTrainedModel, routed: dict[str, PreTrainedModel], options: BenchOptions, note: Callable[[str], None]
 ) -> list[PhaseResult]:
     """Measure calibrated routed models against dense.
 
@@ -59,7 +60,7 @@ def bench_inference(
         dense: the backbone, in eval mode.
         routed: architecture → model that shares its weights, calibrated.
         options: what to measure.
-        tell: called with what is measured next.
+        note: called with what is measured next.
     """
     input_ids = options.random_ids(dense.config.vocab_size, options.seq_len + options.new_tokens).to(dense.device)
     prompt, continuation = input_ids[:, : options.seq_len], input_ids[:, options.seq_len :]
@@ -75,7 +76,7 @@ def bench_inference(
         for capacity in options.capacities:
             model.set_routing("threshold", capacity)  # type: ignore[operator]
             for phase in options.inference_phases:
-                tell(f"{phase}, {architecture} at γ {capacity:g}")
+                note(f"{phase}, {architecture} at γ {capacity:g}")
                 results.append(_result(phase, architecture, capacity, measures[phase](model)))
     return results
 
@@ -162,7 +163,6 @@ def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor, stati
 
 def _result(phase: str, architecture: str, capacity: float, timing: _Timing) -> PhaseResult:
     dense_cache, routed_cache = timing.caches
-    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense_cache.layers)
     routed_seconds = statistics.median(b for _, b in timing.pairs)
     return PhaseResult(
         phase=phase,
@@ -173,7 +173,7 @@ def _result(phase: str, architecture: str, capacity: float, timing: _Timing) -> 
         routed_ms=1e3 * routed_seconds,
         time_ratio=timing.time_ratio,
         theory=timing.theory,
-        cache_ratio=routed_cache.nbytes / dense_bytes,
+        cache_ratio=routed_cache.nbytes / cache_bytes(dense_cache),
         cache_bytes=routed_cache.nbytes,
         tokens_per_second=timing.tokens / routed_seconds,
     )
@@ -189,10 +189,10 @@ def weights_read(model: Any, share: float) -> float:
     head = config.vocab_size * config.hidden_size
     read = dense = float(head)
     for name, parameter in model.named_parameters():
-        found = LAYER.search(name)
-        if found is None or parameter.numel() < config.hidden_size:
+        match = LAYER.search(name)
+        if match is None or parameter.numel() < config.hidden_size:
             continue
-        routed = int(found.group(1)) in config.routed_layer_indices
+        routed = int(match.group(1)) in config.routed_layer_indices
         if is_added(name):
             skipping = 1.0 - share if "forecast" in name else 1.0
             read += parameter.numel() * skipping if "predictor" not in name else 0

@@ -18,25 +18,25 @@ from dtfcli.models.router import CAPACITY_GRID
 
 
 def bench(
-    models: Callable[[torch.dtype], dict[str, Any]], options: BenchOptions, tell: Callable[[str], None]
+    models: Callable[[torch.dtype], dict[str, Any]], options: BenchOptions, note: Callable[[str], None]
 ) -> BenchReport:
     """Measure models that share their weights, in one process, taking turns.
 
     Args:
         models: makes them with weights of a dtype, "dense" among them; float32 for training, which autocasts.
         options: what to measure.
-        tell: called with what is done next.
+        note: called with what is done next.
     """
     training = []
     if "train" in options.phases:
         routed = _with_kernels(models(torch.float32), options)
         if routed["dense"].device.type == "cpu":
             keep_freed_memory()  # as `dtf train` does
-        training = bench_training(routed.pop("dense"), routed, options, tell)
+        training = bench_training(routed.pop("dense"), routed, options, note)
     routed = _with_kernels(models(options.dtype), options)
     dense = routed.pop("dense")
     if options.inference_phases:
-        tell(f"calibrating {', '.join(routed)} on {options.calibration_tokens} random tokens")
+        note(f"calibrating {', '.join(routed)} on {options.calibration_tokens} random tokens")
         _calibrate(routed, options)
     return BenchReport(
         device=str(dense.device),
@@ -49,7 +49,7 @@ def bench(
         static=options.static,
         triton=options.triton,
         matmul_gflops=(matmul_peak(dense.device, dense.dtype) or 0.0) / 1e9,
-        results=bench_inference(dense, routed, options, tell),
+        results=bench_inference(dense, routed, options, note),
         training=training,
     )
 

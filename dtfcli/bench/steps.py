@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from dtfcli.bench.report import BenchOptions, StepResult
 from dtfcli.cost.accounting import training_step_flops
-from dtfcli.cost.peak import matmul_peak
+from dtfcli.cost.peak import matmul_peak, synchronize
 from dtfcli.models.pretrained import is_routed
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.liger import check_liger, use_liger
@@ -85,7 +85,7 @@ class _Entry:
 
 
 def bench_training(
-    dense: PreTrainedModel, routed: dict[str, PreTrainedModel], options: BenchOptions, tell: Callable[[str], None]
+    dense: PreTrainedModel, routed: dict[str, PreTrainedModel], options: BenchOptions, note: Callable[[str], None]
 ) -> list[StepResult]:
     """Measure training steps in rounds: each round takes one step of every model.
 
@@ -93,7 +93,7 @@ def bench_training(
         dense: the backbone, float32; left in train mode, without gradients.
         routed: architecture → model that shares its weights. Their training capacity is changed.
         options: what to measure.
-        tell: called with what is measured next.
+        note: called with what is measured next.
     """
     input_ids = options.random_ids(dense.config.vocab_size, options.seq_len).to(dense.device)
     entries = [_Entry("dense", 1.0, dense, _OwnObjective(dense))]
@@ -104,15 +104,15 @@ def bench_training(
     check_liger(options.kernels, dense.device)
     for model in (dense, *routed.values()):
         if options.kernels == "liger" and (left := use_liger(model)):
-            tell(f"torch runs {', '.join(left)}, for which Liger has no kernel")
+            note(f"torch runs {', '.join(left)}, for which Liger has no kernel")
         if options.compiled:
             compile_layers(model)
 
     for entry in entries:
-        tell(f"train, {entry.architecture} at γ {entry.capacity:g}: memory and optimizer")
+        note(f"train, {entry.architecture} at γ {entry.capacity:g}: memory and optimizer")
         _measure_once(entry, input_ids, options)
     for number in range(-1, options.repeats):  # measuring the peaks gave all memory back: a round to take it again
-        tell(f"train, round {number + 1} of {options.repeats}" if number >= 0 else "train, a round of warm-up")
+        note(f"train, round {number + 1} of {options.repeats}" if number >= 0 else "train, a round of warm-up")
         for entry in entries:
             _choose_capacity(entry.model, entry.capacity)
             times = _timed_step(entry.objective, input_ids, options.dtype, options.micro_batches)
@@ -166,18 +166,18 @@ def _timed_step(
     objective.train()
     objective.zero_grad(set_to_none=True)
     forward = backward = 0.0
-    _wait(device)
+    synchronize(device)
     began_cpu = time.process_time()
     # As in `training.loop.update`: one autocast around all micro-batches, none around their backward passes.
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for _ in range(micro_batches):
             began = time.perf_counter()
             loss = objective(input_ids)
-            _wait(device)
+            synchronize(device)
             between = time.perf_counter()
             with torch.autocast(device.type, enabled=False):
                 loss.backward()
-            _wait(device)
+            synchronize(device)
             forward += between - began
             backward += time.perf_counter() - between
     parts = {"forward": forward, "backward": backward, "wall": forward + backward}
@@ -193,10 +193,10 @@ def _optimizer_seconds(objective: nn.Module, repeats: int = 3) -> float:
     optimizer.step()  # makes the moments
     seconds = []
     for _ in range(repeats):
-        _wait(device)
+        synchronize(device)
         began = time.perf_counter()
         optimizer.step()
-        _wait(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
@@ -238,8 +238,3 @@ def _resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
     raise OSError(f"/proc/self/status has no {field}")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -22,6 +22,7 @@ from torch import nn
 from dtfcli.loading.quantization import NF4_BYTES, numel, projections
 from dtfcli.models.losses import CHUNK_ELEMENTS
 from dtfcli.models.pretrained import is_added
+from dtfcli.models.stock import head_size
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 """Finds the layer in a parameter's name."""
@@ -154,8 +155,7 @@ def training_step_flops(model: Any, seq_len: int) -> float:
 
 def _attention_flops(config: Any, seq_len: int) -> float:
     """Of scores and weighted values in one dense layer, per token."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 4.0 * seq_len * config.num_attention_heads * head_size
+    return 4.0 * seq_len * config.num_attention_heads * head_size(config)
 
 
 def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> float:
@@ -165,8 +165,8 @@ def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> fl
     if config.routed_part != "mlp":
         flops += _attention_flops(config, seq_len) * explored * sum(1.0 - share for share in shares.values())
     for name, parameter in model.named_parameters():
-        found = LAYER.search(name)
-        if found is None or (layer := int(found.group(1))) not in shares or parameter.ndim < 2:
+        match = LAYER.search(name)
+        if match is None or (layer := int(match.group(1))) not in shares or parameter.ndim < 2:
             continue
         share, more = shares[layer], (1.0 - shares[layer]) * explored
         if "forecast" in name:  # its input carries no gradient
@@ -180,8 +180,7 @@ def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> fl
 
 def in_routed_part(config: Any, name: str) -> bool:
     """Whether a parameter of a routed layer belongs to the part that only some tokens enter."""
-    part = {"mlp": ".mlp.", "attention": ".self_attn."}.get(getattr(config, "routed_part", "block"), "")
-    return not is_added(name) and part in name
+    return not is_added(name) and (".mlp." in name or getattr(config, "routed_part", "block") != "mlp")
 
 
 def _every_key(config: Any) -> bool:
@@ -196,10 +195,10 @@ def _matrix_flops(
     config = model.config
     predicts = training or getattr(config, "routing", None) == "predictor"
     for name, parameter in model.named_parameters():
-        found = LAYER.search(name)
-        if found is None or (dense and ".lora_" in name):
+        match = LAYER.search(name)
+        if match is None or (dense and ".lora_" in name):
             continue
-        layer = int(found.group(1))
+        layer = int(match.group(1))
         if is_added(name):
             # MoD's router is a matrix with one row, kept as a vector; DTF's has scalars only.
             matrix = parameter.numel() >= config.hidden_size and "norm" not in name
@@ -237,12 +236,13 @@ def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpo
     of logits and the gradient of the head. An estimate: allocators and fused kernels differ.
     """
     config = model.config
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = head_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    heads = head_size(config) * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     block = width * (heads + 4 * config.intermediate_size) + 4 * 6 * config.hidden_size
     shares = routed_shares(config, seq_len)
-    routed = {"mlp": 4 * config.intermediate_size * width / block, "attention": heads * width / block}
-    part = routed.get(getattr(config, "routed_part", "block"), 1.0)  # of the block, what only some tokens enter
+    mlp_alone = getattr(config, "routed_part", "block") == "mlp"
+    part = (
+        4 * config.intermediate_size * width / block if mlp_alone else 1.0
+    )  # of the block, that only some tokens enter
     layers = [1.0 - part * (1.0 - shares.get(layer, 1.0)) for layer in range(config.num_hidden_layers)]
     per_token = float(block * sum(layers))
     if checkpointing:

@@ -16,18 +16,17 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float | None:
         left = torch.ones(size, size, device=device, dtype=dtype)
         best = 0.0
         for _ in range(repeats):
-            _synchronize(device)
+            synchronize(device)
             began = time.perf_counter()
             left @ left
-            _synchronize(device)
+            synchronize(device)
             best = max(best, 2 * size**3 / (time.perf_counter() - began))
     except RuntimeError:
         return None
     return best
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def synchronize(device: torch.device) -> None:
+    """Return when the device has computed what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""What the mixins in front of Transformers' classes inherit, for the type checker alone.
+"""What the mixins in front of Transformers' classes inherit, for the type checker alone; and what a stock one lacks.
 
 A mixin stands before a stock class, as in `class RoutedLlamaLayer(RoutedLayerMixin, LlamaDecoderLayer)`, and uses
 attributes of that class. They are declared here once for all backbones. At run time these bases are empty, and the
@@ -49,3 +49,8 @@ if TYPE_CHECKING:
 else:
     StockConfig = StockModel = StockStack = StockLM = object
     StockLayer = nn.Module
+
+
+def head_size(config: Any) -> int:
+    """Numbers of a head, E, by a stock configuration or a routed one."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
