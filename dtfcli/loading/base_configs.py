@@ -6,104 +6,35 @@ Copied from the config.json of each model on the Hub; training reads the Hub's o
 import re
 from typing import Any
 
-_QWEN2_5: dict[str, Any] = {
-    "model_type": "qwen2",
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "bos_token_id": 151643,
-    "eos_token_id": 151643,
-}
-_LONG = {"max_position_embeddings": 131072}
-_LARGE = _LONG | {"vocab_size": 152064, "tie_word_embeddings": False}
+_NAMES = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "max_position_embeddings", "rope_theta", "rms_norm_eps"),
+    *("bos_token_id", "eos_token_id", "tie_word_embeddings"),
+)
 
 
-def _qwen2_5(
-    hidden: int, intermediate: int, layers: int, heads: tuple[int, int], **others: float | bool
-) -> dict[str, Any]:
-    """A Qwen2.5 base model; `heads`: of queries, and of keys and values."""
-    shape = {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-    }
-    return _QWEN2_5 | shape | others
+def _config(*values: Any, **others: Any) -> dict[str, Any]:
+    """A configuration; `values` in the order of `_NAMES`."""
+    return dict(zip(_NAMES, values, strict=True)) | others
 
 
+_END, _ENDS, _LONG, _WIDE = (151643, 151643), (128000, 128001), 131072, 152064
 BASE_CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-0.5B": _qwen2_5(896, 4864, 24, (14, 2)),
-    "Qwen/Qwen2.5-1.5B": _qwen2_5(1536, 8960, 28, (12, 2), **_LONG),
-    "Qwen/Qwen2.5-3B": _qwen2_5(2048, 11008, 36, (16, 2)),
-    "Qwen/Qwen2.5-7B": _qwen2_5(3584, 18944, 28, (28, 4), **_LARGE),
-    "Qwen/Qwen2.5-14B": _qwen2_5(5120, 13824, 48, (40, 8), **_LARGE, rms_norm_eps=1e-5),
-    "Qwen/Qwen2.5-32B": _qwen2_5(5120, 27648, 64, (40, 8), **_LARGE, rms_norm_eps=1e-5),
-    "Qwen/Qwen2.5-72B": _qwen2_5(8192, 29568, 80, (64, 8), **_LARGE, rms_norm_eps=1e-5),
-    "HuggingFaceTB/SmolLM2-135M": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000.0,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    },
-    "Qwen/Qwen3-0.6B-Base": {
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-    },
-    "meta-llama/Llama-3.2-1B": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
-    "HuggingFaceTB/SmolLM3-3B-Base": {
-        "model_type": "smollm3",
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "vocab_size": 128256,
-        "max_position_embeddings": 65536,
-        "rope_theta": 5000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "no_rope_layer_interval": 4,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
+    "Qwen/Qwen2.5-0.5B": _config("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, 1e6, 1e-6, *_END, True),
+    "Qwen/Qwen2.5-1.5B": _config("qwen2", 1536, 8960, 28, 12, 2, 151936, _LONG, 1e6, 1e-6, *_END, True),
+    "Qwen/Qwen2.5-3B": _config("qwen2", 2048, 11008, 36, 16, 2, 151936, 32768, 1e6, 1e-6, *_END, True),
+    "Qwen/Qwen2.5-7B": _config("qwen2", 3584, 18944, 28, 28, 4, _WIDE, _LONG, 1e6, 1e-6, *_END, False),
+    "Qwen/Qwen2.5-14B": _config("qwen2", 5120, 13824, 48, 40, 8, _WIDE, _LONG, 1e6, 1e-5, *_END, False),
+    "Qwen/Qwen2.5-32B": _config("qwen2", 5120, 27648, 64, 40, 8, _WIDE, _LONG, 1e6, 1e-5, *_END, False),
+    "Qwen/Qwen2.5-72B": _config("qwen2", 8192, 29568, 80, 64, 8, _WIDE, _LONG, 1e6, 1e-5, *_END, False),
+    "HuggingFaceTB/SmolLM2-135M": _config("llama", 576, 1536, 30, 9, 3, 49152, 8192, 1e5, 1e-5, 0, 0, True),
+    "Qwen/Qwen3-0.6B-Base": _config(
+        "qwen3", 1024, 3072, 28, 16, 8, 151936, 32768, 1e6, 1e-6, *_END, True, head_dim=128
+    ),
+    "meta-llama/Llama-3.2-1B": _config("llama", 2048, 8192, 16, 32, 8, 128256, _LONG, 5e5, 1e-5, *_ENDS, True),
+    "HuggingFaceTB/SmolLM3-3B-Base": _config(
+        "smollm3", 2048, 11008, 36, 16, 4, 128256, 65536, 5e6, 1e-6, *_ENDS, True, no_rope_layer_interval=4
+    ),
 }
 
 _APACHE = re.compile(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import dtfcli
 from dtfcli.errors import CheckpointError, ConfigError, DTFError
@@ -51,33 +51,13 @@ def test_dtype(folder: Path, tmp_path: Path) -> None:
         dtfcli.load_model(folder / "dense", dtype="int8")
 
 
-def test_options_for_a_dense_model(folder: Path) -> None:
-    for option in ({"routing": "topk"}, {"capacity": 0.5}):
-        with pytest.raises(ConfigError, match="dense model, which routes nothing"):
-            dtfcli.load_model(folder / "dense", device="cpu", **option)
-    assert isinstance(dtfcli.load_model(folder / "dense", routing="auto", device="cpu"), LlamaForCausalLM)
-
-
-def test_devices(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="device = 'gpu'"):
-        dtfcli.load_model(folder / "dense", device="gpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="device = 'cuda:7'"):
-            dtfcli.load_model(folder / "dense", device="cuda:7")
-
-
 def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, str]]:
     """Name → a MODEL that is none, and what is said about it."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "settings.toml").write_text("")
     checkpoint = tmp_path / "unfinished" / "checkpoints" / "step-000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
-    (tmp_path / "photo.png").write_text("")
-    (tmp_path / "fake.gguf").write_text("no")
     (tmp_path / "no_weights").mkdir()
     shutil.copy(folder / "dense" / "config.json", tmp_path / "no_weights")
     (tmp_path / "words").mkdir()
@@ -101,15 +81,11 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
         "missing": (folder / "routde", f"no such file or folder. Did you mean '{folder}/routed'?"),
         "missing with a revision": (f"{folder}/nothing@main", "no such file or folder"),
         "nothing": ("", "no such file or folder"),
-        "empty": (tmp_path / "empty", "an empty folder"),
-        "adapter": (tmp_path / "adapter", "a LoRA adapter"),
         "unfinished": (tmp_path / "unfinished", f"dtf train --resume {tmp_path / 'unfinished'}"),
         "checkpoint": (
             checkpoint,
             f"a training checkpoint; go on with it by `dtf train --resume {tmp_path / 'unfinished'}`",
         ),
-        "png": (tmp_path / "photo.png", "a file, but not a model"),
-        "gguf": (tmp_path / "fake.gguf", "not a GGUF file"),
         "weights file": (folder / "dense" / "model.safetensors", f"give its folder, {folder / 'dense'}"),
         "no weights": (tmp_path / "no_weights", "no weights"),
         "words": (tmp_path / "words", "not a model folder"),
@@ -132,11 +108,6 @@ def test_wrong_models_are_explained(folder: Path, tmp_path: Path) -> None:
         assert str(path) in text, name
         assert len(text.splitlines()) <= 2, name
         assert caught.value.exit_code == 2, name
-
-
-def test_revision_is_for_the_hub(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="revision = 'main' is for models on the Hub"):
-        dtfcli.load_model(folder / "dense", revision="main")
 
 
 def test_hub_ids() -> None:
