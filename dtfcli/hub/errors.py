@@ -104,7 +104,7 @@ def explain(error: BaseException, failed: str, repo: str) -> DTFError:
         )
     if status in (409, 412):
         return HubError(
-            f"{failed}: {repo} was changed or created meanwhile ({status}), by somebody else or by a "
+            f"{failed}: {repo} has changed since this push began ({status}), by somebody else or by a "
             "request whose answer got lost; push again."
         )
     if status == 429:

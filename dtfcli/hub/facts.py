@@ -66,7 +66,7 @@ class ModelFacts:
         settings: of the run, without local paths; empty for a model without its run.
         evaluation: the line of metrics.jsonl that measured these weights.
         unigram: loss that token counts alone reach on the same text.
-        has_curves: whether curves.png lies beside the card.
+        has_curves: whether curves.png is uploaded with the card.
         results: of benchmarks.
         version: of dtf.
     """
@@ -141,7 +141,7 @@ def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> 
 
     Args:
         source: the model.
-        given: chosen by the user; None: take the newest beside the model, a causal one if there is any.
+        given: chosen by the user; None: take the newest in eval/ of the model, a causal one if there is any.
         label: names the given one in messages.
 
     Raises:
@@ -177,7 +177,7 @@ def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> 
 
 
 def _written(path: Path) -> float:
-    """When a file was written; one that cannot be looked at comes last."""
+    """When a file was written; an unreadable one comes last."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -208,7 +208,7 @@ def _routed_layers(config: dict[str, Any]) -> list[int]:
 
 
 def _count_parameters(weights: list[Path]) -> tuple[int, int]:
-    """Parameters in all, and those that routing adds, from the headers of the weight files."""
+    """All parameters, and the parameters of routing, from the headers of the weight files."""
     from safetensors import safe_open
 
     total = added = 0

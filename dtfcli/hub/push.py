@@ -28,7 +28,7 @@ class PushOptions:
 
     Attributes:
         username: owner of a bare repository name; None: the user.
-        eval_results: JSON of an evaluation for the card; None: the newest beside the model.
+        eval_results: JSON of an evaluation for the card; None: the newest in eval/ of the model.
         private: make a new repository private.
         revision: branch, created if it is missing; None: main.
         commit_message: first line of the commit; None: a line with the architecture and the version.

@@ -106,7 +106,7 @@ def prepare_upload(
         model: model folder, adapter folder or run folder (its final model).
         repo: owner/name.
         revision: the branch of the push.
-        eval_results: JSON of an evaluation; None: the newest of these weights beside the model, a causal one if there
+        eval_results: JSON of an evaluation; None: the newest of these weights in eval/ of the model, a causal one if there
             is any.
         merge_into: an empty folder, to upload an adapter as a plain model. It must exist until the upload is done.
         on_progress: called with each step.
@@ -131,7 +131,7 @@ def prepare_upload(
     except ValueError as error:
         raise ConfigError(f"{source.folder}: {error}.") from error
 
-    on_progress("looking for what must not be published")
+    on_progress("checking for secrets and local paths")
     _check_leaks(files, source)
     left_out = sorted(path.name for path in source.folder.iterdir() if path.name not in files)
     return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, missing + remarks)

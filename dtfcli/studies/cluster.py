@@ -48,7 +48,7 @@ _REQUEUES = 20
 _DEFAULTS = {"slurm": {"gpus": "1", "time": "24:00:00"}, "local": {"time": "24:00:00"}}
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"),
-    *("PREEMPTED", "REVOKED"),  # what is put back into the queue is PENDING again
+    *("PREEMPTED", "REVOKED"),  # a job that goes back into the queue is PENDING again
 )
 _UNKNOWN_SECONDS = 600.0
 """Slurm's accounting takes a while to know a job; one that it does not know after this has long ended."""
@@ -216,7 +216,7 @@ def _poll_and_submit(
     for run in runs:
         job = jobs.get(run.key)
         alive = job is not None and job.is_alive(folder)
-        if is_finished(run):  # asked after the job: it may have finished meanwhile
+        if is_finished(run):  # after the state of its job: it may have finished in between
             states.append(Progress(run, "reused"))
         elif job is None:
             missing.append(run)

@@ -1,7 +1,7 @@
 """Trains what is missing of a study: finished runs are reused, runs that were stopped go on from their checkpoint.
 
 A run is found by the end of its name, which is a hash of its settings. One run at a time trains in this process;
-several at once are processes of `dtf train`, whose logs lie in `logs/` beside the runs.
+several at once are processes of `dtf train`, whose logs lie in `logs/` of the study.
 """
 
 import os

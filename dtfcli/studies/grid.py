@@ -243,12 +243,12 @@ def _run(preset: str, point: Point, seed: int, output: Path | None) -> PlannedRu
 
 
 def settings_key(settings: Settings) -> str:
-    """What a finished run is found by: a hash of its settings without name and place."""
+    """A hash of the settings without name and place, which names a finished run."""
     values = resolved(settings)
     values["run"] = {key: value for key, value in values["run"].items() if key not in ("name", "output_dir")}
     for group in ("logging", "hub"):
         del values[group]
-    # What is unset or not read is left out: a later version's new setting does not make old runs look different.
+    # Unset and unread settings are left out, so that a new setting of a later version changes no key of an old run.
     unread = unread_keys(settings.model_dump(exclude_none=True))
     kept = {
         key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -163,7 +163,7 @@ def measure(run: Path) -> Measured:
 
 
 def _write(run: Path, measured: Measured) -> None:
-    """Keep what was measured; the file that `_read` looks for comes last, so that half a measurement is none."""
+    """Keep a measurement; the file that `_read` needs comes last, so that half a measurement is none."""
     layers, selected = list(measured.routed), np.array(list(measured.routed.values()), dtype=bool)
     count = selected.shape[-1]
     with replaced_file(run / _ROUTED_FILE) as partial, partial.open("wb") as file:
@@ -206,11 +206,11 @@ def _watched(model: Any) -> Iterator[dict[int, list[NDArray[np.bool_]]]]:
     """Collect who enters each routed layer in the forward passes of a `with` block; nothing for a dense model."""
     seen: dict[int, list[NDArray[np.bool_]]] = {}
 
-    def look(module: Any, arguments: Any, output: Any) -> None:
+    def collect(module: Any, arguments: Any, output: Any) -> None:
         for record in getattr(output, "routing", None) or ():
             seen.setdefault(record.layer, []).append(record.selected.flatten().cpu().numpy())
 
-    hook = model.model.register_forward_hook(look)
+    hook = model.model.register_forward_hook(collect)
     try:
         yield seen
     finally:

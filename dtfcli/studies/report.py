@@ -18,7 +18,7 @@ class Timing:
 
     Attributes:
         prefill, decode: of one forward pass of a prompt, and of a decoded token.
-        prefill_share, decode_share: of tokens routed meanwhile; None for dense.
+        prefill_share, decode_share: of tokens routed in that pass; None for dense.
     """
 
     prefill: float
@@ -99,7 +99,7 @@ class Agreed:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What a study found.
+    """The results of a study.
 
     Attributes:
         title: what was compared.
