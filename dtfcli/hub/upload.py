@@ -106,8 +106,8 @@ def prepare_upload(
         model: model folder, adapter folder or run folder (its final model).
         repo: owner/name.
         revision: the branch of the push.
-        eval_results: JSON of an evaluation; None: the newest of these weights in eval/ of the model, a causal one if there
-            is any.
+        eval_results: JSON of an evaluation; None: the newest of these weights in eval/ of the model, a causal one if
+            there is any.
         merge_into: an empty folder, to upload an adapter as a plain model. It must exist until the upload is done.
         on_progress: called with each step.
 

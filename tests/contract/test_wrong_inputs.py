@@ -405,7 +405,7 @@ STRANGERS = [
 TABLE = [*PRESETS, *TRAIN, *DATA, *GENERATE, *SERVE, *INSPECT, *EVAL, *PUSH, *STRANGERS]
 MISSING = ("wandb", "tensorboard", "trackio", "bitsandbytes")
 """Packages that are not there, as far as the commands can see."""
-PROGRESS = ("hashing the weights", "merging the adapter into its base", "looking for what must not be published")
+PROGRESS = ("hashing the weights", "merging the adapter into its base", "checking for secrets and local paths")
 MODELS = ("model", "dense", "scored", "orphan", "unnamed", "hollow")
 
 
