@@ -26,8 +26,10 @@ _SPARE_SLOTS = 31
 
 
 class SurpriseHistory:
-    """D_st of every position of a DTF layer, kept whole: 4 bytes for each, and cropping is exact."""
+    """Changes of rows, common to all layers; and for the thesis's score D_st of every position, 4 bytes each."""
 
+    keys: Tensor | None
+    values: Tensor | None
     surprise: Tensor | None = None
     """float32 [B, S]."""
 
@@ -36,6 +38,21 @@ class SurpriseHistory:
         past = self.surprise
         self.surprise = static.detach() if past is None else torch.cat([past, static.detach()], dim=1)
         return self.surprise
+
+    def _map(self, change: Any) -> None:
+        """Apply a change of rows to everything."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+        self._map_surprise(change)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices])
 
     def _map_surprise(self, change: Any) -> None:
         if self.surprise is not None:
@@ -64,18 +81,6 @@ class FullLayerCache(SurpriseHistory, DynamicLayer):
         super().crop(tokens_to_remove)
         if tokens_to_remove:
             self._map_surprise(lambda x: x[:, :tokens_to_remove])
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._map_surprise(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map_surprise(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map_surprise(lambda x: x[indices])
 
 
 class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
@@ -246,12 +251,9 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         self._stored, self._counts = entered.sum(1), None
 
     def _map(self, change: Any) -> None:
-        """Apply a change of rows to everything."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = change(self.keys), change(self.values)
+        super()._map(change)
         if (entered := self.entered) is not None:
             self._set_entered(change(entered))
-        self._map_surprise(change)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -266,15 +268,6 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
             return
         self._set_entered(entered[:, :tokens_to_remove])
         self._map_surprise(lambda x: x[:, :tokens_to_remove])
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
 
 
 class RoutedCache(Cache):

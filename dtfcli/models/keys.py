@@ -64,22 +64,22 @@ class OwnKeys:
         """Which keys each slot may attend to, bool [R, 1, K, S]; None: plain causal attention."""
         if not self.slides(context):
             return None
-        at, slot = slots.position, torch.arange(slots.position.shape[1], device=slots.position.device)
-        return self.within(at, at) & (slot <= slot.unsqueeze(-1))
+        position, slot = slots.position, torch.arange(slots.position.shape[1], device=slots.position.device)
+        return self.within(position, position) & (slot <= slot.unsqueeze(-1))
 
     def slides(self, context: Any) -> bool:
         """Whether the window is shorter than the text so far."""
         return self.window is not None and self.window < context.past + context.shape[1]
 
-    def within(self, at: Tensor, keys_at: Tensor) -> Tensor:
+    def within(self, position: Tensor, key_position: Tensor) -> Tensor:
         """Whether keys lie in the window of each token, bool [R, 1, K, S].
 
         Args:
-            at: int64 [R, K], positions of the tokens.
-            keys_at: int64 [R, S] or [S], those of the keys.
+            position: int64 [R, K], of the tokens.
+            key_position: int64 [R, S] or [S], of the keys.
         """
         assert self.window is not None, "`slides` said so"
-        return (keys_at.unsqueeze(-2) > at.unsqueeze(-1) - self.window).unsqueeze(1)
+        return (key_position.unsqueeze(-2) > position.unsqueeze(-1) - self.window).unsqueeze(1)
 
     def mask(self, hidden_states: Tensor, slots: Slots, context: Any, config: Any) -> Tensor | None:
         """The attention mask in the form that the configured attention implementation takes.
@@ -129,8 +129,8 @@ class StoredKeys(OwnKeys):
         last_RK = torch.tensor(before, device=device).unsqueeze(1) + torch.arange(width, device=device)
         visible = (torch.arange(max(after), device=device) <= last_RK.unsqueeze(-1)).unsqueeze(1)
         if slides:
-            stored_at = self.store.positions(max(after))[torch.tensor(self.rows, device=device)]
-            visible = visible & self.within(slots.position + context.past, stored_at)
+            stored = self.store.positions(max(after))[torch.tensor(self.rows, device=device)]
+            visible = visible & self.within(slots.position + context.past, stored)
         return visible
 
 
@@ -203,22 +203,16 @@ class EveryKey(OwnKeys):
         if isinstance(context, StaticContext):
             return context.visible(self.window)
         tokens, offered, slides = context.shape[1], self.offered, self.slides(context)
-        every_token = (slots.routed is None or tokens == 1) and slots.position.shape[1] == tokens
-        if (
-            offered is None
-            and context.padding_mask is None
-            and every_token
-            and not slides
-            and (context.past == 0 or tokens == 1)
-        ):
-            return None  # each sees all keys up to its own
-        at = (slots.position + context.past).unsqueeze(-1)
-        positions = torch.arange(self.keys.shape[2], device=at.device)
-        visible = positions <= at
         if offered is None and context.padding_mask is not None:
             offered = context.padding_mask if slots.rows is None else context.padding_mask.index_select(0, slots.rows)
+        every_token = (slots.routed is None or tokens == 1) and slots.position.shape[1] == tokens
+        if offered is None and every_token and not slides and (context.past == 0 or tokens == 1):
+            return None  # each sees all keys up to its own
+        position = slots.position + context.past
+        key_position = torch.arange(self.keys.shape[2], device=position.device)
+        visible = key_position <= position.unsqueeze(-1)
         if offered is not None:
-            # A free slot may hold padding: it sees itself, lest its softmax be empty and its gradient NaN.
-            visible = visible & (offered.unsqueeze(1) | (positions == at))
+            # A free slot may hold padding. It sees itself, or its softmax would be empty and its gradient NaN.
+            visible = visible & (offered.unsqueeze(1) | (key_position == position.unsqueeze(-1)))
         visible = visible.unsqueeze(1)
-        return visible & self.within(at.squeeze(-1), positions) if slides else visible
+        return visible & self.within(position, key_position) if slides else visible
