@@ -391,6 +391,8 @@ STRANGERS = [
     ("generate cut x", ["cut/model.safetensors", "not a safetensors file", "save or download the model again"]),
     ("generate words x", ["the tokenizer cannot be loaded", "again"]),
     ("push called me/new --dry-run out", ["auto_map", "'../mine'", "no file of its folder", "save the model again"]),
+    ("push linked me/new --dry-run out", ["tokenizer.json", "a link out of its folder", "copy the file there"]),
+    ("push indexed me/new --dry-run out", ["model.safetensors.index.json", "names files outside its folder", "again"]),
     ("push nested me/new --dry-run out", ["config.json", "nested too deeply", "save the model again"]),
     ("eval {scored} --tasks x --include-path tasks", ["broken.yaml", "cannot be read", "mend the task file"]),
     (

@@ -225,7 +225,8 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def _answer(self, answer: Answer, retry_after: int | None = None) -> None:
-        content = json.dumps(answer.body if answer.body is not None else {}).encode()
+        is_raw = isinstance(answer.body, bytes)
+        content = answer.body if is_raw else json.dumps(answer.body if answer.body is not None else {}).encode()
         self.send_response(answer.status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

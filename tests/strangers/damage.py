@@ -1,20 +1,19 @@
-"""What strangers' files look like: documents and bytes, damaged in the ways that readers meet or fear.
+"""Strangers' files: documents and bytes, damaged in the ways that readers meet or fear, and pickles that run code.
 
-Everything draws from a `random.Random`, so that Hypothesis can shrink a case and a plain seed can repeat it.
+Everything draws from a `random.Random`, so that a plain seed can repeat a case.
 """
 
 import copy
 import json
 import os
+import pickle
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
-Damage = Callable[[Random, Path], str]
-"""Damages a file in place; returns what was done, for the report of a failure."""
+import torch
 
 DEEP = 100_000
 VALUES: tuple[Any, ...] = (
@@ -28,18 +27,30 @@ SIZES = ("config.json", "adapter_config.json", "generation_config.json")
 ENCODINGS = ("utf-16", "utf-32", "latin-1", "utf-8-sig", "utf-16-be")
 
 
+class Runs:
+    """Its pickle runs code where it is opened: it leaves a mark."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def write_pickle(path: Path, marker: Path, plain: bool = False) -> None:
+    """A file that runs code where it is opened, as `torch.save` or (plain) as `pickle` writes it."""
+    content = {"x": Runs(marker)}
+    if plain:
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+
+
 def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of all values in a JSON document, its own, (), included."""
-    paths = [path]
-    if isinstance(document, dict):
-        children: Any = document.items()
-    elif isinstance(document, list):
-        children = enumerate(document[:20])
-    else:
-        return paths
-    for key, value in children:
-        paths += places(value, (*path, key))
-    return paths
+    children: Any = document.items() if isinstance(document, dict) else ()
+    children = enumerate(document[:20]) if isinstance(document, list) else children
+    return [path, *(place for key, value in children for place in places(value, (*path, key)))]
 
 
 def changed(rng: Random, document: Any, values: tuple[Any, ...] = HUGE) -> tuple[Any, str]:
@@ -57,45 +68,36 @@ def changed(rng: Random, document: Any, values: tuple[Any, ...] = HUGE) -> tuple
         del parent[path[-1]]
     elif kind == "rename" and isinstance(parent, dict):
         parent[f"{path[-1]}_"] = parent.pop(path[-1])
-    elif kind == "wrap":
-        parent[path[-1]] = [parent[path[-1]]]
     else:
-        parent[path[-1]] = value
+        parent[path[-1]] = [parent[path[-1]]] if kind == "wrap" else value
     return document, f"{'.'.join(map(str, path))}: {kind} {str(value)[:40]!r}"
 
 
 def damage_json(rng: Random, path: Path) -> str:
-    """One to three values of a JSON file changed; sometimes its depth, its encoding, or any of its bytes."""
+    """One to three values of a JSON file, or of one of its lines; sometimes its depth, its encoding, or any bytes."""
     kind = rng.choice(("values",) * 6 + ("depth", "encoding", "bytes", "bytes"))
     if kind == "bytes":
         return damage_bytes(rng, path)
-    text = path.read_text("utf-8")
+    if path.suffix == ".jsonl" and kind == "depth":
+        kind = "values"  # pyarrow, with which `datasets` reads benchmarks, crashes at such a line
+    documents = path.read_text("utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text("utf-8")]
+    number = rng.randrange(len(documents))
+    encoding, changes = "utf-8", []
     if kind == "depth":
         opened = rng.choice(("[", '{"a":'))
-        path.write_text(opened * DEEP if rng.random() < 0.5 else '{"a":' * DEEP + "1" + "}" * DEEP)
-        return f"{DEEP} × {opened}"
-    if kind == "encoding":
-        name = rng.choice(ENCODINGS)
-        path.write_bytes(text.replace("a", "ä", 1).encode(name, "replace"))
-        return f"as {name}"
-    document, changes = json.loads(text), []
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        document, change = changed(rng, document, VALUES if path.name in SIZES else HUGE)
-        changes.append(change)
-    path.write_text(json.dumps(document))
-    return "; ".join(changes)
-
-
-def damage_lines(rng: Random, path: Path) -> str:
-    """One line of a file of JSON lines changed, as `damage_json` would, or any of its bytes."""
-    if rng.random() < 0.4:
-        return damage_bytes(rng, path)
-    lines = path.read_text("utf-8").splitlines()
-    number = rng.randrange(len(lines))
-    record, told = changed(rng, json.loads(lines[number]))
-    lines[number] = json.dumps(record)
-    path.write_text("\n".join(lines) + "\n")
-    return f"line {number + 1}: {told}"
+        documents[number] = opened * DEEP if rng.random() < 0.5 else '{"a":' * DEEP + "1" + "}" * DEEP
+        changes.append(f"{DEEP} × {opened}")
+    elif kind == "encoding":
+        encoding = rng.choice(ENCODINGS)
+        documents[number] = documents[number].replace("a", "ä", 1)
+    else:
+        document = json.loads(documents[number])
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            document, change = changed(rng, document, VALUES if path.name in SIZES else HUGE)
+            changes.append(change)
+        documents[number] = json.dumps(document)
+    path.write_bytes("\n".join(documents).encode(encoding, "replace"))
+    return f"document {number + 1} in {encoding}: {'; '.join(changes)}"
 
 
 def damage_bytes(rng: Random, path: Path) -> str:
@@ -110,9 +112,8 @@ def damage_bytes(rng: Random, path: Path) -> str:
         for _ in range(rng.choice((1, 1, 8))):
             data[min(len(data) - 1, place + rng.randrange(64))] ^= 1 << rng.randrange(8)
     elif kind == "number":
-        size = struct.pack("<Q", rng.choice((2**60, 2**63, 2**64 - 1, 2**31, 10**12, 0)))
         place = rng.choice((0, 4, 8, 16, 24, place))
-        data[place : place + 8] = size
+        data[place : place + 8] = struct.pack("<Q", rng.choice((2**60, 2**63, 2**64 - 1, 2**31, 10**12, 0)))
     elif kind == "shift":
         data[place : place + rng.choice((0, 1, 8, 100))] = rng.randbytes(rng.choice((1, 3, 8)))
     elif kind == "encoding":
@@ -137,19 +138,12 @@ def displace(rng: Random, path: Path) -> str:
     return kind
 
 
-def any_of(*damages: Damage) -> Damage:
-    """One of these; now and then another thing in the file's place."""
-
-    def damage(rng: Random, path: Path) -> str:
-        chosen = displace if rng.random() < 0.1 else rng.choice(damages)
-        return f"{path.name}: {chosen(rng, path)}"
-
-    return damage
+def damage(rng: Random, path: Path) -> str:
+    """Damage a file in place, as its ending suggests; returns what changed, for the report of a failure."""
+    by_ending = damage_json if path.suffix in (".json", ".jsonl") else damage_bytes
+    return f"{path.name}: {(displace if rng.random() < 0.1 else by_ending)(rng, path)}"
 
 
 def fresh_copy(folder: Path, target: Path) -> Path:
-    """A copy of a healthy folder, in place of what an earlier case left."""
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    shutil.rmtree(target, ignore_errors=True)
+    """A copy of a healthy folder."""
     return Path(shutil.copytree(folder, target))

@@ -3,8 +3,8 @@
 The hashes of a checkpoint protect against damage alone: who writes a file writes its hash, too.
 """
 
+import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,58 +16,36 @@ import torch
 import dtfcli.cli.train as train_command
 from dtfcli.errors import CheckpointError
 from dtfcli.experiment import train
-from dtfcli.runs.folder import list_checkpoints
+from dtfcli.runs.folder import list_checkpoints, run_settings
 from dtfcli.settings import load_settings
-from dtfcli.training import checkpoint as checkpoints
-from tests.training.small_runs import small_settings
+from dtfcli.training.checkpoint import read_state
+from tests.strangers.damage import fresh_copy, write_pickle
 
 
-class Runs:
-    """Its pickle runs code where it is opened."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
-# ------------------------------------------------------------------ a run of one process
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """Settings and folder of a run that stopped before its end."""
-    settings = small_settings(tmp_path_factory.mktemp("stopped"), training={"max_steps": 4})
-    run = train(settings).run_dir
+@pytest.fixture
+def stopped(healthy: Path, tmp_path: Path) -> Path:
+    """A run that stopped before its end."""
+    run = fresh_copy(healthy / "small/run", tmp_path / "run")
     shutil.rmtree(run / "final_model")
-    return settings, run
+    return run
 
 
-def rehash(folder: Path) -> None:
-    """Let a checkpoint's list of hashes fit its files."""
-    path = folder / "state.json"
-    document = json.loads(path.read_text())
-    files = [file for file in folder.rglob("*") if file.is_file() and file != path]
-    document["sha256"] = {file.relative_to(folder).as_posix(): checkpoints._hash(file) for file in files}
-    path.write_text(json.dumps(document))
-
-
-def spoil(run: Path, target: Path, name: str, content: Callable[[Path], None]) -> Path:
-    """A copy of a run whose newest checkpoint has another file `name`; returns the checkpoint."""
-    shutil.copytree(run, target)
-    newest = list_checkpoints(target)[0]
+def spoil(run: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Let a run's newest checkpoint have another file `name`, and fitting hashes; returns the checkpoint."""
+    newest = list_checkpoints(run)[0]
     if name == "pytorch_model.bin":
         (newest / "model.safetensors").unlink()
-    content(newest / name)
-    rehash(newest)
+    write(newest / name)
+    state = json.loads((newest / "state.json").read_text())
+    files = [file for file in newest.rglob("*") if file.is_file() and file.name != "state.json"]
+    hashes = {file.relative_to(newest).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (newest / "state.json").write_text(json.dumps(state | {"sha256": hashes}))
+    assert read_state(newest).step == 4, "the hashes fit"
     return newest
 
 
-def test_an_honest_run_goes_on(stopped: tuple[Any, Path], tmp_path: Path) -> None:
-    settings, run = stopped
-    shutil.copytree(run, tmp_path / "run")
-    assert train(settings, resume=tmp_path / "run").final_model_path.is_dir()
+def test_an_honest_run_goes_on(stopped: Path) -> None:
+    assert train(run_settings(stopped), resume=stopped).final_model_path.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -77,41 +55,30 @@ def test_an_honest_run_goes_on(stopped: tuple[Any, Path], tmp_path: Path) -> Non
         ("optimizer.bin", False),
         ("random_states_0.pkl", True),
         ("random_states_0.pkl", False),
+        ("custom_checkpoint_0.pkl", False),  # `accelerate` opens it without a limit, if an object was registered
     ],
 )
-def test_no_file_of_a_checkpoint_runs(stopped: tuple[Any, Path], tmp_path: Path, name: str, plain: bool) -> None:
-    settings, run = stopped
-    marker = tmp_path / "ran"
-    hostile = {"x": Runs(marker)}
-
-    def write(path: Path) -> None:
-        if plain:
-            path.write_bytes(pickle.dumps(hostile))
-        else:
-            torch.save(hostile, path)
-
-    newest = spoil(run, tmp_path / "run", name, write)
-    with pytest.raises(CheckpointError, match="nothing in it was run") as caught:
-        train(settings, resume=tmp_path / "run")
-    assert f"delete {newest}" in str(caught.value)
-    assert not marker.exists()
+def test_no_file_of_a_checkpoint_runs(stopped: Path, tmp_path: Path, name: str, plain: bool) -> None:
+    newest = spoil(stopped, name, lambda path: write_pickle(path, tmp_path / "ran", plain))
+    said = "of another run" if name.startswith("custom") else f"nothing in it was run.*delete {newest}"
+    with pytest.raises(CheckpointError, match=rf"(?s){said}"):
+        train(run_settings(stopped), resume=stopped)
+    assert not (tmp_path / "ran").exists()
 
 
-def test_a_state_that_nobody_asked_for_is_not_opened(stopped: tuple[Any, Path], tmp_path: Path) -> None:
-    """`accelerate` opens files of this name without a limit, if as many objects were registered."""
-    settings, run = stopped
-    marker = tmp_path / "ran"
-    spoil(run, tmp_path / "run", "custom_checkpoint_0.pkl", lambda path: torch.save(Runs(marker), path))
-    with pytest.raises(CheckpointError, match="of another run"):
-        train(settings, resume=tmp_path / "run")
-    assert not marker.exists()
-
-
-def test_random_states_that_are_none_are_noticed(stopped: tuple[Any, Path], tmp_path: Path) -> None:
-    settings, run = stopped
-    spoil(run, tmp_path / "run", "random_states_0.pkl", lambda path: torch.save({"step": 3}, path))
+def test_random_states_that_are_none_are_noticed(stopped: Path) -> None:
+    spoil(stopped, "random_states_0.pkl", lambda path: torch.save({"step": 3}, path))
     with pytest.raises(CheckpointError, match=r"random_states_0\.pkl holds no states of random generators"):
-        train(settings, resume=tmp_path / "run")
+        train(run_settings(stopped), resume=stopped)
+
+
+def test_a_checkpoint_vouches_for_its_own_files_alone(stopped: Path) -> None:
+    folder = list_checkpoints(stopped)[0]
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"]["../../settings.toml"] = "x"
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"settings\.toml lies outside its folder"):
+        read_state(folder)
 
 
 def test_settings_of_a_run_do_not_speak_for_its_user(dtf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +89,8 @@ def test_settings_of_a_run_do_not_speak_for_its_user(dtf: Any, tmp_path: Path, m
     began: list[Any] = []
     monkeypatch.setattr(train_command, "_train", lambda settings, *_, **__: began.append(settings))
     refused = dtf("train", "--resume", str(tmp_path / "run"))
-    assert refused.code == 2
+    assert (refused.code, began) == (2, [])
     assert "settings.toml: model.trust_remote_code = true: code that comes with ./theirs" in refused.stderr
     assert "add --trust-remote-code" in refused.stderr
-    assert began == []
     dtf("train", "--resume", str(tmp_path / "run"), "--trust-remote-code")
     assert began == [settings]

@@ -1,35 +1,25 @@
 """Task files of strangers: none of the ways by which one can name code is taken without trust."""
 
-import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lm_eval import utils as lm_utils
 
 from dtfcli.errors import ConfigError
-from dtfcli.evaluation.harness import load_job
-from dtfcli.evaluation.suites import TaskIndex, plan_jobs
 from dtfcli.evaluation.task_files import check_task_files, sandboxed_templates
+from tests.strangers.conftest import TASK
 from tests.strangers.damage import fresh_copy
-from tests.strangers.healthy import TASK
-from tests.strangers.test_checkpoints import Runs
-
-CODE = "from pathlib import Path\nPath({marker!r}).touch()\n\n\ndef docs(dataset):\n    return dataset\n"
+from tests.strangers.test_readers import load_task
+from tests.strangers.test_trust import CODE
 
 
 @pytest.fixture
 def texts(healthy: Path, tmp_path: Path) -> Path:
     """A benchmark with its task file, and a Python file beside it that leaves a mark."""
     folder = fresh_copy(healthy / "texts", tmp_path / "it")
-    (folder / "tasks" / "theirs.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
+    functions = "\n\ndef docs(dataset):\n    return dataset\n"
+    (folder / "tasks" / "theirs.py").write_text(CODE.format(marker=str(tmp_path / "ran")) + functions)
     return folder
-
-
-def load(folder: Path, trusted: bool = False) -> int:
-    """Load the task, and count its requests."""
-    index = TaskIndex(["arc_easy"], folder / "tasks", trusted)  # without the thousands of lm-eval's own
-    return load_job(plan_jobs(["strangers_task"], index)[0], index, folder / "data").requests()
 
 
 NAMES_CODE: dict[str, tuple[str, str]] = {
@@ -57,7 +47,7 @@ def test_code_is_not_run(texts: Path, tmp_path: Path, name: str, included: bool)
     if included:
         (texts / "tasks" / "more.yaml").write_text("task: more\ninclude: _shared\n")
     with pytest.raises(ConfigError, match=said) as caught:
-        load(texts)
+        load_task(texts)
     assert str(caught.value).startswith(f"{file}: ")
     assert str(caught.value).endswith("; take it out, or read that code and add --trust-remote-code.")
     assert not (tmp_path / "ran").exists()
@@ -65,13 +55,9 @@ def test_code_is_not_run(texts: Path, tmp_path: Path, name: str, included: bool)
 
 
 def test_code_runs_when_it_is_trusted(texts: Path, tmp_path: Path) -> None:
-    file = texts / "tasks" / "task.yaml"
-    plain = load(texts)
-    file.write_text(TASK + "process_docs: !function theirs.docs\n")
-    with pytest.raises(ConfigError, match="process_docs"):
-        load(texts)
-    assert not (tmp_path / "ran").exists()
-    assert load(texts, trusted=True) == plain
+    plain = load_task(texts)
+    (texts / "tasks" / "task.yaml").write_text(TASK + "process_docs: !function theirs.docs\n")
+    assert load_task(texts, trusted=True) == plain
     assert (tmp_path / "ran").exists()
 
 
@@ -79,12 +65,11 @@ def test_tags_of_python_are_never_read(texts: Path) -> None:
     (texts / "tasks" / "more.yaml").write_text("task: more\ndescription: !!python/object/apply:os.getcwd []\n")
     for trusted in (False, True):
         with pytest.raises(ConfigError, match=r"more\.yaml: cannot be read"):
-            load(texts, trusted)
+            load_task(texts, trusted)
 
 
-def test_a_circle_of_includes_is_looked_at_once(texts: Path) -> None:
-    (texts / "tasks" / "_a").write_text("include: _b\n")
-    (texts / "tasks" / "_b").write_text("include: _a\n")
+def test_a_circle_of_includes_is_read_once(texts: Path) -> None:
+    (texts / "tasks" / "_a").write_text("include: more.yaml\n")
     (texts / "tasks" / "more.yaml").write_text("task: more\ninclude: _a\n")
     check_task_files(texts / "tasks")
 
@@ -99,14 +84,13 @@ ESCAPES = (
 )
 
 
-@pytest.mark.parametrize("trusted", [False, True])
 @pytest.mark.parametrize("template", ESCAPES)
-def test_templates_do_not_reach_python(texts: Path, tmp_path: Path, template: str, trusted: bool) -> None:
+def test_templates_do_not_reach_python(texts: Path, tmp_path: Path, template: str) -> None:
     hostile = template.replace("MARKER", str(tmp_path / "ran"))
-    file = texts / "tasks" / "task.yaml"
-    file.write_text(TASK.replace('"{{question}}"', f'"{hostile}"'))
-    with pytest.raises(ConfigError, match=r"cannot be loaded\..*; mend .*task\.yaml"):
-        load(texts, trusted)
+    (texts / "tasks" / "task.yaml").write_text(TASK.replace('"{{question}}"', f'"{hostile}"'))
+    for trusted in (False, True):
+        with pytest.raises(ConfigError, match=r"cannot be loaded\..*; mend .*task\.yaml"):
+            load_task(texts, trusted)
     assert not (tmp_path / "ran").exists()
 
 
@@ -116,28 +100,6 @@ def test_templates_of_later_documents_do_not_either(tmp_path: Path) -> None:
     with sandboxed_templates():
         for plain in ("{{question.split(' ')[::-1]|join('-')}}", "{{question|regex_replace('b', 'c')}}", "{{n + 1}}"):
             assert lm_utils.apply_template(plain, document) == lm_utils.env.from_string(plain).render(**document)
-    assert lm_utils.env is stock
-    with (
-        pytest.raises(ConfigError, match=r"leads into Python \(access to attribute '__class__'"),
-        sandboxed_templates(),
-    ):
+    with pytest.raises(ConfigError, match=r"leads into Python \(access to attribute '__cl"), sandboxed_templates():
         lm_utils.apply_template("{{question.__class__.__mro__}}", document)
     assert lm_utils.env is stock
-
-
-def test_a_pickle_as_a_dataset(texts: Path, tmp_path: Path) -> None:
-    """Without the check, this one runs."""
-    (texts / "x.pkl").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
-    task = TASK.replace("somebody/words", "pandas") + f"dataset_kwargs: {{data_files: {{test: {texts / 'x.pkl'}}}}}\n"
-    (texts / "tasks" / "task.yaml").write_text(task)
-    with pytest.raises(ConfigError, match="dataset_path = 'pandas'"):
-        load(texts)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_the_command_asks_for_trust(dtf: Any, healthy: Path, texts: Path, tmp_path: Path) -> None:
-    (texts / "tasks" / "more.yaml").write_text("task: more\nprocess_docs: !function theirs.docs\n")
-    result = dtf("eval", str(healthy / "models/dense"), "--tasks", "more", "--include-path", str(texts / "tasks"))
-    assert result.code == 2
-    assert "more.yaml: process_docs = !function theirs.docs" in result.stderr.replace("\n", "")
-    assert not (tmp_path / "ran").exists()
