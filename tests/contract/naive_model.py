@@ -5,6 +5,7 @@ those that the routed layer keeps, of earlier tokens, as far back as the layer's
 the stock layer with the other half silenced. Parameters are those of the routed model, so gradients can be compared.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,42 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from dtfcli.models import routing_naive as naive
 from dtfcli.models.conversion import to_dense
+
+Scored = tuple[list[Tensor], list[Tensor]]
+"""Score and gate of each token."""
+
+
+def surprise(x: Tensor, router: Any, whole: "NaiveModel") -> Scored:
+    """Of tokens [T, D], by what the layer below observed."""
+    scalars = (router.log_o_ce.exp(), router.log_m_cu.exp(), router.beta_ce, router.beta_cu)
+    averages = naive.moving_average(whole.surprise[0], whole.config.ma_window, whole.config.sink_tokens)
+    both = [naive.dtf_gate(*each, *scalars) for each in zip(*whole.surprise, averages, strict=True)]
+    return [score.squeeze().float() for _, score in both], [gate.squeeze() for gate, _ in both]
+
+
+def linear(x: Tensor, router: Any, whole: "NaiveModel") -> Scored:
+    scores = [token @ router.weight for token in x]
+    return scores, [naive.sigmoid(score) for score in scores]
+
+
+def cost(x: Tensor, router: Any, whole: "NaiveModel") -> Scored:
+    scores = [naive.cost_score(token, router.weight, eps=whole.config.rms_norm_eps) for token in x]
+    return scores, [torch.ones(())] * len(x)
+
+
+def nothing(x: Tensor, router: Any, whole: "NaiveModel") -> Scored:
+    return [torch.ones(())] * len(x), [torch.ones(())] * len(x)
+
+
+TWINS: dict[str, Callable[[Tensor, Any, "NaiveModel"], Scored]] = {
+    "surprise": surprise,
+    "update_size": cost,
+    "forecast_error": cost,
+    "mod": linear,
+    "random": linear,
+    "layerdrop": nothing,
+}
+"""The naive score of each way of choosing."""
 
 
 class NaiveModel:
@@ -127,23 +164,6 @@ class _Routed(nn.Module):
             if silenced is not None:
                 setattr(self.stock, silenced, kept)
 
-    def scores(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Score and gate of each token."""
-        (whole,), (ours,) = self.whole, self.ours
-        config, router = whole.config, ours.router
-        ones = [torch.ones(())] * len(x)
-        if config.architecture == "layerdrop":
-            return ones, ones
-        if config.architecture in ("mod", "random"):
-            scores = [token @ router.weight for token in x]
-            return scores, [naive.sigmoid(score) for score in scores]
-        if config.score != "surprise":
-            return [naive.cost_score(token, router.weight, eps=config.rms_norm_eps) for token in x], ones
-        scalars = (router.log_o_ce.exp(), router.log_m_cu.exp(), router.beta_ce, router.beta_cu)
-        averages = naive.moving_average(whole.surprise[0], config.ma_window, config.sink_tokens)
-        both = [naive.dtf_gate(*each, *scalars) for each in zip(*whole.surprise, averages, strict=True)]
-        return [score.squeeze().float() for _, score in both], [gate.squeeze() for gate, _ in both]
-
     def choose(self, ranked: list[Tensor]) -> list[int]:
         """The tokens that enter."""
         (whole,), (ours,) = self.whole, self.ours
@@ -162,7 +182,7 @@ class _Routed(nn.Module):
         config, x = whole.config, hidden_states[0]
         if config.routed_part == "mlp":
             x = self.part("attention", x, attention_mask, **kwargs)
-        scores, gates = self.scores(x)
+        scores, gates = TWINS[config.way](x, ours.router, whole)
         guesses = None if ours.predictor is None else list(ours.predictor(x))
         chosen = self.choose(guesses if whole.mode == "predictor" and guesses is not None else scores)
         positions, keys = torch.arange(len(x)), torch.zeros(len(x), dtype=torch.bool)
@@ -182,8 +202,8 @@ class _Routed(nn.Module):
             guess = skip(x[t].detach()) - x[t].detach()
             if config.bypass == "forecast":
                 whole.note("miss", id(self), [naive.forecast_miss(update, guess)])
-            if config.architecture == "dtf" and config.score != "surprise":
-                cost = naive.cost(update, guess.detach() if config.score == "forecast_error" else None)
-                whole.note("cost", id(self), [(scores[t], cost, 1.0)])
+            if config.way in ("update_size", "forecast_error"):
+                lost = naive.cost(update, guess.detach() if config.way == "forecast_error" else None)
+                whole.note("cost", id(self), [(scores[t], lost, 1.0)])
         taken = naive.routed_layer(x, chosen, gates, lambda _, places: updated[places], config.gate, skip)
         return taken[None]
