@@ -183,7 +183,7 @@ class RoutedLayerMixin(StockLayer):
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
 
         Returns:
-            Hidden states [B, T, D], and the fields of a `RoutingRecord`, flat.
+            Hidden states [B, T, D], and the fields of a `RoutingRecord`, flat and in order.
         """
         cache = kwargs.pop(CACHE_NAME, None)
         store = None if cache is None else cache.layers[self.layer_idx]
@@ -209,8 +209,7 @@ class RoutedLayerMixin(StockLayer):
         targets = self._targets(known, selected, inputs, context) if self.learns else RegressionTargets()
         observed = [each.detach() for each in below] if below else [None, None]
         shown = _of_all_tokens(x, known) if context.shows_updates else ()
-        _, *gates = scores
-        record = RoutingRecord(self.layer_idx, ranked, selected, threshold, *gates, logits, *observed, *targets, *shown)
+        record = (self.layer_idx, ranked, selected, threshold, *scores[1:], logits, *observed, *targets, *shown)
         return updated, *record
 
     def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:
