@@ -21,7 +21,6 @@ from .cache import CACHE_NAME
 from .context import RoutingContext
 from .forecast import Forecast, KnownUpdates, RegressionTargets, regression_targets
 from .keys import EveryKey, OwnKeys, PlacedKeys, StoredKeys
-from .outputs import RoutingRecord
 from .router import TopKPredictor
 from .routers import router_of
 from .routing import (
