@@ -155,7 +155,7 @@ def _push_final(hub: HubSettings, model: Path, emit: TrainListener) -> str | Non
             PushOptions(private=hub.private),
             on_progress=lambda message: emit(TrainEvent("phase", message[0].upper() + message[1:])),
         )
-        for warning in result.warnings:
+        for warning in result.upload.warnings:
             emit(TrainEvent("warning", warning))
         return result.url
     return None

@@ -82,26 +82,19 @@ def push(
     )
     if dry_run is not None:
         upload = preview(model, repo, dry_run, push_options, render.note)
-        _remark(upload.left_out, upload.warnings)
-        if json:
-            render.emit_json({"repo": upload.repo, "folder": dry_run, "files": list(upload.files)})
-        else:
-            render.emit(str(dry_run))
-        return
-    result = push_model(model, repo, push_options, render.note)
-    _remark(result.left_out, result.warnings)
-    if json:
-        render.emit_json({"repo": result.repo, "url": result.url, "commit": result.commit, "files": result.files})
-        return
-    render.note(f"{len(result.files)} files in commit {result.commit[:8]}")
-    render.emit(result.url)
-
-
-def _remark(left_out: list[str], warnings: list[str]) -> None:
-    """Name the files that were not uploaded, and warn."""
-    from dtfcli.cli import render
-
-    if left_out:
-        render.note(f"not uploaded: {', '.join(left_out)}")
-    for warning in warnings:
+        document = {"repo": upload.repo, "folder": dry_run, "files": list(upload.files)}
+        line = str(dry_run)
+    else:
+        result = push_model(model, repo, push_options, render.note)
+        upload = result.upload
+        document = {"repo": upload.repo, "url": result.url, "commit": result.commit, "files": list(upload.files)}
+        line = result.url
+        render.note(f"{len(upload.files)} files in commit {result.commit[:8]}")
+    if upload.left_out:
+        render.note(f"not uploaded: {', '.join(upload.left_out)}")
+    for warning in upload.warnings:
         render.warn(warning)
+    if json:
+        render.emit_json(document)
+    else:
+        render.emit(line)

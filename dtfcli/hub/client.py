@@ -4,33 +4,19 @@ A request is repeated a few times if that can help. A commit names its parent, s
 commits: after a lost answer the Hub refuses the second, and the next push finds nothing to change.
 """
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from dtfcli.errors import ConfigError, DTFError
-from dtfcli.hub.errors import (
-    ANY_TROUBLE,
-    NO_JSON,
-    PASSING,
-    WAITS,
-    HTTPError,
-    HubAccessError,
-    delay_before_next,
-    explain,
-    odd_answer,
-    reason,
-    status_of,
-)
+from dtfcli.errors import ConfigError, HubError
+from dtfcli.hub.errors import WAITS, HTTPError, HubAccessError, delay_before_next, explained, status_of
 from dtfcli.hub.upload import CARD_FILE, OnProgress, Upload, is_replaced_by_a_push
 
 T = TypeVar("T")
@@ -53,7 +39,7 @@ class Target:
     repo: str
     branch: str
     exists: bool
-    head: str | None
+    head: str | None = None
     names: tuple[str, ...] = ()
 
 
@@ -83,9 +69,7 @@ class HubClient:
 
     def __init__(self, tell: OnProgress) -> None:
         """`tell` is called with each step and each repeated request."""
-        # huggingface_hub takes an empty HF_ENDPOINT at its word.
-        endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT or "https://huggingface.co"
-        self.api = HfApi(endpoint=endpoint, library_name="dtfcli", library_version=metadata.version("dtfcli"))
+        self.api = HfApi(library_name="dtfcli", library_version=metadata.version("dtfcli"))
         self.tell = tell
 
     def owned_id(self, repo: str, username: str | None) -> str:
@@ -94,61 +78,67 @@ class HubClient:
         Raises:
             HubAccessError: the token is refused or read-only, or somebody else owns the repository.
         """
-        nameless = "the Hub does not name the owner of your token"
-        account = self._ask(self.api.whoami, nameless)
-        try:
-            user, roles, access = _account(account)
-        except NO_JSON as error:
-            raise odd_answer(error, nameless) from error
-        if access.get("role") == "read":
-            name = access.get("displayName", "")
+        user, roles, token_role = self._ask("the Hub does not name the owner of your token", self._account)
+        if token_role == "read":
             raise HubAccessError(
-                f"your token{f' {name!r}' if name else ''} may only read: create one with write access in your "
-                "settings on the Hub, then run `hf auth login`."
+                "your token may only read: create one with write access in your settings on the Hub, then run "
+                "`hf auth login`."
             )
         full = repo_id(repo, username)
-        owner, slash, name = full.rpartition("/")
-        known = {item.lower(): item for item in (user, *roles)}
-        owner = owner if slash else user
-        if owner.lower() not in known:
+        owner, _, name = full.rpartition("/")
+        owner = {account.lower(): account for account in (user, *roles)}.get(owner.lower(), owner) or user
+        if owner != user and owner not in roles:
             others = f" or an organization of yours ({', '.join(sorted(roles))})" if roles else ""
             raise HubAccessError(
                 f"REPO '{full}': belongs to {owner}, and you are logged in as {user}. "
                 f"Push to {user}/{name}{others}, or log in as {owner} (`hf auth login`)."
             )
-        owner = known[owner.lower()]
         if roles.get(owner) == "read":
             raise HubAccessError(f"REPO '{full}': you may only read in {owner}; ask its admins for write access.")
         return f"{owner}/{name}"
 
+    def _account(self) -> tuple[str, dict[str, str | None], str | None]:
+        """The token's owner, their role in each organization, and the token's own role."""
+        answer: dict[str, Any] = self.api.whoami()
+        roles = {entry["name"]: entry.get("roleInOrg") for entry in answer.get("orgs") or []}
+        if not all(isinstance(name, str) for name in (answer["name"], *roles)):
+            raise TypeError("a user or an organization without a name")
+        return answer["name"], roles, ((answer.get("auth") or {}).get("accessToken") or {}).get("role")
+
     def find(self, repo: str, branch: str, *, private: bool) -> Target:
-        """Look up the repository and the branch.
+        """Find the repository and the branch.
 
         Raises:
             ConfigError: `private` is set and the repository is public, or the branch is a tag.
         """
         try:
-            info = self._ask(lambda: self.api.model_info(repo), f"{repo} cannot be read", missing=True)
-        except RepositoryNotFoundError:
-            return Target(repo, branch, exists=False, head=None)
+            info = self._ask(f"{repo} cannot be read", lambda: self.api.model_info(repo))
+        except HubError as error:
+            cause = error.__cause__
+            if isinstance(cause, RepositoryNotFoundError) and status_of(cause) == 404:
+                return Target(repo, branch, exists=False)
+            raise
         if private and not info.private:
             raise ConfigError(
                 f"--private: {repo} exists and is public. Change that in its settings on the Hub, or leave it out."
             )
-        refs = self._ask(lambda: self.api.list_repo_refs(repo), f"the branches of {repo} cannot be listed")
+        refs = self._ask(f"the branches of {repo} cannot be listed", lambda: self.api.list_repo_refs(repo))
         if branch in [tag.name for tag in refs.tags]:
             raise ConfigError(f"--revision {branch}: a tag of {repo}, which does not move; name a branch.")
-        target = Target(repo, branch, exists=True, head=None)
-        return self._with_files(target) if branch in [ref.name for ref in refs.branches] else target
+        exists = branch in [ref.name for ref in refs.branches]
+        return self._with_files(repo, branch) if exists else Target(repo, branch, exists=True)
 
-    def _with_files(self, target: Target) -> Target:
-        """The target with the head of its branch and the names of its files."""
-        failed = f"the files of {target.repo} cannot be listed"
-        info = self._ask(lambda: self.api.model_info(target.repo, revision=target.branch), failed)
-        names = tuple(item.rfilename for item in info.siblings or [])
-        if not all(isinstance(name, str) for name in (info.sha, *names)):
-            raise odd_answer(TypeError("a commit or a file without a name"), failed)
-        return replace(target, head=info.sha, names=names)
+    def _with_files(self, repo: str, branch: str) -> Target:
+        """A branch that exists, with its head and its files."""
+
+        def target() -> Target:
+            info = self.api.model_info(repo, revision=branch)
+            names = [item.rfilename for item in info.siblings or []]
+            if not all(isinstance(name, str) for name in (info.sha, *names)):
+                raise TypeError("a commit or a file without a name")
+            return Target(repo, branch, True, info.sha, tuple(names))
+
+        return self._ask(f"the files of {repo} cannot be listed", target)
 
     def check_card(self, upload: Upload) -> None:
         """Let the Hub check the card's metadata.
@@ -158,11 +148,13 @@ class HubClient:
         """
         content = upload.files[CARD_FILE]
         assert isinstance(content, bytes)
+        card = ModelCard(content.decode("utf-8"))
         try:
-            card = ModelCard(content.decode("utf-8"))
-            self._ask(card.validate, "the model card cannot be checked", upload.repo, refused=True)
-        except ValueError as error:
-            reasons = " ".join(str(error).split())
+            self._ask("the model card cannot be checked", card.validate, upload.repo)
+        except HubError as error:
+            if not isinstance(error.__cause__, ValueError):
+                raise
+            reasons = " ".join(str(error.__cause__).split())
             raise ConfigError(f"{CARD_FILE}: the Hub refuses the metadata of the model card ({reasons}).") from error
 
     def create(self, target: Target, *, private: bool) -> Target:
@@ -172,85 +164,49 @@ class HubClient:
             return target
         if not target.exists:
             self.tell(f"creating {repo}")
-            self._ask(lambda: self.api.create_repo(repo, private=private or None), f"{repo} cannot be created", repo)
+            self._ask(f"{repo} cannot be created", lambda: self.api.create_repo(repo, private=private or None), repo)
         if branch != MAIN:
-            self._ask(lambda: self.api.create_branch(repo, branch=branch), f"{branch} cannot be created", repo)
-        return self._with_files(Target(repo, branch, exists=True, head=None))
+            self._ask(f"{branch} cannot be created", lambda: self.api.create_branch(repo, branch=branch), repo)
+        return self._with_files(repo, branch)
 
     def commit(self, upload: Upload, target: Target, message: str) -> str:
         """Upload all files and delete stale ones, in one commit; returns its hash."""
+        repo, branch = target.repo, target.branch
         additions = [
             CommitOperationAdd(name, str(item) if isinstance(item, Path) else item)
             for name, item in upload.files.items()
         ]
-        self.tell(f"uploading {len(additions)} files, {upload.size() / 2**20:.1f} MiB, to {target.repo}")
-        with _explained(f"the upload to {target.repo} failed", target.repo):
-            self.api.preupload_lfs_files(target.repo, additions, revision=target.branch, free_memory=False)
+        self.tell(f"uploading {len(additions)} files, {upload.size() / 2**20:.1f} MiB, to {repo}")
+        with explained(f"the upload to {repo} failed", repo):  # which repeats its requests itself
+            self.api.preupload_lfs_files(repo, additions, revision=branch, free_memory=False)
         stale = [name for name in target.names if is_replaced_by_a_push(name) and name not in upload.files]
         operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in stale)]
         self.tell("committing")
-        failed = f"the commit to {target.repo} failed"
-        with _explained(failed, target.repo):
-            commit = self._ask(
-                lambda: self.api.create_commit(
-                    target.repo,
-                    operations,
-                    commit_message=message,
-                    revision=target.branch,
-                    parent_commit=target.head,
-                ),
-                failed,
-                target.repo,
-                refused=True,
-            )
+        commit = self._ask(
+            f"the commit to {repo} failed",
+            lambda: self.api.create_commit(
+                repo, operations, commit_message=message, revision=branch, parent_commit=target.head
+            ),
+            repo,
+        )
         return commit.oid
 
-    def _ask(
-        self, call: Callable[[], T], failed: str, repo: str = "", *, missing: bool = False, refused: bool = False
-    ) -> T:
-        """Make a request that may be repeated; `missing` passes "no such repository" on, `refused` a ValueError."""
-        for wait in (*WAITS, None):
-            try:
-                return call()
-            except NO_JSON as error:
-                raise odd_answer(error, failed) from error
-            except ValueError as error:
-                if refused or isinstance(error, (HTTPError, OSError)):
-                    raise
-                raise odd_answer(error, failed) from error
-            except (HTTPError, OSError) as error:
-                status = status_of(error)
-                if missing and isinstance(error, RepositoryNotFoundError) and status == 404:
-                    raise
-                if isinstance(error, OfflineModeIsEnabled) or (status is not None and status not in PASSING):
-                    raise explain(error, failed, repo) from error
-                delay = delay_before_next(error, wait)
-                if delay is None:
-                    raise explain(error, failed, repo) from error
-                self.tell(f"the Hub answered {reason(error)}; trying again in {delay:.0f} s")
+    def _ask(self, failed: str, call: Callable[[], T], repo: str = "") -> T:
+        """Make a request that may be repeated.
+
+        Raises:
+            HubError: begins with `failed`.
+        """
+        with explained(failed, repo):
+            for wait in WAITS:
+                try:
+                    return call()
+                except (HTTPError, OSError) as error:
+                    delay = delay_before_next(error, wait)
+                    if delay is None:
+                        raise
+                    status = status_of(error)
+                    answer = f"nothing ({type(error).__name__})" if status is None else str(status)
+                self.tell(f"the Hub answered {answer}; trying again in {delay:.0f} s")
                 time.sleep(delay)
-        raise AssertionError("the last round returns or raises")
-
-
-def _account(answer: Any) -> tuple[str, dict[str, str | None], dict[str, Any]]:
-    """Who a token belongs to, their role in each organization, and what is known about the token.
-
-    Raises:
-        TypeError, LookupError, AttributeError: the answer is not the Hub's.
-    """
-    roles = {entry["name"]: entry.get("roleInOrg") for entry in answer.get("orgs") or []}
-    access = (answer.get("auth") or {}).get("accessToken") or {}
-    if not all(isinstance(name, str) for name in (answer["name"], *roles)) or not isinstance(access, dict):
-        raise TypeError("a user or an organization without a name")
-    return answer["name"], roles, access
-
-
-@contextmanager
-def _explained(failed: str, repo: str) -> Iterator[None]:
-    """Explain the errors of calls that repeat their requests themselves."""
-    try:
-        yield
-    except DTFError:
-        raise
-    except ANY_TROUBLE as error:
-        raise explain(error, failed, repo) from error
+            return call()

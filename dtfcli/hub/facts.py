@@ -136,38 +136,28 @@ def gather_facts(
     )
 
 
-def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> tuple[EvalReport | None, list[str]]:
+def choose_results(source: LocalModel, given: Path | None) -> tuple[EvalReport | None, list[str]]:
     """The evaluation for the card, and warnings.
 
     Args:
         source: the model.
-        given: chosen by the user; None: take the newest in eval/ of the model, a causal one if there is any.
-        label: names the given one in messages.
+        given: JSON of an evaluation; None: take the newest in eval/ of the model, a causal one if there is any.
 
     Raises:
-        ConfigError: the given one measured other weights, or these in fewer bits.
+        ConfigError: the given one cannot be read, or measured other weights, or these in fewer bits.
     """
-    digests = [weights_hash(folder) for folder in _same_weights(source)]
+    # A merged model was measured as its adapter.
+    run, measured_as = source.run, [source.named]
+    if run is not None and source.named.name == MERGED_MODEL and (run / FINAL_MODEL).is_dir():
+        measured_as.append(run / FINAL_MODEL)
+    digests = [weights_hash(folder) for folder in measured_as]
     remedy = f"`dtf eval {source.named}`"
-    if given is not None and given.quantize:
-        raise ConfigError(
-            f"{label}: measured the model with weights in {given.quantize}, and plain ones are pushed; run {remedy} "
-            "without --quantize."
-        )
     if given is not None:
-        measured = _digest(given)
-        if measured is None:
-            return given, [f"{label}: does not name the weights that it measured. Make sure that it was these."]
-        if measured not in digests:
-            raise ConfigError(
-                f"{label}: measured other weights (model_hash {measured[:12]}…, this model has {digests[0][:12]}…); "
-                f"run {remedy}."
-            )
-        return given, []
-    folders = [folder for folder in (source.named, source.run) if folder is not None]
-    files = [path for folder in folders for path in (folder / EVALUATIONS).glob("*.json")]
+        return _given_results(given, digests, remedy)
+    folders = [folder / EVALUATIONS for folder in (source.named, run) if folder is not None]
+    files = [path for folder in folders for path in folder.glob("*.json") if path.is_file()]
     reports = []
-    for path in sorted(files, key=_written, reverse=True):
+    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ConfigError):  # a damaged or foreign file does not stop a push
             report = EvalReport.read(path, str(path))
             reports += [report] if _digest(report) in digests and not report.quantize else []
@@ -176,24 +166,28 @@ def choose_results(source: LocalModel, given: EvalReport | None, label: str) -> 
     return next((report for report in reports if report.causal), reports[0] if reports else None), []
 
 
-def _written(path: Path) -> float:
-    """When a file was written; an unreadable one comes last."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+def _given_results(path: Path, digests: list[str], remedy: str) -> tuple[EvalReport, list[str]]:
+    label = f"--eval-results {path}"
+    report = EvalReport.read(path, label)
+    if report.quantize:
+        raise ConfigError(
+            f"{label}: measured the model with weights in {report.quantize}, and plain ones are pushed; run {remedy} "
+            "without --quantize."
+        )
+    measured = _digest(report)
+    if measured is None:
+        return report, [f"{label}: does not name the weights that it measured. Make sure that it was these."]
+    if measured not in digests:
+        raise ConfigError(
+            f"{label}: measured other weights (model_hash {measured[:12]}…, this model has {digests[0][:12]}…); "
+            f"run {remedy}."
+        )
+    return report, []
 
 
 def _digest(report: EvalReport) -> str | None:
     digest = (report.model_hash or "").removeprefix("sha256:").lower()
     return digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None
-
-
-def _same_weights(source: LocalModel) -> list[Path]:
-    """Folders whose evaluations measured these weights: a merged model was measured as its adapter."""
-    run, folder = source.run, source.named
-    adapter = [run / FINAL_MODEL] if run is not None and folder.name == MERGED_MODEL else []
-    return [folder, *(path for path in adapter if path.is_dir())]
 
 
 def _sha256(path: Path) -> str:

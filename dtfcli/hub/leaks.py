@@ -24,42 +24,41 @@ _SECRET_VARIABLE = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)$")
 _ROOTS = "home|Users|root|tmp|mnt|media|var|opt|srv|data|workspace|work|scratch|private|content|kaggle|nfs|Volumes"
 _ABSOLUTE = re.compile(rf"(?<![\w./:~-])/(?:{_ROOTS})/[\w.~@+-]+|\b[A-Za-z]:\\+(?:Users|\w+\\)|file://|(?<![\w.])~/\w")
 
-# What pickles, zip archives (torch.save), NumPy, HDF5 and gzip files begin with.
+# Pickles; zip archives (torch.save), NumPy, HDF5 and gzip files.
 _FOREIGN_STARTS = (
-    b"\x80\x02",
-    b"\x80\x03",
-    b"\x80\x04",
-    b"\x80\x05",
+    *(b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
     b"PK\x03\x04",
     b"\x93NUMPY",
     b"\x89HDF",
     b"\x1f\x8b",
 )
-_BINARY_STARTS = {".png": b"\x89PNG\r\n\x1a\n"}
-_SENTENCEPIECE = ".model"
+_PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST_HEADER = 100 << 20
 
 
 def find_leaks(name: str, content: bytes | Path, places: tuple[Path, ...] = ()) -> list[str]:
-    """Names what must not be published in a file; empty if the file may be published.
+    """Name everything in a file that must not be published.
 
     Args:
-        name: of the file in the repository; the suffix determines the expected format.
-        content: the bytes, or the path of the file.
+        name: of the file in the repository; its suffix determines the expected format.
+        content: the bytes, or the path of the file; of weights the path.
         places: paths that must not appear, besides the home, working and temporary folder.
     """
     suffix = Path(name).suffix
-    if suffix == ".safetensors":
-        text, problem = _safetensors_header(content)
-        return [problem] if problem else list(_leaks_in(text, places))
+    if suffix == ".safetensors" and isinstance(content, Path):
+        header = _safetensors_header(content)
+        return (
+            ["content that is not a safetensors file (a pickle?)"] if header is None else [*_leaks_in(header, places)]
+        )
     data = content if isinstance(content, bytes) else content.read_bytes()
     if data.startswith(_FOREIGN_STARTS):
         return ["a pickle or an archive"]
-    if suffix in _BINARY_STARTS or suffix == _SENTENCEPIECE:
-        if not data.startswith(_BINARY_STARTS.get(suffix, b"")):
-            return [f"content that is not a {suffix} file"]
-        readable = _without_pixels(data) if suffix == ".png" else data
-        return list(_leaks_in(readable.decode("latin-1"), places))
+    if suffix == ".png":
+        if not data.startswith(_PNG):
+            return ["content that is not a .png file"]
+        return list(_leaks_in(_without_pixels(data).decode("latin-1"), places))
+    if suffix == ".model":  # of sentencepiece, binary
+        return list(_leaks_in(data.decode("latin-1"), places))
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -121,25 +120,13 @@ def _text_with_paths(name: str, text: str) -> str:
         return text
 
 
-def _safetensors_header(content: bytes | Path) -> tuple[str, str]:
-    """The JSON header of a safetensors file, and the problem if it has none."""
-    if isinstance(content, bytes):
-        size, start = len(content), content[:8]
-    else:
-        size = content.stat().st_size
-        with content.open("rb") as file:
-            start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(size - 8, _LARGEST_HEADER):
-        return "", "content that is not a safetensors file (a pickle?)"
-    if isinstance(content, bytes):
-        header = content[8 : 8 + length]
-    else:
-        with content.open("rb") as file:
-            file.seek(8)
-            header = file.read(length)
+def _safetensors_header(path: Path) -> str | None:
+    """The JSON header of a safetensors file; None if it has none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, _LARGEST_HEADER))
     try:
         json.loads(header)
-        return header.decode("utf-8"), ""
+        return header.decode("utf-8")
     except ValueError:
-        return "", "content that is not a safetensors file (a pickle?)"
+        return None

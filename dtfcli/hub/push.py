@@ -7,6 +7,7 @@
 - A push that fails leaves a new repository empty. The next push uses it.
 """
 
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from dtfcli.hub.client import MAIN, HubClient, repo_id
 from dtfcli.hub.errors import HubAccessError
 from dtfcli.hub.upload import OnProgress, Upload, model_folder, prepare_upload
 from dtfcli.quiet import quiet_libraries
+
+_BRANCH = re.compile(r"(?!refs/|.*(\.\.|//|@\{))\w[^\s~^:?*\[\\]*(?<!/)(?<!\.)(?<!\.lock)")
+"""What git takes as the name of a branch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +52,14 @@ class PushResult:
     """A finished push.
 
     Attributes:
-        repo: owner/name.
-        url: of its page, or of the branch.
+        upload: its files.
+        url: of the repository's page, or of the branch.
         commit: hash of the commit; of the present head if nothing had changed.
-        files: names in the repository.
-        left_out: files of the model folder that were not uploaded.
-        warnings: for the user.
     """
 
-    repo: str
+    upload: Upload
     url: str
     commit: str
-    files: list[str]
-    left_out: list[str]
-    warnings: list[str]
 
 
 def push(
@@ -108,7 +106,7 @@ def push(
                 on_progress(left)
             raise
     url = f"{hub.api.endpoint}/{target.repo}" + (f"/tree/{target.branch}" if target.branch != MAIN else "")
-    return PushResult(target.repo, url, commit, list(upload.files), upload.left_out, upload.warnings)
+    return PushResult(upload, url, commit)
 
 
 def preview(
@@ -153,17 +151,9 @@ def _check(repo: str, options: PushOptions) -> str:
         ConfigError: names the option and the remedy.
     """
     full = repo_id(repo, options.username)
-    name, message = options.revision, options.commit_message
-    if name is not None and not _can_be_a_branch(name):
-        raise ConfigError(f"--revision '{name}': not a branch name; use letters, digits and - _ . / such as v1.0.")
+    branch, message = options.revision, options.commit_message
+    if branch is not None and not _BRANCH.fullmatch(branch):
+        raise ConfigError(f"--revision '{branch}': not a branch name; use letters, digits and - _ . / such as v1.0.")
     if message is not None and not message.strip():
         raise ConfigError("--commit-message '': is empty; say what changed, or leave it out.")
     return full
-
-
-def _can_be_a_branch(name: str) -> bool:
-    """Whether git takes this as the name of a branch."""
-    bad = any(part in name for part in ("..", "//", "@{", "\\", *" ~^:?*[")) or not name.isprintable()
-    return (
-        bool(name) and not bad and not name.startswith(("-", "/", "refs/")) and not name.endswith(("/", ".", ".lock"))
-    )

@@ -17,7 +17,6 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from dtfcli.errors import CheckpointError, ConfigError, read_json_object, reading
-from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.card import model_card
 from dtfcli.hub.facts import LocalModel, choose_results, gather_facts
 from dtfcli.hub.leaks import find_leaks
@@ -80,15 +79,12 @@ class Upload:
                     shutil.copyfile(item, partial / name)
 
 
-_FORMER_CODE = {"products.py"}
-"""Files of `models/` that earlier versions uploaded."""
-
-
 def is_replaced_by_a_push(name: str) -> bool:
     """Whether pushes write a file of this name, so that one of an earlier push is stale."""
     code = {path.name for path in (Path(__file__).parents[1] / "models").glob("*.py")}
-    known = {CARD_FILE, CURVES_FILE, _ADAPTER_CONFIG, *_CONFIGS, *_TOKENIZER, *code, *_FORMER_CODE}
-    return name in known or bool(_STALE_WEIGHTS.fullmatch(name))
+    return name in {CARD_FILE, CURVES_FILE, _ADAPTER_CONFIG, *_CONFIGS, *_TOKENIZER, *code} or bool(
+        _STALE_WEIGHTS.fullmatch(name)
+    )
 
 
 def prepare_upload(
@@ -116,14 +112,11 @@ def prepare_upload(
         ConfigError: the evaluation cannot be used, or there is nothing to merge.
     """
     source = _open(model_folder(model), merge_into, on_progress)
-    label = f"--eval-results {eval_results}"
-    given = None if eval_results is None else EvalReport.read(eval_results, label)
     files = _files(source)
-    tokenizer = any(name in files for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"))
-    missing = [] if tokenizer else [f"{source.folder} has no tokenizer; users of the model will miss it."]
-
     on_progress("hashing the weights")
-    results, remarks = choose_results(source, given, label)
+    results, warnings = choose_results(source, eval_results)
+    if not files.keys() & {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"}:
+        warnings.insert(0, f"{source.folder} has no tokenizer; users of the model will miss it.")
     full = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
     facts = gather_facts(source, full, revision, results, CURVES_FILE in files)
     try:
@@ -134,7 +127,7 @@ def prepare_upload(
     on_progress("checking for secrets and local paths")
     _check_leaks(files, source)
     left_out = sorted(path.name for path in source.folder.iterdir() if path.name not in files)
-    return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, missing + remarks)
+    return Upload(repo, facts.architecture, dict(sorted(files.items())), left_out, warnings)
 
 
 def model_folder(model: str | Path) -> Path:
@@ -157,14 +150,18 @@ def model_folder(model: str | Path) -> Path:
 
 def _open(named: Path, merge_into: Path | None, tell: OnProgress) -> LocalModel:
     """Read a model folder, and merge its adapter into the base if `merge_into` asks for it."""
-    run = _run_of(named)
+    run = named.parent if named.name in (FINAL_MODEL, BEST_MODEL, MERGED_MODEL) else None
+    run = run if run is not None and (run / SETTINGS_FILE).is_file() else None
     folder, base = named, None
     is_adapter = (named / _ADAPTER_CONFIG).is_file()
     if merge_into is not None:
         if not is_adapter:
             raise ConfigError(f"--merge: {named} is not an adapter, there is nothing to merge; leave it out.")
         tell("merging the adapter into its base")
-        folder = _merge(named, merge_into)
+        folder, plain_model = merge_into, load_model(named, device="cpu")
+        with quiet_libraries():
+            plain_model.save_pretrained(folder)
+            load_tokenizer(named).save_pretrained(folder)
     elif is_adapter:
         base = _adapters_base(named, run)
     config = _checked_config(folder)
@@ -206,12 +203,6 @@ def _files(source: LocalModel) -> dict[str, bytes | Path]:
     return files
 
 
-def _run_of(folder: Path) -> Path | None:
-    """The run folder that a model folder lies in."""
-    named = folder.name in (FINAL_MODEL, BEST_MODEL, MERGED_MODEL)
-    return folder.parent if named and (folder.parent / SETTINGS_FILE).is_file() else None
-
-
 def _adapters_base(folder: Path, run: Path | None) -> str:
     """The Hub id of an adapter's base.
 
@@ -227,15 +218,6 @@ def _adapters_base(folder: Path, run: Path | None) -> str:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: an adapter without a config.json; push it merged into its base: --merge.")
     return name
-
-
-def _merge(adapter: Path, folder: Path) -> Path:
-    """Write the plain model: the base with the adapter merged into it."""
-    model: Any = load_model(adapter, device="cpu")
-    with quiet_libraries():
-        model.save_pretrained(folder)
-        load_tokenizer(adapter).save_pretrained(folder)
-    return folder
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -275,7 +257,7 @@ def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
         raise CheckpointError(f"{folder}: its code is not UTF-8 text; {_AGAIN}.") from error
     except OSError as error:
         missing = Path(error.filename or "").name
-        raise CheckpointError(f"{folder}: its code needs {missing}, which is missing; save the model again.") from error
+        raise CheckpointError(f"{folder}: its code needs {missing}, which is missing; {_AGAIN}.") from error
     return sorted(files)
 
 
@@ -291,11 +273,10 @@ def _cleaned(path: Path) -> bytes | Path:
 
 
 def _check_leaks(files: dict[str, bytes | Path], source: LocalModel) -> None:
-    folder, run = source.named, source.run
-    places = (folder.resolve(), *([run.resolve()] if run is not None else []))
+    places = tuple(folder.resolve() for folder in (source.named, source.run) if folder is not None)
     for name, item in files.items():
         if leaks := find_leaks(name, item, places):
-            where = item if isinstance(item, Path) else f"{folder}: {name}"
+            where = item if isinstance(item, Path) else f"{source.named}: {name}"
             raise CheckpointError(
                 f"{where}: holds {leaks[0]}, which must not be published. Take it out, or save the model again."
             )

@@ -101,17 +101,16 @@ def _metadata(card: ModelCard) -> dict[str, Any]:
 
 
 def test_metadata() -> None:
-    card = model_card(_facts())
-    data = _metadata(card)
-    assert data["base_model"] == "Qwen/Qwen2.5-0.5B"
-    assert data["base_model_relation"] == "finetune"
-    assert data["license"] == "apache-2.0"
-    assert data["datasets"] == ["roneneldan/TinyStories"]
-    assert data["pipeline_tag"] == "text-generation"
-    assert data["library_name"] == "transformers"
-    assert {"dtf", "mixture-of-depths", "conditional-computation", "custom_code"} <= set(data["tags"])
-    assert "language" not in data
-    assert card_errors(str(card)) == []
+    data = _metadata(model_card(_facts()))
+    assert data == {
+        "base_model": "Qwen/Qwen2.5-0.5B",
+        "base_model_relation": "finetune",
+        "datasets": ["roneneldan/TinyStories"],
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["dtf", "dynamic-transformer", "mixture-of-depths", "conditional-computation", "custom_code"],
+    }
 
 
 def test_nothing_is_claimed_that_is_not_known() -> None:
@@ -125,10 +124,7 @@ def test_nothing_is_claimed_that_is_not_known() -> None:
 def test_a_dense_model_has_no_routing_section() -> None:
     config = {"model_type": "llama", "num_hidden_layers": 4}
     card = str(model_card(_facts(config=config, routed_layers=[])))
-    assert "## How it routes" not in card
-    assert "trust_remote_code" not in card
-    assert "topk" not in card
-    assert "## Citation" not in card
+    assert not [word for word in ("## How it routes", "trust_remote_code", "topk", "## Citation") if word in card]
 
 
 def test_sections_of_a_routed_model() -> None:
@@ -171,7 +167,6 @@ def test_results_of_lm_eval(tmp_path: Path) -> None:
     assert results.model_hash is None
     card = model_card(_facts(results=results))
     assert "| hellaswag | acc | 0.2500 ± 0.0100 | 100 of 10,042 | 10 | – |" in str(card)
-    assert "| hellaswag | acc_norm | 0.2600 | 100 of 10,042 | 10 | – |" in str(card)
     assert _metadata(card)["model-index"][0]["results"][0]["dataset"]["type"] == "Rowan/hellaswag"
     assert "jane" not in str(card)
     assert card_errors(str(card)) == []
@@ -182,13 +177,10 @@ def test_what_a_file_does_not_know_is_left_out(tmp_path: Path) -> None:
     results = _results(OWN | unknown, tmp_path)
     assert results.results
     assert card_errors(str(model_card(_facts(results=results)))) == []
-
-
-def test_a_group_of_lm_eval_names_its_data_set(tmp_path: Path) -> None:
     counts = {"n-samples": {"mmlu": {"original": None, "effective": None}}}
     results = _results({"results": {"mmlu": {"acc,none": 0.25, "acc_stderr,none": 0.01}}, **counts}, tmp_path)
     (entry,) = _metadata(model_card(_facts(results=results)))["model-index"][0]["results"]
-    assert (entry["dataset"]["type"], entry["dataset"]["config"]) == ("cais/mmlu", "all")
+    assert (entry["dataset"]["type"], entry["dataset"]["config"]) == ("cais/mmlu", "all"), "of a group, lm-eval's own"
 
 
 @pytest.mark.parametrize("changes", [{"routing": "topk"}, {"causal": False}])
@@ -202,33 +194,21 @@ def test_results_that_are_not_causal_say_so_everywhere(changes: dict[str, Any], 
             assert "not causal" in metric["config"]
 
 
-def test_results_of_stock_lm_eval_with_topk_are_marked(tmp_path: Path) -> None:
+def test_how_results_were_measured_is_named(tmp_path: Path) -> None:
     arguments = {"model_args": "pretrained=x,routing=topk,trust_remote_code=True"}
     assert not _results(STOCK | {"config": arguments}, tmp_path).causal
-
-
-def test_another_capacity_is_named(tmp_path: Path) -> None:
     card = model_card(_facts(results=_results(OWN | {"capacity": 0.25}, tmp_path)))
     assert "γ = 0.25" in _metadata(card)["model-index"][0]["results"][0]["metrics"][0]["name"]
-
-
-def test_a_predictor_is_causal(tmp_path: Path) -> None:
-    card = model_card(
-        _facts(
-            results=_results(OWN | {"routing": "predictor"}, tmp_path),
-            config=CONFIG | {"predictor_loss_weight": 0.01, "routing": "predictor"},
-        )
-    )
-    assert "routing `predictor` (causal)" in str(card)
-    assert "- `predictor` (causal)" in str(card)
+    config = CONFIG | {"predictor_loss_weight": 0.01, "routing": "predictor"}
+    text = str(model_card(_facts(results=_results(OWN | {"routing": "predictor"}, tmp_path), config=config)))
+    assert "routing `predictor` (causal)" in text
+    assert "- `predictor` (causal)" in text
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", ["not valid JSON"]),
         ("[]", ['no "results"']),
-        ('{"results": {}}', ["hold no figure"]),
         ('{"results": {"a": {"alias": "a"}}}', ["hold no figure"]),
         ('{"results": {"a": {"metrics": {"acc": {"value": 1}}, "n": "all"}}}', ["results.a.n", "dtf eval"]),
     ],
@@ -240,48 +220,42 @@ def test_what_is_no_evaluation(content: str, words: list[str], tmp_path: Path) -
     assert all(word in str(caught.value) for word in ["--eval-results results.json", *words])
 
 
-def test_results_are_found_beside_the_model_and_only_if_they_are_its_own(model: Path) -> None:
-    folder = model / "eval"
-    folder.mkdir()
-    (folder / "latest.json").write_text(json.dumps(OWN))
-    upload = prepare_upload(model, "me/new")
-    assert "no results of these weights" in upload.warnings[0]
-    assert b"arc_easy" not in bytes(upload.files["README.md"])
-    (folder / "earlier.json").write_text(json.dumps(OWN | {"model_hash": weights_hash(model)}))
-    upload = prepare_upload(model, "me/new")
-    assert upload.warnings == []
-    assert b"arc_easy" in bytes(upload.files["README.md"])
+def test_results_beside_the_model_are_shown_if_they_are_its_own_and_causal_ones_first(
+    model: Path, tmp_path: Path
+) -> None:
+    def write(name: str, **changes: Any) -> None:
+        (model / "eval" / f"{name}.json").write_text(json.dumps(OWN | changes))
 
+    def pushed(**options: Any) -> tuple[str, list[str]]:
+        upload = prepare_upload(model, "me/new", **options)
+        return bytes(upload.files["README.md"]).decode(), upload.warnings
 
-def test_causal_results_are_shown_before_others(model: Path) -> None:
+    digest = weights_hash(model)
     (model / "eval").mkdir()
-    own = OWN | {"model_hash": weights_hash(model)}
-    (model / "eval" / "a.json").write_text(json.dumps(own))
-    (model / "eval" / "b.json").write_text(json.dumps(own | {"routing": "topk", "causal": False}))
-    os.utime(model / "eval" / "a.json", (1, 1))
-    assert b"acc (not causal)" not in bytes(prepare_upload(model, "me/new").files["README.md"])
-    (model / "eval" / "a.json").unlink()
-    assert b"acc (not causal)" in bytes(prepare_upload(model, "me/new").files["README.md"])
-
-
-def test_given_results_of_other_weights_are_refused(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps(OWN))
+    write("latest")
+    card, (warning,) = pushed()
+    assert "no results of these weights" in warning
+    assert "arc_easy" not in card
+    write("later", model_hash=digest, routing="topk", causal=False)
+    card, warnings = pushed()
+    assert warnings == []
+    assert "acc (not causal)" in card
+    write("earlier", model_hash=digest)
+    os.utime(model / "eval" / "earlier.json", (1, 1))
+    assert "arc_easy | acc |" in pushed()[0]
     with pytest.raises(ConfigError, match=r"measured other weights .*dtf eval"):
-        prepare_upload(model, "me/new", eval_results=path)
-    path.write_text(json.dumps(STOCK))
-    assert "does not name the weights" in prepare_upload(model, "me/new", eval_results=path).warnings[0]
+        pushed(eval_results=model / "eval" / "latest.json")
+    (tmp_path / "stock.json").write_text(json.dumps(STOCK))
+    assert "does not name the weights" in pushed(eval_results=tmp_path / "stock.json")[1][0]
 
 
 @pytest.mark.parametrize(
     ("text", "name", "on_hub"),
     [
         ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B", True),
-        ("roneneldan/TinyStories", "roneneldan/TinyStories", True),
         ("/home/jane/corpus.jsonl", "local text (.jsonl)", False),
         ("data/my_corpus.jsonl", "local text (.jsonl)", False),
         ("~/novels", "a local folder", False),
-        ("../novels", "a local folder", False),
         ("novels", "a local folder", False),
         ("here/novels", "a local folder", False),
         ("beside/novels", "a local folder", False),
@@ -309,18 +283,29 @@ def test_a_control_says_what_it_is(architecture: str, words: str) -> None:
     assert card_errors(text) == []
 
 
-def test_it_says_how_tokens_are_chosen_and_what_the_others_take() -> None:
-    """Only what such a model reads: no gate for predicted scores, whose gate is 1, and nothing of another score."""
-    fields = {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"}
+PREDICTED = {"bypass": "forecast", "routed_part": "mlp"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "absent"),
+    [
+        (
+            {"score": "forecast_error", **PREDICTED},
+            [
+                "cheap forecast of its update would be far off",
+                "take a forecast of the update and store only keys and values",
+                "| routed part | mlp |",
+                "| score | `forecast_error` |",
+            ],
+            ["| gate |", "| keys and values of |", "surprise"],  # which such a model does not read
+        ),
+        ({"score": "update_size"}, ["its update is large"], ["surprise"]),
+        ({"score": "surprise"}, ["the token surprised the decision layer below it"], ["forecast"]),
+    ],
+)
+def test_it_says_how_tokens_are_chosen_and_what_the_others_take(
+    fields: dict[str, Any], words: list[str], absent: list[str]
+) -> None:
     card = str(model_card(_facts(config=CONFIG | fields)))
-    assert "cheap forecast of its update would be far off" in card
-    assert "take a forecast of the update and store only keys and values" in card
-    for row in ("| routed part | mlp |", "| score | `forecast_error` |"):
-        assert row in card
-    assert "| gate |" not in card
-    assert "| keys and values of |" not in card
-    assert "surprise" not in card
-    assert "its update is large" in str(model_card(_facts(config=CONFIG | {"score": "update_size"})))
-    by_surprise = str(model_card(_facts(config=CONFIG | {"score": "surprise"})))
-    assert "the token surprised the decision layer below it" in by_surprise
-    assert "forecast" not in by_surprise
+    assert [word for word in words if word not in card] == []
+    assert [word for word in absent if word in card] == []
