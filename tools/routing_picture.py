@@ -26,7 +26,7 @@ def main() -> None:
     render.out = Console(width=92, record=True, force_terminal=True, color_system="truecolor", highlight=False)
     text = Path(file).read_text("utf-8").strip()
     report = inspect_text(load_model(model), load_tokenizer(model), text)
-    inspect_view.show_text(report, summarize(report))
+    inspect_view.show(report, summarize(report))
     text, _, _ = render.out.export_text(styles=True).partition(LAST)
     picture = Console(width=92, record=True, force_terminal=True, color_system="truecolor", highlight=False)
     picture.print(Text.from_ansi(text.rstrip()))

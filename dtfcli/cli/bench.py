@@ -1,5 +1,6 @@
 """`dtf bench`: time and memory of routed models next to dense."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,10 +11,7 @@ from dtfcli.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-
 PHASES = ("train", "prefill", "decode")
-
-
 Arguments = Annotated[
     list[str] | None,
     typer.Argument(
@@ -35,13 +33,9 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads o
 MicroBatches = Annotated[
     int, typer.Option("--micro-batches", min=1, help="Of an update in training: a step is the mean of one.")
 ]
-Stock = Annotated[
-    bool,
-    typer.Option("--stock", help="Also train the dense model as Transformers does, with whole logits: much memory."),
-]
+Stock = Annotated[bool, typer.Option("--stock", help="Also train the dense model as Transformers does: much memory.")]
 Static = Annotated[
-    bool,
-    typer.Option("--static", help="Decode with a static cache, on a GPU by a CUDA graph: every layer is computed."),
+    bool, typer.Option("--static", help="Decode with a static cache, on a GPU by a CUDA graph: all layers compute.")
 ]
 Triton = Annotated[
     bool,
@@ -87,20 +81,24 @@ def bench(
       dtf bench dtf-qwen2.5-0.5b model.dense_edges=0 --dtype float32 --phases decode
       dtf bench outputs/2026-01-31/quickstart --capacities 0.75,0.5,0.25 --json
     """
+    import torch
+
     from dtfcli.bench.report import BenchOptions
     from dtfcli.bench.run import bench as measure
     from dtfcli.cli import bench_view, render
+    from dtfcli.loading.devices import compute_dtype, resolve_device
 
-    names = _phases(phases, stock, static)
+    names = _phases(phases, stock, static, loading.dtype)
     if triton and not static:
         raise ConfigError("--triton: our kernel works with a static cache; add --static, or leave it out.")
+    if threads is not None:
+        torch.set_num_threads(threads)
     source, overrides = options.split_preset(arguments)
-    models = _Models(source or "quickstart", overrides, loading)
-    _use_threads(threads)
+    from_settings, models = _models(source or "quickstart", overrides, loading)
     bench_options = BenchOptions(
         capacities=_capacities(capacities),
         phases=names,
-        dtype=models.precision(loading.dtype, names),
+        dtype=compute_dtype(loading.dtype, resolve_device(loading.device)),
         seq_len=seq_len,
         batch=batch,
         new_tokens=new_tokens,
@@ -110,91 +108,64 @@ def bench(
         stock=stock,
         static=static,
         triton=triton,
-        **models.chosen(),
+        **from_settings,
     )
     show: Any = render.emit_json if json else bench_view.show
     show(measure(models, bench_options, render.note))
 
 
-class _Models:
-    """What is measured: a preset's shape with random weights, or a trained model beside its own dense backbone.
+def _models(
+    source: str, overrides: list[str], loading: options.Loading
+) -> tuple[dict[str, Any], Callable[["torch.dtype"], dict[str, Any]]]:
+    """The models to measure: a preset's shape with random weights, or a trained model and its own dense backbone.
 
-    Attributes:
-        settings: of the preset; None for a trained model.
+    Returns:
+        Compiling and kernels, by the preset; and a function that makes the models with weights of a dtype, by name,
+        "dense" among them.
     """
-
-    def __init__(self, source: str, overrides: list[str], loading: options.Loading) -> None:
-        """Resolve the source and the device; nothing is built yet."""
-        from dtfcli.loading.devices import resolve_device
-        from dtfcli.settings import load_settings, sources
-
-        is_preset = source in sources.preset_names()
-        if overrides and not is_preset:
-            raise ConfigError(f"{overrides[0]}: settings go with a preset; {source} is a model.")
-        self.settings = load_settings(source, overrides) if is_preset else None
-        self._source, self._loading = source, loading
-        self._device = resolve_device(loading.device)
-
-    def precision(self, dtype: str, phases: list[str]) -> "torch.dtype":
-        """That of a name, on this device."""
-        import torch
-
-        from dtfcli.loading.devices import compute_dtype
-
-        chosen = compute_dtype(dtype, self._device)
-        if "train" in phases and chosen == torch.float16:
-            raise ConfigError("--dtype float16: training is measured in bfloat16 or float32; choose one of them.")
-        return chosen
-
-    def chosen(self) -> dict[str, Any]:
-        """What the settings of a preset say of compiling and kernels."""
-        if self.settings is None:
-            return {}
-        return {"compiled": self.settings.training.compile, "kernels": self.settings.training.kernels}
-
-    def __call__(self, dtype: "torch.dtype") -> dict[str, Any]:
-        """The models by name, "dense" among them, sharing weights of this dtype."""
-        import torch
-
-        from dtfcli.loading.build import build_comparison
-
-        if self.settings is None:
-            built = self._trained(dtype)
-        else:
-            with torch.device(self._device):  # a processor takes minutes to draw billions of numbers
-                built = dict(build_comparison(self.settings, dtype=dtype))
-        return {name: model.to(self._device) for name, model in built.items()}
-
-    def _trained(self, dtype: "torch.dtype") -> dict[str, Any]:
-        from dtfcli.loading.load import load_model
-        from dtfcli.loading.source import open_source
-        from dtfcli.models.conversion import to_dense
-        from dtfcli.models.pretrained import is_routed
-
-        trust = self._loading.trust_remote_code
-        source = open_source(self._source, self._loading.revision, trust_remote_code=trust)
-        model: Any = load_model(source, device="cpu", dtype=dtype)
-        if not is_routed(model):
-            raise ConfigError(f"{self._source} is a dense model: give a routed one, or a preset.")
-        return {"dense": to_dense(model), model.config.architecture: model}
-
-
-def _use_threads(threads: int | None) -> None:
     import torch
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    from dtfcli.loading.build import build_comparison
+    from dtfcli.loading.devices import resolve_device
+    from dtfcli.loading.load import load_model
+    from dtfcli.models.conversion import to_dense
+    from dtfcli.models.pretrained import is_routed
+    from dtfcli.settings import load_settings, sources
+
+    device = resolve_device(loading.device)
+    if source in sources.preset_names():
+        settings = load_settings(source, overrides)
+
+        def build(dtype: torch.dtype) -> dict[str, Any]:
+            with torch.device(device):  # a processor takes minutes to draw billions of numbers
+                models: dict[str, Any] = dict(build_comparison(settings, dtype=dtype))
+            return {name: model.to(device) for name, model in models.items()}
+
+        return {"compiled": settings.training.compile, "kernels": settings.training.kernels}, build
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: settings go with a preset; {source} is a model.")
+
+    def load(dtype: torch.dtype) -> dict[str, Any]:
+        trust = loading.trust_remote_code
+        model: Any = load_model(source, device="cpu", dtype=dtype, revision=loading.revision, trust_remote_code=trust)
+        if not is_routed(model):
+            raise ConfigError(f"{source} is a dense model: give a routed one, or a preset.")
+        dense: Any = to_dense(model)
+        return {"dense": dense.to(device), model.config.architecture: model.to(device)}
+
+    return {}, load
 
 
-def _phases(text: str, stock: bool, static: bool) -> list[str]:
+def _phases(text: str, stock: bool, static: bool, dtype: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [text]:
         if name not in PHASES:
             raise ConfigError(f"--phases {name}: choose from {', '.join(PHASES)}.{did_you_mean(name, PHASES)}")
-    if stock and "train" not in names:
-        raise ConfigError("--stock is about training steps: add train to --phases, or leave it out.")
-    if static and "decode" not in names:
-        raise ConfigError("--static is about decoding: add decode to --phases, or leave it out.")
+    for option, given, phase in (("--stock", stock, "train"), ("--static", static, "decode")):
+        if given and phase not in names:
+            raise ConfigError(f"{option} is about the phase {phase}: add it to --phases, or leave {option} out.")
+    if "train" in names and dtype == "float16":
+        raise ConfigError("--dtype float16: training is measured in bfloat16 or float32; choose one of them.")
     return names
 
 

@@ -46,7 +46,7 @@ def _report() -> dict[str, Any]:
         "executable": sys.executable,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "devices": _devices(),
+        "devices": ["cpu", *_accelerators()],
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
 
@@ -60,15 +60,13 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _devices() -> list[str]:
+def _accelerators() -> list[str]:
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
-        return ["cpu"]
-    count = torch.accelerator.device_count()
+        return []
+    names = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
     if accelerator.type == "cuda":
-        names = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)]
-    else:
-        names = [f"{accelerator.type}:{i}" for i in range(count)]
-    return ["cpu", *names]
+        names = [f"{name} {torch.cuda.get_device_name(i)}" for i, name in enumerate(names)]
+    return names

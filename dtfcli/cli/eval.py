@@ -65,15 +65,7 @@ IncludePath = Annotated[
         show_default=False,
     ),
 ]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        help="Write the results to this file, not beside the model.",
-        show_default=False,
-        callback=options.new_file(),
-    ),
-]
+Output = Annotated[Path | None, options.new_file("--output", "Write the results to this file, not beside the model.")]
 ConfirmRunUnsafeCode = Annotated[
     bool,
     typer.Option(

@@ -32,9 +32,7 @@ Prompts = Annotated[
     Path | None,
     typer.Option("--prompts", help="A file with a prompt on each line, or .jsonl with a 'prompt' each."),
 ]
-Output = Annotated[
-    Path | None, typer.Option("--output", help="Where --prompts writes its .jsonl.", callback=options.new_file())
-]
+Output = Annotated[Path | None, options.new_file("--output", "Where --prompts writes its .jsonl.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Prompts of --prompts that are continued together.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Recompute the prefix for every token; slow.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speed and cache size to stderr.")]
@@ -98,41 +96,24 @@ def generate(
 
 def _prompts(prompt: str | None, prompts: Path | None, output: Path | None, json: bool) -> str | list[str] | None:
     """One prompt, those of a file, or None for the interactive prompt; refuses options that contradict each other."""
-    if prompts is not None and prompt is not None:
-        raise ConfigError("PROMPT and --prompts: give one of them.")
     if output is not None and prompts is None:
         raise ConfigError(f"--output {output}: goes with --prompts; a single continuation is on stdout.")
-    if prompts is not None and output is None and not json:
-        raise ConfigError(
-            f"--prompts {prompts}: name the file for the results with --output FILE.jsonl, or add --json."
-        )
     if prompts is not None:
+        if prompt is not None:
+            raise ConfigError("PROMPT and --prompts: give one of them.")
+        if output is None and not json:
+            raise ConfigError(
+                f"--prompts {prompts}: name the file for the results with --output FILE.jsonl, or add --json."
+            )
         return _read_prompts(prompts)
-    if prompt is None and sys.stdin is not None and sys.stdin.isatty():
-        if json:
-            raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
-        return None
-    return _prompt_or_stdin(prompt)
-
-
-def _keep_continuations(numbered: Iterable[tuple[int, Any]], output: Path | None, json: bool) -> None:
-    """Write the continuations to --output in the order of their prompts, and print them with --json."""
-    from dtfcli.cli import render
-
-    in_order = [result for _, result in sorted(numbered, key=lambda item: item[0])]
-    results = [{"prompt": r.prompt, "text": r.text, "new_tokens": r.new_tokens} for r in in_order]
-    if output is not None:
-        output.write_text("".join(json_module.dumps(r, ensure_ascii=False) + "\n" for r in results), "utf-8")
-        render.note(f"{len(results)} continuations in {output}")
-    if json:
-        render.emit_json(results)
-
-
-def _prompt_or_stdin(prompt: str | None) -> str:
     if prompt is not None:
         return prompt
     if sys.stdin is None:
         raise ConfigError('no PROMPT: write it after the model, as in: dtf generate MODEL "def main(", or pipe it in.')
+    if sys.stdin.isatty():
+        if json:
+            raise ConfigError("--json: goes with a PROMPT; the interactive prompt has no document to print.")
+        return None
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -157,3 +138,16 @@ def _read_prompts(path: Path) -> list[str]:
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f'--prompts {path}, line {number}: expected a JSON object with a "prompt".') from None
     return prompts
+
+
+def _keep_continuations(numbered: Iterable[tuple[int, Any]], output: Path | None, json: bool) -> None:
+    """Write the continuations to --output in the order of their prompts, and print them with --json."""
+    from dtfcli.cli import render
+
+    in_order = [result for _, result in sorted(numbered, key=lambda item: item[0])]
+    results = [{"prompt": r.prompt, "text": r.text, "new_tokens": r.new_tokens} for r in in_order]
+    if output is not None:
+        output.write_text("".join(json_module.dumps(r, ensure_ascii=False) + "\n" for r in results), "utf-8")
+        render.note(f"{len(results)} continuations in {output}")
+    if json:
+        render.emit_json(results)

@@ -1,15 +1,18 @@
 """`dtf inspect-routing`: which tokens enter which layers, and why."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtfcli.cli import options
+from dtfcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from dtfcli.inspection.corpus import Corpus, CorpusRouting
+    from dtfcli.inspection.sensitivity import Sensitivity
     from dtfcli.inspection.statistics import Summary
     from dtfcli.inspection.text import TextRouting
 
@@ -35,25 +38,10 @@ File = Annotated[
 ]
 Html = Annotated[
     Path | None,
-    typer.Option(
-        "--html",
-        help="Write a page that needs no network to this .html file.",
-        show_default=False,
-        callback=options.new_file(".html"),
-    ),
+    options.new_file("--html", "Write a page that needs no network to this .html file.", ".html"),
 ]
-Png = Annotated[
-    Path | None,
-    typer.Option(
-        "--png", help="Draw a figure into this .png file.", show_default=False, callback=options.new_file(".png")
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", help="Write everything as JSON to this file.", show_default=False, callback=options.new_file()
-    ),
-]
+Png = Annotated[Path | None, options.new_file("--png", "Draw a figure into this .png file.", ".png")]
+Output = Annotated[Path | None, options.new_file("--output", "Write everything as JSON to this file.")]
 Limit = Annotated[
     int | None, typer.Option("--limit", help="Documents of a corpus to read.", metavar="N", show_default=False)
 ]
@@ -108,18 +96,29 @@ def inspect_routing(
       dtf inspect-routing MODEL --file novels.parquet --limit 20 --against-oracle
       dtf inspect-routing DENSE_MODEL --file novels.parquet --limit 20 --sensitivity
     """
+    from dtfcli.cli import inspect_view, render
+
     material = _material(text, file, limit, text_field)
     if output is not None and output in (html, png):
-        from dtfcli.errors import ConfigError
-
         raise ConfigError(f"{output} is named twice among --html, --png and --output; name different files.")
+    show: Callable[[], None]
     if sensitivity:
-        _refuse_with_sensitivity(against_oracle, html, png)
-        _show_sensitivity(model, loading, material, output, json)
+        for option, value in {"--against-oracle": against_oracle, "--html": html, "--png": png}.items():
+            if value:
+                raise ConfigError(f"{option}: --sensitivity leaves out layers and routes nothing; use one of the two.")
+        costs = _leave_out_layers(model, loading, material)
+        document, show = costs.to_dict(), partial(inspect_view.show_sensitivity, costs)
     else:
         report, summary = _route(model, loading, material, against_oracle)
         _write_drawings(report, summary, html, png)
-        _finish(report.to_dict() | summary.to_dict(), output, json, lambda: _show(report, summary))
+        document, show = report.to_dict() | summary.to_dict(), partial(inspect_view.show, report, summary)
+    if output is not None:
+        render.write_json(document, output)
+        render.note(f"everything in {output}")
+    if json:
+        render.emit_json(document)
+    else:
+        show()
 
 
 def _material(text: str | None, file: Path | None, limit: int | None, text_field: str) -> "str | Corpus":
@@ -130,7 +129,6 @@ def _material(text: str | None, file: Path | None, limit: int | None, text_field
     """
     from dtfcli.data.files import TABLE_SUFFIXES
     from dtfcli.data.sources import similar_path
-    from dtfcli.errors import ConfigError
     from dtfcli.inspection.corpus import Corpus
 
     if text is not None and file is not None:
@@ -179,16 +177,6 @@ def _route(
     return corpus, corpus.summary
 
 
-def _show(report: "TextRouting | CorpusRouting", summary: "Summary") -> None:
-    from dtfcli.cli import inspect_view
-    from dtfcli.inspection.text import TextRouting
-
-    if isinstance(report, TextRouting):
-        inspect_view.show_text(report, summary)
-    else:
-        inspect_view.show_corpus(report)
-
-
 def _write_drawings(
     report: "TextRouting | CorpusRouting", summary: "Summary", html: Path | None, png: Path | None
 ) -> None:
@@ -204,38 +192,13 @@ def _write_drawings(
         render.note(f"figure in {png}")
 
 
-def _finish(document: dict[str, Any], output: Path | None, json: bool, show: Callable[[], None]) -> None:
-    """Write the JSON file if one is wanted; print JSON, or what people read."""
-    from dtfcli.cli import render
-
-    if output is not None:
-        render.write_json(document, output)
-        render.note(f"everything in {output}")
-    if json:
-        render.emit_json(document)
-    else:
-        show()
-
-
-def _show_sensitivity(
-    model: str, loading: options.Loading, material: "str | Corpus", output: Path | None, json: bool
-) -> None:
-    """Measure and report how much each layer costs to leave out, on a text or a corpus."""
+def _leave_out_layers(model: str, loading: options.Loading, material: "str | Corpus") -> "Sensitivity":
+    """The cost of each layer, on a text or a corpus."""
     from dtfcli.cli import inspect_view
     from dtfcli.inspection.corpus import read
     from dtfcli.inspection.sensitivity import sensitivity
 
     loaded, tokenizer = loading.open(model)
-    limit = 1 if isinstance(material, str) else material.limit
-    with inspect_view.progress(limit) as on_document:
+    with inspect_view.progress(1 if isinstance(material, str) else material.limit) as on_document:
         texts = [material] if isinstance(material, str) else read(material, on_document)
-        report = sensitivity(loaded, tokenizer, texts, name=model)
-    _finish(report.to_dict(), output, json, lambda: inspect_view.show_sensitivity(report))
-
-
-def _refuse_with_sensitivity(against_oracle: bool, html: Path | None, png: Path | None) -> None:
-    from dtfcli.errors import ConfigError
-
-    for option, value in {"--against-oracle": against_oracle, "--html": html, "--png": png}.items():
-        if value:
-            raise ConfigError(f"{option}: --sensitivity leaves out layers and routes nothing; ask for one of the two.")
+        return sensitivity(loaded, tokenizer, texts, name=model)

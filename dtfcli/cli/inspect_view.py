@@ -1,7 +1,9 @@
-"""What `dtf inspect-routing` prints: colored text, heat map, tables."""
+"""The terminal output of `dtf inspect-routing`: colored text, heat map, tables."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from dtfcli.cli import render
@@ -23,11 +25,20 @@ _STOPS = ("#6e6e78", "#3c5ac8", "#a032aa", "#e15a14")
 """From no routed layer to all of them; readable on dark and on light terminals."""
 
 
-def show_text(report: "TextRouting", summary: "Summary") -> None:
-    """Print a text colored by depth, its heat map, the tokens at both ends, and the tables."""
-    from rich.text import Text
+def show(report: "TextRouting | CorpusRouting", summary: "Summary") -> None:
+    """Print the key figures, of a text each token, and the tables."""
+    from dtfcli.inspection.text import TextRouting
 
     _headline(report, summary)
+    if isinstance(report, TextRouting):
+        _show_tokens(report)
+    _show_tables(report, summary)
+
+
+def _show_tokens(report: "TextRouting") -> None:
+    """Print a text colored by depth, its heat map, and the tokens with the most and the least depth."""
+    from rich.text import Text
+
     layers = len(report.layers)
     if render.out.color_system is not None:  # without color the heat map alone says all
         legend = Text("depth, the number of layers that routed a token:  ", "dim")
@@ -39,13 +50,6 @@ def show_text(report: "TextRouting", summary: "Summary") -> None:
     render.out.print(_heat_map(report, render.out.width))
     _left_out(len(report.source), _HEAT_SHOWN)
     render.out.print(_extremes(report, render.out.width))
-    _show_tables(report, summary)
-
-
-def show_corpus(report: "CorpusRouting") -> None:
-    """Print the sums over a corpus."""
-    _headline(report, report.summary)
-    _show_tables(report, report.summary)
 
 
 def show_sensitivity(sensitivity: "Sensitivity") -> None:
@@ -64,15 +68,11 @@ def show_sensitivity(sensitivity: "Sensitivity") -> None:
 
 @contextmanager
 def progress(limit: int | None) -> Iterator[Callable[[int, float | None], None]]:
-    """A bar on stderr, where that is a terminal; yields what to call with documents read and the share of the work."""
+    """A bar on stderr, if that is a terminal; yields a function of the documents read and the share of the work."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("Routing"),
-        BarColumn(),
-        TextColumn("{task.fields[documents]} documents"),
-        TimeElapsedColumn(),
-    )
+    documents = TextColumn("{task.fields[documents]} documents")
+    columns = (TextColumn("Routing"), BarColumn(), documents, TimeElapsedColumn())
     with Progress(*columns, console=render.err, disable=not render.err.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=1.0, documents=0)
 
@@ -91,9 +91,7 @@ def _headline(report: "TextRouting | CorpusRouting", summary: "Summary") -> None
     title = Text(f"{report.name}, {report.gamma}, routing {report.routing} ({causal})", "bold")
     windows = f" in {summary.windows} windows" if summary.windows > summary.texts else ""
     render.out.print(title, Text(f"{report.reading.rule}{windows and f' The text is cut{windows}.'}", "dim"), sep="\n")
-    figures = render.table(
-        ["", "", ""], [[figure.name, figure.value, figure.note] for figure in key_figures(report, summary)]
-    )
+    figures = render.table(["", "", ""], map(astuple, key_figures(report, summary)))
     figures.show_header = False
     render.out.print(Text(), figures, Text(), sep="\n")
 
@@ -121,10 +119,9 @@ def colored(report: "TextRouting", first: int = 0, stop: int | None = None) -> "
 
 
 def _style(depth: float, layers: int) -> str:
-    from dtfcli.inspection.palette import blend, channels
+    from dtfcli.inspection.palette import blend
 
-    red, green, blue = channels(blend(_STOPS, depth / max(1, layers)))
-    return f"white on rgb({red},{green},{blue})"
+    return f"white on {blend(_STOPS, depth / max(1, layers))}"
 
 
 def _left_out(tokens: int, shown: int) -> None:
@@ -134,7 +131,7 @@ def _left_out(tokens: int, shown: int) -> None:
 
 
 def _heat_map(report: "TextRouting", width: int) -> "Text":
-    """Layers × tokens, wrapped: · a token that skipped, ▒▓█ one that was routed, by its score's rank among those."""
+    """Layers × tokens, wrapped: · a token that skipped, ▒▓█ a routed one, by the rank of its score."""
     from rich.text import Text
 
     shown, columns = min(len(report.source), _HEAT_SHOWN), max(10, width - 10)
@@ -146,7 +143,7 @@ def _heat_map(report: "TextRouting", width: int) -> "Text":
             heat.append(f"layer {layer.layer:<3} ", "dim")
             scores = sorted(layer.score[layer.selected])
             for selected, score in zip(layer.selected[start:stop], layer.score[start:stop], strict=True):
-                third = min(2, 3 * sum(other < score for other in scores) // max(1, len(scores)))
+                third = min(2, 3 * bisect_left(scores, score) // max(1, len(scores)))
                 heat.append(*(("▒▓█"[third], "rgb(225,90,20)") if selected else ("·", "rgb(110,110,120)")))
             heat.append("\n")
     leading = report.reading.leading
@@ -157,7 +154,7 @@ def _heat_map(report: "TextRouting", width: int) -> "Text":
 
 
 def _extremes(report: "TextRouting", width: int) -> "Text":
-    """Which tokens, by their text, get most and least depth on average; the most frequent first in a tie."""
+    """The tokens, by their text, with the most and the least depth on average; in a tie the most frequent first."""
     from rich.text import Text
 
     from dtfcli.inspection.tokens import short

@@ -20,7 +20,11 @@ from dtfcli.settings import sources
 if TYPE_CHECKING:
     from dtfcli.loading.source import ModelSource
 
-COMMON = "Options every command with a model takes"
+
+def _common(name: str, text: str, **more: Any) -> Any:
+    """An option that every command with a model takes."""
+    return typer.Option(name, help=text, rich_help_panel="Options every command with a model takes", **more)
+
 
 Model = Annotated[
     str,
@@ -34,67 +38,45 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Device = Annotated[
-    str,
-    typer.Option("--device", help="auto (the best available), cpu, cuda, cuda:1, mps or xpu.", rich_help_panel=COMMON),
-]
+Device = Annotated[str, _common("--device", "auto (the best available), cpu, cuda, cuda:1, mps or xpu.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="Precision of the weights; auto: what the device does well.", rich_help_panel=COMMON),
+    _common("--dtype", "Precision of the weights; auto: what the device does well."),
 ]
 AttnImplementation = Annotated[
     Literal["sdpa", "eager", "flash_attention_2"],
-    typer.Option(
-        "--attn-implementation", help="Attention kernel; flash_attention_2 needs a GPU.", rich_help_panel=COMMON
-    ),
+    _common("--attn-implementation", "Attention kernel; flash_attention_2 needs a GPU."),
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(
-        "--revision",
-        help="Branch, tag or commit of a Hub model.",
-        metavar="REVISION",
-        show_default=False,
-        rich_help_panel=COMMON,
-    ),
+    _common("--revision", "Branch, tag or commit of a Hub model.", metavar="REVISION", show_default=False),
 ]
 TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run code that comes with the model; this package's own models need none.",
-        rich_help_panel=COMMON,
-    ),
+    bool, _common("--trust-remote-code", "Run code that comes with the model; this package's own models need none.")
 ]
 Routing = Annotated[
     Literal["auto", "threshold", "predictor", "topk"],
-    typer.Option(
+    _common(
         "--routing",
-        help="auto: the checkpoint's own mode; threshold, predictor: causal; topk: the training rule, not causal.",
-        rich_help_panel=COMMON,
+        "auto: the checkpoint's own mode; threshold, predictor: causal; topk: the training rule, not causal.",
     ),
 ]
 Capacity = Annotated[
     float | None,
-    typer.Option(
+    _common(
         "--capacity",
-        help="Share γ of the tokens that a routed layer processes, such as 0.25; unset: the checkpoint's own.",
+        "Share γ of the tokens that a routed layer processes, such as 0.25; unset: the checkpoint's own.",
         metavar="γ",
         show_default=False,
-        rich_help_panel=COMMON,
     ),
 ]
-
 Quantize = Annotated[
     Literal["int8", "int4"] | None,
-    typer.Option(
+    _common(
         "--quantize",
-        help=(
-            "Hold the backbone's projections in 8 or 4 bits a weight, and say what it cost: int8 changes little, int4 "
-            "takes less memory and costs more. Routers and thresholds stay as they are."
-        ),
+        "Hold the backbone's projections in 8 or 4 bits a weight, and print the cost: int8 changes little, int4 takes "
+        "less memory and costs more. Routers and thresholds stay as they are.",
         show_default=False,
-        rich_help_panel=COMMON,
     ),
 ]
 
@@ -178,23 +160,23 @@ def opens_models(*left_out: str) -> Callable[[Callable[..., None]], Callable[...
     return decorate
 
 
-def new_file(suffix: str = "") -> Callable[[typer.CallbackParam, Path | None], Path | None]:
-    """A callback of an option that names a file to write, with this suffix: refuse it before anything is loaded."""
+def new_file(name: str, text: str, suffix: str = "") -> Any:
+    """An option that names a file to write, with this suffix; refuses a wrong one before anything is loaded."""
 
-    def check(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    def check(path: Path | None) -> Path | None:
         if path is None:
             return None
-        name = f"{option.opts[0]} {path}"
+        given = f"{name} {path}"
         if suffix and path.suffix.lower() != suffix:
-            raise ConfigError(f"{name}: name a {suffix} file.")
+            raise ConfigError(f"{given}: name a {suffix} file.")
         if path.is_dir():
-            raise ConfigError(f"{name}: is a folder; name a file.")
+            raise ConfigError(f"{given}: is a folder; name a file.")
         if path.exists() or path.is_symlink():
-            raise ConfigError(f"{name}: exists already; name another file.")
+            raise ConfigError(f"{given}: exists already; name another file.")
         if not path.parent.is_dir():
-            raise ConfigError(f"{name}: the folder {path.parent} does not exist; make it first.")
+            raise ConfigError(f"{given}: the folder {path.parent} does not exist; make it first.")
         if not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"{name}: no permission to write into {path.parent}; name another folder.")
+            raise ConfigError(f"{given}: no permission to write into {path.parent}; name another folder.")
         return path
 
-    return check
+    return typer.Option(name, help=text, show_default=False, callback=check)

@@ -1,6 +1,5 @@
 """How far two ways of routing the same tokens agree."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +80,8 @@ class Agreement:
     """Agreement of two ways of routing, for each routed layer and in sum.
 
     Attributes:
-        first, second: names of the two ways: routing modes, or models.
-        layers: by index, of the layers that both ways route.
+        first, second: the two routing modes.
+        layers: by index.
     """
 
     first: str
@@ -104,12 +103,6 @@ class Agreement:
         return {
             "first": self.first,
             "second": self.second,
-            "overall": self.overall.to_dict() if self.layers else None,
+            "overall": self.overall.to_dict(),
             "layers": [{"layer": layer} | overlap.to_dict() for layer, overlap in self.layers.items()],
         }
-
-
-def agreement_of(first: str, routed: Mapping[int, Flags], second: str, also: Mapping[int, Flags]) -> Agreement:
-    """Compare decisions by layer, bool [T] each, in the layers that both have."""
-    common = [layer for layer in routed if layer in also]
-    return Agreement(first, second, {layer: Overlap.of(routed[layer], also[layer]) for layer in common})

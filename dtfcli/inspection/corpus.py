@@ -34,13 +34,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class CorpusRouting(Inspected):
-    """The routing of all documents of a corpus.
-
-    Attributes:
-        file: the corpus.
-        cut_documents: documents longer than the model's positions, routed in windows.
-        summary: the sums.
-    """
+    """The routing of all documents of a corpus; `cut_documents` are longer than the model's positions."""
 
     file: str
     cut_documents: int
@@ -77,10 +71,7 @@ def inspect_corpus(
         statistics.add(report)
         cut += len(report.windows) > 1
     return CorpusRouting(
-        **vars(inspected(model, name)),
-        file=str(corpus.file),
-        cut_documents=cut,
-        summary=statistics.result(),
+        **vars(inspected(model, name)), file=str(corpus.file), cut_documents=cut, summary=statistics.result()
     )
 
 
@@ -88,8 +79,8 @@ def read(corpus: Corpus, on_document: OnDocument | None = None) -> Iterator[str]
     """The texts of a corpus, one at a time.
 
     Args:
-        corpus: the documents.
-        on_document: called after each text with the number of texts and the share of the work, where it is known.
+        corpus: names the documents.
+        on_document: called after each text with the number of texts and the share of the work, if it is known.
 
     Raises:
         DataError: the file cannot be read, or holds no document.

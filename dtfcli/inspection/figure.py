@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from dtfcli.inspection.corpus import CorpusRouting
@@ -30,7 +31,15 @@ _INK, _SOFT, _EDGE, _PAPER = "#1d1b18", "#6a655c", "#dcd7cd", "#fbfaf7"
 _STOPS = SEQUENTIAL[0]
 _ACCENT = blend(_STOPS, 0.62)
 _RAMP = LinearSegmentedColormap.from_list("depth", list(_STOPS))
-_MONO: dict[str, Any] = {"family": "monospace", "fontsize": 9.3}
+_SMALL: dict[str, Any] = {"fontsize": 7.5, "color": _SOFT, "va": "center"}
+_TITLE: dict[str, Any] = {"fontsize": 9.5, "color": _INK, "weight": "bold", "loc": "left"}
+_MONO: dict[str, Any] = {
+    "family": "monospace",
+    "fontsize": 9.3,
+    "parse_math": False,
+    "ha": "center",
+    "va": "center_baseline",
+}
 
 
 def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Path) -> None:
@@ -60,9 +69,7 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
         _draw_legend(place(_MARGIN, top, 2.6, 0.17), len(report.layers))
         if shown < len(report.source):
             note = f"the first {shown:,} of {len(report.source):,} tokens; the map below has all"
-            figure.text(
-                1 - _MARGIN / _WIDTH, 1 - (top + 0.1) / height, note, ha="right", va="center", color=_SOFT, fontsize=8
-            )
+            figure.text(1 - _MARGIN / _WIDTH, 1 - (top + 0.1) / height, note, ha="right", **_SMALL)
         top += 0.6
         _draw_map(place(_MARGIN + 0.35, top, inner - 0.35, map_height), report)
         top += map_height + 0.9
@@ -73,12 +80,12 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
         _draw_costs(costs, summary, report.reading.labels["predicted_cost"])
     _draw_groups(place(_MARGIN + half + 2.2, top, half - 1.2, bars_height), summary)
     with warnings.catch_warnings():
-        # A script that the font does not have is drawn as boxes; no reason to stop or to complain.
+        # A script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150)
-    # Flat colors: a palette says all that the picture has, in a third of the bytes.
+    # A palette holds all colors of the picture, in a third of the bytes.
     Image.open(drawn).convert("RGB").quantize(256).save(path, format="png", optimize=True)
 
 
@@ -105,23 +112,17 @@ def _wrap(report: TextRouting) -> tuple[list[list[tuple[int, str]]], int]:
                     if lines[-1] or (len(lines) > 1 and lines[-2]):  # one empty line stands for many
                         lines.append([])
                     column = 0
-                for stretch in _stretches(part, _COLUMNS):
-                    wide = _columns(stretch)
-                    if column + wide > _COLUMNS:
+                for start in range(0, len(part), _COLUMNS):
+                    stretch = part[start : start + _COLUMNS]
+                    if column + _columns(stretch) > _COLUMNS:
                         lines.append([])
                         column = 0
                         stretch = stretch.lstrip(" ") or stretch
-                        wide = _columns(stretch)
-                    if stretch:
-                        lines[-1].append((token, stretch))
-                        column += wide
+                    lines[-1].append((token, stretch))
+                    column += _columns(stretch)
             if len(lines) > _LINES_SHOWN:
                 return lines[:_LINES_SHOWN], t
     return lines, len(report.source)
-
-
-def _stretches(part: str, width: int) -> list[str]:
-    return [part[i : i + width] for i in range(0, len(part), width)]
 
 
 def _columns(text: str) -> int:
@@ -135,29 +136,16 @@ def _draw_text(axes: Axes, report: TextRouting, lines: list[list[tuple[int, str]
     for y, line in enumerate(lines):
         x = 0
         for token, content in line:
-            wide = _columns(content)
             color = _INK
             if token >= 0:
                 shade = blend(_STOPS, depth[token])
-                color = readable_on(shade)
-                axes.add_patch(Rectangle((x + 0.04, y + 0.05), wide - 0.08, 0.9, facecolor=shade, edgecolor="none"))
+                color, wide = readable_on(shade), _columns(content) - 0.08
+                axes.add_patch(Rectangle((x + 0.04, y + 0.05), wide, 0.9, facecolor=shade, edgecolor="none"))
             # Character by character: a font's advance is not a whole number of pixels, and errors would add up.
-            place = x
             for c in content:
                 if c != " ":
-                    step = max(1, _columns(c))
-                    axes.text(
-                        place + step / 2,
-                        y + 0.54,
-                        c,
-                        color=color,
-                        ha="center",
-                        va="center_baseline",
-                        parse_math=False,
-                        **_MONO,
-                    )
-                place += _columns(c)
-            x += wide
+                    axes.text(x + max(1, _columns(c)) / 2, y + 0.54, c, color=color, **_MONO)
+                x += _columns(c)
 
 
 def _draw_legend(axes: Axes, layers: int) -> None:
@@ -166,15 +154,7 @@ def _draw_legend(axes: Axes, layers: int) -> None:
     axes.set_xticks(sorted({0, layers // 2, layers} if layers > 8 else set(range(layers + 1))))
     axes.tick_params(length=0, labelsize=7.5, colors=_SOFT, pad=2)
     axes.set_frame_on(False)
-    axes.text(
-        1.03,
-        0.5,
-        "depth: routed layers that took the token",
-        transform=axes.transAxes,
-        va="center",
-        color=_SOFT,
-        fontsize=8,
-    )
+    axes.text(1.03, 0.5, "depth: routed layers that took the token", transform=axes.transAxes, **_SMALL)
 
 
 def _draw_map(axes: Axes, report: TextRouting) -> None:
@@ -202,12 +182,11 @@ def _draw_layers(axes: Axes, report: TextRouting | CorpusRouting, summary: Summa
     capacities = report.capacity if isinstance(report.capacity, (list, tuple)) else [report.capacity] * len(places)
     for y, (share, capacity) in enumerate(zip(shares, capacities, strict=True)):
         axes.plot([capacity, capacity], [y - 0.42, y + 0.42], color=_INK, linewidth=1.3, label="γ" if y == 0 else None)
-        axes.text(1.08, y, f"{share:.0%}", ha="right", va="center", fontsize=7.5, color=_SOFT)
+        axes.text(1.08, y, f"{share:.0%}", ha="right", **_SMALL)
     axes.set_yticks(places, [str(layer.layer) for layer in summary.layers])
-    axes.set(xlim=(0, 1.08), ylim=(-0.6, len(places) - 0.4))
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    axes.set_title("Routed share by layer; the line is γ", loc="left", fontsize=9.5, color=_INK, weight="bold")
-    _quiet(axes)
+    axes.set_ylim(-0.6, len(places) - 0.4)
+    axes.set_title("Routed share by layer; the line is γ", **_TITLE)
+    _quiet(axes, shares=True)
 
 
 def _draw_costs(axes: Axes, summary: Summary, label: str) -> None:
@@ -224,9 +203,10 @@ def _draw_costs(axes: Axes, summary: Summary, label: str) -> None:
     axes.set_xscale("log")
     axes.set_ylim(-0.6, len(places) - 0.4)
     axes.set_yticks(places, [str(layer.layer) for layer in summary.layers])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    title = f"Mean {label} by layer: ● routed, ○ skipping, | threshold"
-    axes.set_title(title, loc="left", fontsize=9.5, color=_INK, weight="bold")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_title(f"Mean {label} by layer: ● routed, ○ skipping, | threshold", **_TITLE)
     _quiet(axes)
 
 
@@ -237,42 +217,30 @@ def _shown_groups(summary: Summary) -> dict[str, list[GroupRow]]:
 def _draw_groups(axes: Axes, summary: Summary) -> None:
     """Routed share of each token class and frequency, with two standard errors."""
     labels, places, y = [], [], 0
+    at_the_right = _SMALL | {"ha": "right", "transform": axes.get_yaxis_transform()}  # x as a share of the axes
     for name, rows in _shown_groups(summary).items():
-        axes.text(
-            -0.02, y, name, fontsize=7.5, color=_SOFT, ha="right", va="center", style="italic", transform=_mixed(axes)
-        )
+        axes.text(-0.02, y, name, style="italic", **at_the_right)
         y += 1
         for row in rows:
             axes.barh(y, row.routed_share, color=blend(_STOPS, 0.42), height=0.72)
             error = 2 * (row.routed_error or 0.0)
             axes.plot([row.routed_share - error, row.routed_share + error], [y, y], color=_INK, linewidth=1)
-            axes.text(
-                1.0, y, f"{row.tokens:,}", fontsize=7.5, color=_SOFT, ha="right", va="center", transform=_mixed(axes)
-            )
+            axes.text(1.0, y, f"{row.tokens:,}", **at_the_right)
             labels.append(row.name)
             places.append(y)
             y += 1
     axes.axvline(summary.routed_share, color=_ACCENT, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
     axes.set_yticks(places, labels)
-    axes.set(xlim=(0, 1.08), ylim=(y - 0.4, -0.6))
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-    axes.set_title(
-        "Routed share by kind of token, ±2 s.e.; tokens at the right",
-        loc="left",
-        fontsize=9.5,
-        color=_INK,
-        weight="bold",
-        x=-0.28,
-    )
-    _quiet(axes)
+    axes.set_ylim(y - 0.4, -0.6)
+    axes.set_title("Routed share by kind of token, ±2 s.e.; tokens at the right", x=-0.28, **_TITLE)
+    _quiet(axes, shares=True)
 
 
-def _mixed(axes: Axes) -> Any:
-    """Along x in shares of the axes, along y in data."""
-    return axes.get_yaxis_transform()
-
-
-def _quiet(axes: Axes) -> None:
+def _quiet(axes: Axes, shares: bool = False) -> None:
+    """Axes without a frame; with `shares` along x."""
+    if shares:
+        axes.set_xlim(0, 1.08)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_facecolor(_PAPER)

@@ -10,10 +10,11 @@ router's own pass: how far its scores rank tokens as their costs do (Spearman's 
 oracle's. *Loss*: of the same text while the oracle, a random choice, or nobody chooses in all layers.
 """
 
+import math
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,38 +38,41 @@ class OracleLayer:
         overlap: of the router's tokens with the oracle's.
         weighted_correlation, weight: ρ of scores and costs within each window, times its tokens; and those tokens.
             Windows in which one of the two does not vary are left out.
-        missed: ‖Δ − f‖² / ‖Δ‖² of forecast f and update Δ, summed over the tokens that skip, and over those that enter;
-            None without forecasts.
+        missed: ‖Δ − f‖² / ‖Δ‖² of forecast f and update Δ, summed over the tokens that skip, and over the tokens that
+            enter; NaN without forecasts.
     """
 
     overlap: Overlap
     weighted_correlation: float
     weight: int
-    missed: tuple[float, float] | None = None
+    missed: tuple[float, float]
 
     @property
     def rank_correlation(self) -> float | None:
-        """Spearman's ρ, mean over windows by their tokens; None where it is not defined."""
-        return self.weighted_correlation / self.weight if self.weight else None
+        """Spearman's ρ, mean over windows by their tokens; None if it is not defined."""
+        return _mean(self.weighted_correlation, self.weight)
 
     @property
     def missed_shares(self) -> tuple[float | None, float | None]:
         """Mean share of the update that a forecast misses, of tokens that skip and of tokens that enter."""
-        if self.missed is None:
-            return None, None
-        skipping, routed = self.overlap.second_only + self.overlap.neither, self.overlap.both + self.overlap.first_only
-        return (self.missed[0] / skipping if skipping else None, self.missed[1] / routed if routed else None)
+        return _mean(self.missed[0], self.skipping), _mean(self.missed[1], self.overlap.tokens - self.skipping)
+
+    @property
+    def skipping(self) -> int:
+        """Tokens that the router left out."""
+        return self.overlap.second_only + self.overlap.neither
 
     def __add__(self, other: "OracleLayer") -> "OracleLayer":
-        missed = None
-        if self.missed is not None and other.missed is not None:
-            missed = self.missed[0] + other.missed[0], self.missed[1] + other.missed[1]
         return OracleLayer(
             self.overlap + other.overlap,
             self.weighted_correlation + other.weighted_correlation,
             self.weight + other.weight,
-            missed,
+            (self.missed[0] + other.missed[0], self.missed[1] + other.missed[1]),
         )
+
+
+def _mean(total: float, count: int) -> float | None:
+    return None if math.isnan(total) or not count else total / count
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,8 @@ class OracleRouting:
     @property
     def missed(self) -> float | None:
         """Mean share of the update that the forecasts of skipping tokens miss, over all layers."""
-        sums = [
-            (layer.missed[0], layer.overlap.second_only + layer.overlap.neither)
-            for layer in self.layers.values()
-            if layer.missed
-        ]
-        tokens = sum(count for _, count in sums)
-        return sum(total for total, _ in sums) / tokens if tokens else None
+        layers = self.layers.values()
+        return _mean(sum(layer.missed[0] for layer in layers), sum(layer.skipping for layer in layers))
 
     def difference(self, chooser: str) -> Difference:
         """Loss of `chooser` minus the router's, nats per token."""
@@ -116,22 +115,19 @@ class OracleRouting:
                 | layer.overlap.to_dict()
                 for index, layer in self.layers.items()
             ],
-            "loss": {chooser: losses.mean for chooser, losses in self.losses.items()},
-            "difference": {
-                chooser: (difference.value, difference.stderr)
-                for chooser, difference in ((name, self.difference(name)) for name in CHOOSERS[1:])
-            },
+            "loss": {name: losses.mean for name, losses in self.losses.items()},
+            "difference": {name: (self.difference(name).value, self.difference(name).stderr) for name in CHOOSERS[1:]},
             "texts": len(self.losses[CHOOSERS[0]].targets),
         }
 
 
 @torch.inference_mode()
-def against_oracle(model: Any, windows: list[list[int]]) -> tuple[OracleRouting, dict[int, NDArray[np.float64]]]:
+def against_oracle(model: Any, windows: list[Tensor]) -> tuple[OracleRouting, dict[int, NDArray[np.float64]]]:
     """Measure a router on one text.
 
     Args:
         model: routes tokens, in eval mode and calibrated for its mode.
-        windows: token ids of each stretch that the model sees apart.
+        windows: token ids [1, T] of each part that the model sees alone.
 
     Returns:
         The measurement; and by layer the true cost of each token, root mean square per element, float64 [T].
@@ -139,14 +135,13 @@ def against_oracle(model: Any, windows: list[list[int]]) -> tuple[OracleRouting,
     layers: dict[int, OracleLayer] = {}
     costs: dict[int, list[Tensor]] = defaultdict(list)
     nats, targets = dict.fromkeys(CHOOSERS, 0.0), 0
-    for number, ids in enumerate(windows):
-        row = torch.tensor([ids], device=model.device)
-        walk = _Walk(model, row, np.random.default_rng([number, zlib.crc32(np.array(ids).tobytes())]))
+    for number, row in enumerate(windows):
+        walk = _Walk(model, row, np.random.default_rng([number, zlib.crc32(row.cpu().numpy().tobytes())]))
         hidden = {"router": walk.along_router(layers, costs)}
         hidden |= {chooser: walk.chosen_by(chooser) for chooser in CHOOSERS[1:]}
         for chooser, states in hidden.items():
             nats[chooser] += float(np.nansum(next_token_losses(model, states[0], row[0])))
-        targets += len(ids) - 1
+        targets += row.shape[1] - 1
     losses = {name: TextLosses(np.array([value]), np.array([targets])) for name, value in nats.items()}
     per_element = model.config.hidden_size**-0.5
     true_costs = {layer: per_element * torch.cat(rows).double().cpu().numpy() for layer, rows in costs.items()}
@@ -162,22 +157,22 @@ class _Walk:
 
     def along_router(self, layers: dict[int, OracleLayer], costs: dict[int, list[Tensor]]) -> Tensor:
         """The router's own pass; adds the measurements of each layer. Returns hidden states [1, T, D]."""
-        state = self._enter()
+        state = self._begin()
         for index in range(len(self.stack.layers)):
-            skipped = self._skipping(index, state) if index in self.stack.routed else None
+            measured = self._skipping(index, state) if index in self.stack.routed else None
             self.stack.run_layer(index, state)
-            if skipped is not None:
-                record = state.records[-1]
+            if measured is not None:
+                cost, record = measured[0], state.records[-1]
                 self.counts[index] = int(record.selected.sum())
-                oracle = _largest(skipped.cost, self.counts[index], state.context)
-                layer = _compare(record.scores[0], record.selected[0], skipped, oracle, state.context)
+                oracle = _largest(cost, self.counts[index], state.context)
+                layer = _compare(record.scores[0], record.selected[0], measured, oracle, state.context)
                 layers[index] = layers[index] + layer if index in layers else layer
-                costs[index].append(skipped.cost)
+                costs[index].append(cost)
         return self.stack.norm(state.hidden_states)
 
     def chosen_by(self, chooser: str) -> Tensor:
-        """A pass in which somebody else chooses as many tokens. Returns hidden states [1, T, D]."""
-        state = self._enter()
+        """A pass in which another chooser takes as many tokens. Returns hidden states [1, T, D]."""
+        state = self._begin()
         for index in range(len(self.stack.layers)):
             if index in self.stack.routed:
                 chosen = self._choice(chooser, index, state)
@@ -193,14 +188,18 @@ class _Walk:
         if chooser == "random":
             cost = torch.from_numpy(self.random.random(self.row.shape[1], dtype=np.float32)).to(self.row.device)
         else:
-            cost = self._skipping(index, state).cost
+            cost, _ = self._skipping(index, state)
         return _largest(cost, self.counts[index], state.context)
 
-    def _enter(self) -> Any:
+    def _begin(self) -> Any:
         return self.stack.prepare(self.stack.embed_tokens(self.row))
 
-    def _skipping(self, index: int, state: Any) -> "_Skipping":
-        """The loss of each token by skipping the layer; the pass stays at the layer."""
+    def _skipping(self, index: int, state: Any) -> tuple[Tensor, Tensor]:
+        """What each token loses by skipping the layer; the pass stays at the layer.
+
+        Returns:
+            ‖y − z‖, and ‖Δ − f‖² / ‖Δ‖² (NaN without forecasts); float32 [T] each.
+        """
         outputs = []
         for everyone in (True, False):
             chosen = {index: torch.full_like(self.row, everyone, dtype=torch.bool)}
@@ -210,19 +209,10 @@ class _Walk:
         (with_layer, record), (without_layer, _) = outputs
         cost = (with_layer - without_layer)[0].float().norm(dim=-1)
         if self.stack.config.bypass != "forecast":
-            return _Skipping(cost, None)
+            return cost, torch.full_like(cost, torch.nan)
         error = (record.after - without_layer)[0].float().square().sum(-1)
         update = (record.after - record.before)[0].float().square().sum(-1)
-        return _Skipping(cost, error / update.clamp(min=torch.finfo(torch.float32).tiny))
-
-
-class _Skipping(NamedTuple):
-    """The loss of each token of a window by skipping a layer."""
-
-    cost: Tensor
-    """‖y − z‖, float32 [T]."""
-    missed: Tensor | None
-    """‖Δ − f‖² / ‖Δ‖², float32 [T]; None without forecasts."""
+        return cost, error / update.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _largest(cost: Tensor, count: int, context: RoutingContext) -> Tensor:
@@ -233,16 +223,18 @@ def _largest(cost: Tensor, count: int, context: RoutingContext) -> Tensor:
 
 
 def _compare(
-    scores: Tensor, routed: Tensor, skipped: _Skipping, oracle: Tensor, context: RoutingContext
+    scores: Tensor, routed: Tensor, measured: tuple[Tensor, Tensor], oracle: Tensor, context: RoutingContext
 ) -> OracleLayer:
     from scipy import stats
 
     counted = slice(None) if context.sinks is None else ~context.sinks[0].cpu().numpy()
-    ranked, costs, ours, theirs = (each.cpu().numpy()[counted] for each in (scores, skipped.cost, routed, oracle))
+    tensors = (scores, *measured, routed, oracle)
+    ranked, costs, missed, ours, theirs = (tensor.cpu().numpy()[counted] for tensor in tensors)
     varies = len(ranked) > 2 and np.ptp(ranked) > 0 and np.ptp(costs) > 0
     correlation = float(stats.spearmanr(ranked, costs).statistic) if varies else 0.0
-    missed = None
-    if skipped.missed is not None:
-        shares = skipped.missed.cpu().numpy()[counted]
-        missed = float(shares[~ours].sum()), float(shares[ours].sum())
-    return OracleLayer(Overlap.of(ours, theirs), correlation * len(ranked), len(ranked) if varies else 0, missed)
+    return OracleLayer(
+        overlap=Overlap.of(ours, theirs),
+        weighted_correlation=correlation * len(ranked),
+        weight=len(ranked) if varies else 0,
+        missed=(float(missed[~ours].sum()), float(missed[ours].sum())),
+    )

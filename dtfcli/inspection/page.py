@@ -6,6 +6,7 @@ allows exactly this style and this script (by hash) and nothing from anywhere el
 
 import base64
 import hashlib
+import html
 import json
 import math
 from collections.abc import Iterable
@@ -31,9 +32,9 @@ def render_page(report: TextRouting | CorpusRouting, summary: Summary) -> str:
     policy += "; base-uri 'none'; form-action 'none'"
     data = embed_json(page_data(report, summary))
     title = f"Routing of {report.model or report.architecture}"
-    parts = {"title": _escape(title), "policy": policy, "style": style, "data": data, "script": script}
-    page = _part("page.html")
-    pieces = page.split("%%")
+    title = html.escape(title).encode("utf-8", "replace").decode()
+    parts = {"title": title, "policy": policy, "style": style, "data": data, "script": script}
+    pieces = _part("page.html").split("%%")
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
@@ -114,14 +115,11 @@ def _finite(value: Any) -> Any:
 
 def _palette_css() -> str:
     """Background and text color of each level, light and dark, as custom properties and classes."""
-    sides = []
-    for stops in SEQUENTIAL:
-        lines = []
-        for level, shade in enumerate(shades(stops)):
-            lines.append(f"--c{level}:{shade};--cf{level}:{readable_on(shade)};")
-        sides.append("".join(lines))
+    light, dark = (
+        "".join(f"--c{level}:{shade};--cf{level}:{readable_on(shade)};" for level, shade in enumerate(shades(stops)))
+        for stops in SEQUENTIAL
+    )
     rules = "".join(f".c{level}{{background-color:var(--c{level});color:var(--cf{level})}}" for level in range(LEVELS))
-    light, dark = sides
     return (
         f":root{{{light}}}@media(prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}"
         f":root[data-theme=dark]{{{dark}}}{rules}"
@@ -135,9 +133,3 @@ def _part(name: str) -> str:
 def _hash(text: str) -> str:
     """How a content policy names an inline style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _escape(text: str) -> str:
-    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
-        text = text.replace(character, entity)
-    return text.encode("utf-8", "replace").decode()

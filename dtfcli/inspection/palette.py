@@ -14,9 +14,9 @@ SEQUENTIAL = (
 """Stops from no depth to full depth, on a light and on a dark ground."""
 
 
-def shades(stops: tuple[str, ...], levels: int = LEVELS) -> list[str]:
-    """So many colors along a ramp, "#rrggbb"."""
-    return [blend(stops, level / (levels - 1)) for level in range(levels)]
+def shades(stops: tuple[str, ...]) -> list[str]:
+    """`LEVELS` colors along a ramp, "#rrggbb"."""
+    return [blend(stops, level / (LEVELS - 1)) for level in range(LEVELS)]
 
 
 def blend(stops: tuple[str, ...], place: float) -> str:
@@ -39,12 +39,6 @@ def luminance(color: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def contrast(one: str, other: str) -> float:
-    """WCAG contrast of two colors, 1 to 21."""
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
 def readable_on(background: str) -> str:
-    """The text color, near black or near white, that stands out more."""
-    return max(("#17140f", "#ffffff"), key=lambda color: contrast(color, background))
+    """The text color, near black or white, with the higher contrast."""
+    return "#ffffff" if luminance(background) < 0.195 else "#17140f"

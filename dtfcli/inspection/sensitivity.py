@@ -4,7 +4,7 @@ The layers are those of the dense model, or of the backbone of a routed one. The
 `model.layer_order` takes for `layerdrop`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +23,13 @@ from dtfcli.statistics import Difference, TextLosses
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What each layer costs to leave out.
+    """The loss of some texts without each layer.
 
     Attributes:
         model: the model's name for people.
         layers: indices of the layers that were left out, one at a time.
-        routed: indices of the layers that route; for a dense model, that would by default.
-        losses: of each text without each layer, and with all of them (None).
+        routed: indices of the routed layers; of a dense model, those that would route by default.
+        losses: of each text, by the layer that was left out; None: no layer was.
     """
 
     model: str
@@ -68,22 +68,14 @@ class Sensitivity:
 
 
 @torch.inference_mode()
-def sensitivity(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
-    *,
-    name: str = "",
-    on_layer: Callable[[int, int], None] | None = None,
-) -> Sensitivity:
+def sensitivity(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, name: str = "") -> Sensitivity:
     """Measure the cost of each layer.
 
     Args:
         model: dense or routed, in eval mode.
-        tokenizer: its tokenizer.
+        tokenizer: the model's.
         texts: one or more; longer ones are cut into windows of the model's positions.
         name: the model's name for people.
-        on_layer: called after each pass with the count of passes so far and in all, of this text.
 
     Raises:
         ConfigError: a text is empty.
@@ -91,18 +83,15 @@ def sensitivity(
     routed = getattr(getattr(model, "model", None), "routed", None)
     dense = model if routed is None else to_dense(model)
     count = dense.config.num_hidden_layers
-    conditions: list[int | None] = [None, *range(count)]
     losses: dict[int | None, TextLosses] = {}
     for text in texts:
         ids, size = tokenize(tokenizer, text).ids, dense.config.max_position_embeddings
         windows = [torch.tensor([ids[at : at + size]], device=dense.device) for at in range(0, len(ids), size)]
         targets = np.array([len(ids) - len(windows)])
-        for passes, layer in enumerate(conditions, 1):
+        for layer in (None, *range(count)):
             with _left_out(dense, layer):
                 loss = TextLosses(np.array([sum(_nats(dense, row) for row in windows)]), targets)
             losses[layer] = losses[layer] + loss if layer in losses else loss
-            if on_layer is not None:
-                on_layer(passes, len(conditions))
     assert losses, "no text"
     by_default = resolve_routed_layers("alternate", 0, count)
     return Sensitivity(name, list(range(count)), by_default if routed is None else list(routed), losses)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dtfcli.inspection.agreement import Agreement
 from dtfcli.inspection.oracle import OracleRouting
-from dtfcli.inspection.scores import LayerRouting
+from dtfcli.inspection.scores import Floats, LayerRouting
 from dtfcli.inspection.text import TextRouting
 from dtfcli.inspection.token_classes import CLASSES
 from dtfcli.shares import POSITION_NAMES, POSITION_STARTS
@@ -35,18 +35,14 @@ GROUPINGS = {
     "loss": tuple(name for name, _ in LOSSES),
 }
 """Ways of grouping tokens, each with its groups in order."""
-
-
-Sums = NDArray[np.float64]
+Sums = Floats
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """The tokens of one group.
+    """The tokens of one group, sinks left out.
 
     Attributes:
-        name: of the group.
-        tokens: how many, sinks left out.
         routed_share, routed_error: mean share of the routed layers that they entered, and its standard error (None for
             a single token).
         leading, leading_error: mean of the leading figure (`scores.Reading`) over tokens and routed layers, and its
@@ -68,16 +64,14 @@ class LayerSummary:
     """One routed layer.
 
     Attributes:
-        layer: index in the stack.
         routed_share: routed tokens over all tokens, sinks among them.
-        threshold, shown_threshold: of the layer, in a mode that has one; as in `LayerRouting`.
-        means, routed_means, skipping_means: of each figure over tokens that are not sinks: all of them, those that
-            entered, and the others.
+        threshold, shown_threshold: as in `LayerRouting`.
+        means, routed_means, skipping_means: of each figure over tokens that are not sinks: all, routed, skipping ones.
         positions: tokens and routed share by `POSITIONS`.
         criteria: of a score by surprise; empty for others. "by CE": of the routed tokens that are not sinks, the share
-            whose score the expected change contributed the larger part to, None when there are none. "rank CE": the
-            share of the score's variance that comes with its CE part, Cov(softplus(a), score) over Var(score); a part
-            that is large but the same for all tokens decides nothing.
+            whose score owes its larger part to the expected change, None if no token is routed. "rank CE": the share
+            of the score's variance that comes with its CE part, Cov(softplus(a), score) over Var(score); a part that
+            is large but the same for all tokens decides nothing.
     """
 
     layer: int
@@ -104,8 +98,8 @@ class Summary:
         criteria: "by CE" as in `LayerSummary`, over all layers.
         depth_with_loss, depth_with_next_loss: Pearson's r of a token's depth with its own loss, and with the loss of
             the token after it, which it helps to predict; None where one of them does not vary.
-        agreement: of the causal mode and `topk`; None unless every text has it.
-        oracle: the router against the oracle, over the texts that have it; None: no text has.
+        agreement: of the causal mode and `topk`; None if one of them is not available.
+        oracle: the router against the oracle; None: it was not measured.
     """
 
     texts: int
@@ -142,8 +136,8 @@ class _Layer:
     counted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, dtype=np.int64))  # skipping, routed
     sums: dict[str, NDArray[np.float64]] = field(default_factory=lambda: defaultdict(lambda: np.zeros(2)))  # likewise
     positions: NDArray[np.float64] = field(default_factory=lambda: np.zeros((len(POSITIONS), 2)))
-    choices: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, dtype=np.int64))
-    score_moments: NDArray[np.float64] = field(default_factory=lambda: np.zeros(5))
+    choices: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, dtype=np.int64))  # by CE, all
+    moments: Sums = field(default_factory=lambda: np.zeros(6))  # of score and CE part
 
 
 class RoutingStatistics:
@@ -157,7 +151,6 @@ class RoutingStatistics:
         self._by_id: dict[int, Sums] = defaultdict(lambda: np.zeros(7))
         self._own_loss, self._next_loss = np.zeros(6), np.zeros(6)
         self._agreement: Agreement | None = None
-        self._without_agreement = False
         self._oracle: OracleRouting | None = None
 
     def add(self, report: TextRouting) -> None:
@@ -179,7 +172,6 @@ class RoutingStatistics:
         _add_up(self._groups["loss"], np.array(GROUPINGS["loss"])[bucket], sums[with_loss])
         _add_up(self._by_id, np.array(report.source.ids)[counted], sums)
         self._add_correlations(report, counted)
-        self._without_agreement |= report.agreement is None
         if report.agreement is not None:
             self._agreement = report.agreement + self._agreement if self._agreement else report.agreement
         if report.oracle is not None:
@@ -199,8 +191,7 @@ class RoutingStatistics:
             part, score = layer.figures["ce_part"][counted], layer.score[counted]
             chosen = part[layer.selected[counted]]
             total.choices += [int((chosen > 0.5).sum()), len(chosen)]
-            ce = part * score
-            total.score_moments += [len(score), ce.sum(), score.sum(), (ce * score).sum(), (score * score).sum()]
+            total.moments += _moments(score, part * score)
 
     def _add_correlations(self, report: TextRouting, counted: NDArray[np.bool_]) -> None:
         depth = report.depth_share
@@ -238,7 +229,7 @@ class RoutingStatistics:
             criteria={"by CE": float(choices[0] / choices[1])} if choices[1] else {},
             depth_with_loss=_pearson(self._own_loss),
             depth_with_next_loss=_pearson(self._next_loss),
-            agreement=None if self._without_agreement else self._agreement,
+            agreement=self._agreement,
             oracle=self._oracle,
         )
 
@@ -259,7 +250,7 @@ def _add_up(totals: dict[Any, Sums], keys: NDArray[Any], sums: Sums) -> None:
         totals[name] += row
 
 
-def _token_sums(report: TextRouting) -> NDArray[np.float64]:
+def _token_sums(report: TextRouting) -> Sums:
     """[T, 7], which groups add up: one, share, share², leading figure, its square, loss, whether there is a loss."""
     share, name = report.depth_share, report.reading.leading
     leading = np.zeros(len(share))
@@ -311,21 +302,26 @@ def _layer_summary(index: int, layer: _Layer) -> LayerSummary:
 
 
 def _criteria(layer: _Layer) -> dict[str, float | None]:
-    count, ce, score, product, squares = layer.score_moments.tolist()
-    variance = squares - score * score / count if count else 0.0
-    ranking = (product - ce * score / count) / variance if variance > 1e-12 * max(1.0, squares) else None
-    return {"by CE": float(layer.choices[0] / layer.choices[1]) if layer.choices[1] else None, "rank CE": ranking}
+    variance, _, covariance = _variances(layer.moments)
+    by_ce = float(layer.choices[0] / layer.choices[1]) if layer.choices[1] else None
+    return {"by CE": by_ce, "rank CE": covariance / variance if variance else None}
 
 
-def _moments(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+def _moments(x: Floats, y: Floats) -> Sums:
     return np.array([len(x), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
 
 
-def _pearson(moments: NDArray[np.float64]) -> float | None:
+def _variances(moments: Sums) -> tuple[float, float, float]:
+    """Sums of squares of x and of y around their means, 0 if only rounding is left of them, and of their product."""
     count, x, y, xx, yy, xy = moments.tolist()
-    if count < 3:
-        return None
-    var_x, var_y = xx - x * x / count, yy - y * y / count
-    if var_x <= 1e-12 * max(1.0, xx) or var_y <= 1e-12 * max(1.0, yy):
-        return None
-    return float((xy - x * y / count) / (var_x * var_y) ** 0.5)
+    count = max(1.0, count)
+    squares = (
+        around if (around := total - mean * mean / count) > 1e-12 * max(1.0, total) else 0.0
+        for mean, total in ((x, xx), (y, yy))
+    )
+    return *squares, xy - x * y / count
+
+
+def _pearson(moments: Sums) -> float | None:
+    x, y, product = _variances(moments)
+    return product / (x * y) ** 0.5 if moments[0] > 2 and x and y else None

@@ -1,11 +1,11 @@
-"""The figures of a report as plain values: key figures and tables, which page, figure and terminal all show."""
+"""The figures of a report as plain values: key figures and tables, for page, figure and terminal."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dtfcli.inspection.agreement import Agreement
-from dtfcli.inspection.oracle import CHOOSERS, OracleRouting
+from dtfcli.inspection.oracle import CHOOSERS
 from dtfcli.inspection.scores import Reading
 from dtfcli.inspection.sensitivity import Sensitivity
 from dtfcli.inspection.statistics import POSITIONS, GroupRow, Summary
@@ -26,15 +26,11 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """One number that stands above everything else.
-
-    Attributes:
-        name, value, note: as people read them; the note says of how many, or in which unit.
-    """
+    """One number that stands above everything else, for people."""
 
     name: str
     value: str
-    note: str
+    note: str  # of how many, or in which unit
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class TableData:
     title: str
     note: str
     columns: list[Column]
-    rows: list[list[Any]] = field(default_factory=list)
+    rows: list[list[Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """For the page."""
@@ -72,8 +68,7 @@ def key_figures(report: Inspected, summary: Summary) -> list[KeyFigure]:
     figures.append(KeyFigure("Tokens", f"{summary.tokens:,}", texts))
     if summary.loss is not None:
         figures.append(KeyFigure("Loss", f"{summary.loss:.3f}", "nats per token"))
-    for name, share in summary.criteria.items():
-        figures.append(KeyFigure(name, f"{share:.1%}", "of the choices"))
+    figures += [KeyFigure(name, f"{share:.1%}", "of the choices") for name, share in summary.criteria.items()]
     if summary.agreement is not None:
         jaccard = summary.agreement.overall.jaccard
         figures.append(KeyFigure("Causal and top-K", f"{jaccard:.3f}", "Jaccard of the routed sets"))
@@ -120,17 +115,13 @@ def layers_table(report: Inspected, summary: Summary) -> TableData:
 
 def group_table(grouping: str, rows: Sequence[GroupRow], reading: Reading) -> TableData:
     """Routed share by one way of grouping tokens, the leading figure and the loss."""
-    title, note = _TITLES[grouping]
-    leads = any(row.leading is not None for row in rows)
-    columns: list[Column] = [(grouping, "text"), ("tokens", "count"), ("routed", "share")]
-    columns += [(reading.labels[reading.leading], "number")] if leads and reading.leading else []
-    columns.append(("loss", "number"))
-    table = TableData(grouping, title, note, columns)
-    for row in rows:
-        cells: list[Any] = [row.name, row.tokens, [row.routed_share, row.routed_error]]
-        cells += [[row.leading, row.leading_error]] if leads else []
-        table.rows.append([*cells, row.loss])
-    return table
+    columns: list[Column] = [(grouping, "text"), ("tokens", "count"), ("routed", "share"), ("loss", "number")]
+    cells = [[row.name, row.tokens, [row.routed_share, row.routed_error], row.loss] for row in rows]
+    if reading.leading and any(row.leading is not None for row in rows):
+        columns.insert(3, (reading.labels[reading.leading], "number"))
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(3, [row.leading, row.leading_error])
+    return TableData(grouping, *_TITLES[grouping], columns, cells)
 
 
 def positions_table(summary: Summary) -> TableData:
@@ -173,17 +164,16 @@ def oracle_tables(summary: Summary) -> list[TableData]:
     if forecasts:
         note += "Missed: the share of a token's update that its forecast misses, ‖Δ − f‖² / ‖Δ‖². "
     note += "ρ: Spearman's, of scores with losses. Jaccard, κ: of the router's tokens with the tokens that lose most."
-    return [TableData("oracle", "Against the oracle", note, columns, rows), _choosers_table(oracle)]
-
-
-def _choosers_table(oracle: OracleRouting) -> TableData:
-    columns: list[Column] = [("chosen by", "text"), ("loss", "number"), ("− router's", "difference")]
-    rows = [
+    choosers: list[Column] = [("chosen by", "text"), ("loss", "number"), ("− router's", "difference")]
+    losses = [
         [name, oracle.losses[name].mean, _with_error(oracle.difference(name)) if name != "router" else None]
         for name in CHOOSERS
     ]
-    note = "Nats per token while somebody else chooses as many tokens. ± standard error over documents."
-    return TableData("ceiling", "Who chooses", note, columns, rows)
+    loss_note = "Nats per token if another chooser takes as many tokens. ± standard error over documents."
+    return [
+        TableData("oracle", "Against the oracle", note, columns, rows),
+        TableData("ceiling", "Who chooses", loss_note, choosers, losses),
+    ]
 
 
 def _with_error(difference: Difference) -> list[float | None]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dtfcli.errors import ConfigError
-from dtfcli.inspection.agreement import Agreement, agreement_of
+from dtfcli.inspection.agreement import Agreement, Overlap
 from dtfcli.inspection.losses import next_token_losses
 from dtfcli.inspection.oracle import OracleRouting, against_oracle
 from dtfcli.inspection.scores import OTHER, READINGS, Floats, LayerRouting, Reading, layer_routing
@@ -84,10 +84,10 @@ class TextRouting(Inspected):
         layers: one entry for each routed layer.
         loss: [T] nats, −ln p(token | the tokens before it in its window); NaN for the first of a window.
         sinks: [T], tokens that are routed always, whatever their score.
-        windows: first token of each stretch that the model saw apart, because the text is longer than its positions.
+        windows: first token of each part that the model saw alone, because the text is longer than its positions.
         classes: one of `token_classes.CLASSES` for each token.
-        agreement: of this mode with the other one, causal and `topk`; None where one of them is not available.
-        oracle: the router against the tokens that lose most by skipping, if it was measured.
+        agreement: of this mode with the other one, causal and `topk`; None if one of them is not available.
+        oracle: the router against the tokens that lose most by skipping, if that was measured.
     """
 
     source: TokenizedText
@@ -106,13 +106,13 @@ class TextRouting(Inspected):
 
     @property
     def selected(self) -> Flags:
-        """[L, T]: who entered which routed layer."""
+        """[L, T]: which tokens entered which routed layer."""
         return np.array([layer.selected for layer in self.layers])
 
     @cached_property
     def depth(self) -> list[int]:
         """For each token the number of routed layers that it entered."""
-        return [int(depth) for depth in self.selected.sum(0)]
+        return list(self.selected.sum(0).tolist())
 
     @property
     def depth_share(self) -> Floats:
@@ -127,9 +127,8 @@ class TextRouting(Inspected):
     @property
     def positions(self) -> NDArray[np.int64]:
         """[T], counted from 0 in each window."""
-        places = np.arange(len(self.source))
-        starts = np.asarray(self.windows)
-        return places - starts[np.searchsorted(starts, places, side="right") - 1]
+        sizes = np.diff([*self.windows, len(self.source)])
+        return np.concatenate([np.arange(size) for size in sizes])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON: per token and layer."""
@@ -176,35 +175,40 @@ def inspect_text(
 
     Args:
         model: a routed model in eval mode.
-        tokenizer: its tokenizer.
+        tokenizer: the model's.
         text: any text.
         name: the model's name for people.
         other_mode: route once more in the other mode, causal or `topk`, and compare.
         oracle: compare with an oracle, which takes the tokens that lose most by skipping.
 
     Raises:
-        ConfigError: the model is dense, or not calibrated for its mode and capacity, or the text is empty; or there is
-            no choice of tokens to compare with the oracle's.
+        ConfigError: the model is dense, not calibrated for its mode and capacity, or chooses no tokens that an oracle
+            could choose; or the text is empty.
     """
     require_routed(model, name)
-    if oracle:
-        _require_choice(model)
+    if oracle and model.config.architecture == "layerdrop":
+        raise ConfigError(
+            "--against-oracle: layerdrop leaves out whole layers, so there is no choice of tokens to compare; name a "
+            "dtf, mod or random model."
+        )
     source = tokenize(tokenizer, text)
     size = model.config.max_position_embeddings
     windows = list(range(0, len(source), size))
-    rows = [source.ids[start : start + size] for start in windows]
-    passes = [_forward(model, row) for row in rows]
-    layers = [layer_routing(model, [records[i] for records, _, _ in passes]) for i in range(len(passes[0][0]))]
+    rows = [torch.tensor([source.ids[start : start + size]], device=model.device) for start in windows]
+    passes = [_stack(model, row) for row in rows]
+    layers = [layer_routing(model, list(records)) for records in zip(*(out.routing for out in passes), strict=True)]
     measured = None
     if oracle:
         measured, costs = against_oracle(model, rows)
         layers = [replace(layer, figures={**layer.figures, "true_cost": costs[layer.layer]}) for layer in layers]
+    losses = [next_token_losses(model, out.last_hidden_state[0], row[0]) for out, row in zip(passes, rows, strict=True)]
+    sinks = [torch.zeros_like(row) if out.sinks is None else out.sinks for out, row in zip(passes, rows, strict=True)]
     return TextRouting(
         **vars(inspected(model, name)),
         source=source,
         layers=layers,
-        loss=np.concatenate([loss for _, loss, _ in passes]),
-        sinks=np.concatenate([sinks for _, _, sinks in passes]),
+        loss=np.concatenate(losses),
+        sinks=torch.cat(sinks, dim=1)[0].bool().cpu().numpy(),
         windows=windows,
         classes=classify(source),
         agreement=_other_mode(model, rows, layers) if other_mode else None,
@@ -213,30 +217,10 @@ def inspect_text(
 
 
 def require_routed(model: Any, name: str = "") -> None:
-    """Refuse a dense model.
-
-    Raises:
-        ConfigError: it is one.
-    """
+    """Refuse a dense model with a ConfigError."""
     if not is_routed(model):
         which = f"{name}: this" if name else "this"
         raise ConfigError(f"{which} model is dense: every token takes every layer, so there is no routing to show.")
-
-
-def _require_choice(model: Any) -> None:
-    if model.config.architecture == "layerdrop":
-        raise ConfigError(
-            "--against-oracle: layerdrop leaves out whole layers, so there is no choice of tokens to compare; name a "
-            "dtf, mod or random model."
-        )
-
-
-def _forward(model: Any, ids: list[int]) -> tuple[Any, Floats, Flags]:
-    """Routing records, loss [T] and sinks [T] of one window."""
-    row = torch.tensor([ids], device=model.device)
-    out = _stack(model, row)
-    always = np.zeros(len(ids), dtype=bool) if out.sinks is None else out.sinks[0].cpu().numpy()
-    return out.routing, next_token_losses(model, out.last_hidden_state[0], row[0]), always
 
 
 def _stack(model: Any, row: torch.Tensor) -> Any:
@@ -246,20 +230,19 @@ def _stack(model: Any, row: torch.Tensor) -> Any:
         raise ConfigError(f"{error}.") from error
 
 
-def _other_mode(model: Any, rows: list[list[int]], layers: list[LayerRouting]) -> Agreement | None:
+def _other_mode(model: Any, rows: list[torch.Tensor], layers: list[LayerRouting]) -> Agreement | None:
     """Agreement with `topk`, or with `threshold` for a model that routes by `topk`, at the same capacity.
 
-    None where `threshold` is not calibrated for it.
+    None if the model is not calibrated for `threshold`.
     """
     other = "threshold" if model.routing == "topk" else "topk"
     with model.routing_mode(other, model.model.capacity_override):
         try:
-            passes = [_stack(model, torch.tensor([ids], device=model.device)).routing for ids in rows]
+            passes = [_stack(model, row).routing for row in rows]
         except ConfigError:
             return None
-    records = zip(*passes, strict=True)
-    theirs = {
-        layer.layer: np.concatenate([record.selected[0].cpu().numpy() for record in windows])
-        for layer, windows in zip(layers, records, strict=True)
-    }
-    return agreement_of(model.routing, {layer.layer: layer.selected for layer in layers}, other, theirs)
+    overlaps = {}
+    for layer, records in zip(layers, zip(*passes, strict=True), strict=True):
+        selected = torch.cat([record.selected for record in records], dim=1)[0].cpu().numpy()
+        overlaps[layer.layer] = Overlap.of(layer.selected, selected)
+    return Agreement(model.routing, other, overlaps)

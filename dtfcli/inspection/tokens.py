@@ -66,53 +66,41 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenizedText:
     if not ids:
         raise ConfigError("the text is empty: give a TEXT or --file.")
     names = [str(name) for name in tokenizer.convert_ids_to_tokens(ids)]
-    if fast:
-        spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
-    else:
-        spans = _spans_by_decoding(tokenizer, ids, text)
+    spans = encoded["offset_mapping"] if fast else _spans_by_decoding(tokenizer, ids, text)
     added = [
         bool(mask) and start == end for mask, (start, end) in zip(encoded["special_tokens_mask"], spans, strict=True)
     ]
     pieces, gaps, starts, covered = [], [], [], 0
     for name, (start, end), special in zip(names, spans, added, strict=True):
-        if special:
-            pieces.append(name)
-            gaps.append("")
-            starts.append(covered)
-            continue
-        start, end = max(start, covered), max(end, covered)
+        start, end = (covered, covered) if special else (max(start, covered), max(end, covered))
         if text[covered:start].isspace() and name.startswith(_LEADING_SPACE):
             start = covered  # some tokenizers trim the space off the offsets, not off the token
         gaps.append(text[covered:start])
-        pieces.append(text[start:end])
+        pieces.append(name if special else text[start:end])
         starts.append(start)
         covered = end
     return TokenizedText(text, ids, pieces, gaps, starts, added, text[covered:])
 
 
 def _spans_by_decoding(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[tuple[int, int]]:
-    """Offsets for a tokenizer that knows none: how far decoding more and more tokens agrees with the text.
-
-    Decodes from the last clean place only, so that it takes time in proportion to the text.
-    """
+    """Offsets for a tokenizer that knows none: each decoded token is searched after the one before it."""
     spans: list[tuple[int, int]] = []
-    place, anchor, before = 0, 0, ""
-    for i in range(len(ids)):
-        decoded = str(tokenizer.decode(ids[anchor : i + 1], clean_up_tokenization_spaces=False))
-        grown = decoded[len(before) :] if decoded.startswith(before) else ""
-        if not grown or grown.endswith("\ufffd"):  # a special token, or a character that is not complete
-            spans.append((place, place))
-            continue
-        found = text.find(grown.strip() or grown, place)
-        stop = place if found < 0 else found + len(grown.strip() or grown)
+    place, characters = 0, list[int]()  # tokens of a character that is not complete yet
+    for token in ids:
+        characters.append(token)
+        piece = str(tokenizer.decode(characters, clean_up_tokenization_spaces=False))
+        stop = place
+        if not piece.endswith("\ufffd"):
+            piece = piece.strip() or piece
+            start, characters = text.find(piece, place), []
+            stop = place if start < 0 else start + len(piece)
         spans.append((place, stop))
-        place, anchor = stop, i
-        before = str(tokenizer.decode(ids[anchor : i + 1], clean_up_tokenization_spaces=False))
+        place = stop
     return spans
 
 
 def visible(text: str) -> str:
-    """A text with control, format and unassigned characters made visible, so that it cannot steer what shows it.
+    """A text with control, format and unassigned characters made visible, so that it cannot steer a terminal or page.
 
     Line ends, tabs and the joiners of emoji and scripts stay.
     """
