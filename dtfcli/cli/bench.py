@@ -88,16 +88,13 @@ def bench(
     from dtfcli.cli import bench_view, render
     from dtfcli.loading.devices import compute_dtype, resolve_device
 
-    names = _phases(phases, stock, static, loading.dtype)
-    if triton and not static:
-        raise ConfigError("--triton: our kernel works with a static cache; add --static, or leave it out.")
     if threads is not None:
         torch.set_num_threads(threads)
     source, overrides = options.split_preset(arguments)
     from_settings, models = _models(source or "quickstart", overrides, loading)
     bench_options = BenchOptions(
         capacities=_capacities(capacities),
-        phases=names,
+        phases=_phases(phases, loading.dtype, stock=stock, static=static, triton=triton),
         dtype=compute_dtype(loading.dtype, resolve_device(loading.device)),
         seq_len=seq_len,
         batch=batch,
@@ -110,8 +107,8 @@ def bench(
         triton=triton,
         **from_settings,
     )
-    show: Any = render.emit_json if json else bench_view.show
-    show(measure(models, bench_options, render.note))
+    report = measure(models, bench_options, render.note)
+    render.emit_json(report) if json else bench_view.show(report)
 
 
 def _models(
@@ -156,7 +153,8 @@ def _models(
     return {}, load
 
 
-def _phases(text: str, stock: bool, static: bool, dtype: str) -> list[str]:
+def _phases(text: str, dtype: str, *, stock: bool, static: bool, triton: bool) -> list[str]:
+    """The phases to measure; refuses options that belong to another one."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [text]:
         if name not in PHASES:
@@ -164,6 +162,8 @@ def _phases(text: str, stock: bool, static: bool, dtype: str) -> list[str]:
     for option, given, phase in (("--stock", stock, "train"), ("--static", static, "decode")):
         if given and phase not in names:
             raise ConfigError(f"{option} is about the phase {phase}: add it to --phases, or leave {option} out.")
+    if triton and not static:
+        raise ConfigError("--triton: our kernel works with a static cache; add --static, or leave it out.")
     if "train" in names and dtype == "float16":
         raise ConfigError("--dtype float16: training is measured in bfloat16 or float32; choose one of them.")
     return names
