@@ -50,11 +50,9 @@ def test_fitted(way: str, device: torch.device) -> None:
     """Where the model is, and a layer at a time on the device while the model stays on the CPU."""
     models = [converted(Case(way, "llama")) for _ in range(3)]
     models[1].to(device)
-    curves = [model.fit_routing(batches(), device=at) for model, at in zip(models, (None, None, device), strict=True)]
+    for model, where in zip(models, (None, None, device), strict=True):
+        model.fit_routing(batches(), device=where)
     assert {parameter.device.type for parameter in models[2].parameters()} == {"cpu"}
-    for other, its in zip(models[1:], curves[1:], strict=True):
+    for other in models[1:]:
         assert other.is_fitted
         assert_alike(other.state_dict(), models[0].state_dict(), TOLERANCE)
-        assert its.keys() == curves[0].keys()
-        for layer, curve in curves[0].items():
-            assert (its[layer].cpu() - curve).abs().max() <= TOLERANCE
