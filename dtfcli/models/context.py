@@ -67,9 +67,15 @@ class RoutingContext:
             return None
         return None if self.all_sinks is None else self.all_sinks[:, self.past :]
 
+    @cached_property
+    def shared_capacity(self) -> float | None:
+        """γ of all routed layers; None: they differ."""
+        values = set(self.capacities.values())
+        return values.pop() if len(values) == 1 else None
+
     def compute_masks(self) -> None:
         """Compute now what layers will ask for: compiled ones cannot enter `cached_property`'s lock (Python 3.11)."""
-        _ = self.is_token, self.sinks
+        _ = self.is_token, self.sinks, self.shared_capacity
 
 
 @dataclass(frozen=True)

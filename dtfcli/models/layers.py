@@ -102,13 +102,18 @@ class RoutedLayerMixin(StockLayer):
             return logits, scores, logits
         return scores.score, scores, logits
 
+    def capacity(self, context: RoutingContext) -> float:
+        """γ in this pass. A compiled layer that reads its own index serves no other: where γ is shared, none does."""
+        shared = context.shared_capacity
+        return context.capacities[self.layer_idx] if shared is None else shared
+
     def select(self, ranked: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor | None]:
         """Which tokens enter, bool [B, T]; the threshold of a causal mode, 0-d."""
-        if self.layer_idx in context.chosen:
+        if context.chosen and self.layer_idx in context.chosen:
             return context.chosen[self.layer_idx], None
         sinks = context.sinks if self.router.by_token else None
         if context.mode == "topk":
-            return select_topk(ranked, context.capacities[self.layer_idx], context.is_token, sinks), None
+            return select_topk(ranked, self.capacity(context), context.is_token, sinks), None
         threshold = context.thresholds[self.layer_idx]
         # A checkpointed layer's outputs become part of its graph; the threshold it will recompute with must not.
         return select_threshold(ranked, threshold, context.is_token, sinks), threshold.detach()
@@ -121,7 +126,7 @@ class RoutedLayerMixin(StockLayer):
         does not. In training all rows go together, and never without any slot: every process of a distributed run has
         to enter every layer. Rows and counts are empty where the host does not know them.
         """
-        (rows, tokens), capacity = context.shape, context.capacities[self.layer_idx]
+        (rows, tokens), capacity = context.shape, self.capacity(context)
         if capacity == 0.0:
             return [], [0] * rows
         if capacity == 1.0 and context.is_token is None:
@@ -182,7 +187,7 @@ class RoutedLayerMixin(StockLayer):
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
 
         Returns:
-            Hidden states [B, T, D], and the fields of a `RoutingRecord`, flat and in order.
+            Hidden states [B, T, D], and the fields of a `RoutingRecord` after the layer's index, flat.
         """
         cache = kwargs.pop(CACHE_NAME, None)
         store = None if cache is None else cache.layers[self.layer_idx]
@@ -208,8 +213,7 @@ class RoutedLayerMixin(StockLayer):
         targets = self._targets(known, selected, inputs, context) if self.learns else RegressionTargets()
         observed = [each.detach() for each in below] if below else [None, None]
         shown = _of_all_tokens(x, known) if context.shows_updates else ()
-        record = (self.layer_idx, ranked, selected, threshold, *scores[1:], logits, *observed, *targets, *shown)
-        return updated, *record
+        return updated, ranked, selected, threshold, *scores[1:], logits, *observed, *targets, *shown
 
     def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:
         """What tokens are without the routed part: x, or x + f(x) with a forecast; [B, T, D].
@@ -261,7 +265,7 @@ class RoutedLayerMixin(StockLayer):
     ) -> RegressionTargets:
         """What the known updates teach: those of the tokens that entered, and of some that are explored."""
         weight, tokens = selected.float(), context.shape[1]
-        skipping = tokens - topk_capacity(context.capacities[self.layer_idx], tokens)
+        skipping = tokens - topk_capacity(self.capacity(context), tokens)
         count = round(self.config.explore * skipping)
         if context.noise is not None and count:
             explored, stands_for = select_explored(context.noise, selected, count, context.is_token, context.sinks)

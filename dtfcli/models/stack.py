@@ -407,7 +407,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         hidden_states, *record = self.layers[index](
             state.hidden_states, *state.below, context=context, **inputs, **kwargs
         )
-        return hidden_states, RoutingRecord(*record)
+        return hidden_states, RoutingRecord(index, *record)
 
     def forget_checks(self) -> None:
         """Check the thresholds again before the next causal pass: they, or the capacity asked for, changed."""

@@ -37,8 +37,10 @@ def _compile(layer: Any, backend: str) -> None:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         static = layer.training and torch.is_grad_enabled()
-        if "frame" in kwargs:  # a routed layer
-            static = static and kwargs["frame"].mode == "topk" and kwargs["capacity"] == layer.router.capacity
+        context = kwargs.get("context")
+        if context is not None:  # a routed layer
+            trained = context.config.layer_capacities()
+            static = static and context.mode == "topk" and context.capacities == trained
         cache = kwargs.get(CACHE_NAME)
         static = static or (cache is not None and isinstance(cache.layers[0], StaticLayerCache))
         return compiled(*args, **kwargs) if static else layer._call_impl(*args, **kwargs)
