@@ -49,9 +49,14 @@ def train(
         ConfigError, DataError, CheckpointError, HubError: the input is wrong.
         DTFError: the run folder cannot be written.
     """
-    emit = on_event if on_event and is_main_process() else _ignore
+    emit = on_event if on_event and is_main_process() else lambda event: None
     plan = plan_evaluation(settings)
-    _check_login(settings.hub, emit)
+    if settings.hub.repo:
+        from huggingface_hub import get_token  # sends no request
+
+        if get_token() is None:
+            warning = f"hub.repo = {settings.hub.repo!r}: not logged in; run `hf auth login` meanwhile."
+            emit(TrainEvent("warning", warning))
     result = train_model(settings, resume=resume, rename=rename, emit=emit)
     if not is_main_process():
         return result
@@ -61,10 +66,6 @@ def train(
     merged = result.run_dir / MERGED_MODEL
     pushed = merged if merged.exists() else result.final_model_path
     return replace(result, hub_url=_push_final(settings.hub, pushed, emit))
-
-
-def _ignore(event: TrainEvent) -> None:
-    """Ignore an event: the listener of all processes but the main one."""
 
 
 @contextmanager
@@ -129,15 +130,6 @@ def _evaluate_final(settings: Settings, plan: "EvalPlan", run: Path, emit: Train
         final = Candidate(str(run), source, lambda: load_model_and_tokenizer(source, **options))
         return evaluate_and_save(plan, [final], on_event=show)[0][1]
     return None
-
-
-def _check_login(hub: HubSettings, emit: TrainListener) -> None:
-    """Warn before training if the push at its end would be refused. Sends no request."""
-    if hub.repo:
-        from huggingface_hub import get_token
-
-        if get_token() is None:
-            emit(TrainEvent("warning", f"hub.repo = {hub.repo!r}: not logged in; run `hf auth login` meanwhile."))
 
 
 def _push_final(hub: HubSettings, model: Path, emit: TrainListener) -> str | None:

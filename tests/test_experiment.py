@@ -41,9 +41,9 @@ def test_the_runs_own_text_scores_as_in_training(tmp_path: Path) -> None:
     settings = small_settings(tmp_path, eval={"after": "validation_text"})
     result = train(settings)
     document = json.loads((result.run_dir / "eval" / "latest.json").read_text())
-    found = document["results"]["validation_text"]["metrics"]
-    assert found["loss"]["value"] == pytest.approx(result.metrics["val/loss"], abs=1e-5)
-    assert found["bits_per_byte"]["value"] == pytest.approx(result.metrics["val/bits_per_byte"], abs=1e-5)
+    metrics = document["results"]["validation_text"]["metrics"]
+    assert metrics["loss"]["value"] == pytest.approx(result.metrics["val/loss"], abs=1e-5)
+    assert metrics["bits_per_byte"]["value"] == pytest.approx(result.metrics["val/bits_per_byte"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_a_failing_evaluation_does_not_lose_the_run(tmp_path: Path) -> None:
     events: list[TrainEvent] = []
     empty = tmp_path / "empty"
     empty.mkdir()
-    settings = small_settings(tmp_path, eval={"after": "sciq", "data_dir": str(empty)})
+    settings = small_settings(tmp_path, eval={"after": "sciq", "data_dir": str(empty)}, training={"max_steps": 1})
     result = train(settings, on_event=events.append)
     assert result.evaluation is None
     assert (result.final_model_path / "model.safetensors").exists()
@@ -61,7 +61,7 @@ def test_a_failing_evaluation_does_not_lose_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_typing_mistake_is_told_before_training(tmp_path: Path) -> None:
+def test_a_typing_mistake_is_an_error_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval.after = 'generl'.*Did you mean 'general'"):
         train(small_settings(tmp_path, eval={"after": "generl"}))
     with pytest.raises(ConfigError, match="confirm-run-unsafe-code"):

@@ -26,10 +26,11 @@ from dtfcli.bench.report import BenchOptions, StepResult
 from dtfcli.cost.accounting import training_step_flops
 from dtfcli.cost.peak import matmul_peak, synchronize
 from dtfcli.models.pretrained import is_routed
+from dtfcli.settings.training import TrainingSettings
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.liger import check_liger, use_liger
 from dtfcli.training.objectives import Objective
-from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups
+from dtfcli.training.optim import GROUPS, build_optimizer
 
 
 class _StockObjective(nn.Module):
@@ -187,8 +188,8 @@ def _timed_step(
 
 def _optimizer_seconds(objective: nn.Module, repeats: int = 3) -> float:
     """Median of AdamW steps on the gradients at hand, at a rate of 0: the weights stay as they are."""
-    groups = parameter_groups(objective.named_parameters(), dict.fromkeys(GROUPS, 0.0), weight_decay=0.01)
-    optimizer = build_optimizer(groups, (0.9, 0.95))
+    still = TrainingSettings.model_validate({"learning_rates": dict.fromkeys(GROUPS, 0.0)})
+    optimizer = build_optimizer(objective, still)
     device = next(objective.parameters()).device
     optimizer.step()  # makes the moments
     seconds = []

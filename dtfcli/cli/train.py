@@ -108,7 +108,12 @@ def train(
         raise ConfigError(f"--accelerator {accelerator}: it is for estimates; add --dry-run, or leave it out.")
     if _launched(settings, num_processes):
         return
-    _train(settings, None, preset, rename=not _is_named(overrides, config), json=json)
+    from dtfcli.settings.resolve import Sources
+    from dtfcli.settings.sources import lookup
+
+    # A name that the user chose is never changed, even if it is taken.
+    chosen = lookup(Sources(type(settings), preset, overrides, config).user, "run.name")
+    _train(settings, None, preset, rename=chosen is None, json=json)
 
 
 def _launched(settings: "Settings", processes: int | None) -> bool:
@@ -153,18 +158,9 @@ def _resume(arguments: list[str], processes: int | None, trusted: bool, json: bo
         )
     if "WORLD_SIZE" not in os.environ:  # else one of the others may be at work already
         with locked(folder):
-            pass  # reported before any process is started
+            pass  # an error before any process is started
     if not _launched(settings, processes or processes_of(folder)):
         _train(settings, folder, None, rename=False, json=json)
-
-
-def _is_named(overrides: list[str], config: Path | None) -> bool:
-    """Whether the user chose the run's name: then it is never changed, even if it is taken."""
-    from dtfcli.settings.sources import environment_name, lookup, read_toml
-
-    given = any(item.partition("=")[0].strip() == "run.name" for item in overrides)
-    in_file = config is not None and lookup(read_toml(config), "run.name") is not None
-    return given or in_file or environment_name("run.name") in os.environ
 
 
 def _train(settings: "Settings", resume: Path | None, preset: str | None, *, rename: bool, json: bool) -> None:

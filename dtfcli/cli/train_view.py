@@ -5,7 +5,6 @@ import math
 import shlex
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -52,12 +51,13 @@ class PlainView:
         elif event.kind == "step" and "tokens_per_second" in metrics:
             note(f"{place}  loss {metrics['train/loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s")
         elif event.kind == "evaluation":
-            topk = metrics.get("val/loss_topk")
-            routed = routed_share(metrics)
-            parts = [f"{place}  val {metrics['val/loss']:.4f}"]
-            parts += [f"top-k {topk:.4f}"] if topk is not None else []
-            parts += [f"routed {routed:.2f}"] if routed is not None else []
-            note("  ".join([*parts, f"counts alone {metrics['val/unigram']:.4f}"]))
+            shown = (
+                ("val/loss", "val", ".4f"),
+                ("val/loss_topk", "top-k", ".4f"),
+                ("val/routed_share", "routed", ".2f"),
+            )
+            parts = [f"{label} {metrics[name]:{shape}}" for name, label, shape in shown if name in metrics]
+            note("  ".join([place, *parts, f"unigram {metrics['val/unigram']:.4f}"]))
 
 
 class LiveView:
@@ -87,9 +87,7 @@ class LiveView:
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.stop()
 
     def __call__(self, event: "TrainEvent") -> None:
@@ -101,20 +99,12 @@ class LiveView:
             self._steps_task = self._steps.add_task("", total=event.total_steps, completed=event.step)
             note(_start_line(event))
         if event.kind == "phase":
-            fraction = event.fraction
-            self._phase.update(
-                self._phase_task,
-                description=event.message,
-                total=None if fraction is None else 1.0,
-                completed=fraction or 0,
-            )
+            total = None if event.fraction is None else 1.0
+            self._phase.update(self._phase_task, description=event.message, total=total, completed=event.fraction or 0)
         if event.kind == "step":
             self._steps.update(self._steps_task, completed=event.step)
             self._losses.append(event.metrics["train/loss"] or 0.0)
-        if event.kind in ("step", "evaluation"):
-            # The share that counts is the causal one, of evaluations; a training step routes a fixed share.
-            routed = event.kind == "evaluation"
-            self._latest |= {k: v for k, v in event.metrics.items() if routed or not layer_share(k)}
+        self._latest |= event.metrics
 
     def _draw(self) -> Group:
         parts: list[Any] = []
@@ -125,17 +115,15 @@ class LiveView:
         return Group(*parts, self._phase)
 
     def _figures(self) -> Text:
-        latest, routed = self._latest, routed_share(self._latest)
-        figures = [
-            ("loss", latest.get("train/loss"), ".3f"),
-            ("val", latest.get("val/loss"), ".3f"),
-            ("counts alone", latest.get("val/unigram"), ".3f"),
-            ("tokens/s", latest.get("tokens_per_second"), ",.0f"),
-            ("routed", routed, ".2f"),
-        ]
         line = Text()
-        for label, value, shape in figures:
-            if value is not None:
+        for label, name, shape in (
+            ("loss", "train/loss", ".3f"),
+            ("val", "val/loss", ".3f"),
+            ("unigram", "val/unigram", ".3f"),
+            ("tokens/s", "tokens_per_second", ",.0f"),
+            ("routed", "val/routed_share", ".2f"),
+        ):
+            if (value := self._latest.get(name)) is not None:
                 line.append(f"{label} ", style="dim").append(f"{value:{shape}}   ", style="bold")
         return line
 
@@ -151,21 +139,6 @@ def view_of(settings: "Settings") -> PlainView | LiveView:
     return LiveView(settings.run.name) if err.is_terminal and settings.logging.live else PlainView()
 
 
-def routed_share(metrics: dict[str, Any]) -> float | None:
-    """Mean realized share over the routed layers; None for a dense model."""
-    shares = _shares(metrics)
-    return sum(shares) / len(shares) if shares else None
-
-
-def _shares(metrics: dict[str, Any]) -> list[float]:
-    return [metrics[name] for name in metrics if layer_share(name) and metrics[name] is not None]
-
-
-def layer_share(name: str) -> bool:
-    """Whether a metric is the routed share of one layer."""
-    return name.startswith("router/") and name.endswith("/routed_share")
-
-
 def sparkline(values: list[float], width: int) -> str:
     """A curve of block characters, `width` wide at most, each the mean of its stretch of values."""
     width = min(width, len(values))
@@ -178,22 +151,21 @@ def sparkline(values: list[float], width: int) -> str:
 
 def show_summary(result: "TrainResult", settings: "Settings", preset: str | None) -> None:
     """Losses, a sample and the next commands, on stderr."""
-    metrics = result.metrics
-    rows = []
+    metrics, rows = result.metrics, []
     if metrics:
         below = metrics["val/unigram"] - metrics["val/loss"]
         side = "below" if below > 0 else "above"
         rows.append(("validation loss", f"{metrics['val/loss']:.3f}", "nats per token, causal"))
-        rows.append(("counts alone", f"{metrics['val/unigram']:.3f}", f"the loss is {abs(below):.3f} {side} that"))
+        rows.append(("unigram", f"{metrics['val/unigram']:.3f}", f"of counts; the loss is {abs(below):.3f} {side}"))
         if "val/loss_topk" in metrics:
             rows.append(("with top-k", f"{metrics['val/loss_topk']:.3f}", "the training rule; not causal"))
         rows.append(("bits per byte", f"{metrics['val/bits_per_byte']:.3f}", ""))
         if result.best_step != result.steps and result.best_val_loss is not None:
             rows.append(("best", f"{result.best_val_loss:.3f}", f"at step {result.best_step}, kept as best_model"))
-    shares = _shares(metrics)
-    if shares:
-        mean = sum(shares) / len(shares)
-        rows.append(("routed share", f"{mean:.2f}", f"{min(shares):.2f} to {max(shares):.2f} by layer"))
+    if "val/routed_share" in metrics:
+        shares = [x for name, x in metrics.items() if name.startswith("router/") and name.endswith("/routed_share")]
+        remark = f"{min(shares):.2f} to {max(shares):.2f} by layer"
+        rows.append(("routed share", f"{metrics['val/routed_share']:.2f}", remark))
     err.print()
     for name, figure, remark in rows:
         err.print(f"{name:<16} [bold]{figure:>6}[/]  [dim]{remark}[/]")
@@ -226,48 +198,44 @@ def account_rows(
     account: "Account", plan: "TrainPlan | None", settings: "Settings", processes: int = 1
 ) -> list[tuple[str, str, str]]:
     """The rows of a dry run's account: name, figure, remark."""
-    seq_len = settings.data.seq_len
-    updates = "follows from the data (training.epochs)"
+    steps, tokens, remark = "–", "–", "follows from the data (training.epochs)"
+    if plan:
+        steps, tokens, remark = f"{plan.total_steps:,}", _count(plan.total_steps * plan.tokens_per_step), ""
+    micro_batches = f"{settings.accumulation_steps(processes)} micro-batches"
     return [
         ("parameters", _count(account.parameters), f"{account.parameters:,}"),
         ("new", _count(account.new_parameters), "what routing adds"),
         ("trainable", _count(account.trainable_parameters), f"{account.trainable_parameters:,}"),
-        ("FLOPs per token", _count(account.flops_per_token), f"one forward pass at {seq_len} tokens"),
+        ("FLOPs per token", _count(account.flops_per_token), f"one forward pass at {settings.data.seq_len} tokens"),
         ("share of dense", f"{account.share_of_dense:.3f}", "of those FLOPs"),
         ("memory", f"{account.training_bytes / 2**30:.1f} GiB", "estimate for training on one device"),
-        (
-            "tokens per update",
-            f"{settings.tokens_per_update:,}",
-            f"{settings.accumulation_steps(processes)} micro-batches",
-        ),
-        ("updates", f"{plan.total_steps:,}" if plan else "–", "" if plan else updates),
-        ("tokens", _count(plan.total_steps * plan.tokens_per_step) if plan else "–", "in all" if plan else ""),
+        ("tokens per update", f"{settings.tokens_per_update:,}", f"of the optimizer: a step of {micro_batches}"),
+        ("steps", steps, remark),
+        ("tokens", tokens, "in all" if plan else ""),
     ]
 
 
 def scaling_rows(scaling: "Scaling") -> list[tuple[str, str, str]]:
     """The rows of a dry run for several processes: what each device holds and does."""
     device = scaling.accelerator
-    fits = (
-        "" if device.memory is None else f"{'fits' if scaling.fits else 'does not fit'} in {device.memory / 1e9:.0f} GB"
-    )
     peaks = f"{device.flops / 1e12:.1f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s"
-    gibibytes = {
+    parts = {
         "weights": scaling.weights,
         "gradients": scaling.gradients,
         "AdamW": scaling.optimizer,
         "gathered" if scaling.sharding == "fsdp2" else "copies": scaling.copies,
         "activations": scaling.activations,
     }
-    parts = ", ".join(f"{name} {part / 2**30:.1f}" for name, part in gibibytes.items() if part)
-    parts += f"; {fits}" if fits else ""
+    memory = ", ".join(f"{name} {part / 2**30:.1f}" for name, part in parts.items() if part)
+    if device.memory is not None:
+        memory += f"; {'fits' if scaling.fits else 'does not fit'} in {device.memory / 1e9:.0f} GB"
     exchange = scaling.exchange_seconds
-    seconds = [f"compute {scaling.compute_seconds:.3g}", f"memory {scaling.traffic_seconds:.3g}"]
-    seconds.append("exchange not counted" if exchange is None else f"exchange {exchange:.3g}")
+    seconds = f"compute {scaling.compute_seconds:.3g}, memory {scaling.traffic_seconds:.3g}, exchange "
+    seconds += "not counted" if exchange is None else f"{exchange:.3g}"
     return [
         ("devices", str(scaling.processes), f"{device.name}: {peaks}; {scaling.sharding}"),
-        ("memory", f"{scaling.bytes_per_device / 2**30:.1f} GiB", parts),
-        ("update", f"{scaling.seconds_per_update:.3g} s", f"at best, the largest of {', '.join(seconds)}"),
+        ("memory", f"{scaling.bytes_per_device / 2**30:.1f} GiB", memory),
+        ("step", f"{scaling.seconds_per_update:.3g} s", f"at best, the largest of {seconds}"),
     ]
 
 

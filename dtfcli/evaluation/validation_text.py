@@ -14,7 +14,7 @@ from dtfcli.errors import DataError, DTFError
 from dtfcli.evaluation.report import Metric
 from dtfcli.runs.folder import run_settings
 from dtfcli.statistics import paired_difference
-from dtfcli.training.validation import evaluation_rows, to_batch, to_labels
+from dtfcli.training.validation import evaluation_rows, to_batch
 
 
 class NotAvailable(DataError):
@@ -61,7 +61,7 @@ def score_rows(model: Any, text: HeldOut, on_answers: Callable[[int], None]) -> 
     """
     losses, targets = [], []
     for row in text.rows:
-        input_ids, labels = to_batch(row[None], model.device), to_labels(row[None], model.device)
+        input_ids, labels = to_batch(row[None], model.device)
         losses.append(float(model(input_ids, labels=labels, use_cache=False).loss))
         targets.append(count_targets(row[None]))
         on_answers(1)

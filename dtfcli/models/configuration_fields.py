@@ -270,12 +270,14 @@ def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{name} = {value!r}: {remedy}")
 
 
-def check_field(name: str, value: Any) -> None:
-    """Check one field by itself, whatever the others are.
+def check_field(name: str, value: Any) -> Any:
+    """Check one field by itself, whatever the others are; None stands for its default. Returns the value.
 
     Raises:
         ValueError: names the field, its value and the remedy.
     """
+    if value is None:
+        return None
     if name in STRUCK:
         _require(value == STRUCK[name][0], name, value, f"this field is gone, since {STRUCK[name][1]}")
     known = {"architecture": architectures, "score": scores}
@@ -283,6 +285,7 @@ def check_field(name: str, value: Any) -> None:
     if rule is not None:
         fulfilled, remedy = rule
         _require(fulfilled(value), name, value, remedy)
+    return value
 
 
 def check_fields(values: Mapping[str, Any], num_layers: int | None = None) -> None:
@@ -298,8 +301,7 @@ def check_fields(values: Mapping[str, Any], num_layers: int | None = None) -> No
     defaults: dict[str, Any] = {f.name: f.default for f in fields(RoutingFields)}
     chosen = defaults | {name: value for name, value in values.items() if value is not None and name in defaults}
     for name, value in chosen.items():
-        if value is not None:
-            check_field(name, value)
+        check_field(name, value)
     _require(
         chosen["routing"] != "predictor" or chosen["predictor_loss_weight"] > 0,
         "routing",

@@ -139,13 +139,14 @@ class MetricsLog:
             path.touch()
             os.truncate(path, min(keep_bytes, path.stat().st_size))
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Append one line."""
-        if not self.writes:
-            return
-        with explained_write_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self._on_line(metrics)
+    def write(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Append one line and return it: None takes the place of NaN and infinity, for which JSON has no number."""
+        line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
+        if self.writes:
+            with explained_write_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._on_line(line)
+        return line
 
     @property
     def bytes(self) -> int:

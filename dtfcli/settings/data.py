@@ -28,18 +28,10 @@ class Source(Group):
 
     @model_validator(mode="after")
     def _check_reading(self) -> "Source":
-        require(
-            self.streaming or self.weight is None,
-            "weight",
-            self.weight,
-            "only streaming reads it; use ratio to keep a share, or set streaming=true",
-        )
-        require(
-            not self.messages_field or self.text_field == "text",
-            "text_field",
-            self.text_field,
-            f"nothing reads it, since messages_field = {self.messages_field} is set; leave one of them out",
-        )
+        remedy = "only streaming reads it; use ratio to keep a share, or set streaming=true"
+        require(self.streaming or self.weight is None, "weight", self.weight, remedy)
+        remedy = f"nothing reads it, since messages_field = {self.messages_field} is set; leave one of them out"
+        require(not self.messages_field or self.text_field == "text", "text_field", self.text_field, remedy)
         return self
 
 
@@ -71,14 +63,9 @@ class DataSettings(Group):
     def _check_sources(self) -> "DataSettings":
         weighted = any(source.weight is not None for source in self.sources)
         for index, source in enumerate(self.sources):
-            require(
-                source.streaming == self.streaming,
-                f"sources[{index}].streaming",
-                source.streaming,
-                "other sources stream, and all do or none; set it for each of them",
-            )
+            name, remedy = f"sources[{index}].streaming", "other sources stream; set it for each of them, or for none"
+            require(source.streaming == self.streaming, name, source.streaming, remedy)
             if weighted and source.weight is None:
-                raise ValueError(
-                    f"sources[{index}].weight = unset: other sources have a weight; give every source one, or none"
-                )
+                remedy = "other sources have a weight; give every source one, or none"
+                raise ValueError(f"sources[{index}].weight = unset: {remedy}")
         return self

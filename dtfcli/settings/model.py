@@ -4,7 +4,6 @@ The architecture's hyper-parameters are not repeated here. They come from `Routi
 config classes do.
 """
 
-from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -39,44 +38,24 @@ class ScratchSettings(Group):
 
     @model_validator(mode="after")
     def _check_shape(self) -> "ScratchSettings":
-        heads, size = self.num_attention_heads, self.hidden_size
-        require(
-            size % (2 * heads) == 0,
-            "hidden_size",
-            size,
-            f"rotary positions need an even size for each of the {heads} heads; take a multiple of {2 * heads}",
-        )
-        require(
-            heads % self.num_key_value_heads == 0,
-            "num_key_value_heads",
-            self.num_key_value_heads,
-            f"must divide num_attention_heads = {heads}",
-        )
+        heads, size, shared = self.num_attention_heads, self.hidden_size, self.num_key_value_heads
+        even = f"rotary positions need an even size for each of the {heads} heads; take a multiple of {2 * heads}"
+        require(size % (2 * heads) == 0, "hidden_size", size, even)
+        require(heads % shared == 0, "num_key_value_heads", shared, f"must divide num_attention_heads = {heads}")
         return self
 
 
-def _check_alone(name: str, value: Any) -> Any:
-    """Check one routing field by itself, so that a mistake elsewhere does not hide this one."""
-    if value is not None:
-        check_field(name, value)
-    return value
-
-
-def _routing_group() -> type[Group]:
-    """A group with every field of `RoutingFields`; unset (None) means the config class's own default."""
-    hints = get_type_hints(RoutingFields)
-    definitions: dict[str, Any] = {
-        f.name: (
-            Annotated[hints[f.name] | None, AfterValidator(partial(_check_alone, f.name))],
-            Field(None, description=f.metadata["help"]),
-        )
-        for f in fields(RoutingFields)
-        if f.name in ROUTING_NAMES
-    }
-    return create_model("RoutingGroup", __base__=Group, **definitions)
-
-
-RoutingGroup = _routing_group()
+_HINTS = get_type_hints(RoutingFields)
+# Each field is checked by itself, too, so that a mistake elsewhere does not hide one in it.
+_ROUTING: dict[str, Any] = {
+    name: (
+        Annotated[_HINTS[name] | None, AfterValidator(partial(check_field, name))],
+        Field(None, description=RoutingFields.__dataclass_fields__[name].metadata["help"]),
+    )
+    for name in ROUTING_NAMES
+}
+RoutingGroup = create_model("RoutingGroup", __base__=Group, **_ROUTING)
+"""A group with every field of `RoutingFields`; unset (None) means the config class's own default."""
 
 
 class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at run time from RoutingFields
@@ -99,14 +78,11 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
     def _check_routing(self) -> "ModelSettings":
         if self.architecture == "dense":
             return self
-        require(
-            not (self.explore and self.attn_implementation == "flash_attention_2" and self.routed_part != "mlp"),
-            "explore",
-            self.explore,
-            "explored tokens need masks that flash_attention_2 does not take; use model.attn_implementation = 'sdpa'",
-        )
-        fields, layers = self.routing_fields(), None if self.base else self.scratch.num_hidden_layers
-        check_fields({"architecture": self.architecture, **fields}, layers)
+        unmasked = self.attn_implementation == "flash_attention_2" and self.routed_part != "mlp"
+        remedy = "explored tokens need masks that flash_attention_2 lacks; use model.attn_implementation = 'sdpa'"
+        require(not (self.explore and unmasked), "explore", self.explore, remedy)
+        layers = None if self.base else self.scratch.num_hidden_layers
+        check_fields({"architecture": self.architecture, **self.routing_fields()}, layers)
         return self
 
     def routing_fields(self) -> dict[str, Any]:

@@ -33,11 +33,11 @@ ROUTING_NAMES = tuple(f.name for f in fields(RoutingFields) if f.name != "archit
 _SWITCHED = {
     "lora": ("r", "alpha", "dropout", "targets", "quantize", "merge"),
     "distill": ("weight", "temperature", "hidden_weight"),
+    "logging.wandb": ("project",),
 }
 """Groups with a switch, `enabled`, and what is read only while it is on."""
 
 S = TypeVar("S", bound=BaseModel)
-
 
 _ROUTER_KEYS = ("training.learning_rates.router", "training.decay_router_scalars")
 _OTHER_KEYS = ("training.capacity_schedule", "training.fit_tokens")
@@ -70,45 +70,35 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     Settings typed by the user that end up here are refused, those of a preset give way (so that `dtf train
     quickstart model=mod` works), and `Settings.to_toml` leaves them out.
     """
-    base = lookup(values, "model.base")
-    steps = lookup(values, "training.max_steps")
-    unread: dict[str, str] = {}
-    if not lookup(values, "model.predictor_loss_weight"):
-        unread["training.learning_rates.predictor"] = "model.predictor_loss_weight is 0"
-    unread |= _unread_of_model(lookup(values, "model") or {})
-    if base:
-        unread["model.scratch"] = f"the model starts from model.base = {base}"
-    else:
-        keys = ["model.revision", "model.trust_remote_code", "training.fit_tokens"]
-        unread |= dict.fromkeys(keys, "model.base is empty")
-        if tokenizer := lookup(values, "data.tokenizer"):
-            unread["model.scratch.vocab_size"] = f"data.tokenizer = {tokenizer} has its own"
-    if not lookup(values, "hub.repo"):
-        unread["hub.private"] = "hub.repo is empty"
-    if steps is not None:
-        unread["training.epochs"] = f"training.max_steps = {steps} is set"
-    sources = lookup(values, "data.sources")
-    streaming = [isinstance(source, Mapping) and bool(source.get("streaming")) for source in sources or ()]
-    if any(streaming):
-        unread["data.max_documents"] = "data.sources stream"
-        unread.setdefault("training.epochs", "data.sources stream, which has no end")
-    else:
-        unread["data.shuffle_buffer"] = "no entry of data.sources has streaming = true"
-    if not lookup(values, "logging.wandb.enabled"):
-        unread["logging.wandb.project"] = "logging.wandb.enabled is false"
-    if isinstance(lookup(values, "model.routed_layers"), list):
-        unread["model.dense_edges"] = "model.routed_layers lists the layers"
-    if not lookup(values, "eval.after"):
-        unread |= dict.fromkeys(["eval.tasks", "eval.limit", "eval.data_dir"], "eval.after is empty")
+    unread = _unread_of_model(lookup(values, "model") or {})
+
+    def when(condition: Any, reason: str, *keys: str) -> None:
+        unread.update(dict.fromkeys(keys, reason) if condition else {})
+
+    base, tokenizer, steps = (lookup(values, key) for key in ("model.base", "data.tokenizer", "training.max_steps"))
+    no_predictor = not lookup(values, "model.predictor_loss_weight")
+    when(no_predictor, "model.predictor_loss_weight is 0", "training.learning_rates.predictor")
+    listed = isinstance(lookup(values, "model.routed_layers"), list)
+    when(listed, "model.routed_layers lists the layers", "model.dense_edges")
+    when(base, f"the model starts from model.base = {base}", "model.scratch")
+    when(not base, "model.base is empty", "model.revision", "model.trust_remote_code", "training.fit_tokens")
+    when(not base and tokenizer, f"data.tokenizer = {tokenizer} has its own", "model.scratch.vocab_size")
+    sources = lookup(values, "data.sources") or ()
+    streams = any(isinstance(source, Mapping) and source.get("streaming") for source in sources)
+    when(streams, "data.sources stream", "data.max_documents")
+    when(streams, "data.sources stream, which has no end", "training.epochs")
+    when(not streams, "no entry of data.sources has streaming = true", "data.shuffle_buffer")
+    when(steps is not None, f"training.max_steps = {steps} is set", "training.epochs")
+    unmeasured = lookup(values, "data.validation_fraction") == 0
+    when(unmeasured, "data.validation_fraction is 0", "data.validation_blocks", "training.eval_every")
+    constant = lookup(values, "training.capacity_schedule") in (None, "constant")
+    keys = ("training.capacity_start", "training.capacity_fraction")
+    when(constant, "training.capacity_schedule is constant", *keys)
     for group, names in _SWITCHED.items():
-        if not lookup(values, f"{group}.enabled"):
-            unread |= dict.fromkeys([f"{group}.{name}" for name in names], f"{group}.enabled is false")
-    if lookup(values, "training.capacity_schedule") in (None, "constant"):
-        keys = ["training.capacity_start", "training.capacity_fraction"]
-        unread |= dict.fromkeys(keys, "training.capacity_schedule is constant")
-    if lookup(values, "data.validation_fraction") == 0:
-        keys = ["data.validation_blocks", "training.eval_every"]
-        unread |= dict.fromkeys(keys, "data.validation_fraction is 0")
+        off = not lookup(values, f"{group}.enabled")
+        when(off, f"{group}.enabled is false", *(f"{group}.{name}" for name in names))
+    when(not lookup(values, "eval.after"), "eval.after is empty", "eval.tasks", "eval.limit", "eval.data_dir")
+    when(not lookup(values, "hub.repo"), "hub.repo is empty", "hub.private")
     return unread
 
 

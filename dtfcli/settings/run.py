@@ -9,12 +9,8 @@ from dtfcli.settings.group import Group, require
 
 
 def _check_name(name: str) -> str:
-    require(
-        bool(re.fullmatch(r"[\w][\w .+@=-]*", name)) and not name.endswith((" ", ".")) and len(name) <= 100,
-        "name",
-        name,
-        "it becomes a folder; use letters, digits and . _ - and at most 100 of them",
-    )
+    fits = re.fullmatch(r"[\w][\w .+@=-]*", name) and not name.endswith((" ", ".")) and len(name) <= 100
+    require(bool(fits), "name", name, "it becomes a folder; use letters, digits and . _ - and at most 100 of them")
     return name
 
 

@@ -7,6 +7,7 @@ value and the remedy.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tomlkit
 from pydantic import Field, model_validator
@@ -42,44 +43,28 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what is given: `load_settings` gathers the sources itself, to know where each value came from."""
         return (init_settings,)
 
     @model_validator(mode="after")
     def _check_across(self) -> "Settings":
-        scratch, length = self.model.scratch, self.data.seq_len
-        if not self.model.base:
-            longest = scratch.max_position_embeddings
-            require(
-                length <= longest,
-                "data.seq_len",
-                length,
-                f"a model of model.scratch.max_position_embeddings = {longest} takes no more; change one of the two",
-            )
+        longest, length = self.model.scratch.max_position_embeddings, self.data.seq_len
+        remedy = f"a model of model.scratch.max_position_embeddings = {longest} takes no more; change one of the two"
+        require(bool(self.model.base) or length <= longest, "data.seq_len", length, remedy)
         if self.data.streaming and self.training.max_steps is None:
-            raise ValueError(
-                "training.max_steps = unset: data.sources stream, and a stream has no end; set it, such as "
-                "training.max_steps=1000"
-            )
+            remedy = "data.sources stream, and a stream has no end; set it, such as training.max_steps=1000"
+            raise ValueError(f"training.max_steps = unset: {remedy}")
         for name, group, why in (
             ("lora", self.lora, "random weights are not saved with an adapter"),
             ("distill", self.distill, "a model from scratch has no dense parent"),
         ):
             remedy = f"{why}; set model.base to a pretrained model"
             require(not group.enabled or bool(self.model.base), f"{name}.enabled", True, remedy)
-        require(
-            self.lora.quantize == "none" or self.training.sharding != "fsdp2",
-            "lora.quantize",
-            self.lora.quantize,
-            "fsdp2 cannot spread weights in 4 bits; leave training.sharding at ddp, or lora.quantize at none",
-        )
+        whole = self.lora.quantize == "none" or self.training.sharding != "fsdp2"
+        remedy = "fsdp2 cannot spread weights in 4 bits; leave training.sharding at ddp, or lora.quantize at none"
+        require(whole, "lora.quantize", self.lora.quantize, remedy)
         self.accumulation_steps()
         return self
 
@@ -134,9 +119,7 @@ def load_settings(preset: str | None = None, overrides: Sequence[str] = (), conf
     Raises:
         ConfigError: anything in them is wrong; the message has a line for each of the first few mistakes.
     """
-    settings, lines = resolve(
-        Settings, Sources(Settings, preset, overrides, Path(config) if config is not None else None)
-    )
+    settings, lines = resolve(Settings, Sources(Settings, preset, overrides, Path(config) if config else None))
     if settings is None:
         hidden = len(lines) - SHOWN_PROBLEMS
         more = [f"… and {hidden} more."] if hidden > 0 else []

@@ -11,23 +11,15 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def _check_betas(betas: list[float]) -> list[float]:
-    require(
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-        "betas",
-        betas,
-        "AdamW takes two numbers from 0 up to, but not, 1, such as [0.9, 0.95]",
-    )
+    remedy = "AdamW takes two numbers from 0 to below 1, such as [0.9, 0.95]"
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, remedy)
     return betas
 
 
 def _check_targets(targets: list[str]) -> list[str]:
-    unknown = [name for name in targets if name not in LORA_TARGETS]
-    require(
-        not unknown,
-        "targets",
-        targets,
-        f"{', '.join(unknown)} is not a projection of the backbone; choose from {', '.join(LORA_TARGETS)}",
-    )
+    unknown = ", ".join(name for name in targets if name not in LORA_TARGETS)
+    remedy = f"{unknown} is not a projection of the backbone; choose from {', '.join(LORA_TARGETS)}"
+    require(not unknown, "targets", targets, remedy)
     return targets
 
 
@@ -109,22 +101,16 @@ class TrainingSettings(Group):
     )
 
     @model_validator(mode="after")
-    def _check_kernels(self) -> "TrainingSettings":
+    def _check_together(self) -> "TrainingSettings":
         one = not (self.compile and self.kernels == "liger")
         require(one, "kernels", self.kernels, "compile = true fuses the same operations; choose one of the two")
-        return self
-
-    @model_validator(mode="after")
-    def _check_curriculum(self) -> "TrainingSettings":
-        if self.capacity_schedule != "constant":
-            left = 1 - self.threshold_fraction
-            require(
-                self.capacity_fraction <= left + 1e-9,
-                "capacity_fraction",
-                self.capacity_fraction,
-                f"γ must have arrived where thresholds take over (threshold_fraction = {self.threshold_fraction:g}); "
-                f"at most {left:g}",
-            )
+        fraction, left = self.capacity_fraction, 1 - self.threshold_fraction
+        remedy = (
+            f"γ must have arrived where thresholds take over (threshold_fraction = {self.threshold_fraction:g}); "
+            f"at most {left:g}"
+        )
+        arrives = self.capacity_schedule == "constant" or fraction <= left + 1e-9
+        require(arrives, "capacity_fraction", fraction, remedy)
         return self
 
 

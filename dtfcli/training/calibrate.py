@@ -1,20 +1,86 @@
-"""Thresholds in the course of a run: measured on training text, for an evaluation, and for the saved models."""
+"""What a run measures on training text: fits before the first step, and thresholds for evaluations and saved models."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtfcli.data.documents import OnProgress
+from dtfcli.data.targets import token_ids
 from dtfcli.loading.adapters import adapter_state, is_adapted, load_adapter_state, read_adapter
+from dtfcli.loading.devices import compute_dtype
 from dtfcli.runs.folder import BEST_MODEL
+from dtfcli.settings import Settings
 from dtfcli.training.checkpoint import save_model
 from dtfcli.training.run import Run
-from dtfcli.training.validation import calibration_batches
 
+_FIT_TOKENS_PER_UNIT = 32
+"""Of training text, for each unit of the hidden size."""
 QUICK_CALIBRATION_TOKENS = 4096
 """Of training text, for thresholds at the model's own capacity alone."""
 
 
+def calibration_batches(train: np.ndarray, tokens: int, batch_size: int, seed: int) -> list[dict[str, Tensor]]:
+    """Training text of mixed lengths for `model.calibrate`, right-padded, rows of similar length together.
+
+    Every other row is cut to a random length: shares depend on the position in a row (the moving average of surprise
+    starts empty), so thresholds have to be measured on short texts, too.
+
+    Args:
+        train: training text, int32 [N, T].
+        tokens: how many real tokens, reached or exceeded by less than a row; each row is used at most once.
+        batch_size: rows of a batch.
+        seed: of the run.
+    """
+    rng = np.random.RandomState(seed)  # its stream is frozen across versions of NumPy
+    rows, seq_len, total = list[tuple[int, int]](), train.shape[1], 0
+    for place, row in enumerate(rng.permutation(len(train))):
+        if total >= tokens:
+            break
+        rows.append((int(row), seq_len if place % 2 == 0 else int(rng.randint(min(16, seq_len), seq_len + 1))))
+        total += rows[-1][1]
+    rows.sort(key=lambda row: -row[1])
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        longest = part[0][1]
+        input_ids = torch.from_numpy(token_ids(np.stack([train[row, :longest] for row, _ in part])))
+        lengths = torch.tensor([length for _, length in part])
+        mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+        batches.append({"input_ids": input_ids, "attention_mask": mask})
+    return batches
+
+
+def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device, on_progress: OnProgress) -> None:
+    """Fit forecasts and predicted costs of a converted model by least squares, before the first step.
+
+    A model that was routed before is fitted only if `training.fit_tokens` is set.
+
+    Args:
+        settings: of the run.
+        model: as it was built.
+        rows: training text, int32 [N, T].
+        device: that computes.
+        on_progress: called with the phase and the finished share of it.
+    """
+    tokens = settings.training.fit_tokens
+    if tokens is None:
+        tokens = 0 if model.is_fitted else _FIT_TOKENS_PER_UNIT * model.config.hidden_size
+    if not (tokens and settings.model.base and model.config.learns_from_updates):
+        return
+    batches = calibration_batches(rows, tokens, settings.training.micro_batch_size, settings.run.seed)
+    dtype = compute_dtype(settings.run.dtype, device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        model.fit_routing(
+            batches, lambda layer, layers: on_progress("Fitting forecasts and predicted costs", layer / layers), device
+        )
+
+
 def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int | None = None) -> None:
-    """Measure thresholds on training text.
+    """Measure the thresholds of a routed model on training text.
 
     Args:
         run: with a routed model.
@@ -36,8 +102,8 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
 def evaluation_thresholds(run: Run) -> Iterator[None]:
     """Calibrated thresholds for an evaluation during the run; afterwards the tracked ones again.
 
-    The averages that training tracks lag behind while the scores still move: they routed anything from nothing to
-    everything. At the end `finish` has calibrated already.
+    Tracked averages lag while the scores move: they would route anything from nothing to everything. At the end of a
+    run the thresholds are calibrated already.
     """
     if not (run.objective.routed and len(run.validation) and run.state.step < run.plan.total_steps):
         yield
@@ -54,7 +120,7 @@ def evaluation_thresholds(run: Run) -> Iterator[None]:
 
 
 def complete_best_model(run: Run) -> None:
-    """Calibrate a best model from the way, saved with thresholds of its own capacity alone, for any capacity."""
+    """Calibrate a best model of an earlier step for any capacity; it was saved with thresholds of its own alone."""
     best, adapted = run.folder / BEST_MODEL, is_adapted(run.model)
     state = run.states.whole(adapter_state(run.model)) if adapted else run.model.state_dict()
     final = {name: tensor.clone() for name, tensor in state.items()}

@@ -28,9 +28,7 @@ def checkpoint(run: Run) -> Path:
     """Everything that going on needs, in a checkpoint of this step."""
     run.state.metrics_bytes, run.state.stream = run.log.bytes, run.rows.state()
     with quiet_libraries():
-        folder = save_checkpoint(
-            run.states, run.folder, run.state, run.settings.training.keep_checkpoints, run.processes
-        )
+        folder = save_checkpoint(run.states, run.folder, run.state, run.settings.training.keep_checkpoints)
     run.report("checkpoint", str(folder))
     return folder
 
@@ -70,21 +68,21 @@ def save_merged(run: Run) -> None:
             run.tokenizer.save_pretrained(partial)
 
 
-def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int, processes: Any) -> Path:
+def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int) -> Path:
     """Write a checkpoint and remove all but the newest `keep` up to it; every process takes part.
 
-    Later ones are of a course that was left because they are damaged: they count for nothing, and are written over.
+    Later ones are of a course that was left because they are damaged: they do not count, and are overwritten.
 
     Args:
         states: saves model, optimizer and random generators into a folder (`distributed.Replicated`).
         run_dir: the run folder.
         state: where the run stands.
         keep: checkpoints to keep, at least 1.
-        processes: of the run.
 
     Raises:
         DTFError: the folder cannot be written to.
     """
+    processes = states.processes
     folder = checkpoint_folder(run_dir, state.step)
     with shared_folder(folder, processes) as partial:
         states.save(partial)

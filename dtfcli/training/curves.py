@@ -1,4 +1,4 @@
-"""curves.png: what a run did, at a glance."""
+"""curves.png: losses, routed shares and speed of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 from dtfcli.runs.files import explained_write_errors, replaced_file
 
 Line = dict[str, Any]
-
 _TRAIN, _VALIDATION, _TOPK, _GRAY = "#9db4d8", "#1f4e9c", "#d9822b", "#8a8a8a"
 
 
@@ -28,7 +27,9 @@ def draw_curves(lines: list[Line], path: Path, title: str) -> None:
     _draw_losses(axes[0], lines)
     if routed:
         _draw_shares(axes[1], lines)
-    _draw_speed(axes[-1], lines)
+    axes[-1].plot(*_series(lines, "tokens_per_second"), color=_VALIDATION, linewidth=1)
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_ylabel("tokens / s")
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -50,15 +51,8 @@ def _draw_losses(axis: Any, lines: list[Line]) -> None:
     steps, losses = _series(lines, "val/loss")
     if steps:
         axis.plot(steps, losses, color=_VALIDATION, linewidth=2, marker="o", markersize=4, label="validation")
-        axis.annotate(
-            f"{losses[-1]:.3f}",
-            (steps[-1], losses[-1]),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="right",
-            color=_VALIDATION,
-            fontweight="bold",
-        )
+        place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "right"}
+        axis.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), color=_VALIDATION, fontweight="bold", **place)
     for value in _series(lines, "val/unigram")[1][:1]:
         axis.axhline(value, color=_GRAY, linestyle="--", linewidth=1, label="unigram")
     axis.set_ylabel("loss (nats per token)")
@@ -80,13 +74,6 @@ def _draw_shares(axis: Any, lines: list[Line]) -> None:
     axis.set_ylabel("routed share")
     if len(names) <= 8:
         axis.legend(frameon=False, fontsize="x-small", ncols=4)
-
-
-def _draw_speed(axis: Any, lines: list[Line]) -> None:
-    steps, rates = _series(lines, "tokens_per_second")
-    axis.plot(steps, rates, color=_VALIDATION, linewidth=1)
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("tokens / s")
 
 
 def _layer(name: str) -> int:

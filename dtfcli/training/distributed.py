@@ -20,7 +20,7 @@ import datetime
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, load
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -59,16 +59,11 @@ _SHARDS = "shards"
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 _RANDOM_STATES = {"random_state", "numpy_random_seed", "torch_manual_seed"}
-_UNREADABLE = "is damaged, or of another run; nothing in it was run as code"
 _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TIMEOUT = datetime.timedelta(hours=12)
 """Of a collective call: the main process may be tokenizing a large text meanwhile."""
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class ProcessLost(DTFError):
-    """Another process of the run has ended."""
 
 
 def world_size() -> int:
@@ -115,16 +110,15 @@ class Processes:
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What the main process makes, in every process; a `DTFError` there is raised in all of them."""
+        if self.world_size == 1:
+            return make()
         made: list[Any] = [None, None]
         if self.is_main:
             try:
                 made[0] = make()
             except DTFError as error:
-                if self.world_size == 1:
-                    raise
                 made[1] = error
-        if self.world_size > 1:
-            dist.broadcast_object_list(made, src=0)
+        dist.broadcast_object_list(made, src=0)
         if made[1] is not None:
             raise made[1]
         return made[0]
@@ -137,19 +131,14 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def all_reduce_means(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean over processes of each 0-d tensor, in one exchange; all have the same names."""
-        if self.world_size == 1 or not values:
-            return dict(values)
-        stacked = torch.stack([value.float() for value in values.values()])
-        self.all_reduce_mean(stacked)
-        return dict(zip(values, stacked, strict=True))
-
-    def all_reduce_mean(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over processes."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-            tensor /= self.world_size
+    def all_reduce_mean(self, tensors: list[Tensor]) -> None:
+        """Replace float32 tensors by their means over processes, in one exchange."""
+        if self.world_size > 1 and tensors:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Replace tensors by the main process's."""
@@ -202,15 +191,14 @@ def check_processes(settings: Settings, count: int) -> None:
     Raises:
         ConfigError: naming the setting or option.
     """
-    device, sharded = resolve_device(settings.run.device), settings.training.sharding == "fsdp2"
-    if sharded and count == 1:
-        raise ConfigError(
-            "training.sharding = 'fsdp2': one process cannot share; add --num-processes N, or leave it out."
-        )
-    if sharded and compute_dtype(settings.run.dtype, device) == torch.float16:
-        raise ConfigError("training.sharding = 'fsdp2' does not go with run.dtype = 'float16'; use bfloat16.")
-    if sharded and settings.distill.enabled:
-        raise ConfigError("training.sharding = 'fsdp2' does not go with distill.enabled; use ddp.")
+    device, sharding = resolve_device(settings.run.device), "training.sharding = 'fsdp2'"
+    if settings.training.sharding == "fsdp2":
+        if count == 1:
+            raise ConfigError(f"{sharding}: one process cannot share; add --num-processes N, or leave it out.")
+        if compute_dtype(settings.run.dtype, device) == torch.float16:
+            raise ConfigError(f"{sharding} does not go with run.dtype = 'float16'; use bfloat16.")
+        if settings.distill.enabled:
+            raise ConfigError(f"{sharding} does not go with distill.enabled; use ddp.")
     if count == 1:
         return
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
@@ -224,14 +212,17 @@ def check_processes(settings: Settings, count: int) -> None:
     if device.type == "mps":
         raise ConfigError(f"--num-processes {count}: run.device = 'mps' trains with one; leave the option out.")
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
-    if device.type != "cpu":
-        devices = getattr(torch, device.type).device_count()
-        if here > devices:
-            raise ConfigError(
-                f"--num-processes {here}: each needs a {device.type} device, and this machine has {devices}; use at "
-                f"most {devices}."
-            )
+    if device.type != "cpu" and here > (devices := getattr(torch, device.type).device_count()):
+        raise ConfigError(
+            f"--num-processes {here}: each needs a {device.type} device, and this machine has {devices}; use at most "
+            f"{devices}."
+        )
     for_processes(settings, count)
+
+
+def _weights_in(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder, each of them once if some are tied."""
+    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
 
 
 def _forget_accelerate() -> None:
@@ -305,12 +296,7 @@ class Replicated:
 
     def load_weights(self, folder: Path) -> None:
         """Take the weights of a model folder that `save_pretrained` has written."""
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) == 1:
-            load_model(self.objective.model, files[0], device=str(self.processes.device))
-        else:
-            weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-            self.objective.model.load_state_dict(weights, strict=False)
+        self.objective.model.load_state_dict(_weights_in(folder), strict=False)
 
     def save(self, folder: Path) -> None:
         """Write the states of a checkpoint, the random generators of every process among them."""
@@ -324,7 +310,8 @@ class Replicated:
                 reads with `weights_only`, and shards are safetensors.
         """
         remedy = f"delete {folder} to go on from the checkpoint before it, or start a new run"
-        with reading(folder, remedy, also=(pickle.UnpicklingError, SafetensorError), what=_UNREADABLE):
+        problem = "is damaged, or of another run; nothing in it was run as code"
+        with reading(folder, remedy, also=(pickle.UnpicklingError, SafetensorError), what=problem):
             self._load(folder)
             # accelerate passes over random states that it cannot read, and says nothing.
             random_states = folder / f"random_states_{self.processes.rank}.pkl"
@@ -333,7 +320,7 @@ class Replicated:
             self.accelerator.load_state(str(folder))  # last, because filling an optimizer may draw numbers
 
     def _load(self, folder: Path) -> None:
-        """Read what accelerate does not know of."""
+        """Read the states that accelerate does not know."""
 
 
 class Sharded(Replicated):
@@ -398,12 +385,7 @@ class Sharded(Replicated):
         return nullcontext()  # whole gradients are never kept: each micro-batch's are reduced at once
 
     def reduce_gradients(self) -> None:
-        grads = [p.grad for p in self.replicated if p.grad is not None]
-        if grads:
-            flat = torch.cat([grad.flatten() for grad in grads])
-            self.processes.all_reduce_mean(flat)
-            for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(mean.view_as(grad))
+        self.processes.all_reduce_mean([p.grad for p in self.replicated if p.grad is not None])
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -433,7 +415,7 @@ class Sharded(Replicated):
     def load_weights(self, folder: Path) -> None:
         weights: dict[str, Any] = {}
         if self.processes.is_main:
-            weights = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+            weights = _weights_in(folder)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         set_model_state_dict(self.objective.model, weights, options=options)
 

@@ -1,4 +1,4 @@
-"""What can stop a run without being anybody's mistake, in one or two lines: memory, and processes that are gone."""
+"""Failures that are nobody's mistake, in one or two lines: no memory, and processes that have ended."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,14 @@ import torch.distributed as dist
 
 from dtfcli.errors import DTFError
 from dtfcli.settings import Settings
-from dtfcli.training.distributed import ProcessLost, world_size
+from dtfcli.training.distributed import world_size
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _LOST = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "NCCL", "gloo")
+
+
+class ProcessLost(DTFError):
+    """Another process of the run has ended."""
 
 
 class OutOfMemory(DTFError):
@@ -20,7 +24,7 @@ class OutOfMemory(DTFError):
 
 @contextmanager
 def explained_failures(settings: Settings) -> Iterator[None]:
-    """Say what to change where memory runs out, and where to look when another process has ended.
+    """Explain which settings to change when memory runs out, and where the reason stands when a process has ended.
 
     Raises:
         OutOfMemory: of the device or of the machine.
@@ -38,7 +42,7 @@ def explained_failures(settings: Settings) -> Iterator[None]:
 
 
 def _out_of_memory(settings: Settings) -> str:
-    """What to change, the cheapest first: only what is not so already."""
+    """The remedies that the settings do not have already, the cheapest first."""
     training, remedies = settings.training, []
     if training.micro_batch_size > 1:
         half = training.micro_batch_size // 2

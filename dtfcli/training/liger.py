@@ -1,4 +1,4 @@
-"""`training.kernels`: who runs the element-wise work of the backbone's blocks while training.
+"""`training.kernels`: the library that runs the element-wise work of the backbone's blocks while training.
 
 "torch": Transformers' own operations, some ten for a norm. "liger": RMSNorm, SwiGLU and GEGLU as one Triton kernel
 each, of the Liger library (`pip install 'dtfcli[liger]'`), on GPUs. Matrix products and attention have good kernels
@@ -18,14 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
-from transformers.models.granite.modeling_granite import GraniteMLP, GraniteRMSNorm
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSNorm
-from transformers.models.olmo2.modeling_olmo2 import Olmo2MLP, Olmo2RMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
-from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP, SmolLM3RMSNorm
 
 from dtfcli.errors import ConfigError
 
@@ -37,14 +29,12 @@ class _Norm(NamedTuple):
     casting: str
 
 
-_NORMS: dict[type[nn.Module], _Norm] = {
-    **dict.fromkeys(
-        (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, MistralRMSNorm, SmolLM3RMSNorm, GraniteRMSNorm), _Norm(0.0, "llama")
-    ),
-    Olmo2RMSNorm: _Norm(0.0, "gemma"),
-    Gemma3RMSNorm: _Norm(1.0, "gemma"),
+_FAMILIES = {
+    **dict.fromkeys(("Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Granite"), _Norm(0.0, "llama")),
+    "Olmo2": _Norm(0.0, "gemma"),
+    "Gemma3": _Norm(1.0, "gemma"),
 }
-_FEED_FORWARD = (LlamaMLP, Qwen2MLP, Qwen3MLP, MistralMLP, SmolLM3MLP, GraniteMLP, Olmo2MLP, Gemma3MLP)
+"""By the beginning of the names of Transformers' classes, as in `LlamaRMSNorm` and `LlamaMLP`."""
 _SILU = ("silu", "swish")
 _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 """Liger's GEGLU has the approximation by tanh; these three are ways to write it."""
@@ -80,14 +70,15 @@ def use_liger(model: nn.Module) -> list[str]:
     """
     left, taken = set[str](), 0
     for module in model.modules():
+        name = type(module).__name__
         forward = _forward_of(module)
         if forward is not None:
             module.forward = MethodType(forward, module)
             taken += 1
-        elif isinstance(module, _FEED_FORWARD):
-            left.add(f"{type(module).__name__} with {_activation(module)}")
-        elif type(module).__name__.endswith(("Norm", "MLP")):
-            left.add(type(module).__name__)
+        elif name.endswith("MLP") and _family_of(module):
+            left.add(f"{name} with {_activation(module)}")
+        elif name.endswith(("Norm", "MLP")):
+            left.add(name)
     if not taken:
         raise ConfigError(
             f"training.kernels = 'liger': Liger has no kernel for any block of this model "
@@ -96,27 +87,35 @@ def use_liger(model: nn.Module) -> list[str]:
     return sorted(left)
 
 
+def _family_of(module: nn.Module) -> _Norm | None:
+    """The row of `_FAMILIES` of one of Transformers' norms or feed-forward blocks."""
+    kind = type(module)
+    if not kind.__module__.startswith("transformers.models."):
+        return None
+    return _FAMILIES.get(kind.__name__.removesuffix("RMSNorm").removesuffix("MLP"))
+
+
 def _forward_of(module: nn.Module) -> Any:
-    """What computes a module with Liger; None: nothing does."""
-    if type(module) in _NORMS:
+    """The function that computes a module with Liger, or None."""
+    if _family_of(module) is None:
+        return None
+    if type(module).__name__.endswith("RMSNorm"):
         return _norm
-    if isinstance(module, _FEED_FORWARD):
-        return {**dict.fromkeys(_SILU, _swiglu), **dict.fromkeys(_GELU_TANH, _geglu)}.get(_activation(module))
-    return None
+    return {**dict.fromkeys(_SILU, _swiglu), **dict.fromkeys(_GELU_TANH, _geglu)}.get(_activation(module))
 
 
 def _activation(module: Any) -> str:
-    config = module.config
-    return str(config.hidden_activation if isinstance(module, Gemma3MLP) else config.hidden_act)
+    return str(getattr(module.config, "hidden_activation", None) or module.config.hidden_act)
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_rms_norm
 
-    kind = _NORMS[type(self)]
-    eps = self.eps if isinstance(self, Gemma3RMSNorm) else self.variance_epsilon
+    family = _family_of(self)
+    assert family is not None
+    eps = self.eps if hasattr(self, "eps") else self.variance_epsilon  # Gemma's name, and the others'
     # Not in place: its backward pass would write into a gradient that others may hold.
-    return liger_rms_norm(hidden_states, self.weight, eps, kind.offset, kind.casting, False)
+    return liger_rms_norm(hidden_states, self.weight, eps, family.offset, family.casting, False)
 
 
 def _swiglu(self: Any, x: Tensor) -> Tensor:

@@ -9,15 +9,13 @@ The notable choices:
   that were calibrated on training text.
 """
 
-import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dtfcli.cost.accounting import training_step_flops
@@ -146,7 +144,7 @@ def fit(run: Run) -> None:
 
 
 def log_step(run: Run, losses: dict[str, Any]) -> None:
-    """Tell the listener about a step and, on logging steps, write its line."""
+    """Report a step to the listener and, on logging steps, write its line."""
     if not is_logged(run.plan, run.state.step):
         run.report("step", metrics={"train/loss": losses["train/loss"]})
         return
@@ -159,43 +157,25 @@ def log_step(run: Run, losses: dict[str, Any]) -> None:
             line |= {f"router/{layer}/{name}": value for name, value in scalars.items()}
     peak = run.peak_flops * run.processes.world_size if run.peak_flops else None
     line |= {"tokens_per_second": rate, "mfu": flops / peak if peak else None}
-    line = _without_nan(line)
-    run.log.write(line)
-    run.report("step", metrics=line)
+    run.report("step", metrics=run.log.write(line))
 
 
-def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no such number."""
-    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
-
-
-def validate_run(run: Run) -> dict[str, float]:
+def validate_run(run: Run) -> dict[str, Any]:
     """Measure the held-out losses, write their line, and keep the model if it is the best so far."""
-    with evaluation_thresholds(run):
-        return _validate_run(run)
-
-
-def _validate_run(run: Run) -> dict[str, float]:
-    state = run.state
-    metrics: dict[str, Any] = {}
+    state, metrics = run.state, dict[str, Any]()
     if len(run.validation):
-        run.report("phase", "Evaluating")
-        metrics = validate(
-            run.objective,
-            run.validation,
-            batch_size=run.plan.micro_batch_size,
-            bytes_per_token=run.data.validation_bytes_per_token,
-            device=run.accelerator.device,
-            between=run.stop.between,
-            processes=run.processes,
-        )
-        check_finite(run, {"val/loss": metrics["val/loss"]})
-        once = {"val/unigram": run.data.validation_unigram} if state.evaluated_step < 0 else {}
-        run.log.write(_without_nan({"step": state.step, "tokens": run.tokens, **metrics, **once}))
-        if state.step > 0 and (state.best_loss is None or metrics["val/loss"] < state.best_loss):
-            state.best_step, state.best_loss = state.step, metrics["val/loss"]
-            save_model(run, BEST_MODEL)
-        run.report("evaluation", metrics={**metrics, "val/unigram": run.data.validation_unigram})
+        unigram = {"val/unigram": run.data.validation_unigram}
+        with evaluation_thresholds(run):
+            run.report("phase", "Evaluating")
+            metrics = validate(run)
+            check_finite(run, {"val/loss": metrics["val/loss"]})
+            once = unigram if state.evaluated_step < 0 else {}
+            run.log.write({"step": state.step, "tokens": run.tokens, **metrics, **once})
+            if state.step > 0 and (state.best_loss is None or metrics["val/loss"] < state.best_loss):
+                state.best_step, state.best_loss = state.step, metrics["val/loss"]
+                save_model(run, BEST_MODEL)
+        metrics |= unigram
+        run.report("evaluation", metrics=metrics)
     state.evaluated_step = state.step
     _draw_curves(run)
     return metrics
@@ -222,7 +202,7 @@ def finish(run: Run) -> TrainResult:
         final_model_path=final,
         best_model_path=best if best.exists() else None,
         steps=run.state.step,
-        metrics=metrics | ({"val/unigram": run.data.validation_unigram} if metrics else {}),
+        metrics=metrics,
         best_step=run.state.best_step,
         best_val_loss=run.state.best_loss,
         prompt=prompt,
@@ -233,12 +213,14 @@ def finish(run: Run) -> TrainResult:
 def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tuple[str, str]:
     """The beginning of a validation row, and the model's continuation at a low temperature; both as text."""
     rows = run.validation if len(run.validation) else run.data.train
-    prompt = to_batch(np.asarray(rows[:1, :prompt_tokens]), run.accelerator.device)
+    prompt, _ = to_batch(rows[:1, :prompt_tokens], run.accelerator.device)
     run.report("phase", "Writing a sample")
     run.objective.eval()
     torch.manual_seed(run.settings.run.seed)
-    with run.accelerator.autocast(), run.states.outside(), _causal_routing(run.model, run.objective.routed):
-        written = run.model.generate(
+    model = run.model
+    causal = model.routing_mode(model.causal_routing) if run.objective.routed else nullcontext()
+    with run.accelerator.autocast(), run.states.outside(), causal:
+        written = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=new_tokens,
@@ -248,15 +230,6 @@ def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tup
         )[0]
     split = prompt.shape[1]
     return run.tokenizer.decode(written[:split]), run.tokenizer.decode(written[split:], skip_special_tokens=True)
-
-
-@contextmanager
-def _causal_routing(model: Any, routed: bool) -> Iterator[None]:
-    if not routed:
-        yield
-        return
-    with model.routing_mode(model.causal_routing):
-        yield
 
 
 def _draw_curves(run: Run, at_once: bool = False) -> None:

@@ -12,7 +12,7 @@ from dtfcli.models.cost import cost_loss
 from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head, for_head
 from dtfcli.models.pretrained import is_routed
 from dtfcli.models.routing import masked_mean
-from dtfcli.training.distillation import Distillation, DistillLosses
+from dtfcli.training.distillation import Distillation
 
 STATISTICS = {"gate": "gate", "s_ce": "s_ce", "s_cu": "s_cu", "d_st": "static_surprise", "d_ch": "change_surprise"}
 """Metric name → field of a routing record whose mean it is."""
@@ -28,17 +28,22 @@ class Losses(NamedTuple):
     lm_loss: Tensor
     """Next-token cross-entropy, nats."""
     prior_loss: Tensor | None = None
-    """Unweighted prior loss (DTF)."""
+    """Unweighted prior loss (surprise)."""
     router_loss: Tensor | None = None
     """Weighted auxiliary losses of the router (MoD)."""
-    routing: dict[str, Tensor] | None = None
-    """`router/<layer>/<statistic>`, where asked for."""
+    forecast_loss: Tensor | None = None
+    """Unweighted relative squared error of the forecasts."""
     distill_loss: Tensor | None = None
     """Unweighted divergence from the dense parent, while training with distillation."""
     hidden_loss: Tensor | None = None
     """Unweighted squared difference of the final hidden states, likewise."""
-    forecast_loss: Tensor | None = None
-    """Unweighted relative squared error of the forecasts."""
+    routing: dict[str, Tensor] | None = None
+    """`router/<layer>/<statistic>`, where asked for."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """The auxiliary losses that there are, by name."""
+        auxiliary = self._asdict().items()
+        return {name: x for name, x in auxiliary if x is not None and name not in ("loss", "lm_loss", "routing")}
 
 
 class Objective(nn.Module):
@@ -60,7 +65,7 @@ class Objective(nn.Module):
             model.model.register_forward_hook(self._keep_last_hidden)
 
     def _keep_last_hidden(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        """The language model does not hand out what its head was given."""
+        """The language model does not return the input of its head."""
         self._last_hidden = output.last_hidden_state if self.training else None
 
     def forward(
@@ -75,56 +80,31 @@ class Objective(nn.Module):
             labels: int64 [B, T], not shifted, -100 where there is no target; None: each token but the first of a row.
         """
         labels = input_ids if labels is None else labels
-        if not self.routed:
+        if self.routed:
+            output = self.model(
+                input_ids=input_ids,
+                labels=labels,
+                num_items_in_batch=targets,
+                output_routing=output_routing,
+                output_logits=False,
+                use_cache=False,
+            )
+            losses = Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, output.forecast_loss)
+            if output_routing:
+                share = (labels[:, 1:] != IGNORE_INDEX).sum() / targets
+                losses = losses._replace(routing=routing_statistics(output.routing, share))
+        else:
             embedded, head = embedded_with_head(self.model.model.embed_tokens, self.model.lm_head, input_ids)
             hidden_states = self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
             lm_loss = causal_lm_loss(for_head(hidden_states, self.model.config), head, labels, targets)
-            return self._with_distillation(Losses(lm_loss, lm_loss), input_ids, labels, targets)
-        output = self.model(
-            input_ids=input_ids,
-            labels=labels,
-            num_items_in_batch=targets,
-            output_routing=output_routing,
-            output_logits=False,
-            use_cache=False,
-        )
-        routing = None
-        if output_routing:
-            routing = routing_statistics(output.routing, (labels[:, 1:] != IGNORE_INDEX).sum() / targets)
-        losses = Losses(
-            output.loss,
-            output.lm_loss,
-            output.prior_loss,
-            output.router_loss,
-            routing,
-            forecast_loss=output.forecast_loss,
-        )
-        return self._with_distillation(losses, input_ids, labels, targets)
-
-    def _with_distillation(self, losses: Losses, input_ids: Tensor, labels: Tensor, targets: float) -> Losses:
-        """Add what the dense parent teaches, in training."""
-        hidden_states, self._last_hidden = self._last_hidden, None
-        if self.distillation is None or hidden_states is None:
+            losses = Losses(lm_loss, lm_loss)
+        last_hidden, self._last_hidden = self._last_hidden, None
+        if self.distillation is None or last_hidden is None:
             return losses
-        head = self.model.lm_head.weight
-        distilled: DistillLosses = self.distillation(hidden_states, head, input_ids, labels, targets)
+        distilled = self.distillation(last_hidden, self.model.lm_head.weight, input_ids, labels, targets)
         return losses._replace(
             loss=losses.loss + distilled.total, distill_loss=distilled.divergence, hidden_loss=distilled.hidden
         )
-
-
-def guess_quality(guessed: Tensor, selected: Tensor) -> dict[str, Tensor]:
-    """How well a predictor knows which tokens top-K takes: accuracy, precision and recall, 0-d each.
-
-    Args:
-        guessed, selected: bool [B, T], without padding.
-    """
-    both = (guessed & selected).sum()
-    return {
-        "accuracy": (guessed == selected).float().mean(),
-        "precision": both / guessed.sum().clamp(min=1),
-        "recall": both / selected.sum().clamp(min=1),
-    }
 
 
 def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]:
@@ -135,7 +115,8 @@ def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]
         share: the micro-batch's share of the step.
 
     Returns:
-        `router/<layer>/<statistic>` → value; score_std is that within the micro-batch.
+        `router/<layer>/<statistic>` → value. score_std is within the micro-batch. The predictor's accuracy, precision
+        and recall compare its guess with the tokens that top-K takes.
     """
     statistics = {}
     for record in records:
@@ -156,6 +137,9 @@ def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]
             if record.cost is not None:
                 statistics[prefix + "cost_error"] = cost_loss(scores, record.cost, record.weight) * share
         if record.predictor_logits is not None:
-            for name, value in guess_quality(record.predictor_logits.detach() > 0, record.selected).items():
-                statistics[f"{prefix}predictor_{name}"] = value * share
+            guessed, selected = record.predictor_logits.detach() > 0, record.selected
+            both = (guessed & selected).sum()
+            statistics[prefix + "predictor_accuracy"] = (guessed == selected).float().mean() * share
+            statistics[prefix + "predictor_precision"] = both / guessed.sum().clamp(min=1) * share
+            statistics[prefix + "predictor_recall"] = both / selected.sum().clamp(min=1) * share
     return statistics

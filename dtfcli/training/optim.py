@@ -5,11 +5,13 @@ decayed; the schedule is a pure function of the step, so that resuming needs no 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+
+from dtfcli.settings.training import TrainingSettings
 
 GROUPS = ("base", "prior", "forecast", "router", "predictor")
 
@@ -19,37 +21,28 @@ def group_of(parameter_name: str) -> str:
     return next((group for group in ("predictor", "router", "forecast", "prior") if group in parameter_name), "base")
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    learning_rates: dict[str, float],
-    weight_decay: float,
-    decay_router_scalars: bool = False,
-) -> list[dict[str, Any]]:
-    """Split trainable parameters by learning rate and by decay.
+def parameter_groups(model: nn.Module, training: TrainingSettings) -> list[dict[str, Any]]:
+    """Split a model's trainable parameters by learning rate and by decay.
 
-    Args:
-        named_parameters: name → parameter; frozen ones are left out.
-        learning_rates: peak rate of each of `GROUPS`.
-        weight_decay: for matrices; norms, biases and scalars have none.
-        decay_router_scalars: decay the router's scalars too, as the thesis did.
+    Matrices are decayed; norms, biases and scalars are not, except the router's where the settings say so.
 
     Returns:
         Groups for an optimizer, with "name" (one of `GROUPS`) and "peak_lr" besides its own keys.
     """
     split: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in named_parameters:
-        if not parameter.requires_grad:
-            continue
-        group = group_of(name)
-        decayed = parameter.ndim >= 2 or (decay_router_scalars and group == "router")
-        split.setdefault((group, decayed), []).append(parameter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = group_of(name)
+            decayed = parameter.ndim >= 2 or (training.decay_router_scalars and group == "router")
+            split.setdefault((group, decayed), []).append(parameter)
+    rates = training.learning_rates.model_dump()
     return [
         {
             "params": split[group, decayed],
             "name": group,
-            "lr": learning_rates[group],
-            "peak_lr": learning_rates[group],
-            "weight_decay": weight_decay if decayed else 0.0,
+            "lr": rates[group],
+            "peak_lr": rates[group],
+            "weight_decay": training.weight_decay if decayed else 0.0,
         }
         for group in GROUPS
         for decayed in (True, False)
@@ -57,9 +50,11 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, training: TrainingSettings) -> torch.optim.AdamW:
     """AdamW, with the fused kernel where every parameter lies on a device that has one."""
+    groups = parameter_groups(model, training)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    betas = (training.betas[0], training.betas[1])
     return torch.optim.AdamW(groups, betas=betas, fused=devices <= {"cpu", "cuda"})
 
 
@@ -86,8 +81,3 @@ def set_learning_rates(param_groups: Iterable[dict[str, Any]], factor: float) ->
         group["lr"] = group["peak_lr"] * factor
         rates[group["name"]] = group["lr"]
     return rates
-
-
-def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters that receive gradients."""
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)

@@ -1,7 +1,7 @@
 """The rows of each step: looked up in packed text, or taken from a stream."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -11,39 +11,30 @@ from dtfcli.data.stream import RowStream
 from dtfcli.settings import Settings
 
 
-class StepRows(Protocol):
-    """Where a step's rows come from; the same whatever the number of processes, which divide them up."""
+class StepRows:
+    """Rows of text that was packed before the run, in an order that is a function of seed and step.
 
-    def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
-        """Rows of step `step` (from 0), int32 [rows_per_step, T]; `check` may raise while text is waited for."""
-
-    def state(self) -> dict[str, Any] | None:
-        """What a checkpoint has to hold to go on after the rows taken; None: nothing."""
-
-    def close(self) -> None:
-        """Stop reading."""
-
-
-class PackedRows:
-    """Rows of text that was packed before the run, in an order that is a function of seed and step."""
+    The rows of a step are the same whatever the number of processes, which divide them.
+    """
 
     def __init__(self, rows: np.ndarray, rows_per_step: int, seed: int) -> None:
         """Take [N, T] rows."""
         self._rows, self._count, self._seed = rows, rows_per_step, seed
 
     def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
-        """Look up the rows of this step."""
+        """Rows of step `step` (from 0), int32 [rows_per_step, T]; `check` may raise while text is waited for."""
         indices = update_indices(step, num_blocks=len(self._rows), blocks_per_update=self._count, seed=self._seed)
         return self._rows[indices]
 
-    def state(self) -> None:
-        """The step says it all."""
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint has to hold to go on after the rows taken; None: the step says it all."""
+        return None
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Stop reading."""
 
 
-class StreamedRows:
+class StreamedRows(StepRows):
     """Rows of a stream, in its order; it is opened with the first step."""
 
     def __init__(self, open_stream: Callable[[dict[str, Any] | None], RowStream], count: int, state: Any) -> None:
@@ -52,17 +43,14 @@ class StreamedRows:
         self._stream: RowStream | None = None
 
     def take(self, step: int, check: Callable[[], None]) -> np.ndarray:
-        """The rows of this step, which are the next ones."""
         if self._stream is None:
             self._stream = self._open(self._state)
         return self._stream.take(self._count, check)
 
     def state(self) -> dict[str, Any] | None:
-        """The stream's position."""
         return self._state if self._stream is None else self._stream.state()
 
     def close(self) -> None:
-        """End the thread that reads."""
         if self._stream is not None:
             self._state = self._stream.state()
             self._stream.close()
@@ -70,12 +58,7 @@ class StreamedRows:
 
 
 def step_rows(
-    settings: Settings,
-    data: TokenizedData,
-    tokenizer: Any,
-    rows_per_step: int,
-    state: dict[str, Any] | None,
-    on_note: Callable[[str], None],
+    settings: Settings, data: TokenizedData, tokenizer: Any, count: int, state: Any, on_note: Callable[[str], None]
 ) -> StepRows:
     """The rows of a run's steps.
 
@@ -83,13 +66,13 @@ def step_rows(
         settings: of the run.
         data: what was packed, or the beginning of a stream.
         tokenizer: of the run.
-        rows_per_step: over all processes.
-        state: of the stream in the checkpoint that is resumed.
+        count: rows per step, over all processes.
+        state: of the stream in the checkpoint that is resumed, or None.
         on_note: hears when a source begins again.
     """
     seed = settings.run.seed
     if not settings.data.streaming:
-        return PackedRows(data.train, rows_per_step, seed)
+        return StepRows(data.train, count, seed)
     return StreamedRows(
-        lambda at: RowStream(settings.data, tokenizer, seed=seed, state=at, on_note=on_note), rows_per_step, state
+        lambda at: RowStream(settings.data, tokenizer, seed=seed, state=at, on_note=on_note), count, state
     )

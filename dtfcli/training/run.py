@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.plan import TrainPlan
 from dtfcli.training.rows import StepRows
 from dtfcli.training.trackers import Trackers
-from dtfcli.training.validation import evaluation_rows
 
 
 @dataclass
@@ -60,6 +58,8 @@ class Run:
     optimizer: Any
     tokenizer: Any
     data: TokenizedData
+    validation: np.ndarray
+    """int32 [N, T]: the rows of every evaluation; none without held-out text."""
     rows: StepRows
     trackers: Trackers
     log: MetricsLog
@@ -69,11 +69,6 @@ class Run:
     peak_flops: float | None
     watch: Stopwatch = field(default_factory=Stopwatch)
     curves_drawn_at: float = field(default_factory=time.monotonic)
-
-    @cached_property
-    def validation(self) -> np.ndarray:
-        """int32 [N, T]: the rows of every evaluation; none without validation text."""
-        return evaluation_rows(self.data.validation, self.settings.data.validation_blocks)
 
     @property
     def tokens(self) -> int:

@@ -21,20 +21,21 @@ from dtfcli.runs.files import MetricsLog, tidy_folders
 from dtfcli.runs.folder import CHECKPOINTS, FINAL_MODEL, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
 from dtfcli.training.activation_checkpointing import checkpoint_activations
+from dtfcli.training.calibrate import fit_routing
 from dtfcli.training.checkpoint import find_checkpoint
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.distillation import Distillation, dense_parent
 from dtfcli.training.distributed import Replicated, Sharded, connect
 from dtfcli.training.events import TrainEvent, TrainListener
-from dtfcli.training.fitting import fit_routing
 from dtfcli.training.interrupt import StopSignal
 from dtfcli.training.liger import check_liger, use_liger
 from dtfcli.training.objectives import Objective
-from dtfcli.training.optim import build_optimizer, parameter_groups
+from dtfcli.training.optim import build_optimizer
 from dtfcli.training.plan import for_processes, plan_run
 from dtfcli.training.rows import step_rows
 from dtfcli.training.run import Run, TrainingState
 from dtfcli.training.trackers import Trackers, check_trackers
+from dtfcli.training.validation import evaluation_rows
 
 
 def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainListener, stop: StopSignal) -> Run:
@@ -64,9 +65,9 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
         fit_routing(settings, model, data.train, processes.device, progress)
 
     torch.manual_seed(settings.run.seed + processes.rank)  # each drops out other numbers
-    distillation = _distillation(settings, model, processes.device)
-    _adapt(settings, model, processes.device)
-    states.prepare(_objective(settings, model, distillation, warn), lambda: _optimizer(settings, model))
+    states.prepare(
+        _objective(settings, model, processes.device, warn), lambda: build_optimizer(model, settings.training)
+    )
 
     state = TrainingState(data=data.fingerprint, processes=processes.world_size)
     if resume is None:
@@ -87,6 +88,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
         optimizer=states.optimizer,
         tokenizer=tokenizer,
         data=data,
+        validation=evaluation_rows(data.validation, settings.data.validation_blocks),
         rows=step_rows(settings, data, tokenizer, plan.rows_per_step, state.stream, warn),
         trackers=trackers,
         log=MetricsLog(folder / METRICS_FILE, state.metrics_bytes, writes=processes.is_main, on_line=trackers.log),
@@ -105,21 +107,34 @@ def _materials(
     with accelerator.local_main_process_first():
         progress("Preparing the tokenizer", None)
         tokenizer = build_tokenizer(settings, on_progress=progress)
-        model = _built(settings, tokenizer, meta=not states.needs_weights, progress=progress)
+        progress("Building the model", None)
+        model = build_model(settings, tokenizer=tokenizer, meta=not states.needs_weights)
+        longest, length = getattr(model.config, "max_position_embeddings", None), settings.data.seq_len
+        if longest is not None and length > longest:
+            raise ConfigError(f"data.seq_len = {length}: {settings.model.base} was made for at most {longest} tokens.")
         data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
     return tokenizer, model, data
 
 
-def _built(settings: Settings, tokenizer: Any, *, meta: bool, progress: OnProgress) -> Any:
-    """The model, which is to take rows as long as the settings say."""
-    progress("Building the model", None)
-    model = build_model(settings, tokenizer=tokenizer, meta=meta)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and settings.data.seq_len > longest:
-        raise ConfigError(
-            f"data.seq_len = {settings.data.seq_len}: {settings.model.base} was made for at most {longest} tokens."
-        )
-    return model
+def _objective(settings: Settings, model: Any, device: torch.device, warn: Callable[[str], None]) -> Objective:
+    """The losses around a model that is frozen, adapted and compiled as the settings say."""
+    training, dtype = settings.training, compute_dtype(settings.run.dtype, device)
+    distillation = None
+    if settings.distill.enabled:  # the parent is the plain base, so it is made first
+        model.to(device)  # the parent may share its tensors
+        distillation = Distillation(dense_parent(model, share=settings.shares_parent, dtype=dtype), settings.distill)
+    if settings.lora.quantize == "nf4":
+        quantize_nf4(model, device, dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.run.seed)
+        adapt(model, settings)
+    if training.gradient_checkpointing:
+        checkpoint_activations(model, selective=training.gradient_checkpointing == "selective")
+    if training.kernels == "liger" and (left := use_liger(model)):
+        warn(f"training.kernels = 'liger': torch runs {', '.join(left)}, for which Liger has no kernel.")
+    if training.compile:
+        compile_layers(model)
+    return Objective(model, distillation)
 
 
 def _start_trackers(trackers: Trackers, settings: Settings, folder: Path, state: TrainingState, is_new: bool) -> None:
@@ -129,48 +144,6 @@ def _start_trackers(trackers: Trackers, settings: Settings, folder: Path, state:
         if is_new:  # a run that never began
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _distillation(settings: Settings, model: Any, device: torch.device) -> Distillation | None:
-    if not settings.distill.enabled:
-        return None
-    model.to(device)  # before the parent is made, which may share its tensors
-    dtype = compute_dtype(settings.run.dtype, device)
-    return Distillation(dense_parent(model, share=settings.shares_parent, dtype=dtype), settings.distill)
-
-
-def _adapt(settings: Settings, model: Any, device: torch.device) -> None:
-    """Freeze and adapt the backbone if the settings say so; fit and parent are made before, of the plain base."""
-    if settings.lora.quantize == "nf4":
-        quantize_nf4(model, device, compute_dtype(settings.run.dtype, device))
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.run.seed)
-        adapt(model, settings)
-
-
-def _objective(
-    settings: Settings, model: Any, distillation: Distillation | None, warn: Callable[[str], None]
-) -> Objective:
-    if settings.training.gradient_checkpointing:
-        checkpoint_activations(model, selective=settings.training.gradient_checkpointing == "selective")
-    if settings.training.kernels == "liger":
-        left = use_liger(model)
-        if left:
-            warn(f"training.kernels = 'liger': torch runs {', '.join(left)}, for which Liger has no kernel.")
-    if settings.training.compile:
-        compile_layers(model)
-    return Objective(model, distillation)
-
-
-def _optimizer(settings: Settings, model: Any) -> torch.optim.AdamW:
-    training = settings.training
-    groups = parameter_groups(
-        model.named_parameters(),
-        training.learning_rates.model_dump(),
-        training.weight_decay,
-        training.decay_router_scalars,
-    )
-    return build_optimizer(groups, (training.betas[0], training.betas[1]))
 
 
 def _restore(folder: Path, states: Replicated, start: TrainingState, emit: TrainListener) -> TrainingState:

@@ -5,12 +5,11 @@ would have it.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from dtfcli.data.targets import count_targets
 from dtfcli.errors import DTFError
@@ -20,7 +19,7 @@ from dtfcli.training.curriculum import annealed_capacity, annealing_left, first_
 from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import TrainPlan
 from dtfcli.training.run import Run
-from dtfcli.training.validation import to_batch, to_labels
+from dtfcli.training.validation import to_batch
 
 
 class TrainingDiverged(DTFError):
@@ -37,73 +36,49 @@ def train_step(run: Run) -> dict[str, Any]:
     Raises:
         TrainingDiverged: a loss or the gradient is not finite; the weights are still those before the step.
     """
-    plan, step = run.plan, run.state.step
-    factor = schedule_factor(step, plan.total_steps, plan.warmup_steps, run.settings.training.schedule)
+    plan, step, training = run.plan, run.state.step, run.settings.training
+    factor = schedule_factor(step, plan.total_steps, plan.warmup_steps, training.schedule)
     rates = set_learning_rates(run.optimizer.param_groups, factor)
     # Several processes decide together whether to stop, not each while it waits for text.
-    rows = run.rows.take(step, run.stop.check if run.processes.world_size == 1 else _never_stop)
-    # Gradients and losses are averaged over processes afterwards: each sums up a mean over its part of the targets.
-    targets = max(1, count_targets(rows)) / run.processes.world_size
-
-    if run.objective.routed:
-        _choose_training_routing(run)
+    rows = run.rows.take(step, run.stop.check if run.processes.world_size == 1 else lambda: None)
     run.objective.train()
     run.optimizer.zero_grad(set_to_none=True)
-    with _training_capacity(run) as extra:
-        sums = _gradients(run, rows, targets)
-    run.states.reduce_gradients()
-    sums = run.processes.all_reduce_means(sums)
+    routers, annealed = [], nullcontext()
     if run.objective.routed:
-        _average_thresholds(run)
+        routers = list(run.model.model.routers.values())
+        _choose_training_routing(run)
+        if training.capacity_schedule != "constant":
+            left = annealing_left(step, plan.total_steps, training)
+            annealed = annealed_capacity(run.model, left, training.capacity_start)
+    with annealed as capacity:
+        sums = _gradients(run, rows)
+    run.states.reduce_gradients()
+    run.processes.all_reduce_mean([*sums.values(), *(tensor for router in routers for tensor in router.tracked())])
     metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
     check_finite(run, metrics)
     run.optimizer.step()
-    return metrics | sums | extra | {f"lr/{name}": rate for name, rate in rates.items()}
+    rest = {} if capacity is None else {"train/capacity": capacity}
+    return metrics | sums | rest | {f"lr/{name}": rate for name, rate in rates.items()}
 
 
-def _gradients(run: Run, rows: np.ndarray, targets: float) -> dict[str, Any]:
-    """Accumulate the gradients of the rows [R, T] in micro-batches; returns the sums of losses and statistics.
-
-    Args:
-        run: its parameters receive the gradients.
-        rows: of the whole step; each process takes its part.
-        targets: what sums over tokens are divided by.
-    """
-    sums: dict[str, Any] = {}
+def _gradients(run: Run, rows: np.ndarray) -> dict[str, Tensor]:
+    """Accumulate this process's gradients of a step's rows [R, T]; returns the sums of losses and statistics."""
+    sums: dict[str, Tensor] = {}
     processes, states = run.processes, run.states
+    # Gradients and losses are averaged over processes afterwards: each sums up a mean over its part of the targets.
+    targets = max(1, count_targets(rows)) / processes.world_size
     shown = is_logged(run.plan, run.state.step + 1)
     parts = run.plan.micro_batches(rows, processes.rank, processes.world_size)
     with states.converting_once():
         for place, part in enumerate(parts, 1):
-            input_ids, labels = to_batch(part, processes.device), to_labels(part, processes.device)
+            input_ids, labels = to_batch(part, processes.device)
             with states.accumulating(is_last=place == len(parts)):
                 losses = states.trained(input_ids, targets, output_routing=shown, labels=labels)
                 states.backward(losses.loss)
-            values = {
-                "train/loss": losses.lm_loss,
-                "train/prior_loss": losses.prior_loss,
-                "train/router_loss": losses.router_loss,
-                "train/forecast_loss": losses.forecast_loss,
-                "train/distill_loss": losses.distill_loss,
-                "train/hidden_loss": losses.hidden_loss,
-                **(losses.routing or {}),
-            }
-            for name, value in values.items():
-                if value is not None:
-                    sums[name] = sums.get(name, 0.0) + value.detach()
+            rest = {f"train/{name}": value for name, value in losses.parts().items()}
+            for name, value in {"train/loss": losses.lm_loss, **rest, **(losses.routing or {})}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
     return sums
-
-
-@contextmanager
-def _training_capacity(run: Run) -> Iterator[dict[str, float]]:
-    """Route by the γ of this step; yields the metric of it where γ changes during the run."""
-    training = run.settings.training
-    if not run.objective.routed or training.capacity_schedule == "constant":
-        yield {}
-        return
-    left = annealing_left(run.state.step, run.plan.total_steps, training)
-    with annealed_capacity(run.model, left, training.capacity_start) as capacity:
-        yield {"train/capacity": capacity}
 
 
 def _choose_training_routing(run: Run) -> None:
@@ -112,19 +87,6 @@ def _choose_training_routing(run: Run) -> None:
     if run.state.step == first:
         calibrate(run, capacities=(), tokens=QUICK_CALIBRATION_TOKENS)
     run.model.set_training_routing("topk" if run.state.step < first else "threshold")
-
-
-def _average_thresholds(run: Run) -> None:
-    """Give all processes the mean of what each router has tracked on its own rows."""
-    if run.processes.world_size > 1:
-        routers = run.model.model.routers.values()
-        tracked = [tensor for router in routers for tensor in router.tracked()]
-        if not tracked:
-            return
-        together = torch.cat(tracked)
-        run.processes.all_reduce_mean(together)
-        for value, mean in zip(tracked, together, strict=True):
-            value.copy_(mean)
 
 
 def _clip_gradients(run: Run) -> float:
@@ -143,6 +105,7 @@ def _clip_gradients(run: Run) -> float:
 
 
 def check_finite(run: Run, values: dict[str, float]) -> None:
+    """Raise `TrainingDiverged` unless all values are finite."""
     # Loss scaling in float16 meets infinite gradients now and then, and skips those steps itself.
     scaled = run.accelerator.scaler is not None
     for name, value in values.items():
@@ -158,7 +121,3 @@ def check_finite(run: Run, values: dict[str, float]) -> None:
 
 def is_logged(plan: TrainPlan, step: int) -> bool:
     return step % plan.log_every == 0 or step in (1, plan.total_steps)
-
-
-def _never_stop() -> None:
-    """Wait on."""

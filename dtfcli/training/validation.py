@@ -1,8 +1,6 @@
-"""What a run measures on held-out text, and the calibration of thresholds on training text."""
+"""What a run measures on held-out text."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,25 +9,18 @@ from torch import Tensor
 from dtfcli.data.targets import count_targets, target_labels, token_ids
 from dtfcli.shares import ShareMeter, measured_shares
 from dtfcli.training.distributed import Processes
-
-Between = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
-
-ALONE = Processes()
+from dtfcli.training.run import Run
 
 
-def to_batch(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Rows [B, T], possibly a memory map, → their token ids, an int64 tensor on the device."""
-    return _moved(torch.from_numpy(token_ids(rows)), device)
+def to_batch(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows [B, T], possibly a memory map, as token ids and labels on the device, int64 both.
 
-
-def to_labels(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Rows [B, T] → labels, not shifted, an int64 tensor on the device; -100 is not a target."""
-    return _moved(torch.from_numpy(target_labels(rows)), device)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device. To a GPU from pinned memory; otherwise the host would synchronize with it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    Labels are not shifted; -100 is not a target.
+    """
+    pinned = device.type == "cuda"  # from other memory the host would synchronize with the GPU
+    ids, labels = (torch.from_numpy(array) for array in (token_ids(rows), target_labels(rows)))
+    ids, labels = (tensor.pin_memory() if pinned else tensor for tensor in (ids, labels))
+    return ids.to(device, non_blocking=pinned), labels.to(device, non_blocking=pinned)
 
 
 def evaluation_rows(validation: np.ndarray, count: int) -> np.ndarray:
@@ -40,9 +31,9 @@ def evaluation_rows(validation: np.ndarray, count: int) -> np.ndarray:
 
 
 def batches_for(rows: np.ndarray, batch_size: int, processes: Processes) -> tuple[list[np.ndarray], bool]:
-    """This process's batches of an evaluation, and whether the processes have parts of the rows (else each has all).
+    """This process's batches of an evaluation, and whether the processes divide the rows (else each has all).
 
-    All processes get the same number of batches, none of them empty, because each forward is a meeting of all.
+    All processes get the same number of batches, none of them empty, because each forward is collective.
     """
     count = processes.world_size
     steps = math.ceil(math.ceil(len(rows) / count) / batch_size)
@@ -52,58 +43,38 @@ def batches_for(rows: np.ndarray, batch_size: int, processes: Processes) -> tupl
 
 
 @torch.no_grad()
-def mean_loss(
-    objective: Any, rows: np.ndarray, batch_size: int, device: torch.device, between: Between, processes: Processes
-) -> float:
-    """Cross-entropy per target in nats, in the model's present routing mode."""
+def mean_loss(run: Run) -> float:
+    """Cross-entropy per target of the held-out rows in nats, in the model's present routing mode."""
+    rows, device, processes = run.validation, run.processes.device, run.processes
     targets = max(1, count_targets(rows))
     total = torch.zeros((), device=device)
-    batches, shared = batches_for(rows, batch_size, processes)
-    for batch in between(batches):
-        total += objective(to_batch(batch, device), targets, labels=to_labels(batch, device)).lm_loss
-    if shared:
-        processes.all_reduce_mean(total)
+    batches, divided = batches_for(rows, run.plan.micro_batch_size, processes)
+    for batch in run.stop.between(batches):
+        input_ids, labels = to_batch(batch, device)
+        total += run.objective(input_ids, targets, labels=labels).lm_loss
+    if divided:
+        processes.all_reduce_mean([total])
         total *= processes.world_size
     return total.item()
 
 
-def validate(
-    objective: Any,
-    rows: np.ndarray,
-    *,
-    batch_size: int,
-    bytes_per_token: float,
-    device: torch.device,
-    between: Between,
-    processes: Processes = ALONE,
-) -> dict[str, float]:
-    """The losses of an evaluation under the names of metrics.jsonl.
+def validate(run: Run) -> dict[str, float]:
+    """The metrics of an evaluation on the held-out rows, under the names of metrics.jsonl.
 
-    A routed model is measured causally (`val/loss`, with the realized share over all, by layer and by position) and by
-    its training rule (`val/loss_topk`; `val/loss_gap` is what causality costs), one with predictors by these too
-    (`val/loss_predictor`); a dense one has `val/loss` alone.
-
-    Args:
-        objective: the prepared `Objective`; left in eval mode.
-        rows: int32 [N, T] of held-out tokens.
-        batch_size: rows of a forward.
-        bytes_per_token: of the validation text, for bits per byte.
-        device: of the model.
-        between: wraps the batches, to stop between two of them.
-        processes: that share the rows; all of them get the same result.
+    `val/loss` is in nats per target; a routed model's is in its causal mode, and `val/loss_topk` in the mode that it
+    trains in. Leaves the objective in eval mode.
     """
-    objective.eval()
-    model = objective.model
+    run.objective.eval()
+    model, metrics = run.model, dict[str, float]()
 
     def loss_by(mode: str) -> float:
         with model.routing_mode(mode):
-            return mean_loss(objective, rows, batch_size, device, between, processes)
+            return mean_loss(run)
 
-    metrics: dict[str, float] = {}
-    if objective.routed:
+    if run.objective.routed:
         with measured_shares(model) as meter:
             loss = loss_by(model.causal_routing)
-        shares = _of_all(meter, processes).read()
+        shares = _of_all(meter, run.processes).read()
         metrics["val/loss_topk"] = loss_by("topk")
         metrics["val/loss_gap"] = loss - metrics["val/loss_topk"]
         if model.config.has_predictor:
@@ -112,53 +83,14 @@ def validate(
         metrics |= {f"val/routed_share/{name}": share for name, share in shares.by_position.items()}
         metrics |= {f"router/{layer}/routed_share": share for layer, share in shares.by_layer.items()}
     else:
-        loss = mean_loss(objective, rows, batch_size, device, between, processes)
-    return {"val/loss": loss, "val/bits_per_byte": loss / math.log(2) / bytes_per_token, **metrics}
+        loss = mean_loss(run)
+    per_byte = loss / math.log(2) / run.data.validation_bytes_per_token
+    return {"val/loss": loss, "val/bits_per_byte": per_byte, **metrics}
 
 
 def _of_all(meter: ShareMeter, processes: Processes) -> ShareMeter:
     """The counts of all processes' meters together; rows that every process saw count once in each."""
-    if processes.world_size == 1:
-        return meter
     total = ShareMeter()
     for counts in processes.all_gather(meter.counts()):
         total.add_counts(counts)
     return total
-
-
-def calibration_rows(total_rows: int, seq_len: int, tokens: int, seed: int) -> list[tuple[int, int]]:
-    """Rows for calibrating thresholds, as (row, length).
-
-    Every other row is cut to a random length: shares depend on the position in a row (the moving average of surprise
-    starts empty), so short texts must be among those that the thresholds are measured on.
-
-    Args:
-        total_rows: rows of training text.
-        seq_len: their length.
-        tokens: how many real tokens, reached or exceeded by less than a row; each row is used at most once.
-        seed: of the run.
-    """
-    rng = np.random.RandomState(seed)  # its stream is frozen across versions of NumPy
-    chosen: list[tuple[int, int]] = []
-    total = 0
-    for place, row in enumerate(rng.permutation(total_rows)):
-        if total >= tokens:
-            break
-        length = seq_len if place % 2 == 0 else int(rng.randint(min(16, seq_len), seq_len + 1))
-        chosen.append((int(row), length))
-        total += length
-    return chosen
-
-
-def calibration_batches(train: np.ndarray, tokens: int, batch_size: int, seed: int) -> list[dict[str, Tensor]]:
-    """Training text of mixed lengths for `model.calibrate`, right-padded, rows of similar length together."""
-    rows = sorted(calibration_rows(train.shape[0], train.shape[1], tokens, seed), key=lambda row: -row[1])
-    batches = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        longest = part[0][1]
-        input_ids = torch.from_numpy(token_ids(np.stack([train[row, :longest] for row, _ in part])))
-        lengths = torch.tensor([length for _, length in part])
-        mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
-        batches.append({"input_ids": input_ids, "attention_mask": mask})
-    return batches

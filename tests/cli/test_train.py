@@ -32,7 +32,7 @@ def test_the_last_line_is_the_final_model(dtf: Dtf, config: str) -> None:
     model = Path(result.stdout.strip())
     assert model.name == "final_model"
     assert model.parent.name == "mine"
-    for shown in ("step 3/3", "validation loss", "counts alone", "routed share", "A sample", f"dtf generate {model}"):
+    for shown in ("step 3/3", "validation loss", "unigram", "routed share", "A sample", f"dtf generate {model}"):
         assert shown in result.stderr
     assert "\x1b" not in result.stderr
 

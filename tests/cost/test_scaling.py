@@ -43,7 +43,7 @@ from dtfcli.loading.build import build_model
 from dtfcli.cost.scaling import estimate, measured
 from dtfcli.settings import Settings
 from dtfcli.training.objectives import Objective
-from dtfcli.training.optim import build_optimizer, parameter_groups
+from dtfcli.training.optim import build_optimizer
 
 # The peak of this program; `ru_maxrss` would begin with the peak of the process that started it.
 def resident():
@@ -54,10 +54,7 @@ settings = Settings.model_validate(json.loads(sys.argv[1]))
 rows, length = settings.training.micro_batch_size, settings.data.seq_len
 def train(settings, rows, steps):
     objective = Objective(build_model(settings)).train()
-    optimizer = build_optimizer(
-        parameter_groups(objective.model.named_parameters(), settings.training.learning_rates.model_dump(), 0.01),
-        (0.9, 0.95),
-    )
+    optimizer = build_optimizer(objective.model, settings.training)
     ids = torch.randint(0, 4096, (rows, length))
     times = []
     for _ in range(steps):

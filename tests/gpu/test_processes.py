@@ -11,9 +11,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dtfcli.settings.training import TrainingSettings
 from dtfcli.training.distributed import Processes, Replicated, Sharded, connect
 from dtfcli.training.objectives import Objective
-from dtfcli.training.optim import GROUPS, build_optimizer, parameter_groups
+from dtfcli.training.optim import GROUPS, build_optimizer
 from tests.gpu.cases import build
 from tests.tiny import tokens
 from tests.training.small_runs import small_settings
@@ -51,8 +52,8 @@ def states_of(kind: type[Replicated], folder: Path, device: torch.device, dtype:
 
 def optimizer_of(objective: Objective) -> torch.optim.AdamW:
     """As a run has it: groups by learning rate, routers in one of their own."""
-    groups = parameter_groups(objective.model.named_parameters(), dict.fromkeys(GROUPS, 1e-2), weight_decay=0.0)
-    return build_optimizer(groups, (0.9, 0.95))
+    training = {"learning_rates": dict.fromkeys(GROUPS, 1e-2), "weight_decay": 0.0}
+    return build_optimizer(objective.model, TrainingSettings.model_validate(training))
 
 
 def step(states: Replicated, ids: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dtfcli.training.liger import use_liger
-from dtfcli.training.validation import to_batch, to_labels
+from dtfcli.training.validation import to_batch
 from tests.cases import Case, every_way
 from tests.gpu.cases import assert_alike, build, losses_and_gradients
 from tests.tiny import dense_model, tokens
@@ -57,7 +57,7 @@ def test_rows_become_batches_on_the_device(device: torch.device, tmp_path: Path)
     file = np.memmap(tmp_path / "rows", np.int32, "w+", shape=(4, 6))
     file[:] = np.arange(24).reshape(4, 6)
     file[:, :2] = ~file[:, :2]
-    ids, labels = to_batch(file[1:3], device), to_labels(file[1:3], device)
+    ids, labels = to_batch(file[1:3], device)
     expected = torch.arange(6, 18).view(2, 6)
     assert ids.device.type == labels.device.type == device.type
     assert torch.equal(ids.cpu(), expected)

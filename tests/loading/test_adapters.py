@@ -25,8 +25,7 @@ from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainResult
 from tests.conftest import Outcome
 from tests.tiny import tokens
-from tests.training.small_runs import small_settings
-from tests.training.test_resume import Killed, kill_when, metrics, the_run
+from tests.training.small_runs import Killed, kill_at, lines_of, small_settings, the_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -172,7 +171,7 @@ def test_killed_and_resumed(tmp_path: Path, base: Path, kind: str, step: int) ->
     with pytest.raises(Killed):
         train(
             adapted_settings(tmp_path / "killed", base, **groups),
-            on_event=kill_when(lambda event: (event.kind, event.step) == (kind, step)),
+            on_event=kill_at(kind, step),
         )
     killed = the_run(tmp_path / "killed")
     resumed = train(run_settings(killed), resume=killed)
@@ -180,7 +179,7 @@ def test_killed_and_resumed(tmp_path: Path, base: Path, kind: str, step: int) ->
         first, second = (load_file(run / name / "adapter_model.safetensors") for run in (whole.run_dir, killed))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
-    assert metrics(resumed.run_dir) == metrics(whole.run_dir)
+    assert lines_of(resumed.run_dir) == lines_of(whole.run_dir)
 
 
 def test_commands(runs: dict[str, TrainResult], dtf: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -63,13 +63,11 @@ def test_values_are_json_else_toml_else_text(text: str, value: object) -> None:
     assert parse_value(text) == value
 
 
-def test_where_text_is_wanted_it_is_taken_as_typed() -> None:
-    settings = load_settings("quickstart", ["run.name=007", "data.tokenizer=1e3", "run.output_dir=true"])
+def test_the_schema_decides_between_text_and_numbers() -> None:
+    overrides = ["run.name=007", "data.tokenizer=1e3", "run.output_dir=true", "training.max_steps=1e3"]
+    settings = load_settings("quickstart", overrides)
     assert (settings.run.name, settings.data.tokenizer, settings.run.output_dir) == ("007", "1e3", "true")
-
-
-def test_whole_numbers_may_be_written_as_floats() -> None:
-    assert load_settings("quickstart", ["training.max_steps=1e3"]).training.max_steps == 1000
+    assert settings.training.max_steps == 1000
 
 
 def test_model_is_short_for_the_architecture_and_picks_the_preset() -> None:
@@ -87,17 +85,14 @@ def test_a_file_that_names_its_model_needs_no_preset(tmp_path: Path) -> None:
     assert load_settings(config=part).model.base == "Qwen/Qwen2.5-0.5B"
 
 
-@pytest.mark.parametrize("architecture", get_args(Architecture))
 @pytest.mark.parametrize("preset", ["quickstart", "thesis-dtf", "thesis-mod"])
-def test_a_preset_gives_way_to_another_architecture(preset: str, architecture: str) -> None:
-    settings = load_settings(preset, [f"model={architecture}"])
-    assert settings.model.architecture == architecture
-    if architecture == "dense":
-        assert settings.model.routing_fields() == {}
-
-
-def test_epochs_take_the_place_of_a_presets_steps() -> None:
-    settings = load_settings("quickstart", ["training.epochs=2"])
+def test_a_preset_gives_way_to_another_architecture_and_to_epochs(preset: str) -> None:
+    for architecture in get_args(Architecture):
+        settings = load_settings(preset, [f"model={architecture}"])
+        assert settings.model.architecture == architecture
+        if architecture == "dense":
+            assert settings.model.routing_fields() == {}
+    settings = load_settings(preset, ["training.epochs=2"])
     assert (settings.training.max_steps, settings.training.epochs) == (None, 2.0)
 
 
@@ -159,9 +154,7 @@ def test_one_mistake_does_not_hide_another(tmp_path: Path) -> None:
         "training.schedule",
         "training.epochs",
     }
-
-
-def test_checks_across_keys_come_with_the_other_mistakes(tmp_path: Path) -> None:
+    # A check across keys comes with the other mistakes, too.
     config = _write(
         tmp_path / "my.toml", '[model]\nbase = ""\n[run]\nnmae = "x"\n[training]\ntokens_per_update = 1000\n'
     )

@@ -16,9 +16,9 @@ from dtfcli.loading.build import build_model
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.loading.quantization import NF4_BYTES, check_nf4, numel, projections, quantize_nf4
 from dtfcli.models.pretrained import is_added
-from dtfcli.training import checkpoint, loop
+from dtfcli.training import loop
 from tests.tiny import tokens
-from tests.training.small_runs import small_settings
+from tests.training.small_runs import Killed, kill_at, resume, small_settings, the_run
 
 LORA = {"enabled": True, "r": 4, "quantize": "nf4"}
 FORECAST = {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"}
@@ -27,11 +27,10 @@ FORECAST = {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model that a run has left; do not change it."""
-    return train(small_settings(tmp_path_factory.mktemp("base"), "dense")).final_model_path
+    return train(small_settings(tmp_path_factory.mktemp("base"), "dense", training={"max_steps": 2})).final_model_path
 
 
 def settings_of(folder: Path, base: Path, **groups: Any) -> Any:
-    folder.mkdir(exist_ok=True)
     model = {"base": str(base), **groups.pop("model", {})}
     return small_settings(folder, "dtf", model=model, lora=LORA | groups.pop("lora", {}), **groups)
 
@@ -39,15 +38,15 @@ def settings_of(folder: Path, base: Path, **groups: Any) -> Any:
 def test_trains_on_four_bits(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fitted, distilled, calibrated, merged; the base is left as it was, and the adapter opens on it."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(loop, "finish", lambda run, finish=loop.finish: (seen.update(run=run), finish(run))[1])
+    runs: list[Any] = []
+    monkeypatch.setattr(loop, "finish", lambda run, finish=loop.finish: (runs.append(run), finish(run))[1])
     before = weights_hash(base)
     settings = settings_of(
         tmp_path, base, model=FORECAST, lora={"merge": True}, distill={"enabled": True, "hidden_weight": 1.0}
     )
     result = train(settings)
     assert weights_hash(base) == before
-    model, parent = seen["run"].model, seen["run"].objective.distillation.parent
+    model, parent = runs[0].model, runs[0].objective.distillation.parent
     quantized = dict(projections(model))
     assert len(quantized) == 7 * 4
     assert all(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in quantized.values())
@@ -68,24 +67,14 @@ def test_trains_on_four_bits(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert opened.is_calibrated
 
 
-def test_a_stopped_run_goes_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     undisturbed = train(settings_of(tmp_path / "whole", base))
-    settings = settings_of(tmp_path / "stopped", base, training={"checkpoint_every": 2})
-    real = checkpoint.save_checkpoint
-
-    def stop(*arguments: Any, **named: Any) -> Path:
-        folder = real(*arguments, **named)
-        raise KeyboardInterrupt(folder)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_checkpoint", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
-    run = next((tmp_path / "stopped" / "outputs").glob("*/small"))
-    result = train(settings, resume=run)
-    ours, theirs = (load_file(r.final_model_path / "adapter_model.safetensors") for r in (result, undisturbed))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    with pytest.raises(Killed):
+        train(settings_of(tmp_path / "stopped", base), on_event=kill_at("checkpoint", 2))
+    result = resume(the_run(tmp_path / "stopped"))
+    ours, theirs = (r.final_model_path / "adapter_model.safetensors" for r in (result, undisturbed))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_counts(base: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Several processes train the model that one would."""
 
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -21,7 +20,6 @@ from safetensors.torch import load_file
 import dtfcli
 from dtfcli.errors import ConfigError
 from dtfcli.experiment import train
-from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import list_checkpoints, processes_of
 from dtfcli.training.checkpoint import read_state
 from dtfcli.training.distributed import Processes, check_processes
@@ -29,19 +27,8 @@ from dtfcli.training.loop import TrainResult
 from dtfcli.training.plan import for_processes, plan_run
 from dtfcli.training.validation import batches_for
 from tests.conftest import Outcome
-from tests.training.small_runs import small_settings
+from tests.training.small_runs import lines_of, small_settings, the_run
 from tests.training.together import STEPS, settings_of, train_in_two
-
-TIMED = ("tokens_per_second", "mfu")
-
-
-def the_run(folder: Path) -> Path:
-    (run,) = (folder / "outputs").glob("*/small")
-    return run
-
-
-def lines_of(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(run / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +49,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TrainResu
     [
         ("dtf", "ddp"),
         pytest.param("dtf", "fsdp2", marks=pytest.mark.slow),
-        pytest.param("mod", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("mod", "fsdp2", marks=pytest.mark.long),
         pytest.param("dense", "ddp", marks=pytest.mark.long),
         pytest.param("dense", "fsdp2", marks=pytest.mark.long),
         pytest.param("layerdrop", "fsdp2", marks=pytest.mark.long),
@@ -89,7 +76,7 @@ def test_two_processes_reach_the_losses_of_one(
     weights = load_file(the_run(tmp_path / "two") / "final_model" / "model.safetensors")
     reference = load_file(alone(architecture).final_model_path / "model.safetensors")
     assert weights.keys() == reference.keys()
-    total = sum(weight.numel() for name, weight in weights.items() if "thresholds" not in name)
+    total = sum(weight.numel() for name, weight in weights.items() if "thresholds" not in name)  # they are buffers
     for note in models.values():
         if sharding == "ddp":
             assert note["sharded"] == []
@@ -98,9 +85,8 @@ def test_two_processes_reach_the_losses_of_one(
             assert all("router" in name for name in note["whole"])
             assert any("self_attn.q_proj" in name for name in note["sharded"])
             assert note["elements"] < 0.6 * total
-    # Thresholds and averages of them are the same in both processes.
-    first, second = (json.loads((tmp_path / "two" / f"thresholds-{rank}.json").read_text()) for rank in range(2))
-    assert str(first) == str(second)
+    # The routers' buffers, which follow averages, are the same in both processes.
+    assert len({(tmp_path / "two" / f"tracked-{rank}.json").read_text() for rank in range(2)}) == 1
     model = dtfcli.load_model(the_run(tmp_path / "two"), device="cpu")
     assert architecture == "dense" or model.is_calibrated
 
@@ -118,7 +104,6 @@ def test_two_processes_share_the_base_of_adapters(
     if architecture == "dtf":
         base |= {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"}
     groups = {"model": base, "lora": {"enabled": True, "r": 4, "dropout": 0.0, "merge": True}}
-    (tmp_path / "one").mkdir()
     one = train(settings_of(tmp_path / "one", architecture, **groups))
     notes = train_in_two(tmp_path / "two", architecture, "fsdp2", **groups)
     for note in notes.values():
@@ -129,18 +114,18 @@ def test_two_processes_share_the_base_of_adapters(
             assert second[name] == pytest.approx(first[name], abs=1e-3), (name, first["step"])
     for name, file in (("final_model", "adapter_model.safetensors"), ("merged_model", "model.safetensors")):
         reference = load_file(one.run_dir / name / file)
-        found = load_file(the_run(tmp_path / "two") / name / file)
-        assert found.keys() == reference.keys()
+        ours = load_file(the_run(tmp_path / "two") / name / file)
+        assert ours.keys() == reference.keys()
         for key, tensor in reference.items():
-            if "thresholds" not in key and "level" not in key:  # averages over micro-batches, of one process or two
-                assert (found[key] - tensor).abs().max() < 5e-3, key
+            if "thresholds" not in key and "cost_offset" not in key:  # averages over micro-batches
+                assert (ours[key] - tensor).abs().max() < 5e-3, key
     model = dtfcli.load_model(the_run(tmp_path / "two"), device="cpu")
     assert architecture == "dense" or model.is_calibrated
 
 
-def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+def command(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "dtfcli", "train", *arguments],
+        [sys.executable, *launcher, "-m", "dtfcli", "train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -150,18 +135,17 @@ def command(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def configured(folder: Path, sharding: str, **training: Any) -> list[str]:
-    """A settings file in the folder; the arguments that run it in two processes."""
-    folder.mkdir()
+    """A settings file in the folder; the arguments that run it."""
     settings = settings_of(
         folder,
         "dtf",
         sharding,
         run={"output_dir": "outputs"},
         model={"prior_dropout": 0.2},
-        training={"max_steps": 9, "checkpoint_every": 3, "eval_every": 6} | training,
+        training={"max_steps": 6, "checkpoint_every": 3, "eval_every": 6} | training,
     )
     (folder / "small.toml").write_text(settings.to_toml())
-    return ["--config", "small.toml", "--num-processes", "2"]
+    return ["--config", "small.toml"]
 
 
 def until(process: "subprocess.Popen[str]", text: str) -> None:
@@ -179,15 +163,17 @@ def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
 def test_two_processes_killed_and_resumed(tmp_path: Path, sharding: str) -> None:
-    """With SIGKILL, all of them: the resumed run ends like the undisturbed one, bit for bit."""
+    """With SIGKILL, all of them: the resumed run ends, bit for bit, like one that `accelerate launch` ran through."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    whole = command(undisturbed, *configured(undisturbed, sharding))
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
+    launcher += ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
+    whole = command(undisturbed, *configured(undisturbed, sharding), launcher=launcher)
     output, errors = whole.communicate(timeout=240)
     assert whole.returncode == 0, errors
     assert output.splitlines() == [f"{the_run(undisturbed).relative_to(undisturbed)}/final_model"]
 
-    process = command(killed, *configured(killed, sharding))
-    until(process, "step 5/9")
+    process = command(killed, *configured(killed, sharding), "--num-processes=2")
+    until(process, "step 4/6")
     for member in reversed(family(process)):
         member.kill()
     process.communicate(timeout=60)
@@ -195,19 +181,22 @@ def test_two_processes_killed_and_resumed(tmp_path: Path, sharding: str) -> None
     assert not (run / "final_model").exists()
     assert processes_of(run) == 2
 
-    resumed = command(killed, f"--resume={run}")  # in two processes again, without being told
+    resumed = command(killed, f"--resume={run}")  # in as many processes again
     output, errors = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, errors
     assert "Resuming from" in errors
     assert lines_of(run) == lines_of(the_run(undisturbed))
-    ends = [load_file(at / "final_model" / "model.safetensors") for at in (run, the_run(undisturbed))]
-    assert all(tensor.equal(ends[1][name]) for name, tensor in ends[0].items())
-    assert ends[0].keys() == ends[1].keys()
+    ends = [(at / "final_model" / "model.safetensors").read_bytes() for at in (run, the_run(undisturbed))]
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.slow
 def test_one_signal_saves_in_all_processes(tmp_path: Path) -> None:
-    process = command(tmp_path / "run", *configured(tmp_path / "run", "ddp", max_steps=5000, checkpoint_every=5000))
+    process = command(
+        tmp_path / "run",
+        *configured(tmp_path / "run", "ddp", max_steps=5000, checkpoint_every=5000),
+        "--num-processes=2",
+    )
     until(process, "step 3/")
     members = family(process)
     process.send_signal(signal.SIGTERM)
@@ -223,8 +212,8 @@ def test_one_signal_saves_in_all_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_run_with_a_reason(tmp_path: Path) -> None:
-    process = command(tmp_path / "run", *configured(tmp_path / "run", "ddp", max_steps=5000))
-    until(process, "step 4/")
+    process = command(tmp_path / "run", *configured(tmp_path / "run", "ddp", max_steps=5000), "--num-processes=2")
+    until(process, "step 3/")
     workers = [m for m in family(process)[1:] if "spawn_main" in " ".join(m.cmdline())]
     workers[1].kill()
     began = time.monotonic()
@@ -236,27 +225,8 @@ def test_a_lost_process_ends_the_run_with_a_reason(tmp_path: Path) -> None:
     assert list_checkpoints(the_run(tmp_path / "run"))
 
 
-@pytest.mark.slow
-def test_accelerate_launch_does_the_same(tmp_path: Path) -> None:
-    arguments = configured(tmp_path / "run", "ddp")[:2]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "dtfcli", "train", *arguments, "training.max_steps=3"],
-        cwd=tmp_path / "run",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [f"{the_run(tmp_path / 'run').relative_to(tmp_path / 'run')}/final_model"]
-    assert read_metrics(the_run(tmp_path / "run") / "metrics.jsonl")[-1]["step"] == 3
-
-
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_rows_of_an_update_are_dealt_out_whole(tmp_path: Path, processes: int) -> None:
+def test_the_rows_of_a_step_are_dealt_out_whole(tmp_path: Path, processes: int) -> None:
     plan = plan_run(small_settings(tmp_path, training={"micro_batch_size": 1}), 100)
     assert plan is not None
     rows = np.arange(plan.rows_per_step)

@@ -1,5 +1,6 @@
 """Interrupted and resumed runs end like undisturbed ones, bit for bit."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,68 +8,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
+import torch
+from accelerate import Accelerator
 
 from dtfcli.errors import CheckpointError, ConfigError, DataError, DTFError
 from dtfcli.experiment import train
-from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import checkpoint_folder, list_checkpoints, newest_run, run_settings
 from dtfcli.training.checkpoint import find_checkpoint, read_state
 from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainingInterrupted, TrainResult
-from tests.training.small_runs import small_settings
+from tests.training.small_runs import Killed, assert_same, kill_at, resume, small_settings, the_run
 
-# A prior with dropout, so that the random generators matter.
-DROPOUT = {"prior_dropout": 0.3}
-
-
-class Killed(BaseException):
-    """What no handler in the loop catches."""
-
-
-def kill_when(condition: Callable[[TrainEvent], bool]) -> Callable[[TrainEvent], None]:
-    def listener(event: TrainEvent) -> None:
-        if condition(event):
-            raise Killed
-
-    return listener
-
-
-def the_run(folder: Path) -> Path:
-    (run,) = (folder / "outputs").glob("*/small")
-    return run
-
-
-def weights(path: Path) -> dict[str, bytes]:
-    with safe_open(path / "model.safetensors", "np") as file:
-        return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118  # not a dict
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """All that does not measure time."""
-    return [
-        {name: value for name, value in line.items() if name not in ("tokens_per_second", "mfu")}
-        for line in read_metrics(run / "metrics.jsonl")
-    ]
-
-
-def assert_same(result: TrainResult, undisturbed: TrainResult) -> None:
-    assert weights(result.final_model_path) == weights(undisturbed.final_model_path)
-    assert result.best_model_path is not None
-    assert undisturbed.best_model_path is not None
-    assert weights(result.best_model_path) == weights(undisturbed.best_model_path)
-    assert metrics(result.run_dir) == metrics(undisturbed.run_dir)
-    assert result.metrics == undisturbed.metrics
+ROOT = Path(__file__).parents[2]
+# A prior with dropout, so that the random generators matter, and thresholds that decide what is trained.
+GROUPS: dict[str, Any] = {"model": {"prior_dropout": 0.3}, "training": {"threshold_fraction": 0.5}}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    return train(small_settings(tmp_path_factory.mktemp("undisturbed"), model=DROPOUT))
+    return train(small_settings(tmp_path_factory.mktemp("undisturbed"), **GROUPS))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +38,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed in its fifth step, with checkpoints of steps 2 and 4; tests change copies of it."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Killed):
-        train(small_settings(folder, model=DROPOUT), on_event=kill_when(lambda event: event.step == 5))
+        train(small_settings(folder, **GROUPS), on_event=kill_at("step", 5))
     return the_run(folder)
 
 
@@ -86,23 +48,17 @@ def run(stopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
-def resume(run: Path, on_event: Callable[[TrainEvent], None] | None = None) -> TrainResult:
-    return train(run_settings(run), resume=run, on_event=on_event or (lambda event: None))
-
-
-@pytest.mark.parametrize(("kind", "step"), [("step", 1), ("checkpoint", 2), ("evaluation", 3), ("phase", 6)])
-def test_killed_and_resumed(tmp_path: Path, undisturbed: TrainResult, kind: str, step: int) -> None:
-    settings = small_settings(tmp_path, model=DROPOUT)
+def test_killed_before_the_first_checkpoint(tmp_path: Path, undisturbed: TrainResult) -> None:
     with pytest.raises(Killed):
-        train(settings, on_event=kill_when(lambda event: (event.kind, event.step) == (kind, step)))
+        train(small_settings(tmp_path, **GROUPS), on_event=kill_at("step", 1))
     assert not (the_run(tmp_path) / "final_model").exists()
     assert_same(resume(the_run(tmp_path)), undisturbed)
 
 
 def test_killed_again_while_finishing(run: Path, undisturbed: TrainResult) -> None:
-    """All steps are saved before what follows them, so that nothing is trained twice."""
+    """All steps are saved before the run is finished, so that nothing is trained twice."""
     with pytest.raises(Killed):
-        resume(run, kill_when(lambda event: event.message == "Writing a sample"))
+        resume(run, kill_at("phase", 6))
     assert [read_state(path).step for path in list_checkpoints(run)] == [6, 4]
     steps: list[int] = []
     resumed = resume(run, lambda event: steps.append(event.step) if event.kind == "step" else None)
@@ -114,70 +70,38 @@ def test_killed_again_while_finishing(run: Path, undisturbed: TrainResult) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_sigkill_at_random_moments(tmp_path: Path, kills: int) -> None:
-    """While it reads, trains, evaluates, writes a checkpoint or its final model: nothing of it shows in the end."""
-    command = [sys.executable, "-m", "tests.training.killed_runs", str(tmp_path / "runs"), str(kills), "20260131"]
-    result = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    report = json.loads(result.stdout)
-    assert sum(map(len, report["kills"])) == kills
-    whole = the_run(tmp_path / "runs" / "undisturbed")
-    for number in range(len(report["kills"])):
-        run = the_run(tmp_path / "runs" / f"killed-{number}")
-        for model in ("final_model", "best_model"):
-            assert weights(run / model) == weights(whole / model), report
-        assert metrics(run) == metrics(whole), report
-        assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
-        assert [c.name for c in list_checkpoints(run)] == [c.name for c in list_checkpoints(whole)]
+    """While it reads, trains, evaluates, writes a checkpoint or its final model: the end is the same."""
+    command = [sys.executable, "-m", "tests.training.killed_runs", str(tmp_path), str(kills), "20260131"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    moments = json.loads(result.stdout)
+    assert sum(map(len, moments)) == kills
+    whole = the_run(tmp_path / "undisturbed")
+    for number in range(len(moments)):
+        killed = the_run(tmp_path / f"killed-{number}")
+        for file in ("final_model/model.safetensors", "best_model/model.safetensors"):
+            assert (killed / file).read_bytes() == (whole / file).read_bytes(), moments
+        assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+        assert [c.name for c in list_checkpoints(killed)] == [c.name for c in list_checkpoints(whole)]
 
 
-def test_killed_while_training_by_threshold(tmp_path: Path) -> None:
-    """Thresholds then decide what is trained: they are part of the state."""
-    results = []
-    for name, kill in (("whole", None), ("killed", kill_when(lambda event: (event.kind, event.step) == ("step", 5)))):
-        folder = tmp_path / name
-        folder.mkdir()
-        settings = small_settings(folder, training={"threshold_fraction": 0.5})
-        if kill is None:
-            results.append(train(settings))
-        else:
-            with pytest.raises(Killed):
-                train(settings, on_event=kill)
-            results.append(resume(the_run(folder)))
-    assert_same(*results)
-
-
-@pytest.mark.parametrize("damage", ["cut", "missing", "state"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    run: Path, undisturbed: TrainResult, damage: str
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run: Path, undisturbed: TrainResult) -> None:
     newest, before = list_checkpoints(run)
     assert (newest.name, before.name) == ("step-000004", "step-000002")
-    if damage == "cut":
-        os.truncate(newest / "model.safetensors", 100)
-        with (run / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 6, "tra')
-    elif damage == "missing":
-        (newest / "optimizer.bin").unlink()
-    else:
-        (newest / "state.json").write_text("{")
+    os.truncate(newest / "model.safetensors", 100)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "tra')
     events: list[TrainEvent] = []
     resumed = resume(run, events.append)
-    warnings = [event.message for event in events if event.kind == "warning"]
-    assert len(warnings) == 1
-    assert str(newest) in warnings[0]
+    (warning,) = [event.message for event in events if event.kind == "warning"]
+    assert str(newest) in warning
     assert any(event.message == f"Resuming from {before}" for event in events)
     assert_same(resumed, undisturbed)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_damaged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", ["is missing", "cannot be read", "Input/output error"])
+def test_other_damage(run: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     newest, before = list_checkpoints(run)
     (newest.parent / "step-000004.bak").mkdir()  # not ours, and none
     opened = Path.open
@@ -187,24 +111,48 @@ def test_a_checkpoint_that_cannot_be_read_is_damaged(run: Path, monkeypatch: pyt
             raise OSError(5, "Input/output error")
         return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "open", bad_sector)
+    if damage == "is missing":
+        (newest / "optimizer.bin").unlink()
+    elif damage == "cannot be read":
+        (newest / "state.json").write_text("{")
+    else:
+        monkeypatch.setattr(Path, "open", bad_sector)
     warnings: list[str] = []
     usable = find_checkpoint(run, warnings.append)
     assert usable is not None
     assert usable[0] == before
-    assert len(warnings) == 1
-    assert "cannot be read: Input/output error" in warnings[0]
+    assert [str(newest) in warning and damage in warning for warning in warnings] == [True]
 
 
-def test_what_is_written_after_a_fall_back_is_kept(run: Path) -> None:
-    """Damaged checkpoints of later steps do not count among those that are kept."""
+def test_later_damaged_checkpoints_do_not_count_among_the_kept(run: Path) -> None:
     text = (run / "settings.toml").read_text()
     (run / "settings.toml").write_text(text.replace("keep_checkpoints = 2", "keep_checkpoints = 1"))
     for damaged in list_checkpoints(run):
         (damaged / "state.json").write_text("{")
     with pytest.raises(Killed):
-        resume(run, kill_when(lambda event: (event.kind, event.step) == ("step", 3)))
+        resume(run, kill_at("step", 3))
     assert read_state(checkpoint_folder(run, 2)).step == 2
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_state = Accelerator.save_state
+
+    def fill_up(self: Any, folder: str, **options: Any) -> Any:
+        if "step-000004" in folder:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_state(self, folder, **options)
+
+    monkeypatch.setattr(Accelerator, "save_state", fill_up)
+    with pytest.raises(DTFError, match="the disk is full"):
+        train(small_settings(tmp_path))
+    (checkpoint,) = (the_run(tmp_path) / "checkpoints").iterdir()
+    assert (checkpoint.name, read_state(checkpoint).step) == ("step-000002", 2)
+    # Weights as safetensors; everything else loads with weights_only.
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json",
+    }  # fmt: skip
+    torch.load(checkpoint / "optimizer.bin", weights_only=True)
 
 
 def test_changed_data_is_refused(run: Path, tmp_path: Path) -> None:
@@ -225,13 +173,6 @@ def test_no_run_to_resume(tmp_path: Path) -> None:
         run_settings(tmp_path / "outputs" / "2026-01-01" / "mime")
     with pytest.raises(CheckpointError, match="there are none"):
         newest_run(tmp_path / "outputs")
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    settings = small_settings(tmp_path, run={"output_dir": str(tmp_path / "file" / "outputs")})
-    with pytest.raises(DTFError, match="cannot be written"):
-        train(settings)
 
 
 SCRIPT = """
@@ -259,13 +200,9 @@ except DTFError as error:
 
 def start(folder: Path, pause: float) -> "subprocess.Popen[str]":
     """A run in a process of its own, past its third step."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), str(pause)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
+    small_settings(folder)  # writes the text
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(pause)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     while process.stdout.readline().strip() != "3":
         assert process.poll() is None
@@ -273,25 +210,23 @@ def start(folder: Path, pause: float) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_with_130(tmp_path: Path, number: signal.Signals) -> None:
-    small_settings(tmp_path)
+def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
     process = start(tmp_path, 0.05)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == TrainingInterrupted.exit_code == 130
-    (saved,) = list_checkpoints(the_run(tmp_path))
+    run = the_run(tmp_path)
+    (saved,) = list_checkpoints(run)
     step = read_state(saved).step
     assert step >= 3
     assert errors.strip().splitlines()[-1] == (
-        f"Interrupted at step {step} of 400, saved as {saved}. Go on with: dtf train --resume {the_run(tmp_path)}"
+        f"Interrupted at step {step} of 400, saved as {saved}. Go on with: dtf train --resume {run}"
     )
-    assert (the_run(tmp_path) / "curves.png").exists()
+    assert (run / "curves.png").exists()
 
 
 @pytest.mark.slow
 def test_a_run_in_progress_is_not_resumed_and_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    small_settings(tmp_path)
     process = start(tmp_path, 20.0)
     run = the_run(tmp_path)
     before = sorted(run.rglob("*"))

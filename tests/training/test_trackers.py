@@ -1,6 +1,4 @@
-"""Trackers hear what metrics.jsonl holds; a fake one shows the protocol, real ones are read back where installed."""
-
-from __future__ import annotations
+"""Trackers hear the lines of metrics.jsonl; a fake one shows the protocol, real ones are read back where installed."""
 
 import importlib.util
 import json
@@ -16,20 +14,18 @@ import pytest
 from dtfcli.errors import ConfigError, DTFError
 from dtfcli.experiment import train
 from dtfcli.runs.files import read_metrics
-from dtfcli.runs.folder import run_settings
 from dtfcli.settings import Settings
 from dtfcli.training import trackers
 from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainResult
-from dtfcli.training.trackers import Trackers, check_trackers, tracker_config
-from tests.training.small_runs import small_settings
-from tests.training.test_resume import Killed, kill_when, the_run
+from dtfcli.training.trackers import check_trackers, tracker_config
+from tests.training.small_runs import Killed, kill_at, resume, small_settings, the_run
 
 ENABLED = {"wandb": {"enabled": True, "project": "cats"}}
 
 
 class FakeRun:
-    """A run of the fake W&B: what it was told, and a network that fails at a step."""
+    """A run of the fake W&B: the lines it has received, and a network that fails at a step."""
 
     def __init__(self, options: dict[str, Any], fails_at: int | None) -> None:
         self.options, self.fails_at = options, fails_at
@@ -85,14 +81,21 @@ def finite(result: TrainResult) -> list[tuple[int, dict[str, Any]]]:
     return [(line.pop("step"), {key: value for key, value in line.items() if value is not None}) for line in lines]
 
 
-def test_a_tracker_hears_the_lines_of_the_log(tmp_path: Path, wandb: FakeWandb, capsys: Any) -> None:
-    result = train(settings_with(tmp_path, ENABLED))
-    (run,) = wandb.runs
-    assert run.lines == finite(result)
-    assert run.finished
-    assert run.options["project"] == "cats"
-    assert run.options["name"] == "small"
-    assert Path(run.options["dir"]) == result.run_dir
+def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path: Path, wandb: FakeWandb, capsys: Any) -> None:
+    """The tracker hears the lines of the log, and settings without traces of this machine."""
+    with pytest.raises(Killed):
+        train(settings_with(tmp_path, ENABLED), on_event=kill_at("step", 5))
+    result = resume(the_run(tmp_path))
+    first, second = wandb.runs
+    assert first.options["id"] == second.options["id"]
+    assert json.loads((result.run_dir / "trackers.json").read_text())["wandb"] == first.options["id"]
+    assert second.options["resume"] == "allow"
+    assert (first.options["project"], first.options["name"], first.options["dir"]) == (
+        "cats", "small", str(result.run_dir),
+    )  # fmt: skip
+    assert first.finished, "also when the run is torn down"
+    assert second.finished
+    assert first.lines + second.lines == finite(result)
     (config,) = wandb.configs
     assert config["training.max_steps"] == 6
     assert config["training.betas"] == "[0.9, 0.95]"
@@ -100,62 +103,16 @@ def test_a_tracker_hears_the_lines_of_the_log(tmp_path: Path, wandb: FakeWandb, 
     assert capsys.readouterr().out == ""
 
 
-def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path: Path, wandb: FakeWandb) -> None:
-    with pytest.raises(Killed):
-        train(
-            settings_with(tmp_path, ENABLED),
-            on_event=kill_when(lambda event: (event.kind, event.step) == ("step", 5)),
-        )
-    result = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
-    first, second = wandb.runs
-    assert first.options["id"] == second.options["id"]
-    assert second.options["resume"] == "allow"
-    assert first.finished, "also when the run is torn down"
-    assert len(wandb.configs) == 1
-    logged = dict(first.lines) | dict(second.lines)
-    assert sorted(logged) == sorted({step for step, _ in finite(result)})
-    other = train(settings_with(tmp_path, ENABLED, run={"name": "other"}))
-    assert wandb.runs[-1].options["id"] != first.options["id"]
-    assert json.loads((other.run_dir / "trackers.json").read_text())["wandb"] == wandb.runs[-1].options["id"]
-
-
 def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, wandb: FakeWandb) -> None:
+    """The others and the training go on."""
+    pytest.importorskip("tensorboard")
     wandb.fails_at = 2
     events: list[TrainEvent] = []
-    result = train(settings_with(tmp_path, ENABLED), on_event=events.append)
-    assert result.steps == 6
+    result = train(settings_with(tmp_path, ENABLED | {"tensorboard": {"enabled": True}}), on_event=events.append)
     assert [step for step, _ in wandb.runs[0].lines] == [0, 1]
     warnings = [event.message for event in events if event.kind == "warning"]
     assert warnings == ["logging.wandb: it failed and is left out from here on (no route to host)."]
-
-
-def test_one_that_fails_does_not_silence_the_others(tmp_path: Path) -> None:
-    class Tracker:
-        name = "one"
-
-        def __init__(self, error: Exception | None = None) -> None:
-            self.error = error
-            self.steps: list[int | str] = []
-
-        def log(self, values: dict[str, Any], step: int) -> None:
-            if self.error:
-                raise self.error
-            self.steps.append(step)
-
-        def finish(self) -> None:
-            self.steps.append("finished")
-
-    warnings: list[str] = []
-    good = Tracker()
-    both: Any = [Tracker(RuntimeError()), good]
-    together = Trackers(warnings.append)
-    together.trackers += both
-    together.log({"step": 1, "loss": 1.0})
-    together.log({"step": 2, "loss": None})
-    together.finish()
-    assert good.steps == [1, 2, "finished"]
-    assert len(warnings) == 1
-    assert "RuntimeError" in warnings[0]
+    assert_tensorboard_has(result)
 
 
 def test_one_that_does_not_start(tmp_path: Path, wandb: FakeWandb) -> None:
@@ -185,10 +142,10 @@ def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: Any) -
 def test_not_logged_in(tmp_path: Path, wandb: FakeWandb, monkeypatch: Any) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    asked: list[dict[str, Any]] = []
+    prompts: list[bool] = []
 
     def login(prompt: bool = True, verify: bool = True) -> bool:
-        asked.append({"prompt": prompt})
+        prompts.append(prompt)
         return False
 
     monkeypatch.setattr(wandb, "login", login, raising=False)
@@ -196,7 +153,7 @@ def test_not_logged_in(tmp_path: Path, wandb: FakeWandb, monkeypatch: Any) -> No
     monkeypatch.setattr(wandb, "setup", lambda: mode, raising=False)
     with pytest.raises(ConfigError, match=r"wandb login.*WANDB_MODE=offline"):
         check_trackers(settings_with(tmp_path, ENABLED))
-    assert asked == [{"prompt": False}]
+    assert prompts == [False]
     mode.settings.mode = "offline"
     check_trackers(settings_with(tmp_path, ENABLED))
 
@@ -210,14 +167,9 @@ def test_configuration_is_flat_and_public(tmp_path: Path) -> None:
     assert "local text (.jsonl)" in str(config["data.sources"])
 
 
-def test_tensorboard_for_real(tmp_path: Path) -> None:
+def assert_tensorboard_has(result: TrainResult) -> None:
+    """All lines of metrics.jsonl, each once."""
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with pytest.raises(Killed):
-        train(
-            settings_with(tmp_path, {"tensorboard": {"enabled": True}}),
-            on_event=kill_when(lambda event: (event.kind, event.step) == ("step", 5)),
-        )
-    result = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
     events = accumulators.EventAccumulator(str(result.run_dir / "tensorboard"))
     events.Reload()
     expected: dict[str, list[tuple[int, float]]] = {}
@@ -230,12 +182,19 @@ def test_tensorboard_for_real(tmp_path: Path) -> None:
             assert [(point.step, point.value) for point in events.Scalars(name)] == points, name
 
 
+def test_tensorboard_for_real(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with pytest.raises(Killed):
+        train(settings_with(tmp_path, {"tensorboard": {"enabled": True}}), on_event=kill_at("step", 5))
+    assert_tensorboard_has(resume(the_run(tmp_path)))
+
+
 def test_wandb_offline_for_real(tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("wandb.sdk")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(Killed):
-        train(settings_with(tmp_path, ENABLED), on_event=kill_when(lambda event: event.step == 5))
-    result = train(run_settings(the_run(tmp_path)), resume=the_run(tmp_path))
+        train(settings_with(tmp_path, ENABLED), on_event=kill_at("step", 5))
+    result = resume(the_run(tmp_path))
     identity = json.loads((result.run_dir / "trackers.json").read_text())["wandb"]
     files = list((result.run_dir / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
     assert len(files) == 2
