@@ -63,8 +63,8 @@ class DataSettings(Group):
     def _check_sources(self) -> "DataSettings":
         weighted = any(source.weight is not None for source in self.sources)
         for index, source in enumerate(self.sources):
-            name, remedy = f"sources[{index}].streaming", "other sources stream; set it for each of them, or for none"
-            require(source.streaming == self.streaming, name, source.streaming, remedy)
+            remedy = "other sources stream, and all do or none; set it for each of them"
+            require(source.streaming == self.streaming, f"sources[{index}].streaming", source.streaming, remedy)
             if weighted and source.weight is None:
                 remedy = "other sources have a weight; give every source one, or none"
                 raise ValueError(f"sources[{index}].weight = unset: {remedy}")

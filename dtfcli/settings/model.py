@@ -54,7 +54,7 @@ _ROUTING: dict[str, Any] = {
     )
     for name in ROUTING_NAMES
 }
-RoutingGroup = create_model("RoutingGroup", __base__=Group, **_ROUTING)
+RoutingGroup: type[Group] = create_model("RoutingGroup", __base__=Group, **_ROUTING)
 """A group with every field of `RoutingFields`; unset (None) means the config class's own default."""
 
 

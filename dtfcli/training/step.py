@@ -5,7 +5,7 @@ would have it.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ def train_step(run: Run) -> dict[str, Any]:
     rows = run.rows.take(step, run.stop.check if run.processes.world_size == 1 else lambda: None)
     run.objective.train()
     run.optimizer.zero_grad(set_to_none=True)
-    routers, annealed = [], nullcontext()
+    routers: list[Any] = []
+    annealed: AbstractContextManager[float | None] = nullcontext()
     if run.objective.routed:
         routers = list(run.model.model.routers.values())
         _choose_training_routing(run)
@@ -57,8 +58,9 @@ def train_step(run: Run) -> dict[str, Any]:
     metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
     check_finite(run, metrics)
     run.optimizer.step()
-    rest = {} if capacity is None else {"train/capacity": capacity}
-    return metrics | sums | rest | {f"lr/{name}": rate for name, rate in rates.items()}
+    if capacity is not None:
+        metrics["train/capacity"] = capacity
+    return metrics | sums | {f"lr/{name}": rate for name, rate in rates.items()}
 
 
 def _gradients(run: Run, rows: np.ndarray) -> dict[str, Tensor]:

@@ -213,7 +213,7 @@ def test_one_signal_saves_in_all_processes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_lost_process_ends_the_run_with_a_reason(tmp_path: Path) -> None:
     process = command(tmp_path / "run", *configured(tmp_path / "run", "ddp", max_steps=5000), "--num-processes=2")
-    until(process, "step 3/")
+    until(process, "step 4/")  # a checkpoint every three
     workers = [m for m in family(process)[1:] if "spawn_main" in " ".join(m.cmdline())]
     workers[1].kill()
     began = time.monotonic()
