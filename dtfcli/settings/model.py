@@ -54,11 +54,11 @@ _ROUTING: dict[str, Any] = {
     )
     for name in ROUTING_NAMES
 }
-RoutingGroup: type[Group] = create_model("RoutingGroup", __base__=Group, **_ROUTING)
+RoutingGroup = create_model("RoutingGroup", __base__=Group, **_ROUTING)
 """A group with every field of `RoutingFields`; unset (None) means the config class's own default."""
 
 
-class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at run time from RoutingFields
+class ModelSettings(RoutingGroup):
     """`model.*`: what to start from and how to route it."""
 
     architecture: Architecture = Field(
@@ -78,11 +78,12 @@ class ModelSettings(RoutingGroup):  # type: ignore[valid-type, misc]  # built at
     def _check_routing(self) -> "ModelSettings":
         if self.architecture == "dense":
             return self
-        unmasked = self.attn_implementation == "flash_attention_2" and self.routed_part != "mlp"
+        fields = self.routing_fields()
+        unmasked = self.attn_implementation == "flash_attention_2" and fields.get("routed_part") != "mlp"
         remedy = "explored tokens need masks that flash_attention_2 lacks; use model.attn_implementation = 'sdpa'"
-        require(not (self.explore and unmasked), "explore", self.explore, remedy)
+        require(not (fields.get("explore") and unmasked), "explore", fields.get("explore"), remedy)
         layers = None if self.base else self.scratch.num_hidden_layers
-        check_fields({"architecture": self.architecture, **self.routing_fields()}, layers)
+        check_fields({"architecture": self.architecture, **fields}, layers)
         return self
 
     def routing_fields(self) -> dict[str, Any]:
