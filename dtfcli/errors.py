@@ -1,8 +1,7 @@
 """Errors that end a command with one or two lines instead of a traceback.
 
-A message names the field or file, the value found there, and the remedy. The exit codes are those of the
-command line: 1 failed while running, 2 the user's input is wrong. `reading` makes such errors of what a damaged file
-raises.
+A message names the field or file, its value, and the remedy. The exit codes are those of the command line: 1 failed
+while running, 2 the user's input is wrong. `reading` turns the errors of a damaged file into such ones.
 """
 
 import difflib
@@ -52,7 +51,7 @@ BROKEN: tuple[type[Exception], ...] = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
     *(RuntimeError, NameError, EOFError, ImportError, struct.error),
 )
-"""What reading a damaged file raises, here and in most libraries; nesting without end is a RuntimeError."""
+"""Errors of reading a damaged file, here and in most libraries; nesting without end is a RuntimeError."""
 _LARGEST_JSON = 2**26
 """Bytes. No configuration or report comes near; parsed, it would take up to twenty times as much."""
 
@@ -76,17 +75,14 @@ def reading(
     also: tuple[type[Exception], ...] = (),
     what: str = "cannot be read",
 ) -> Iterator[None]:
-    """Turn what a damaged file raises while it is read into one line that names it and the remedy.
+    """Turn the errors of reading a damaged file into one line that names it and the remedy.
 
     Args:
-        path: the file, or what else names it in the message.
-        remedy: what to do, such as "save the model again".
+        path: the file, or its name in the message.
+        remedy: such as "save the model again".
         error: the kind of error to raise.
         also: further exceptions, of the library that reads.
-        what: is wrong with it.
-
-    Raises:
-        DTFError: of the kind `error`.
+        what: the problem, in words.
     """
     try:
         yield

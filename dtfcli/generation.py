@@ -46,7 +46,7 @@ class Sampling:
                 raise ConfigError(f"--{name} {getattr(self, name.replace('-', '_'))}: {remedy}.")
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `generate` that this amounts to."""
+        """As arguments of Transformers' `generate`."""
         if self.temperature == 0.0:
             # Neutral values keep a checkpoint's own sampling settings from raising warnings in greedy decoding.
             return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -77,9 +77,7 @@ class Generated:
     """One continuation.
 
     Attributes:
-        prompt: the text that was continued.
         text: the continuation alone, without special tokens.
-        prompt_tokens, new_tokens: counts.
         seconds: wall time, from the first forward pass to the last token.
         stats: speed and memory, of the whole batch where there were several prompts.
     """
@@ -93,7 +91,7 @@ class Generated:
 
 
 class _Stopwatch(StoppingCriteria):
-    """Stops nothing: notes the time at which each token was there."""
+    """Stops nothing; notes the time of each token."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
@@ -181,15 +179,17 @@ def generate_many(
 
 
 def require_causal(model: Any) -> None:
-    """Refuse a model that cannot write.
-
-    Raises:
-        ConfigError: its routing is `topk`.
-    """
+    """Raise a ConfigError for a model that routes by `topk`: it cannot write."""
     if getattr(model, "routing", None) == "topk":
         raise ConfigError(
             "routing 'topk' sees the whole sequence: it cannot write one token after another. Use --routing threshold."
         )
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """A user's message in the tokenizer's chat template."""
+    chat = [{"role": "user", "content": message}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
 def _token_rows(
@@ -200,21 +200,12 @@ def _token_rows(
     if chat:
         if not tokenizer.chat_template:
             raise ConfigError("--chat: this model's tokenizer has no chat template; leave --chat out.")
-        prompts = [
-            str(
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                )
-            )
-            for prompt in prompts
-        ]
+        prompts = [as_chat(tokenizer, prompt) for prompt in prompts]
     rows = [tokenizer(prompt, add_special_tokens=not chat)["input_ids"] for prompt in prompts]
     start = _start_token(tokenizer)
     if any(not row for row in rows):
         if start is None:
-            raise ConfigError(
-                "the prompt is empty and the tokenizer has no token that starts a document; give a PROMPT."
-            )
+            raise ConfigError("the prompt is empty and the tokenizer has no token to start a text with; give a PROMPT.")
         rows = [row or [start] for row in rows]
     longest = max(map(len, rows), default=0)
     limit = model.config.max_position_embeddings

@@ -25,23 +25,23 @@ _WITHOUT_SWITCH = (
 )
 
 _AT_IMPORT = ("bitsandbytes", "torchao", "torch.utils._pytree")
-"""Of kernels for other devices that were not found, and torch of torchao's enumerations."""
+"""They remark that kernels for other devices are missing, and torch remarks on torchao's enumerations."""
 
 
 def quiet_imports() -> None:
-    """Silence what libraries of quantization remark when they are imported: peft imports those that are installed."""
+    """Silence remarks of quantization libraries at their import: peft imports the installed ones."""
     for name in _AT_IMPORT:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def quiet_libraries(*, bars: bool = False, verbose: bool = False, prints: bool = False) -> Iterator[None]:
-    """Silence the libraries that are loaded; nothing that they print reaches stdout, which holds results alone.
+    """Silence the libraries that are loaded; stdout holds results alone.
 
     Args:
         bars: let them draw their progress bars.
-        verbose: let them write everything, what they print to stderr.
-        prints: let prints through, where a caller's own listener may print.
+        verbose: let them write everything; prints go to stderr.
+        prints: let prints through, for a caller's own listener.
     """
     if verbose:
         with redirect_stdout(sys.stderr):

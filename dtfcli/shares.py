@@ -1,8 +1,7 @@
 """How many tokens routed layers really take: measured over any number of forward passes, by layer and by position.
 
-A capacity γ is a wish; wherever a number is reported, the share that was realized stands next to it. Benchmarks and
-chats begin with short rows, and surprise needs some tokens before it has something to compare with, so the share is
-also by the position of a token in its row.
+A capacity γ is a wish; every report shows the realized share next to it. Benchmarks and chats begin with short rows,
+so the share is also by the position of a token in its row.
 """
 
 from collections.abc import Iterator
@@ -22,23 +21,16 @@ POSITION_NAMES = ("1-15", "16-63", "64-255", "256+")
 
 @dataclass(frozen=True)
 class Shares:
-    """Routed tokens over real tokens.
-
-    Attributes:
-        by_layer: of each routed layer.
-        by_position: over all routed layers, for each of `POSITION_NAMES` that had tokens.
-        overall: mean over layers.
-        tokens: real tokens seen.
-    """
+    """Routed tokens over real tokens."""
 
     by_layer: dict[int, float]
-    by_position: dict[str, float]
-    overall: float
-    tokens: int
+    by_position: dict[str, float]  # over all routed layers, for each of `POSITION_NAMES` that had tokens
+    overall: float  # mean over layers
+    tokens: int  # real ones
 
 
 class ShareMeter:
-    """Adds up what forward passes routed; waits for the device only when it is read."""
+    """Adds up routed tokens of forward passes; synchronizes with the device only when it is read."""
 
     def __init__(self) -> None:
         self._routed: dict[int, Tensor] = {}
@@ -58,12 +50,12 @@ class ShareMeter:
             self._routed[record.layer] = self._routed.get(record.layer, 0.0) + _count(record.selected, one_hot)
 
     def counts(self) -> dict[str, Any]:
-        """What was counted, as plain numbers for `add_counts`: real tokens by position, routed ones by layer too."""
+        """The counts as plain numbers for `add_counts`: real tokens by position, routed ones by layer too."""
         routed = {str(layer): torch.as_tensor(counts).tolist() for layer, counts in self._routed.items()}
         return {"real": torch.as_tensor(self._real).tolist(), "routed": routed} if routed else {}
 
     def add_counts(self, counts: dict[str, Any]) -> None:
-        """Add what another meter has counted."""
+        """Add the counts of another meter."""
         if counts:
             self._real = self._real + torch.tensor(counts["real"], dtype=torch.float64)
             for layer, routed in counts["routed"].items():
@@ -71,11 +63,7 @@ class ShareMeter:
                 self._routed[int(layer)] = self._routed.get(int(layer), 0.0) + added
 
     def read(self) -> Shares:
-        """The shares up to now.
-
-        Raises:
-            ValueError: no real token was seen.
-        """
+        """The shares up to now; ValueError if no real token was counted."""
         real = torch.as_tensor(self._real).tolist()
         if not self._routed or sum(real) == 0:
             raise ValueError("no routed forward pass was measured")
@@ -96,7 +84,7 @@ def _count(mask: Tensor, one_hot: Tensor) -> Tensor:
 
 @contextmanager
 def measured_shares(model: Any) -> Iterator[ShareMeter]:
-    """Measure every forward pass of a routed model inside a `with` block, whoever calls it."""
+    """Measure every forward pass of a routed model inside a `with` block."""
     meter = ShareMeter()
     hook = model.model.register_forward_hook(lambda module, arguments, output: meter.add(output))
     try:

@@ -9,9 +9,8 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,24 +29,15 @@ _TURNS = 3
 """How often each token is decoded, its median counting: one pause of the machine would outweigh a difference."""
 
 
-@dataclass(frozen=True)
-class _Timing:
-    """One model in one phase, as it was measured.
+class _Timing(NamedTuple):
+    """One model in one phase; `time_ratio` and `theory` as in `PhaseResult`."""
 
-    Attributes:
-        pairs: seconds of dense and routed, taken in turns.
-        time_ratio, theory: as in `PhaseResult`.
-        share: of tokens routed.
-        caches: of dense and routed, after the phase.
-        tokens: that a pair processes.
-    """
-
-    pairs: list[tuple[float, float]]
+    pairs: list[tuple[float, float]]  # seconds of dense and routed, taken in turns
     time_ratio: float
     theory: float
-    share: float
-    caches: tuple[Any, Any]
-    tokens: int
+    share: float  # of tokens routed
+    caches: tuple[Any, Any]  # of dense and routed, after the phase
+    tokens: int  # that a pair processes
 
 
 @torch.inference_mode()
@@ -64,10 +54,6 @@ def bench_inference(
     """
     input_ids = options.random_ids(dense.config.vocab_size, options.seq_len + options.new_tokens).to(dense.device)
     prompt, continuation = input_ids[:, : options.seq_len], input_ids[:, options.seq_len :]
-    measures: dict[str, Callable[[Any], _Timing]] = {
-        "prefill": lambda model: _prefill(dense, model, prompt, options.repeats),
-        "decode": lambda model: _decode(dense, model, prompt, continuation, options.static),
-    }
     if options.compiled and options.static:
         for model in (dense, *routed.values()):
             compile_layers(model)
@@ -77,7 +63,11 @@ def bench_inference(
             model.set_routing("threshold", capacity)  # type: ignore[operator]
             for phase in options.inference_phases:
                 note(f"{phase}, {architecture} at γ {capacity:g}")
-                results.append(_result(phase, architecture, capacity, measures[phase](model)))
+                if phase == "prefill":
+                    timing = _prefill(dense, model, prompt, options.repeats)
+                else:
+                    timing = _decode(dense, model, prompt, continuation, options.static)
+                results.append(_result(phase, architecture, capacity, timing))
     return results
 
 

@@ -1,4 +1,4 @@
-"""What a measurement is asked for, and what it finds."""
+"""Options and results of a measurement."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,17 +15,15 @@ class BenchOptions:
         phases: any of "train", "prefill" and "decode".
         dtype: of the weights in inference, of the autocast in training (float32: none).
         seq_len: tokens of a row, or of the prompt.
-        batch: rows.
         new_tokens: tokens decoded one by one after the prompt.
         repeats: training steps and prefill passes of each model, in turns, after one of warm-up.
         calibration_tokens: random tokens on which thresholds are measured.
-        micro_batches: of an update; a training step is the mean of one. Weights are cast once for all of them.
+        micro_batches: of an optimizer step; the time of one is their mean. Weights are cast once for all of them.
         stock: also measure the dense model as Transformers trains it.
         compiled: compile layers, as `training.compile` does; in decoding only with a static cache.
         kernels: of norms and SwiGLU, as `training.kernels`; also those of "stock".
         static: decode with a static cache, on a GPU by a CUDA graph; dense, too.
         triton: with our kernel: a static cache reads no weights of a layer that no row enters.
-        seed: of the token ids.
     """
 
     capacities: Sequence[float]
@@ -42,7 +40,6 @@ class BenchOptions:
     kernels: str = "torch"
     static: bool = False
     triton: bool = False
-    seed: int = 0
 
     @property
     def inference_phases(self) -> list[str]:
@@ -50,8 +47,8 @@ class BenchOptions:
         return [phase for phase in self.phases if phase != "train"]
 
     def random_ids(self, vocab_size: int, length: int) -> torch.Tensor:
-        """Token ids, int64 [batch, length], the same for the same seed."""
-        generator = torch.Generator().manual_seed(self.seed)
+        """Token ids, int64 [batch, length], the same each time."""
+        generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocab_size, (self.batch, length), generator=generator)
 
 
@@ -61,7 +58,6 @@ class StepResult:
 
     Attributes:
         architecture: "dense", "stock", "dtf" or "mod".
-        capacity: γ; 1 for dense models.
         forward_ms, backward_ms, step_ms: medians; step_ms is both together, without the optimizer.
         optimizer_ms: of an AdamW step over all parameters.
         time_ratio: median of this model's step over dense's, over the rounds.
@@ -91,17 +87,13 @@ class PhaseResult:
     """One model in one phase, next to dense.
 
     Attributes:
-        phase: "prefill" or "decode".
-        architecture: "dtf" or "mod".
-        capacity: γ asked for.
         routed_share: share of tokens that entered a routed layer, over the tokens timed and all routed layers.
         dense_ms, routed_ms: medians, per forward pass (prefill) or token (decode).
         time_ratio: median of routed / dense over the pairs.
-        theory: what the computation alone gives at the realized shares: the FLOP ratio (prefill), or the share of the
-            dense weights that are read for a token (decode).
+        theory: the ratio of the computation alone at the realized shares: of FLOPs (prefill), or of the weights that
+            are read for a token (decode).
         cache_ratio: bytes of the cache after the phase over those of dense.
-        cache_bytes: of the routed model.
-        tokens_per_second: of the routed model.
+        cache_bytes, tokens_per_second: of the routed model.
     """
 
     phase: str

@@ -1,10 +1,10 @@
 """Time and memory of a training step of routed models against their own dense backbone, in one process and in turns.
 
-What is measured is what `dtf train` runs: float32 weights, autocast, the losses of `Objective`. The notable choices:
+The step is that of `dtf train`: float32 weights, autocast, the losses of `Objective`. The notable choices:
 
 - forward and backward are timed together, the optimizer's step apart: it costs dense and routed models the same;
 - next to the wall clock stands the ratio of processor time (CPU only): on a shared machine it is the steadier one;
-- the peak is what the process (CPU) or the allocator (GPU) held at most while a step ran, the weights included;
+- the peak is the most that the process (CPU) or the allocator (GPU) held while a step ran, the weights included;
 - "stock" is the dense model as Transformers trains it, with whole logits.
 """
 
@@ -33,47 +33,32 @@ from dtfcli.training.objectives import Objective
 from dtfcli.training.optim import GROUPS, build_optimizer
 
 
-class _StockObjective(nn.Module):
-    """The loss as Transformers computes it."""
+class _Loss(nn.Module):
+    """The loss as `dtf train` computes it, or as Transformers does (stock)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, stock: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.module = model if stock else Objective(model)
+        self.stock = stock
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-
-
-class _OwnObjective(nn.Module):
-    """The loss as `dtf train` computes it."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.objective = Objective(model)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.objective(input_ids, input_ids[:, 1:].numel()).loss
+        if self.stock:
+            return self.module(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        return self.module(input_ids, input_ids[:, 1:].numel()).loss
 
 
 @dataclass
 class _Entry:
-    """A model at a capacity, and what was measured of it.
-
-    Attributes:
-        flops: of a training step, for each token.
-        peak_bytes: see `StepResult`.
-        optimizer_seconds: of a step of the optimizer.
-        rounds: for each round its seconds, by name.
-    """
+    """A model at a capacity, and its measurements."""
 
     architecture: str
     capacity: float
     model: Any
     objective: nn.Module
-    flops: float = 0.0
+    flops: float = 0.0  # of a training step, for each token
     peak_bytes: int | None = None
     optimizer_seconds: float = 0.0
-    rounds: list[dict[str, float]] = field(default_factory=list)
+    rounds: list[dict[str, float]] = field(default_factory=list)  # seconds by name
 
     def median(self, name: str) -> float:
         """Over the rounds."""
@@ -97,11 +82,11 @@ def bench_training(
         note: called with what is measured next.
     """
     input_ids = options.random_ids(dense.config.vocab_size, options.seq_len).to(dense.device)
-    entries = [_Entry("dense", 1.0, dense, _OwnObjective(dense))]
+    entries = [_Entry("dense", 1.0, dense, _Loss(dense))]
     if options.stock:
-        entries.append(_Entry("stock", 1.0, dense, _StockObjective(dense)))
+        entries.append(_Entry("stock", 1.0, dense, _Loss(dense, stock=True)))
     for architecture, model in routed.items():
-        entries += [_Entry(architecture, share, model, _OwnObjective(model)) for share in options.capacities]
+        entries += [_Entry(architecture, share, model, _Loss(model)) for share in options.capacities]
     check_liger(options.kernels, dense.device)
     for model in (dense, *routed.values()):
         if options.kernels == "liger" and (left := use_liger(model)):

@@ -37,9 +37,9 @@ class Chat:
         """Continue the context with this text, printing as it appears; Ctrl-C keeps what is there."""
         from dtfcli.cli import render
         from dtfcli.cli.generate_view import show_stats
-        from dtfcli.generation import generate
+        from dtfcli.generation import as_chat, generate
 
-        prompt = self.context + (self._turn(text) if self.chat else text)
+        prompt = self.context + (as_chat(self.tokenizer, text) if self.chat else text)
         pieces: list[str] = []
 
         def on_text(piece: str) -> None:
@@ -59,10 +59,6 @@ class Chat:
             self._color(prompt, "".join(pieces))
         if self.show_stats and result is not None:
             show_stats(result)
-
-    def _turn(self, text: str) -> str:
-        message = [{"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
     def _color(self, prompt: str, answer: str) -> None:
         from dtfcli.cli import render

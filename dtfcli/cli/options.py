@@ -130,8 +130,8 @@ class Loading:
         from dtfcli.cli import render
         from dtfcli.cost.quantized import in_words, load_quantized
 
-        loaded, tokenizer, quantization = load_quantized(source, kind, arguments)
-        render.note(f"{source.path}: {in_words(quantization)}")
+        loaded, tokenizer = load_quantized(source, kind, **arguments)
+        render.note(f"{source.path}: {in_words(loaded.quantization)}")
         return loaded, tokenizer
 
 

@@ -40,10 +40,12 @@ def serve(
         )
     from dtfcli import serving
     from dtfcli.cli import render
+    from dtfcli.generation import require_causal
 
     serving.require_server(host, port)
     loaded, tokenizer = loading.open(model)
-    for remark in serving.require_model(loaded, tokenizer):
-        render.warn(f"{model}: {remark}.")
+    require_causal(loaded)
+    if not tokenizer.chat_template:
+        render.warn(f"{model}: no chat template: /v1/completions answers, chats and responses do not.")
     render.note(f"clients call the model {model}")
     serving.serve(model, loaded, tokenizer, host=host, port=port)

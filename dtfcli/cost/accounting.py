@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a model, counted from its shapes: works on the meta device.
+"""Parameters, FLOPs and memory of a model, counted from its shapes, also on the meta device.
 
 FLOPs of one forward pass, per token of a sequence of T tokens:
 
@@ -33,12 +33,11 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs.
+    """The cost of a model.
 
     Attributes:
         parameters: all of them; tied ones once.
-        new_parameters: those that routing adds.
-        trainable_parameters: those that receive gradients.
+        new_parameters: the ones that routing adds.
         flops_per_token: of a forward pass.
         share_of_dense: `flops_per_token` over that of the dense backbone.
         training_bytes: estimate of the peak while training.
@@ -113,9 +112,9 @@ def forward_flops_per_token(
         model: routed or dense.
         seq_len: T.
         dense: count the backbone alone, as if every layer were dense.
-        shares: routed tokens of each routed layer, where they were measured; None: as the capacity says.
+        shares: measured shares of routed tokens by layer; None: by the capacity.
         with_logits: share of the tokens whose logits are computed; 1 / T when a prompt is read for its next token.
-        training: of the forward pass in training, where predictors run and forecasts see every token.
+        training: the forward pass in training: predictors run and forecasts see every token.
     """
     config = model.config
     shares = {} if dense else shares or routed_shares(config, seq_len)
@@ -159,7 +158,7 @@ def _attention_flops(config: Any, seq_len: int) -> float:
 
 
 def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> float:
-    """What forecasts and predicted costs take in training, besides the pass itself, per token of the sequence."""
+    """FLOPs of forecasts and predicted costs in training, besides the pass itself, per token of the sequence."""
     config, flops = model.config, 0.0
     explored = config.explore if config.learns_from_updates else 0.0
     if config.routed_part != "mlp":
@@ -231,8 +230,8 @@ def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpo
 
     Activations of a block that the backward pass needs, per token: about 6 vectors of D (residual stream and norms in
     float32 count double), queries, keys, values and their output, and 4 vectors of the feed-forward width; with
-    checkpointing one vector of D per layer and one whole block at a time; with "selective" also what products and
-    attention gave: queries, keys, values, three vectors of D and 2 of the feed-forward width. The loss holds a chunk
+    checkpointing one vector of D per layer and one whole block at a time; with "selective" also results of products
+    and attention: queries, keys, values, three vectors of D and 2 of the feed-forward width. The loss holds a chunk
     of logits and the gradient of the head. An estimate: allocators and fused kernels differ.
     """
     config = model.config
@@ -240,9 +239,7 @@ def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpo
     block = width * (heads + 4 * config.intermediate_size) + 4 * 6 * config.hidden_size
     shares = routed_shares(config, seq_len)
     mlp_alone = getattr(config, "routed_part", "block") == "mlp"
-    part = (
-        4 * config.intermediate_size * width / block if mlp_alone else 1.0
-    )  # of the block, that only some tokens enter
+    part = 4 * config.intermediate_size * width / block if mlp_alone else 1.0  # of the block that is routed
     layers = [1.0 - part * (1.0 - shares.get(layer, 1.0)) for layer in range(config.num_hidden_layers)]
     per_token = float(block * sum(layers))
     if checkpointing:

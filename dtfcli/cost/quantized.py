@@ -1,4 +1,4 @@
-"""What quantizing a model costs: bytes, loss and routed share before and after, over a passage of prose."""
+"""The cost of quantizing a model: bytes, loss and routed share before and after, over a passage of prose."""
 
 from dataclasses import replace
 from typing import Any
@@ -39,38 +39,28 @@ trousers and asked, quite politely, whether anyone on board happened to know som
 _MOST_TOKENS = 512
 
 
-def load_quantized(source: ModelSource, kind: str, options: dict[str, Any]) -> tuple[Any, Any, Quantization]:
-    """Load a model, quantize it, and measure how that changed it.
+def load_quantized(source: ModelSource, kind: str, **options: Any) -> tuple[Any, Any]:
+    """Load a model, quantize it, and measure the effect, which is then `quantization_of(model)`.
 
     Args:
         source: the model's files.
         kind: int8 or int4.
-        options: the other arguments of `load_model_and_tokenizer`, by name.
-
-    Returns:
-        The quantized model, its tokenizer, and the figures, which are also the model's `quantization_of`.
+        options: the other arguments of `load_model_and_tokenizer`.
 
     Raises:
         ConfigError, CheckpointError, HubError: as `load_model`.
     """
     check_quantize(kind, resolve_device(str(options.get("device", "auto"))))
     model, tokenizer = load_model_and_tokenizer(source, **options)
-    return model, tokenizer, quantize_and_measure(model, tokenizer, kind)
+    quantize_and_measure(model, tokenizer, kind)
+    return model, tokenizer
 
 
 def quantize_and_measure(model: Any, tokenizer: Any, kind: str) -> Quantization:
-    """Quantize a model in place, with loss and routed share of the sample before and after.
+    """Quantize a model in place as `quantize` does, with loss and routed share of the sample before and after.
 
-    Routing is the model's own where that is causal, else by threshold, if it has thresholds for its γ. A tokenizer that
-    makes fewer than two tokens of the sample leaves nothing to measure.
-
-    Args:
-        model: as for `quantize`, in eval mode.
-        tokenizer: its tokenizer.
-        kind: int8 or int4.
-
-    Raises:
-        ConfigError: it cannot be quantized so.
+    Routing is the model's own if that is causal, else by threshold. Nothing is measured without thresholds for the
+    model's γ, or if the sample has fewer than two tokens.
     """
     with quiet_libraries():  # some say that a text is longer than their model takes
         ids = tokenizer(SAMPLE)["input_ids"]
@@ -78,16 +68,10 @@ def quantize_and_measure(model: Any, tokenizer: Any, kind: str) -> Quantization:
     before = _measure(model, ids)
     quantization = quantize(model, kind)
     after = _measure(model, ids)
-    if before is None or after is None:
-        return quantization
-    model.quantization = replace(
-        quantization,
-        tokens=len(ids),
-        loss_before=before[0],
-        loss_after=after[0],
-        routed_before=before[1],
-        routed_after=after[1],
-    )
+    if before is not None and after is not None:
+        figures: dict[str, Any] = {"loss_before": before[0], "routed_before": before[1]}
+        figures |= {"loss_after": after[0], "routed_after": after[1]}
+        model.quantization = replace(quantization, tokens=len(ids), **figures)
     return model.quantization
 
 

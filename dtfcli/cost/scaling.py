@@ -1,4 +1,4 @@
-"""What training costs each of several devices: memory, and the time of an update at best.
+"""The cost of training for each of several devices: memory, and the shortest time of an optimizer step.
 
 Counted from shapes, before anything is bought. P parameters of which P_t are trained, N devices, L bytes of the largest
 layer's parameters in the precision of the computation (w bytes a number), R parameters outside of the layers:
@@ -9,8 +9,8 @@ layer's parameters in the precision of the computation (w bytes a number), R par
     traffic         each micro-batch reads the weights twice and adds to the gradients, 2 w P + 8 P_t; AdamW 28 P_t / N
     exchange        ddp: 2 (N-1)/N · 4 P_t once; fsdp2: (N-1)/N · (2 · gathered + 4 P_t) for each micro-batch
 
-plus, for memory, activations and a chunk of logits (`accounting`). Compute, traffic and exchange overlap, so an update
-takes the largest of the three; real ones take longer, by as much as the matrix units wait.
+plus, for memory, activations and a chunk of logits (`accounting`). Compute, traffic and exchange overlap, so a step
+takes the largest of the three; a real one takes longer.
 """
 
 import time
@@ -27,6 +27,7 @@ from dtfcli.cost.accounting import (
     nf4_savings,
     training_step_flops,
 )
+from dtfcli.cost.peak import matmul_peak
 from dtfcli.errors import ConfigError, did_you_mean
 from dtfcli.loading.devices import compute_dtype, resolve_device
 from dtfcli.models.pretrained import is_added
@@ -62,14 +63,13 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Scaling:
-    """What each of `processes` devices has to hold and do.
+    """Memory and work of each of `processes` devices.
 
     Attributes:
-        processes, sharding: of the run.
         accelerator: the device that times were estimated for.
         weights, gradients, optimizer, copies, activations: bytes on each device; copies are autocast's and a
             dense parent, or gathered parameters.
-        compute_seconds, traffic_seconds: of an update, at the peaks of the device.
+        compute_seconds, traffic_seconds: of an optimizer step, at the peaks of the device.
         exchange_seconds: between devices; None: the link is not known.
     """
 
@@ -92,7 +92,7 @@ class Scaling:
 
     @property
     def seconds_per_update(self) -> float:
-        """At best: everything overlaps with the slowest."""
+        """At best: all three overlap."""
         return max(self.compute_seconds, self.traffic_seconds, self.exchange_seconds or 0.0)
 
     @property
@@ -106,10 +106,10 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
     """Estimate a run.
 
     Args:
-        model: routed or dense, on any device (the meta device will do).
+        model: routed or dense, on any device, meta included.
         settings: of the run, with `tokens_per_update` for these processes (`plan.for_processes`).
         processes: N.
-        accelerator: what each process has.
+        accelerator: of each process.
         dtype: precision of the computation: float32, bfloat16 or float16.
     """
     training, length = settings.training, settings.data.seq_len
@@ -118,8 +118,8 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
     trained = sum(p.numel() for _, p in named if p.requires_grad)
     layers: dict[str, int] = {}
     for name, parameter in named:
-        if found := LAYER.search(name):
-            layers[found.group(1)] = layers.get(found.group(1), 0) + parameter.numel()
+        if match := LAYER.search(name):
+            layers[match.group(1)] = layers.get(match.group(1), 0) + parameter.numel()
     outside = every - sum(layers.values())
     trained_outside = sum(p.numel() for name, p in named if p.requires_grad and not LAYER.search(name))
 
@@ -177,8 +177,6 @@ def find_accelerator(name: str, settings: Settings) -> Accelerator:
 
 def measured(device: torch.device, dtype: torch.dtype) -> Accelerator:
     """The device of this machine: the rate of a large matrix product, and that of copying memory."""
-    from dtfcli.cost.peak import matmul_peak
-
     numbers = torch.ones(2**26, device=device)
     other, best = torch.empty_like(numbers), 0.0
     for _ in range(4):

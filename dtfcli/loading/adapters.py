@@ -1,10 +1,10 @@
-"""LoRA: low-rank adapters of the backbone's projections, by peft; what routing adds is trained in full.
+"""LoRA: low-rank adapters of the backbone's projections, by peft; the parts that routing adds are trained in full.
 
 The notable choices:
 
 - An adapter folder is one that peft knows (adapter_config.json, adapter_model.safetensors). The tensors of routers,
   priors and predictors, thresholds included, lie in the same file under their own names, so that
-  `PeftModel.from_pretrained(routed_model, folder)` finds them too; config.json beside it says how the base is routed.
+  `PeftModel.from_pretrained(routed_model, folder)` finds them too. config.json holds the routing of the base.
 - Adapters are injected into the model instead of wrapped around it: it keeps its class, and with it routing,
   calibration and generation.
 - The base is frozen and never written to: it is stored nowhere, only named.
@@ -33,14 +33,9 @@ _NAME = "default"
 
 
 def adapt(model: Any, settings: Settings) -> Any:
-    """Freeze the backbone and give it adapters, if the settings say so; what routing adds stays trainable.
+    """Freeze the backbone and give it adapters, if `lora.enabled`; the parts that routing adds stay trainable.
 
-    Args:
-        model: routed or dense, on any device (meta included); changed in place.
-        settings: `lora.*`, and `model.base`, which the adapters will name.
-
-    Returns:
-        The same model.
+    The model, routed or dense, on any device (meta included), is changed in place and returned.
     """
     if not settings.lora.enabled:
         return model
@@ -70,7 +65,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that an adapter folder stores: the adapters', and all that routing adds, by peft's names."""
+    """The tensors of an adapter folder, by peft's names: the adapters' and the ones that routing adds."""
     state = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name:
@@ -81,11 +76,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put stored tensors, whole ones, back into a model with the same adapters, sharded or not.
-
-    Raises:
-        KeyError: one is missing.
-    """
+    """Put stored tensors, whole ones, back into a model with the same adapters, sharded or not."""
     with torch.no_grad():
         for name, tensor in adapter_state(model).items():
             stored = state[name]
@@ -100,13 +91,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def save_adapter(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
-    """Write an adapter folder: adapters, what routing adds, and both configurations; the base is only named.
-
-    Args:
-        model: the adapted model.
-        folder: to write into.
-        state: its `adapter_state`, whole.
-    """
+    """Write an adapter folder: adapters and the parts that routing adds (`state`, whole), and both configurations."""
     config = copy.copy(model.peft_config[_NAME])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
@@ -119,7 +104,7 @@ def save_adapter(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def merge(model: Any) -> Any:
-    """The plain model that computes what an adapted one does; takes the adapted one apart."""
+    """The plain model with the function of an adapted one, which it takes apart."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)

@@ -6,16 +6,12 @@ loaded for training in float32; lower precision is the training loop's business.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dtfcli.data.tokenizer import data_tokenizer
 from dtfcli.errors import ConfigError
@@ -118,14 +114,15 @@ def _base(settings: Settings) -> ModelSource | None:
 def _random_dense(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """The dense backbone with random weights, or with none on the meta device."""
     base = _base(settings)
-    if base is None:
-        config = _scratch_config(settings, tokenizer)
-    elif base.kind == "hub" and base.revision is None and base.path in BASE_CONFIGS:
-        config = AutoConfig.for_model(**BASE_CONFIGS[base.path])
-    else:
-        with explained_load_errors(base):
-            return _new_dense(base.configuration, settings)
-    return _new_dense(config, settings)
+    with nullcontext() if base is None else explained_load_errors(base):
+        if base is None:
+            config = _scratch_config(settings, tokenizer)
+        elif base.kind == "hub" and base.revision is None and base.path in BASE_CONFIGS:
+            config = AutoConfig.for_model(**BASE_CONFIGS[base.path])
+        else:
+            config = base.configuration
+        kernel = settings.model.attn_implementation
+        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
 
 
 def _scratch_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Any:
@@ -139,14 +136,8 @@ def _scratch_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | Non
     return FAMILIES[family].dense_config(**values)
 
 
-def _new_dense(config: Any, settings: Settings) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(
-        config, attn_implementation=settings.model.attn_implementation, dtype=torch.float32
-    )
-
-
 def _route(start: Any, settings: Settings) -> PreTrainedModel:
-    """Make `start` what `model.architecture` asks for; a base that is routed already stays as it is."""
+    """Make `start` a model of the architecture `model.architecture`; a routed base stays as it is."""
     architecture, fields = settings.model.architecture, settings.model.routing_fields()
     if is_routed(start):
         return _go_on(start, settings)
@@ -162,11 +153,7 @@ def _route(start: Any, settings: Settings) -> PreTrainedModel:
 
 
 def _go_on(model: Any, settings: Settings) -> PreTrainedModel:
-    """Check that a routed base is routed as the settings say.
-
-    Raises:
-        ConfigError: it is of another architecture or differs in a field.
-    """
+    """A routed base; ConfigError if its architecture or another field differs from the settings."""
     base, architecture = settings.model.base, model.config.architecture
     if settings.model.architecture != architecture:
         raise ConfigError(

@@ -85,11 +85,7 @@ def load_tokenizer(
 
 
 def load_model_and_tokenizer(source: ModelSource, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Both of one model; `options` are those of `load_model`.
-
-    Raises:
-        CheckpointError, ConfigError, HubError: as `load_model` and `load_tokenizer`.
-    """
+    """Both of one model, with the options and errors of `load_model`."""
     with explained_load_errors(source):
         return _load(source, **options), _tokenizer(source)
 
@@ -140,16 +136,10 @@ def _tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def _try_out(tokenizer: Any) -> None:
-    """Use a tokenizer once: some damage shows only then.
-
-    Raises:
-        TypeError, ValueError, Exception: it cannot be used.
-    """
-    ids = tokenizer("a")["input_ids"]
-    tokenizer.decode(ids)
-    template = tokenizer.chat_template
-    if not isinstance(template, str | dict | None):
-        raise TypeError(f"its chat template is no text but {type(template).__name__}")
+    """Use a tokenizer once: some damage shows only then."""
+    tokenizer.decode(tokenizer("a")["input_ids"])
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise TypeError(f"its chat template is no text but {type(tokenizer.chat_template).__name__}")
     if not isinstance(tokenizer.model_max_length, int | float):
         raise TypeError(f"model_max_length = {tokenizer.model_max_length!r}: not a number")
 
@@ -174,13 +164,9 @@ def load_weights(source: ModelSource, dtype: torch.dtype, attn_implementation: s
 
 
 def _load_adapter(adapter: ModelSource, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
-    """The base of an adapter, routed as the adapter's own configuration says, with the adapter merged in.
+    """The base of an adapter, routed by the adapter's own configuration, with the adapter merged in.
 
-    Merging happens in float32, whatever the precision asked for: the changes are small next to the weights.
-
-    Raises:
-        CheckpointError, HubError: the base is not available.
-        ValueError: the adapter does not fit it.
+    Merging happens in float32, whatever the precision: the changes are small next to the weights.
     """
     folder = Path(adapter.path)
     read_adapter_config(folder)
@@ -205,11 +191,7 @@ def _load_adapter(adapter: ModelSource, dtype: torch.dtype, attn_implementation:
 
 
 def _routed_like(base: Any, config: Any) -> PreTrainedModel:
-    """A base model routed by a configuration; what routing adds is still to be loaded.
-
-    Raises:
-        ValueError: the base is routed in another way.
-    """
+    """A base model routed by a configuration; ValueError if it is already routed in another way."""
     fields = {name: getattr(config, name) for name in ROUTING_FIELD_NAMES}
     if not is_routed(base):
         return convert(base, fields.pop("architecture"), fields.pop("capacity"), **fields)
@@ -246,12 +228,7 @@ def _set_routing(model: Any, routing: str | None, capacity: float | None) -> Non
 
 @contextmanager
 def explained_load_errors(source: ModelSource) -> Iterator[None]:
-    """Turn what Transformers, safetensors and the Hub's client raise into one line; keep them quiet meanwhile.
-
-    Raises:
-        CheckpointError: the user named something that is not there or cannot be used.
-        HubError: the Hub could not be reached.
-    """
+    """Turn errors of Transformers, safetensors and the Hub's client into one line; keep them quiet meanwhile."""
     try:
         with quiet_libraries():
             yield
@@ -262,7 +239,7 @@ def explained_load_errors(source: ModelSource) -> Iterator[None]:
 
 
 def _explained(source: ModelSource, error: Exception, part: str) -> DTFError:
-    """An error of a library in words; `part` of the source, model or tokenizer, could not be loaded."""
+    """An error of a library in words; `part`: model or tokenizer."""
     name = source.path if source.revision is None else f"{source.path}@{source.revision}"
     if "trust_remote_code" in str(error):
         return untrusted_code(name)
@@ -274,15 +251,13 @@ def _explained(source: ModelSource, error: Exception, part: str) -> DTFError:
     return CheckpointError(f"{name}: the {part} cannot be loaded. {reason_of(error)}. {remedy}")
 
 
-def _hub_error(name: str, error: BaseException, part: str) -> DTFError:
-    """Which of the Hub's troubles it is: no such repository, no access, or no network."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    kinds = {type(link).__name__ for link in chain}
-    if kinds & {"GatedRepoError"}:
+def _hub_error(name: str, error: BaseException | None, part: str) -> DTFError:
+    """No such repository, no access, or no network."""
+    kinds, link = set[str](), error
+    for _ in range(9):
+        kinds.add(type(link).__name__)
+        link = link and (link.__cause__ or link.__context__)
+    if "GatedRepoError" in kinds:
         return HubError(
             f"{name}: access to this model is restricted; ask for it on its Hub page, then `hf auth login`."
         )

@@ -21,11 +21,11 @@ _READ = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".gguf", "
 _AGAIN = "save or download the model again"
 
 
-def check_files(folder: Path) -> list[str]:
+def check_files(folder: Path) -> dict[str, int]:
     """Check that nothing in a model or adapter folder leads out of it.
 
     Returns:
-        The safetensors files of a model, without shards of an earlier save; empty: it has none.
+        The number of tensors in each safetensors file of a model, without shards of an earlier save.
 
     Raises:
         CheckpointError: a file is a link out of the folder, or the index is damaged or names files outside, or a file
@@ -38,10 +38,11 @@ def check_files(folder: Path) -> list[str]:
             if outside:
                 raise CheckpointError(f"{file}: a link out of its folder, which is not followed; copy the file there.")
     names = [WEIGHTS] if (folder / WEIGHTS).exists() else _shards(folder)
+    tensors = {}
     for name in names:
         with reading(folder / name, _AGAIN, also=(SafetensorError,), what="not a safetensors file"):
-            safe_open(folder / name, "pt")
-    return names
+            tensors[name] = len(safe_open(folder / name, "pt").keys())
+    return tensors
 
 
 def _shards(folder: Path) -> list[str]:

@@ -35,10 +35,9 @@ _INT4_OUTPUTS = 16
 
 @dataclass(frozen=True)
 class Quantization:
-    """What quantizing has done to a model.
+    """The effect of quantizing a model to int8 or int4.
 
     Attributes:
-        kind: int8 or int4.
         bytes_before, bytes_after: of all weights of the model.
         tokens: of the sample that both were measured on; 0: nothing was measured.
         loss_before, loss_after: nats per token of the sample.
@@ -63,15 +62,7 @@ class _InBfloat16(nn.Linear):
 
 
 def check_quantize(kind: str, device: torch.device) -> None:
-    """Refuse what cannot be quantized here, before anything is loaded.
-
-    Args:
-        kind: int8 or int4.
-        device: that computes.
-
-    Raises:
-        ConfigError: an unknown kind, torchao is missing, or the device has no kernel.
-    """
+    """Raise a ConfigError, before anything is loaded, for an unknown kind, without torchao, or without a kernel."""
     if kind not in KINDS:
         raise ConfigError(f"quantize = {kind!r}: choose {' or '.join(KINDS)}, or leave it out.")
     if importlib.util.find_spec("torchao") is None:
@@ -88,33 +79,31 @@ def quantize(model: Any, kind: str) -> Quantization:
         kind: int8 or int4.
 
     Returns:
-        What it did, which is also `quantization_of(model)`.
+        The effect, which is also `quantization_of(model)`.
 
     Raises:
-        ConfigError: the model is quantized already, a layer cannot be, or what `check_quantize` refuses.
+        ConfigError: the model is quantized already, a layer cannot be, or `check_quantize` refuses.
     """
     check_quantize(kind, model.device)
     _check_plain(model, kind)
     layers = dict(projections(model))
-    if kind == "int4":
-        _check_groups(layers, model.device)
     config, before = _torchao_config(kind, model.device), weight_bytes(model)
     if kind == "int4":
+        _check_groups(layers, model.device)
         for layer in layers.values():
             layer.__class__ = _InBfloat16
             layer.weight = nn.Parameter(layer.weight.data.to(torch.bfloat16), requires_grad=False)
     from torchao.quantization import quantize_
 
     quantize_(model, config, lambda module, name: name in layers)
-    left = [name for name, layer in layers.items() if not _is_quantized(layer.weight)]
-    assert not left, f"torchao left out {left[:3]}"
+    assert all(_is_quantized(layer.weight) for layer in layers.values()), "torchao left out a layer"
     model.quantization = Quantization(kind, before, weight_bytes(model))
     model.save_pretrained = _refuse_to_save
     return model.quantization
 
 
 def quantization_of(model: Any) -> Quantization | None:
-    """What quantizing has done to a model; None: its weights are plain."""
+    """The effect of quantizing a model; None: its weights are plain."""
     return getattr(model, "quantization", None)
 
 
@@ -172,8 +161,8 @@ def _check_groups(layers: dict[str, nn.Linear], device: torch.device) -> None:
 def _torchao_config(kind: str, device: torch.device) -> Any:
     """Torchao's name for a format, without its changes to the settings of torch.compile.
 
-    Transformers' `TorchAoConfig` takes the same names. It quantizes while it opens a folder, so there is no plain model
-    to measure against, and it skips modules by name, which merged adapters and converted models do not go through.
+    Transformers' `TorchAoConfig` quantizes while it opens a folder: there is no plain model to compare with, and merged
+    adapters and converted models do not pass through it.
     """
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -191,26 +180,18 @@ def _torchao_config(kind: str, device: torch.device) -> Any:
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    """In place of `save_pretrained`.
-
-    Raises:
-        ConfigError: always.
-    """
+    """Takes the place of `save_pretrained`."""
     raise ConfigError("a quantized model is not saved: load it without quantize and save that; it is quantized again.")
 
 
 def check_nf4() -> None:
-    """Refuse nf4 where bitsandbytes is missing.
-
-    Raises:
-        ConfigError: it is.
-    """
+    """Raise a ConfigError if bitsandbytes is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("lora.quantize = 'nf4': bitsandbytes is not installed; run pip install 'dtfcli[qlora]'.")
 
 
 def quantize_nf4(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the projections of a model's decoder layers into nf4, in place: for adapters to be trained upon.
+    """Put the projections of a model's decoder layers into nf4, in place; adapters are then trained on top.
 
     Args:
         model: dense or routed, without adapters, in float32.

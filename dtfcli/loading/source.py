@@ -28,6 +28,7 @@ class ModelSource:
         revision: branch, tag or commit on the Hub; None: its default.
         trust_remote_code: whether code that comes with the model may run.
         is_adapter: whether it is a folder of adapters (LoRA), which name the base that they belong to.
+        tensors: in the weights of a folder; 0: not known.
     """
 
     kind: Literal["folder", "gguf", "hub"]
@@ -35,6 +36,7 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
     is_adapter: bool = False
+    tensors: int = 0
 
     @cached_property
     def configuration(self) -> Any:
@@ -45,7 +47,7 @@ class ModelSource:
             OSError, ValueError: as Transformers reports what is wrong on the Hub.
         """
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PreTrainedConfig
 
         place, file, options = self.path, self.path, dict[str, Any]()
         if self.kind == "gguf":
@@ -57,6 +59,10 @@ class ModelSource:
         else:
             file = str(Path(self.path) / CONFIG)
         try:
+            if self.tensors:  # a model of so many layers would take hours to build
+                layers = PreTrainedConfig.get_config_dict(place)[0].get("num_hidden_layers")
+                if isinstance(layers, int) and layers > self.tensors:
+                    raise ValueError(f"num_hidden_layers = {layers}, but the weights are {self.tensors} tensors")
             config = AutoConfig.from_pretrained(place, trust_remote_code=self.trust_remote_code, **options)
         except Exception as error:
             if self.kind == "hub":
@@ -127,9 +133,8 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
         kind, place = _local(path)
         if revision:
             raise CheckpointError(f"{text} is on this machine: revision = {revision!r} is for models on the Hub.")
-        if kind == "folder":
-            check_files(place)
-        return ModelSource(kind, str(place), None, trust_remote_code, (place / ADAPTER_CONFIG).is_file())
+        tensors = sum(check_files(place).values()) if kind == "folder" else 0
+        return ModelSource(kind, str(place), None, trust_remote_code, (place / ADAPTER_CONFIG).is_file(), tensors)
     hub_id, _, at_revision = text.partition("@")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(hub_id) or _looks_local(hub_id):
         siblings = _siblings(path)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from dtfcli.inspection.agreement import Overlap, agreement_of
+from dtfcli.inspection.agreement import Overlap
 from dtfcli.studies.differences import PointDifference, differences
 from dtfcli.studies.measure import Curve, Finished
 from dtfcli.studies.pairs import Pair
@@ -191,12 +191,13 @@ def _agreement(by_point: Mapping[str, Sequence[Finished]]) -> list[Agreed]:
     agreed = []
     for (first, ours), (second, theirs) in combinations(by_point.items(), 2):
         others = {run.seed: run.measured for run in theirs}
-        parts = [
-            agreement_of(first, run.measured.routed, second, others[run.seed].routed)
+        overlaps = [
+            Overlap.of(routed, others[run.seed].routed[layer])
             for run in ours
             if run.seed in others and run.measured.targets == others[run.seed].targets
+            for layer, routed in run.measured.routed.items()
+            if layer in others[run.seed].routed
         ]
-        overlaps = [overlap for part in parts for overlap in part.layers.values()]
         if overlaps:
             kappas = [overlap.kappa for overlap in overlaps if overlap.kappa is not None]
             kappa = statistics.fmean(kappas) if kappas else None

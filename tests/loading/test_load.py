@@ -62,8 +62,10 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
     shutil.copy(folder / "dense" / "config.json", tmp_path / "no_weights")
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "notes.txt").write_text("")
-    for name in ("broken_config", "cut", "lost_key"):
+    for name in ("broken_config", "cut", "lost_key", "huge"):
         shutil.copytree(folder / "routed", tmp_path / name)
+    config = json.loads((tmp_path / "huge" / "config.json").read_text())
+    (tmp_path / "huge" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
     (tmp_path / "broken_config" / "config.json").write_text("{")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -94,6 +96,7 @@ def wrong_models(folder: Path, tmp_path: Path) -> dict[str, tuple[Path | str, st
         "cut weights": (tmp_path / "cut" / "model.safetensors", "not a safetensors file"),
         "lost router key": (tmp_path / "lost_key", "router.beta_ce"),
         "lost backbone key": (tmp_path / "lost_backbone", "missing: model.layers.1.mlp.up_proj.weight"),
+        "huge": (tmp_path / "huge", "num_hidden_layers = 1000000000, but the weights are"),
         "unknown type": (tmp_path / "unknown_type", "nonsense"),
     }
 
