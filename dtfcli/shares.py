@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dtfcli.models.outputs import RoutedModelOutput
+from dtfcli.models.pretrained import is_routed
 
 POSITION_STARTS = (1, 16, 64, 256)
 POSITION_NAMES = ("1-15", "16-63", "64-255", "256+")
@@ -84,8 +85,11 @@ def _count(mask: Tensor, one_hot: Tensor) -> Tensor:
 
 @contextmanager
 def measured_shares(model: Any) -> Iterator[ShareMeter]:
-    """Measure every forward pass of a routed model inside a `with` block."""
+    """Measure every forward pass of a model inside a `with` block; a dense model routes nothing."""
     meter = ShareMeter()
+    if not is_routed(model):
+        yield meter
+        return
     hook = model.model.register_forward_hook(lambda module, arguments, output: meter.add(output))
     try:
         yield meter

@@ -27,13 +27,7 @@ SEED = 1234
 
 @dataclass
 class LoadedJob:
-    """A job with its tasks and datasets in memory.
-
-    Attributes:
-        job: the job.
-        loaded: the result of `TaskManager.load`.
-        origins: the source of each task's data.
-    """
+    """A job with its tasks and datasets in memory: the result of `TaskManager.load`, and where its data came from."""
 
     job: Job
     loaded: Any
@@ -141,19 +135,13 @@ def _task_score(
         shots=shots,
         fewshot_from=_fewshot_from(task) if shots else None,
         split=evaluated_split(task) if hasattr(task.config, "test_split") else None,
-        dataset=_dataset_name(origin),
+        dataset=origin.name if origin else None,
         data_source=origin.source if origin else None,
         missing_splits=origin.missing_splits if origin else (),
         routing=routing,
         causal=is_causal(routing),
         version=outcome["versions"].get(name),
     )
-
-
-def _dataset_name(origin: Origin | None) -> str | None:
-    if origin is None:
-        return None
-    return origin.dataset if origin.config is None else f"{origin.dataset} ({origin.config})"
 
 
 def _fewshot_from(task: Any) -> str:

@@ -55,7 +55,7 @@ class JobRunner:
 
     Attributes:
         hash: sha256 over the model's weights.
-        meter: routed shares over all jobs; None for a dense model.
+        meter: routed shares over all jobs.
         results, items: by task and group.
         skipped: optional jobs without data, with the reason.
         reused: requests answered by an earlier run.
@@ -64,18 +64,10 @@ class JobRunner:
     def __init__(
         self, plan: EvalPlan, lm: RoutedLM, source: ModelSource | None, state: Path | None, emit: EvalListener
     ) -> None:
-        """Take a model.
-
-        Args:
-            plan: the jobs.
-            lm: the model.
-            source: its files; None for a model made in memory.
-            state: folder that keeps the answers; None: keep none.
-            emit: called with every event.
-        """
+        """Take a model from `source` (None: made in memory); its answers are kept in `state` (None: nowhere)."""
         self.plan, self.lm, self.source, self.state, self.emit = plan, lm, source, state, emit
         self.hash = model_hash(lm.model, source)
-        self.meter = ShareMeter() if lm.meter is not None else None
+        self.meter = ShareMeter()
         self.results: dict[str, TaskScore] = {}
         self.items: dict[str, Items] = {}
         self.skipped: dict[str, str] = {}
@@ -88,9 +80,8 @@ class JobRunner:
             ConfigError: a task file is wrong, or the routing mode cannot run a task.
             DataError: a dataset is not available.
         """
-        index = self.plan.index
-        known = [entry for job in self.plan.jobs for entry in index.configs(job.name)]
-        self._check_can_write({leaf: config.get("output_type", "") for leaf, config in known})
+        leaves = (leaf for job in self.plan.jobs for leaf in self.plan.index.leaves(job.name))
+        self._check_can_write({name: config.get("output_type", "") for name, config in leaves})
         jobs: list[LoadedJob | HeldOut] = []
         for job in self.plan.jobs:
             self.emit(EvalEvent("phase", f"Loading {job.name}"))
@@ -105,7 +96,7 @@ class JobRunner:
 
     def _check_can_write(self, output_types: Mapping[str, str]) -> None:
         """Refuse tasks in which the model writes if its routing needs the whole text."""
-        writes = [name for name, kind in output_types.items() if kind == "generate_until"]
+        writes = [name for name, output_type in output_types.items() if output_type == "generate_until"]
         if writes and not is_causal(self.lm.routing):
             more = " and others" if len(writes) > 3 else ""
             raise ConfigError(
@@ -122,27 +113,20 @@ class JobRunner:
             if origin.scored_instead or (origin.missing_splits and tasks[name].get_config("num_fewshot")):
                 self.emit(EvalEvent("warning", _missing(name, origin.missing_splits, tasks[name])))
         shots = self.plan.options.num_fewshot
-        fixed = [n for n, t in tasks.items() if shots is not None and t.get_config("num_fewshot") != shots]
-        if fixed:
+        if fixed := [n for n, task in tasks.items() if shots not in (None, task.get_config("num_fewshot"))]:
             self.emit(EvalEvent("warning", f"{', '.join(fixed)}: takes no examples; --num-fewshot does not apply."))
         return loaded
 
     def _held_out(self) -> HeldOut:
-        local = self.source is not None and self.source.kind == "folder"
-        run = run_folder_of(Path(self.source.path)) if local and self.source is not None else None
+        source = self.source
+        run = run_folder_of(Path(source.path)) if source is not None and source.kind == "folder" else None
         return held_out_rows(run, self.lm.tokenizer, self.plan.options.limit)
 
-    def run(self, jobs: Sequence[LoadedJob | HeldOut]) -> list[AnswerStore]:
-        """Run loaded jobs; returns the stores of their answers."""
-        stores = []
-        for job in jobs:
-            if isinstance(job, LoadedJob):
-                stores.append(self._run(job))
-            else:
-                self._run_held_out(job)
-        return stores
-
-    def _run(self, job: LoadedJob) -> AnswerStore:
+    def run(self, job: LoadedJob | HeldOut) -> list[AnswerStore]:
+        """Run a loaded job; returns the stores of its answers."""
+        if isinstance(job, HeldOut):
+            self._run_held_out(job)
+            return []
         name = job.job.name
         store = AnswerStore(self._state_file(job))
         self.emit(EvalEvent("job", name, job.requests()))
@@ -155,10 +139,9 @@ class JobRunner:
         self.results |= results
         self.items |= items
         self.reused += store.reused
-        if self.meter is not None and self.lm.meter is not None:
-            self.meter.add_counts(self.lm.meter.counts())
+        self.meter.add_counts(self.lm.meter.counts())
         self.emit(EvalEvent("done", name, scores=results))
-        return store
+        return [store]
 
     def _state_file(self, job: LoadedJob) -> Path | None:
         """The file of a job's answers, named after everything that they depend on."""
@@ -184,15 +167,11 @@ class JobRunner:
         return self.state / f"{job.job.name}-{fingerprint(circumstances)}.jsonl"
 
     def _run_held_out(self, text: HeldOut) -> None:
-        lm, clock, shares = self.lm, time.perf_counter(), None
+        lm, clock = self.lm, time.perf_counter()
         self.emit(EvalEvent("job", VALIDATION_TEXT, len(text.rows)))
-        if self.meter is None:
+        with measured_shares(lm.model) as meter:
             metrics, losses = score_rows(lm.model, text, lm.on_answers)
-        else:
-            with measured_shares(lm.model) as meter:
-                metrics, losses = score_rows(lm.model, text, lm.on_answers)
-            self.meter.add_counts(meter.counts())
-            shares = shares_of(meter)
+        self.meter.add_counts(meter.counts())
         result = TaskScore(
             metrics=metrics,
             n=len(text.rows),
@@ -202,7 +181,7 @@ class JobRunner:
             data_source="run",
             routing=lm.routing,
             causal=is_causal(lm.routing),
-            routed_share=shares,
+            routed_share=shares_of(meter),
             truncated=0,
             seconds=round(time.perf_counter() - clock, 3),
         )

@@ -36,7 +36,7 @@ class RoutedLM(HFLM):
     Attributes:
         routing: the model's routing mode; "dense" for a dense model.
         store: holds the answers; each job has its own.
-        meter: routed shares over the answers in `store`; None for a dense model.
+        meter: routed shares over the answers in `store`.
         truncated: requests in `store` that lost their beginning.
         seconds: spent on the answers in `store`.
         shortened: generation lengths that exceeded the model's positions, with the lengths used instead.
@@ -49,8 +49,7 @@ class RoutedLM(HFLM):
         Args:
             model: a causal language model on its device.
             tokenizer: the model's, with an end-of-text token.
-            batch_size: rows at a time; None: what fits into memory. A dense model on a CPU then scores row by row,
-                which is fastest with whole logits, and lm-eval's own default.
+            batch_size: rows at a time; None: as many as fit into memory.
         """
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
         self._rows = batch_size
@@ -63,7 +62,7 @@ class RoutedLM(HFLM):
     def begin(self, store: AnswerStore) -> None:
         """Start a job."""
         self.store = store
-        self.meter = ShareMeter() if self._routed else None
+        self.meter = ShareMeter()
         self.truncated = 0
         self.seconds = 0.0
         self.shortened: dict[int, int] = {}
@@ -74,16 +73,11 @@ class RoutedLM(HFLM):
         batch = self.store.find(key)
         if batch is None:
             started = time.perf_counter()
-            if self._routed:
-                with measured_shares(self.model) as meter:
-                    answers = compute(key)
-                counts = meter.counts()
-            else:
-                answers, counts = compute(key), {}
-            batch = AnsweredBatch(answers, counts, truncated, time.perf_counter() - started)
+            with measured_shares(self.model) as meter:
+                answers = compute(key)
+            batch = AnsweredBatch(answers, meter.counts(), truncated, time.perf_counter() - started)
             self.store.add(key, batch)
-        if self.meter is not None:
-            self.meter.add_counts(batch.counts)
+        self.meter.add_counts(batch.counts)
         self.truncated += batch.truncated
         self.seconds += batch.seconds
         self.on_answers(len(batch.answers))
@@ -102,7 +96,7 @@ class RoutedLM(HFLM):
         for place, request in enumerate(requests):
             members[tuple(_inputs(request))].append(place)
         answers: list[Any] = [None] * len(requests)
-        size = override_bs or self._rows_scored(max(len(_inputs(request)) for request in requests))
+        size = override_bs or self._rows_for(max(len(_inputs(request)) for request in requests), scored=True)
         for rows in collator.get_batched(n=size):
             places = [place for row in rows for place in members[tuple(_inputs(row))]]
             batch = [requests[place] for place in places]
@@ -146,7 +140,7 @@ class RoutedLM(HFLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole documents, in windows of the model's positions."""
-        self.batch_size_per_gpu = self._rows_scored(self.max_length)
+        self.batch_size_per_gpu = self._rows_for(self.max_length, scored=True)
         on_answers, self.on_answers = self.on_answers, lambda count: None  # windows, whose number is unknown
         try:
             scores = super().loglikelihood_rolling(requests, disable_tqdm=True)
@@ -173,8 +167,7 @@ class RoutedLM(HFLM):
                 self.shortened[length] = allowed
                 for request in batch:
                     request.args[1]["max_gen_toks"] = allowed
-            room = self.max_length - allowed
-            truncated = sum(len(self.tok_encode(row[0])) > room for row in rows)
+            truncated = sum(len(self.tok_encode(row[0])) > self.max_length - allowed for row in rows)
 
             def write(key: str, batch: Any = batch) -> list[str]:
                 self.batch_size_per_gpu = len(batch)
@@ -184,16 +177,15 @@ class RoutedLM(HFLM):
             answers += self._answered([row[:2] for row in rows], truncated, write)
         return collator.get_original(answers)
 
-    def _rows_scored(self, tokens: int) -> int:
-        """`_rows_for`, but one row where the whole logits of several would exceed a CPU's cache many times over."""
-        if self._rows is None and not self._routed and self.device.type == "cpu":
-            return 1
-        return self._rows_for(tokens)
+    def _rows_for(self, tokens: int, *, scored: bool = False) -> int:
+        """Rows of a batch: as asked for, else the largest power of two whose activations fit into memory.
 
-    def _rows_for(self, tokens: int) -> int:
-        """Rows of a batch: as asked for, else the largest power of two whose activations fit into memory."""
+        On a CPU a dense model scores row by row: the whole logits of several rows would exceed the cache many times.
+        """
         if self._rows is not None:
             return self._rows
+        if scored and not self._routed and self.device.type == "cpu":
+            return 1
         config = self.model.config
         row = 4 * tokens * (2 * config.vocab_size + 10 * config.hidden_size)
         budget = _CPU_BYTES

@@ -39,6 +39,11 @@ class Origin:
     missing_splits: tuple[str, ...] = ()
     scored_instead: bool = False
 
+    @property
+    def name(self) -> str:
+        """Dataset and configuration."""
+        return self.dataset if self.config is None else f"{self.dataset} ({self.config})"
+
 
 @contextmanager
 def task_data(data_dir: Path | None) -> Iterator[dict[str, Origin]]:

@@ -40,4 +40,5 @@ def mbpp_examples(docs: Any) -> Any:
 
 def _results(programs: Sequence[str], tests: str) -> dict[str, float]:
     """pass@1: the share of the programs that pass."""
-    return {"pass@1": sum(sandbox.run(f"{program}\n{tests}\n").passed for program in programs) / len(programs)}
+    passed = [sandbox.run(f"{program}\n{tests}\n") is not None for program in programs]
+    return {"pass@1": sum(passed) / len(programs)}

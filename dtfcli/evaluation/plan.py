@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtfcli.errors import ConfigError
-from dtfcli.evaluation.suites import Job, TaskIndex, plan_jobs, split_names
+from dtfcli.evaluation.suites import SUITES, Job, TaskIndex, plan_jobs
 from dtfcli.quiet import quiet_libraries
 
 
@@ -67,7 +67,10 @@ def make_plan(tasks: str | Sequence[str] = "quick_test", options: EvalOptions | 
         NotConfirmed: a task would run code without permission.
     """
     options = options or EvalOptions()
-    names = split_names(tasks)
+    parts = [tasks] if isinstance(tasks, str) else tasks
+    names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--tasks: names no task; give suites ({', '.join(SUITES)}) or lm-eval tasks with commas.")
     for option, value, least in (("--limit", options.limit, 1), ("--num-fewshot", options.num_fewshot, 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ConfigError(f"{option} {value}: give a whole number of at least {least}.")
@@ -79,7 +82,7 @@ def make_plan(tasks: str | Sequence[str] = "quick_test", options: EvalOptions | 
     with quiet_libraries(verbose=options.verbose):
         index = TaskIndex(names, include, options.trust_remote_code)
     jobs = plan_jobs(names, index, options.num_fewshot, options.limit)
-    unsafe = [leaf for job in jobs for leaf, config in index.configs(job.name) if config.get("unsafe_code")]
+    unsafe = [leaf for job in jobs for leaf, config in index.leaves(job.name) if config.get("unsafe_code")]
     if unsafe and not options.confirm_run_unsafe_code:
         raise NotConfirmed(
             f"--tasks {', '.join(unsafe)}: runs code that the model writes, in a sandbox; add "

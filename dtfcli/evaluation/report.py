@@ -48,7 +48,7 @@ class TaskScore:
 
     Attributes:
         metrics: by name. A filter other than lm-eval's "none" is appended, as in `exact_match,strict-match`.
-        n: items scored; n_total: items in the split.
+        n, n_total: items scored, and in the split.
         shots: few-shot examples in a prompt.
         fewshot_from: the split of these examples, or "the task" for examples in the task's file; None at 0 shots, or
             where tasks of a group differ. "(item excluded)" follows a split that is also the scored one.
@@ -56,12 +56,10 @@ class TaskScore:
         dataset: Hub id and configuration, as `owner/name (configuration)`.
         data_source: "data-dir", "hub", "task" or "run".
         missing_splits: splits that the task names and its dataset lacks.
-        routing, causal: how tokens were routed; dense models are causal.
-        routed_share: of each layer, by position and overall; None for a dense model, and for members of a group,
-            which are scored together.
-        truncated: requests that exceeded the model's positions and lost their beginning; None for members.
-        seconds: spent on the answers, earlier attempts included; None for members.
-        version: of the task.
+        routed_share: of each layer, by position and overall; None for a dense model. Members of a group are scored
+            together: they have no routed_share, truncated and seconds of their own.
+        truncated: requests that exceeded the model's positions and lost their beginning.
+        seconds: spent on the answers, earlier attempts included.
         subtasks: members of a group.
         notes: further remarks.
     """
@@ -87,13 +85,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Items:
-    """What a comparison of two models item by item needs; not part of the document.
-
-    Attributes:
-        hashes: one for each item, in order.
-        values: of each metric, in the same order.
-        aggregate: for each metric, the function from items to score.
-    """
+    """The values of single items: by metric in the order of `hashes`, and the function from values to score."""
 
     hashes: tuple[str, ...]
     values: dict[str, list[Any]]
@@ -102,27 +94,25 @@ class Items:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """All scores of one model; lm-eval's own files leave much of it out.
+    """All scores of one model, and the conditions of the evaluation; lm-eval's own files leave many of them out.
 
     Attributes:
         model: as the user named it.
         model_hash: sha256 over its weights.
-        architecture: dtf, mod or dense.
         routing: mode; "dense" for a dense model.
         causal: whether no token's path depended on later ones.
         capacity: γ of the evaluation; None for a dense model.
-        routed_share: measured over all tasks.
-        tasks: names as asked for, in order.
+        routed_share: over all tasks.
+        tasks: names as the user gave them.
         results: by task and group.
-        skipped: tasks that could not be run, with the reason.
-        limit, num_fewshot: as asked for; None: each task's own.
-        seed: of few-shot sampling and of everything else that is drawn.
+        skipped: tasks without data, with the reason.
+        limit, num_fewshot: None: each task's own.
         batch_size: rows; "auto" where they were fitted to memory.
-        started: UTC.
         seconds: of this run of the command.
         reused: requests answered by an earlier run that was stopped.
-        quantize: int8 or int4, where the model's weights were quantized for the evaluation; None: they were plain.
+        quantize: int8 or int4, where the model's weights were quantized for the evaluation.
         quantization: what that changed (`loading.quantization.Quantization`).
+        items: for a comparison with another model; not part of the document.
     """
 
     model: str = ""
@@ -165,15 +155,12 @@ class EvalReport:
             ConfigError: the file is missing, not JSON, or without results.
         """
         document = _read_json(path, label)
-        results = document["results"]
-        if not any(isinstance(entry, dict) and "metrics" in entry for entry in results.values()):
+        if not any(isinstance(entry, dict) and "metrics" in entry for entry in document["results"].values()):
             document = _from_lm_eval(document)
-        known = {Path(name).name: _finite(entry) for name, entry in document["results"].items()}
-        document["results"] = {name: entry for name, entry in known.items() if entry}
+        results = {Path(name).name: _finite(entry) for name, entry in document["results"].items()}
+        document = _without_none(document | {"results": results, "items": None})
         if not document["results"]:
             raise ConfigError(f'{label}: its "results" hold no figure; run `dtf eval` again.')
-        document.pop("items", None)
-        document = {name: _without_none(value) for name, value in document.items() if value is not None}
         if not isinstance(document.get("routed_share"), dict):
             document.pop("routed_share", None)
         try:
@@ -193,6 +180,11 @@ def _without_none(value: Any) -> Any:
 
 
 def _read_json(path: Path, label: str) -> dict[str, Any]:
+    """A document with a table of results.
+
+    Raises:
+        ConfigError: it is not one.
+    """
     remedy = "give the JSON that `dtf eval` wrote"
     try:
         document = json.loads(path.read_text("utf-8"), parse_constant=lambda name: None)
@@ -208,58 +200,42 @@ def _read_json(path: Path, label: str) -> dict[str, Any]:
 
 
 def _finite(entry: Any) -> dict[str, Any] | None:
-    """A task's entry with the metrics that have a value; None where none has, as for a group that only holds others."""
-    metrics = entry.get("metrics") if isinstance(entry, dict) else None
-    metrics = metrics if isinstance(metrics, dict) else {}
-    finite = {name: m for name, m in metrics.items() if isinstance(m, dict) and _number(m.get("value")) is not None}
+    """A task's entry with the metrics that have a value; None without any, as for a group that only holds others."""
+    metrics = _table(entry, "metrics").items()
+    finite = {name: metric for name, metric in metrics if _number(_table(metric).get("value")) is not None}
     return {**entry, "metrics": finite} if finite else None
+
+
+def _table(document: Any, *keys: str) -> dict[str, Any]:
+    """The table at a place in a document; an empty one where there is none."""
+    for key in keys:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document if isinstance(document, dict) else {}
 
 
 def _from_lm_eval(document: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's own document in the form of ours, as far as it goes."""
-
-    def table(key: str, name: str) -> dict[str, Any]:
-        entry = document.get(key)
-        entry = entry.get(name) if isinstance(entry, dict) else None
-        return entry if isinstance(entry, dict) else {}
-
     results: dict[str, Any] = {}
-    shots = document.get("n-shot")
     for name, entry in document["results"].items():
-        figures = {key: value for key, value in entry.items() if "," in key} if isinstance(entry, dict) else {}
+        figures = {key: value for key, value in _table(entry).items() if "," in key}
         metrics = {
             key.removesuffix(",none"): {"value": value, "stderr": _number(figures.get(key.replace(",", "_stderr,", 1)))}
             for key, value in figures.items()
-            if "_stderr," not in key and _number(value) is not None
+            if "_stderr," not in key
         }
-        counts, config = table("n-samples", name), table("configs", name)
+        counts, config = _table(document, "n-samples", name), _table(document, "configs", name)
         path, part = config.get("dataset_path"), config.get("dataset_name")
         results[name] = {
             "metrics": metrics,
             "n": counts.get("effective") or 0,
             "n_total": counts.get("original"),
-            "shots": shots.get(name) if isinstance(shots, dict) else None,
+            "shots": _table(document, "n-shot").get(name),
             "dataset": f"{path} ({part})" if path and part else path,
         }
-    versions = {"lm_eval": document.get("lm_eval_version"), "transformers": document.get("transformers_version")}
-    routing = _model_argument(document, "routing")
-    return {
-        "results": results,
-        "routing": routing or "",
-        "causal": is_causal(routing or ""),
-        "versions": {name: version for name, version in versions.items() if version},
-    }
-
-
-def _model_argument(document: dict[str, Any], name: str) -> str | None:
-    """A value from lm-eval's record of `--model_args`."""
-    config = document.get("config")
-    arguments = config.get("model_args") if isinstance(config, dict) else None
-    if isinstance(arguments, dict):
-        value = arguments.get(name)
-        return value if isinstance(value, str) else None
-    match = re.search(rf"(?:^|,){name}=([^,]+)", arguments) if isinstance(arguments, str) else None
-    return match.group(1) if match else None
+    arguments = str(_table(document, "config").get("model_args"))  # "routing=topk,…", or a table
+    routing = re.search(r"\brouting\W+(\w+)", arguments)
+    versions = {name: document.get(f"{name}_version") for name in ("lm_eval", "transformers")}
+    return {"results": results, "routing": routing[1] if routing else None, "versions": versions}
 
 
 def _number(value: Any) -> float | None:
@@ -282,17 +258,9 @@ def plain(value: Any) -> Any:
     return value
 
 
-def shares_of(meter: ShareMeter | None) -> dict[str, Any] | None:
-    """What a meter has read, as plain values; None where nothing was routed."""
-    if meter is None or not meter.counts():
-        return None
-    shares = meter.read()
-    return {
-        "overall": shares.overall,
-        "by_layer": {str(layer): share for layer, share in shares.by_layer.items()},
-        "by_position": shares.by_position,
-        "tokens": shares.tokens,
-    }
+def shares_of(meter: ShareMeter) -> dict[str, Any] | None:
+    """The shares that a meter has read, as plain values; None where nothing was routed."""
+    return plain(asdict(meter.read())) if meter.counts() else None
 
 
 def model_hash(model: Any, source: ModelSource | None) -> str:

@@ -74,24 +74,15 @@ def evaluate(
         tokenizer = tokenizer or load_tokenizer(source)
         candidate = Candidate(str(model), source, lambda: (loaded, tokenizer))
     else:
-        _set_routing(model, routing, capacity)
-        tokenizer = tokenizer or _own_tokenizer(model)
+        if not is_routed(model) and (routing, capacity) != (None, None):
+            raise ConfigError("routing, capacity: this is a dense model, which routes nothing; leave them out.")
+        if (routing, capacity) != (None, None):
+            model.set_routing(routing or model.routing, capacity)
+        if tokenizer is None and not model.name_or_path:
+            raise ConfigError("tokenizer: this model was not loaded from a folder with a tokenizer; give one.")
+        tokenizer = tokenizer or load_tokenizer(model.name_or_path)
         candidate = Candidate(model.name_or_path or type(model).__name__, None, lambda: (model, tokenizer))
     return run_plan(plan, candidate, on_event=on_event)[0]
-
-
-def _set_routing(model: Any, routing: str | None, capacity: float | None) -> None:
-    if routing is None and capacity is None:
-        return
-    if not is_routed(model):
-        raise ConfigError("routing, capacity: this is a dense model, which routes nothing; leave them out.")
-    model.set_routing(routing or model.routing, capacity)
-
-
-def _own_tokenizer(model: Any) -> Any:
-    if not model.name_or_path:
-        raise ConfigError("tokenizer: this model was not loaded from a folder with a tokenizer; give one.")
-    return load_tokenizer(model.name_or_path)
 
 
 def evaluate_and_save(
@@ -100,7 +91,7 @@ def evaluate_and_save(
     """Run a plan on models, one after the other, and write the results beside each.
 
     Args:
-        plan: what to run.
+        plan: the jobs.
         candidates: the models, each with a source.
         output: a file that the caller writes instead; unfinished answers are kept beside it.
         on_event: called with every `EvalEvent`.
@@ -109,9 +100,11 @@ def evaluate_and_save(
         The report and the file of each model.
     """
     emit = on_event or (lambda event: None)
-    folders = [_folder_of(candidate) if output is None else output.parent for candidate in candidates]
-    for folder in folders:
-        check_writable(folder)
+    folders = []
+    for candidate in candidates:
+        assert candidate.source is not None, "a model made in memory has no folder"
+        folders.append(results_folder(candidate.name, candidate.source) if output is None else output.parent)
+        check_writable(folders[-1])
     results, stores = [], []
     for candidate, folder in zip(candidates, folders, strict=True):
         emit(EvalEvent("model", candidate.name))
@@ -124,18 +117,13 @@ def evaluate_and_save(
     return results
 
 
-def _folder_of(candidate: Candidate) -> Path:
-    assert candidate.source is not None, "a model made in memory has no folder"
-    return results_folder(candidate.name, candidate.source)
-
-
 def run_plan(
     plan: EvalPlan, candidate: Candidate, *, state: Path | None = None, on_event: EvalListener | None = None
 ) -> tuple[EvalReport, list[AnswerStore]]:
     """Run every job of a plan on one model, which is left in eval mode.
 
     Args:
-        plan: what to run.
+        plan: the jobs.
         candidate: the model.
         state: folder that keeps the answers; None: keep none.
         on_event: called with every `EvalEvent`.
@@ -158,7 +146,7 @@ def run_plan(
             lm = RoutedLM(model, tokenizer, plan.rows)
             lm.on_answers = lambda count: emit(EvalEvent("answers", count=count))
             runner = JobRunner(plan, lm, candidate.source, state, emit)
-            stores = runner.run(runner.load())
+            stores = [store for job in runner.load() for store in runner.run(job)]
         except torch.OutOfMemoryError as error:
             raise DTFError("out of memory: lower --batch-size.") from error
     quantized = quantization_of(model)

@@ -5,11 +5,12 @@ program gets a new network without interfaces. Otherwise the socket module is di
 `isolation()` names the method of this machine.
 """
 
+import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -43,23 +44,18 @@ if not cut_off:
         for name in ("socket", "SocketType", "create_connection", "socketpair", "getaddrinfo"):
             if hasattr(module, name):
                 setattr(module, name, refuse)
-try:
-    import resource
-except ImportError:
-    pass
-else:
-    for name, value in (
-        ("RLIMIT_CPU", seconds), ("RLIMIT_AS", memory), ("RLIMIT_FSIZE", file_bytes), ("RLIMIT_NPROC", processes),
-        ("RLIMIT_CORE", 0),
-    ):
-        limit = getattr(resource, name, None)
-        if limit is not None:
-            hard = resource.getrlimit(limit)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            try:
-                resource.setrlimit(limit, (value, value))
-            except (ValueError, OSError):
-                pass
+for name, value in (
+    ("RLIMIT_CPU", seconds), ("RLIMIT_AS", memory), ("RLIMIT_FSIZE", file_bytes), ("RLIMIT_NPROC", processes),
+    ("RLIMIT_CORE", 0),
+):
+    try:
+        import resource
+        limit = getattr(resource, name)
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+    except (ImportError, AttributeError, ValueError, OSError):  # this system has no such limit
+        pass
 write, leave = os.write, os._exit
 how = b" namespace" if cut_off else b" sockets disabled"
 try:
@@ -71,27 +67,15 @@ leave(0)
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a program ended.
-
-    Attributes:
-        passed: it ran to its end without an error.
-        timed_out: it exceeded its time.
-        isolation: how the network was cut off; None if it did not run to its end.
-    """
-
-    passed: bool
-    timed_out: bool
-    isolation: Isolation | None
-
-
-def run(program: str, seconds: float = SECONDS) -> Outcome:
-    """Run a program in a temporary folder and wait for it.
+def run(program: str, seconds: float = SECONDS) -> Isolation | None:
+    """Run a program in a temporary folder to its end.
 
     Args:
         program: Python source.
         seconds: wall-clock time; processor time is limited to the next whole second.
+
+    Returns:
+        How it was kept off the network; None: it failed, left early or took too long.
     """
     word = secrets.token_hex(16)
     limits = [str(int(seconds) + 1), str(MEMORY_BYTES), str(FILE_BYTES), str(PROCESSES)]
@@ -109,26 +93,20 @@ def run(program: str, seconds: float = SECONDS) -> Outcome:
             try:
                 printed, _ = child.communicate(f"{word}\n{program}".encode("utf-8", "replace"), timeout=seconds)
             except subprocess.TimeoutExpired:
-                return Outcome(False, True, None)
+                return None
             finally:
                 _end(child)
     report = printed.decode("utf-8", "replace")
-    passed = child.returncode == 0 and report.startswith(word)
-    how = report.removeprefix(word).strip() if passed else None
-    return Outcome(passed, False, how)  # type: ignore[arg-type]  # the guard writes one of the two
+    if child.returncode != 0 or not report.startswith(word):
+        return None
+    return report.removeprefix(word).strip()  # type: ignore[return-value]  # the guard writes one of the two
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
     """End a program and all that it started."""
-    if sys.platform != "win32":
-        import os
-        import signal
-
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            child.kill()
-    else:
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except (AttributeError, ProcessLookupError, PermissionError):  # Windows has no groups of processes
         child.kill()
     child.wait()
 
@@ -136,4 +114,4 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 @cache
 def isolation() -> Isolation | None:
     """How this machine keeps programs off the network; None if not even an empty program runs."""
-    return run("pass", seconds=30.0).isolation
+    return run("pass", seconds=30.0)

@@ -56,29 +56,10 @@ _SUITE_FOLDERS = ("arc", "gsm8k", "hellaswag", "mathqa", "mmlu/default", "truthf
 """lm-eval's folders with the suites' tasks; reading its other 14,000 task files takes several seconds."""
 
 
-def split_names(tasks: str | Sequence[str]) -> list[str]:
-    """The names in LIST: one string with commas, or a sequence of them.
-
-    Raises:
-        ConfigError: the list is empty.
-    """
-    parts = [tasks] if isinstance(tasks, str) else list(tasks)
-    names = [name.strip() for part in parts for name in part.split(",") if name.strip()]
-    if not names:
-        raise ConfigError(f"--tasks: names no task; give suites ({', '.join(SUITES)}) or lm-eval tasks with commas.")
-    return names
-
-
 def plan_jobs(
     names: Sequence[str], index: "TaskIndex", shots: int | None = None, limit: int | None = None
 ) -> list[Job]:
-    """The jobs behind names.
-
-    Args:
-        names: suites, tasks, groups, tags.
-        index: all known tasks.
-        shots: `--num-fewshot`, for every job.
-        limit: `--limit`, for every job.
+    """The jobs behind names of suites, tasks, groups and tags; `shots` and `limit` are for every job.
 
     Raises:
         ConfigError: a name is unknown, or two names contain the same task.
@@ -91,7 +72,7 @@ def plan_jobs(
             job = replace(job, shots=job.shots if shots is None else shots, limit=job.limit if limit is None else limit)
             if job in jobs:
                 continue
-            for leaf in index.leaves(job.name):
+            for leaf, _ in index.leaves(job.name):
                 if leaf in seen:
                     raise ConfigError(
                         f"--tasks: {leaf} is in both {seen[leaf]} and {name}, with different shots or limits. Run them "
@@ -116,13 +97,9 @@ class TaskIndex:
         Raises:
             ConfigError: `include_path` is not a folder of task files, or one of these names code without trust.
         """
-        if include_path is not None and not include_path.is_dir():
-            raise ConfigError(f"--include-path {include_path}: no such folder; give one with .yaml task files.")
-        if include_path is not None and not any(include_path.rglob("*.yaml")):
-            raise ConfigError(f"--include-path {include_path}: has no .yaml task files.")
-        if include_path is not None:
-            check_task_files(include_path, trusted)
-        mine = [include_path] if include_path is not None else []
+        mine = [] if include_path is None else [include_path]
+        for folder in mine:
+            check_task_files(folder, trusted)
         root = Path(lm_eval.__file__).parent / "tasks"
         folders = [root / name for name in _SUITE_FOLDERS]
         self.manager = TaskManager(include_defaults=False, include_path=[*folders, OWN_TASKS, *mine])
@@ -142,15 +119,8 @@ class TaskIndex:
         remedy = hint or f" Suites are {', '.join(SUITES)}; `lm-eval ls tasks` lists the tasks."
         raise ConfigError(f"--tasks {name}: not a suite, task or group.{remedy}")
 
-    def leaves(self, name: str) -> list[str]:
-        """The leaf tasks of a task, group or tag."""
-        return [leaf for leaf, _ in self._walk(name)]
-
-    def configs(self, name: str) -> list[tuple[str, dict[str, Any]]]:
-        """Each leaf task with the content of its file."""
-        return list(self._walk(name))
-
-    def _walk(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def leaves(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The leaf tasks of a task, group or tag, each with the content of its file."""
         entry = self.manager.task_index.get(name)
         if entry is None:  # validation text, or a task written out inside its group
             yield name, {}
@@ -159,14 +129,14 @@ class TaskIndex:
         if isinstance(members, list):
             for member in members:
                 if isinstance(member, str):
-                    yield from self._walk(member)
+                    yield from self.leaves(member)
                 elif isinstance(member.get("task"), list):
                     for inner in member["task"]:
-                        yield from self._walk(inner if isinstance(inner, str) else str(inner.get("task")))
+                        yield from self.leaves(inner if isinstance(inner, str) else str(inner.get("task")))
                 else:
-                    yield from self._walk(str(member.get("task") or member.get("group")))
+                    yield from self.leaves(str(member.get("task") or member.get("group")))
         elif entry.kind.name == "TAG":
             for member in sorted(entry.tags):
-                yield from self._walk(member)
+                yield from self.leaves(member)
         else:
             yield name, entry.cfg or {}

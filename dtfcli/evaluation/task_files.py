@@ -54,10 +54,14 @@ def check_task_files(folder: Path, trusted: bool = False) -> None:
         trusted: whether they may name code.
 
     Raises:
-        ConfigError: names the file and what is wrong with it.
+        ConfigError: it is no such folder, or the file with its problem.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"--include-path {folder}: no such folder; give one with .yaml task files.")
     root = folder.resolve()
     waiting, seen = sorted(folder.rglob("*.yaml"), reverse=True), set[Path]()
+    if not waiting:
+        raise ConfigError(f"--include-path {folder}: has no .yaml task files.")
     while waiting:
         path = waiting.pop()
         task = _read(root, path)
@@ -80,9 +84,11 @@ def _read(root: Path, path: Path) -> dict[Any, Any]:
         task = yaml.load(path.read_text("utf-8"), _Loader)
     if not isinstance(task, dict):
         raise ConfigError(f"{path}: holds no settings of a task; {_MEND}.")
-    for name, fits in (("task", _names), ("group", _name), ("tag", _names), ("include", _name)):
-        if not fits(task.get(name, "x")):
-            raise ConfigError(f"{path}: {name} = {str(task[name])[:40]!r}: not a name; {_MEND}.")
+    for name, kinds in (("task", str | list), ("tag", str | list), ("group", str), ("include", str)):
+        value = task.get(name, "x")
+        members = value if isinstance(value, list) else [value]
+        if value == "" or not isinstance(value, kinds) or not all(isinstance(item, str | dict) for item in members):
+            raise ConfigError(f"{path}: {name} = {str(value)[:40]!r}: not a name; {_MEND}.")
     if "include" in task and not (path.parent / task["include"]).resolve().is_relative_to(root):
         raise ConfigError(f"{path}: include = {task['include']!r} leads out of its folder; copy that file there.")
     return task
@@ -152,14 +158,6 @@ def sandboxed_templates() -> Iterator[None]:
         raise ConfigError(f"a template of the task leads into Python ({reason_of(error)}); mend its file.") from error
     finally:
         lm_utils.env = stock
-
-
-def _name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _names(value: Any) -> bool:
-    return _name(value) or (isinstance(value, list) and all(isinstance(item, str | dict) for item in value))
 
 
 @contextmanager

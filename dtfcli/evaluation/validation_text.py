@@ -17,10 +17,6 @@ from dtfcli.statistics import paired_difference
 from dtfcli.training.validation import evaluation_rows, to_batch
 
 
-class NotAvailable(DataError):
-    """The model has no held-out text, or its text is no longer available."""
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """The validation rows of a run, int32 [N, T], and their UTF-8 bytes per token."""
@@ -33,10 +29,10 @@ def held_out_rows(run: Path | None, tokenizer: Any, limit: int | None) -> HeldOu
     """The validation rows of a run, at most `limit`.
 
     Raises:
-        NotAvailable: gives the reason.
+        DataError: the model has no held-out text, or its text is no longer available.
     """
     if run is None:
-        raise NotAvailable(
+        raise DataError(
             "validation_text: the model lies in no run folder, whose settings would name its held-out text; give a run "
             "folder, or leave the task out."
         )
@@ -44,9 +40,9 @@ def held_out_rows(run: Path | None, tokenizer: Any, limit: int | None) -> HeldOu
         settings = run_settings(run)
         data = prepare_data(settings.data, tokenizer, seed=settings.run.seed)
     except DTFError as error:
-        raise NotAvailable(f"validation_text: {error}") from error
+        raise DataError(f"validation_text: {error}") from error
     if not len(data.validation):
-        raise NotAvailable(f"validation_text: {run} held out no text (data.validation_fraction is 0); leave it out.")
+        raise DataError(f"validation_text: {run} held out no text (data.validation_fraction is 0); leave it out.")
     rows = evaluation_rows(data.validation, settings.data.validation_blocks)
     # A row inside a long turn of the user has no target.
     rows = rows[[count_targets(row[None]) > 0 for row in rows]]

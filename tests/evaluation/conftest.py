@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -12,72 +13,55 @@ from tests import tiny
 WORDS = [f"w{i}" for i in range(26, 90)]
 ITEMS = 24
 
-README = """---
-configs:
-- config_name: default
-  data_files:
-{splits}
----
-"""
-CHOICE = """task: {name}
-dataset_path: {dataset}
-output_type: multiple_choice
-training_split: {train}
-validation_split: validation
-test_split: null
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{label}}}}"
-doc_to_choice: "choices"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-  - metric: acc_norm
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-"""
-WRITING = """task: toy_writing
-dataset_path: toy/quiz
-output_type: generate_until
-training_split: train
-test_split: validation
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[label]}}"
-generation_kwargs:
-  until: ["w30"]
-  max_gen_toks: 8
-  do_sample: false
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-"""
-TEXT = """task: toy_text
-dataset_path: toy/quiz
-output_type: loglikelihood_rolling
-test_split: validation
-doc_to_text: ""
-doc_to_target: "{{question}}"
-metric_list:
-  - metric: word_perplexity
-  - metric: bits_per_byte
-metadata:
-  version: 1.0
-"""
-GROUP = """group: toy_group
-task:
-  - toy_choice
-  - toy_other
-aggregate_metric_list:
-  - metric: acc
-    weight_by_size: true
-metadata:
-  version: 1
-"""
+
+def _task(name: str, output_type: str, *metrics: str, **fields: Any) -> dict[str, Any]:
+    means = {} if "perplexity" in metrics[0] else {"aggregation": "mean", "higher_is_better": True}
+    return {
+        "task": name,
+        "dataset_path": "toy/quiz",
+        "output_type": output_type,
+        "test_split": "validation",
+        "doc_to_text": "{{question}}",
+        "metric_list": [{"metric": metric, **means} for metric in metrics],
+        "metadata": {"version": 1.0},
+        **fields,
+    }
+
+
+CHOICE = {
+    "training_split": "train",
+    "validation_split": "validation",
+    "test_split": None,
+    "doc_to_target": "{{label}}",
+    "doc_to_choice": "choices",
+}
+TASKS = [
+    _task("toy_choice", "multiple_choice", "acc", "acc_norm", **CHOICE),
+    _task("toy_other", "multiple_choice", "acc", "acc_norm", **CHOICE),
+    _task("toy_half", "multiple_choice", "acc", "acc_norm", **CHOICE, dataset_path="toy/half"),
+    _task(
+        "toy_writing",
+        "generate_until",
+        "exact_match",
+        training_split="train",
+        doc_to_target="{{choices[label]}}",
+        generation_kwargs={"until": ["w30"], "max_gen_toks": 8, "do_sample": False},
+    ),
+    _task(
+        "toy_text",
+        "loglikelihood_rolling",
+        "word_perplexity",
+        "bits_per_byte",
+        doc_to_text="",
+        doc_to_target="{{question}}",
+    ),
+    {
+        "group": "toy_group",
+        "task": ["toy_choice", "toy_other"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+        "metadata": {"version": 1},
+    },
+]
 
 
 def write_dataset(folder: Path, splits: dict[str, int], seed: int = 0) -> None:
@@ -94,8 +78,9 @@ def write_dataset(folder: Path, splits: dict[str, int], seed: int = 0) -> None:
             for _ in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    lines = "\n".join(f"  - split: {split}\n    path: {split}.jsonl" for split in splits)
-    (folder / "README.md").write_text(README.format(splits=lines))
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in splits]
+    card = {"configs": [{"config_name": "default", "data_files": files}]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
 
 
 @pytest.fixture(scope="session")
@@ -111,10 +96,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Task files: choices, writing, perplexity, and a group."""
     root = tmp_path_factory.mktemp("tasks")
-    for name, dataset in (("toy_choice", "toy/quiz"), ("toy_other", "toy/quiz"), ("toy_half", "toy/half")):
-        (root / f"{name}.yaml").write_text(CHOICE.format(name=name, dataset=dataset, train="train"))
-    for name, text in (("toy_writing", WRITING), ("toy_text", TEXT), ("toy_group", GROUP)):
-        (root / f"{name}.yaml").write_text(text)
+    for task in TASKS:
+        (root / f"{task.get('task') if 'group' not in task else task['group']}.yaml").write_text(json.dumps(task))
     return root
 
 
@@ -124,3 +107,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = tiny.word_tokenizer()
     tokenizer.eos_token = "z"
     return tokenizer
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The folder of a routed model."""
+    folder = tmp_path / "model"
+    tiny.routed_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

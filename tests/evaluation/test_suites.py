@@ -10,11 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 import dtfcli
 from dtfcli.errors import ConfigError
+from dtfcli.evaluation.harness import load_job
 from dtfcli.evaluation.plan import EvalOptions, NotConfirmed, make_plan
-from dtfcli.evaluation.suites import OWN_TASKS, SUITES, TaskIndex
+from dtfcli.evaluation.suites import OWN_TASKS, Job, TaskIndex
 from tests.tiny import dense_model
 
-ASKED = (
+ASKED = [
     "dataset_path",
     "dataset_name",
     "doc_to_text",
@@ -22,7 +23,7 @@ ASKED = (
     "target_delimiter",
     "num_fewshot",
     "test_split",
-)
+]
 
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
@@ -34,36 +35,34 @@ def test_our_code_tasks_ask_what_lm_eval_asks(name: str) -> None:
     assert ours["unsafe_code"] is True
 
 
-def test_every_suite_is_known_to_lm_eval() -> None:
-    index = TaskIndex(list(SUITES))
-    for suite in SUITES.values():
-        for job in suite:
-            index.require(job.name)
-    assert len(index.leaves("mmlu")) == 57
-    assert len(index.manager.task_index) < 1000, "suites must not need all of lm-eval's task files"
+def test_shots_and_limits_of_suites() -> None:
+    plan = make_plan("general,perplexity,math")
+    shots = {job.name: job.shots for job in plan.jobs}
+    assert shots == {
+        "arc_challenge": 25,
+        "hellaswag": 10,
+        "mmlu": 5,
+        "winogrande": 5,
+        "truthfulqa_mc2": 0,
+        "wikitext": 0,
+        "validation_text": None,
+        "gsm8k": 5,
+        "mathqa": 0,
+    }
+    assert len(list(plan.index.leaves("mmlu"))) == 57
+    assert len(plan.index.manager.task_index) < 1000, "suites must not need all of lm-eval's task files"
+    assert {job.limit for job in make_plan("quick_test").jobs} == {200}
+    jobs = make_plan(["quick_test", "arc_easy"], EvalOptions(limit=7, num_fewshot=3)).jobs
+    assert {(job.shots, job.limit) for job in jobs} == {(3, 7)}
+    assert [job.name for job in jobs] == ["arc_challenge", "hellaswag", "arc_easy"]
+    assert len(make_plan("quick_test,quick_test").jobs) == 2
+    with pytest.raises(ConfigError, match=r"mmlu_anatomy is in both general and mmlu_anatomy"):
+        make_plan("general,mmlu_anatomy")
 
 
 @pytest.mark.slow
-def test_shots_and_limits() -> None:
-    jobs = make_plan("general").jobs
-    assert [(job.name, job.shots) for job in jobs] == [
-        ("arc_challenge", 25),
-        ("hellaswag", 10),
-        ("mmlu", 5),
-        ("winogrande", 5),
-        ("truthfulqa_mc2", 0),
-    ]
-    assert {job.limit for job in make_plan("quick_test").jobs} == {200}
-    assert {(job.shots, job.limit) for job in make_plan("quick_test", EvalOptions(limit=7, num_fewshot=3)).jobs} == {
-        (3, 7)
-    }
-    assert [job.name for job in make_plan(["quick_test", "sciq"]).jobs] == ["arc_challenge", "hellaswag", "sciq"]
-    assert len(make_plan("quick_test,quick_test").jobs) == 2
-
-
-def test_the_same_task_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"mmlu_anatomy is in both general and mmlu_anatomy"):
-        make_plan("general,mmlu_anatomy")
+def test_lm_evals_other_tasks_are_known() -> None:
+    assert [job.name for job in make_plan("sciq").jobs] == ["sciq"]
 
 
 def test_code_is_run_only_when_allowed() -> None:
@@ -83,9 +82,6 @@ def test_mbpp_shows_the_authors_three_examples(tmp_path: Path, tokenizer: PreTra
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
     splits = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("prompt", "test"))
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: full\n  data_files:\n{splits}---\n")
-
-    from dtfcli.evaluation.harness import load_job
-    from dtfcli.evaluation.suites import Job
 
     task = load_job(Job("mbpp", 3), TaskIndex(["code"]), tmp_path).tasks["mbpp"]
     context = task.fewshot_context(task.eval_docs[0], 3)
