@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
+from dtfcli.models.configuration_fields import WAYS as FIELDS
+from dtfcli.models.configuration_fields import way_of
 from tests import near
 from tests.tiny import BACKBONES, pad, shared_routed_model, tokens
 
@@ -101,7 +103,7 @@ class Case(NamedTuple):
     @property
     def learns_updates(self) -> bool:
         """Whether training compares updates with what it predicted, and explores."""
-        return self.fields.get("bypass") == "forecast" or "score" in self.fields
+        return self.fields.get("bypass") == "forecast" or FIELDS[way_of(self.fields)].learns_from_updates
 
     def on(self, device: torch.device = CPU, **fields: Any) -> Any:
         """The model, calibrated at γ = 0.5 and on the grid; shared, so do not change it."""

@@ -1,6 +1,7 @@
 """Configurations of routed models: the stock ones plus `RoutingFields`, made of the rows of `families`."""
 
 from dataclasses import fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import strict
@@ -115,6 +116,7 @@ def _made(model_type: str, family: Family) -> type[Any]:
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` with `RoutingFields`.",
         "model_type": f"dynamic_{model_type}",
+        "norm_eps": property(attrgetter(family.eps)),
     }
     made: type[Any] = strict(type(name, (RoutingConfigMixin, stock), attributes))
     globals()[name] = made

@@ -24,6 +24,9 @@ class Family(NamedTuple):
     rotary_by_kind: bool = False
     """Whether rotary embeddings differ with the kind of attention."""
 
+    eps: str = "rms_norm_eps"
+    """What the configuration calls the ε of its norms; `norm_eps` reads it."""
+
     @property
     def name(self) -> str:
         """What our class names are made of."""

@@ -27,7 +27,7 @@ class Forecast(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.eps = config.rms_norm_eps
+        self.eps = config.norm_eps
         self.linear = ZeroLinear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class PriorFFN(nn.Module):
         super().__init__()
         width = ceil(config.hidden_size * config.prior_factor)
         width = max(2, width + width % 2)
-        self.eps = config.rms_norm_eps
+        self.eps = config.norm_eps
         self.w_in = nn.Linear(config.hidden_size, 2 * width, bias=False)
         self.w_out = nn.Linear(width, config.hidden_size, bias=False)
         self.dropout = config.prior_dropout

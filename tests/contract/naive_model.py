@@ -33,7 +33,7 @@ def linear(x: Tensor, router: Any, whole: "NaiveModel") -> Scored:
 
 
 def cost(x: Tensor, router: Any, whole: "NaiveModel") -> Scored:
-    scores = [naive.cost_score(token, router.weight, eps=whole.config.rms_norm_eps) for token in x]
+    scores = [naive.cost_score(token, router.weight, eps=whole.config.norm_eps) for token in x]
     return scores, [torch.ones(())] * len(x)
 
 
