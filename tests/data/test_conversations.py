@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +20,7 @@ from dtfcli.data.prepare import prepare_data
 from dtfcli.data.stream import RowStream
 from dtfcli.data.targets import count_targets, target_labels, token_ids, with_targets
 from dtfcli.data.tokenizer import train_tokenizer
-from dtfcli.errors import ConfigError, DataError
+from dtfcli.errors import DataError
 from dtfcli.settings.data import Source
 from tests.data.texts import sentence
 
@@ -48,22 +51,22 @@ def chat_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 
 
 def conversation(number: int, turns: int = 2) -> list[Message]:
-    found = [{"role": "system", "content": "You are a cat."}] if number % 2 else []
+    messages = [{"role": "system", "content": "You are a cat."}] if number % 2 else []
     for turn in range(turns):
-        found.append({"role": "user", "content": f"question {number} {turn}: " + sentence(number + turn, 5)})
-        found.append({"role": "assistant", "content": f"answer {number} {turn}: " + sentence(100 + number - turn, 6)})
-    return found
+        messages.append({"role": "user", "content": f"question {number} {turn}: " + sentence(number + turn, 5)})
+        messages.append(
+            {"role": "assistant", "content": f"answer {number} {turn}: " + sentence(100 + number - turn, 6)}
+        )
+    return messages
 
 
-def write_conversations(path: Path, count: int = 60, kind: str = "jsonl") -> Path:
-    rows = [{"messages": conversation(i), "id": i} for i in range(count)]
-    if kind == "jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-    else:
-        import pyarrow
-        import pyarrow.parquet
+CONVERSATIONS = [conversation(i) for i in range(60)]
+ANSWERS = {turn["content"] for turns in CONVERSATIONS for turn in turns if turn["role"] == "assistant"}
+CHAT = {"messages_field": "messages"}
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+def write_jsonl(path: Path, conversations: Iterable[object] = CONVERSATIONS) -> Path:
+    path.write_text("\n".join(json.dumps({"messages": turns}) for turns in conversations))
     return path
 
 
@@ -77,32 +80,30 @@ def targets_text(tokenizer: Any, row: np.ndarray) -> str:
     return tokenizer.decode(row[row >= 0])
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_marks_and_rendering_agree(number: int) -> None:
-    messages = conversation(number, turns=1 + number % 3)
-    marked, rendered = (encode(chat_tokenizer(template), messages) for template in (MARKED, UNMARKED))
-    assert np.array_equal(marked, rendered)
-    tokenizer = chat_tokenizer(MARKED)
-    answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
-    assert targets_text(tokenizer, marked) == "".join(answer + "<|im_end|>" for answer in answers)
-    # The ids are those that inference sees.
-    whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
-    assert token_ids(marked).tolist() == [*whole, tokenizer.eos_token_id]
+def test_marks_and_rendering_agree() -> None:
+    tokenizer, unmarked = chat_tokenizer(MARKED), chat_tokenizer(UNMARKED)
+    for number in range(6):
+        messages = conversation(number, turns=1 + number % 3)
+        marked = encode(tokenizer, messages)
+        assert np.array_equal(marked, encode(unmarked, messages))
+        answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+        assert targets_text(tokenizer, marked) == "".join(answer + "<|im_end|>" for answer in answers)
+        # The ids are those that inference sees.
+        whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
+        assert token_ids(marked).tolist() == [*whole["input_ids"], tokenizer.eos_token_id]
 
 
 def test_without_an_end_marker_the_line_break_ends_a_turn() -> None:
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     tokenizer = chat_tokenizer(PLAIN)
-    row = encode(tokenizer, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}])
+    row = encode(tokenizer, turns)
     # The token with the first letter of the answer has the blank before it too, as in the library's own mask.
     assert targets_text(tokenizer, row) == " sat\n"
     assert tokenizer.decode(token_ids(row)) == "user: the cat\nassistant: sat\n<|endoftext|>"
-
-
-def test_no_second_end_of_text() -> None:
-    tokenizer = chat_tokenizer(PLAIN.replace("+ '\n'", "+ ('<|endoftext|>' if message.role == 'assistant' else '\n')"))
-    row = encode(tokenizer, [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}])
+    tokenizer.chat_template = PLAIN.replace("+ '\n'", "+ ('<|endoftext|>' if message.role == 'assistant' else '\n')")
+    row = encode(tokenizer, turns)
     assert targets_text(tokenizer, row) == " sat<|endoftext|>"
-    assert row[-1] == tokenizer.eos_token_id
+    assert row[-1] == tokenizer.eos_token_id, "no second one"
 
 
 @pytest.mark.parametrize(
@@ -138,15 +139,12 @@ def test_counts_alone_count_targets_alone() -> None:
     assert unigram_cross_entropy(rows, rows, 4) == pytest.approx(-np.log(2 / 6))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_packed_conversations(make: Any, tmp_path: Path, kind: str, encodings: list[str]) -> None:
-    path = write_conversations(tmp_path / f"chat.{kind}", kind=kind)
-    data = make(path, source={"messages_field": "messages"}, seq_len=32)
+def test_packed_conversations(make: Any, tmp_path: Path, encodings: list[str]) -> None:
+    data = make(write_jsonl(tmp_path / "chat.jsonl"), source=CHAT, seq_len=32)
     tokenizer = chat_tokenizer(UNMARKED)
     first = prepare_data(data, tokenizer, seed=0)
-    expected = answers_in([conversation(i) for i in range(60)])
     stream = np.concatenate([first.train.ravel(), first.validation.ravel()])
-    assert set(target_words(tokenizer, stream)) <= expected
+    assert set(target_words(tokenizer, stream)) <= ANSWERS
     assert 0.2 < np.count_nonzero(first.train >= 0) / first.train.size < 0.8
     calls = len(encodings)
     again = prepare_data(data, tokenizer, seed=0)
@@ -159,56 +157,40 @@ def test_packed_conversations(make: Any, tmp_path: Path, kind: str, encodings: l
     assert prepare_data(data, chat_tokenizer(MARKED), seed=0).fingerprint != first.fingerprint
 
 
-def answers_in(conversations: list[list[Message]]) -> set[str]:
-    return {turn["content"] for turns in conversations for turn in turns if turn["role"] == "assistant"}
-
-
 def target_words(tokenizer: Any, stream: np.ndarray) -> list[str]:
     """The answers between end markers, the ones at the edges of a split left out."""
-    found: list[str] = []
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    texts: list[str] = []
     ids: list[int] = []
     for token in stream:
-        if token < 0:
-            ids = []
-        elif token == tokenizer.convert_tokens_to_ids("<|im_end|>"):
-            text = tokenizer.decode(ids)
-            found += [text] if text.startswith("answer") else []
-            ids = []
-        else:
-            ids.append(token)
-    assert len(found) > 40
-    return found
+        if token == end:
+            texts.append(tokenizer.decode(ids))
+        ids = [] if token < 0 or token == end else [*ids, token]
+    answers = [text for text in texts if text.startswith("answer")]
+    assert len(answers) > 40
+    return answers
 
 
 def test_streamed_conversations(make: Any, tmp_path: Path) -> None:
-    path = write_conversations(tmp_path / "chat.parquet", kind="parquet")
-    source = {"messages_field": "messages", "streaming": True}
-    data = make(path, source=source, seq_len=32, validation_fraction=0.0, shuffle_buffer=8)
+    path = tmp_path / "chat.parquet"
+    pq.write_table(pa.Table.from_pylist([{"messages": turns, "id": 1} for turns in CONVERSATIONS]), path)
+    data = make(path, source=CHAT | {"streaming": True}, seq_len=32, validation_fraction=0.0, shuffle_buffer=8)
     tokenizer = chat_tokenizer(UNMARKED)
     stream = RowStream(data, tokenizer, seed=0)
     rows = stream.take(120)
     stream.close()
-    answers = target_words(tokenizer, rows.ravel())
-    assert set(answers) <= answers_in([conversation(i) for i in range(60)])
+    assert set(target_words(tokenizer, rows.ravel())) <= ANSWERS
 
 
-def test_conversations_beside_texts(make: Any, tmp_path: Path, folder: Path) -> None:
-    path = write_conversations(tmp_path / "chat.jsonl")
-    sources = [{"path": str(path), "messages_field": "messages"}, {"path": str(folder)}]
-    result = prepare_data(make(sources=sources, seq_len=32), chat_tokenizer(MARKED), seed=0)
-    assert [report.documents for report in result.report] == [60, 20]
-    assert result.report[0].tokens > 0
-
-
-def test_left_out_conversations_are_counted(make: Any, tmp_path: Path) -> None:
-    rows = [conversation(i) for i in range(40)]
-    rows += [[{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}]]
-    rows += [[{"role": "user", "content": "nobody answers"}], []]
-    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
-    data = make(tmp_path / "chat.jsonl", source={"messages_field": "messages"}, seq_len=32)
-    (report,) = prepare_data(data, chat_tokenizer(MARKED), seed=0).report
-    assert report.documents == 40
-    assert report.skipped == {"without an assistant's turn": 2, "with control tokens in a message": 1}
+def test_conversations_beside_texts_and_some_that_are_left_out(make: Any, tmp_path: Path, folder: Path) -> None:
+    odd = [[{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}]]
+    odd += [[{"role": "user", "content": "nobody answers"}], []]
+    path = write_jsonl(tmp_path / "chat.jsonl", CONVERSATIONS + odd)
+    sources = [{"path": str(path), **CHAT}, {"path": str(folder)}]
+    chat, texts = prepare_data(make(sources=sources, seq_len=32), chat_tokenizer(MARKED), seed=0).report
+    assert (chat.documents, texts.documents) == (60, 20)
+    assert chat.tokens > 0
+    assert chat.skipped == {"without an assistant's turn": 2, "with control tokens in a message": 1}
 
 
 @pytest.mark.parametrize(
@@ -227,23 +209,14 @@ def test_rows_that_are_no_conversations(tmp_path: Path, row: Any, message: str) 
         list(documents([Source(path=str(tmp_path / "chat.jsonl"), messages_field="messages")], seed=0))
 
 
-def test_all_conversations_refused(make: Any, tmp_path: Path) -> None:
-    turns = [{"role": "assistant", "content": "hello"}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}))
-    data = make(tmp_path / "chat.jsonl", source={"messages_field": "messages"})
-    with pytest.raises(DataError, match=r"no document to use \(1 refused by the chat template"):
-        prepare_data(data, chat_tokenizer(STRICT), seed=0)
-
-
-def test_a_tokenizer_without_a_template(make: Any, tmp_path: Path) -> None:
-    path = write_conversations(tmp_path / "chat.jsonl")
-    data = make(path, source={"messages_field": "messages"})
-    with pytest.raises(DataError, match=r"data\.sources\[0\]\.messages_field = 'messages': .* no chat template"):
-        prepare_data(data, chat_tokenizer(None), seed=0)
-
-
-@pytest.mark.parametrize("path", ["python-stdlib", "texts", "texts/00.txt"])
-def test_texts_have_no_messages(folder: Path, path: str) -> None:
-    path = path if path == "python-stdlib" else str(folder.parent / path)
-    with pytest.raises(ConfigError, match=r"messages_field = 'messages' is not read"):
-        list(documents([Source(path=path, messages_field="messages")], seed=0))
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (STRICT, r"no document to use \(1 refused by the chat template"),
+        (None, r"data\.sources\[0\]\.messages_field = 'messages': .* no chat template"),
+    ],
+)
+def test_templates_that_take_no_conversation(make: Any, tmp_path: Path, template: str | None, message: str) -> None:
+    path = write_jsonl(tmp_path / "chat.jsonl", [[{"role": "assistant", "content": "hello"}]])
+    with pytest.raises(DataError, match=message):
+        prepare_data(make(path, source=CHAT), chat_tokenizer(template), seed=0)

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pydantic import ValidationError
 
 from dtfcli.data import files
 from dtfcli.data.documents import documents
@@ -34,42 +33,20 @@ def test_folder_gives_every_supported_file_in_order(tmp_path: Path) -> None:
     assert texts_of(source(tmp_path)) == ["txt", "md", "py", "one", "two", "three", "four"]
 
 
-def test_text_is_kept_as_it_is(tmp_path: Path) -> None:
-    file = tmp_path / "a.txt"
-    file.write_bytes("\ufeffeins\r\n  zwei \t\n".encode())
-    assert texts_of(source(file)) == ["eins\r\n  zwei \t\n"]
-
-
-def test_documents_know_their_source(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(name)
-    found = list(documents([source(tmp_path / f"{name}.txt") for name in "ab"], seed=0))
-    assert [(document.text, document.source) for document in found] == [("a", 0), ("b", 1)]
-
-
-def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_kept_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.txt").write_text("home")
-    assert texts_of(source("~/a.txt")) == ["home"]
-
-
-def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "a\\ud800b \\ud83d\\ude00"}\n')
-    assert texts_of(source(file)) == ["a\ufffdb \U0001f600"]
+    (tmp_path / "a.txt").write_bytes("\ufeffeins\r\n  zwei \t\n".encode())
+    (tmp_path / "b.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude00"}\n')  # a lone surrogate is no text
+    read = list(documents([source("~/a.txt"), source("~/b.jsonl")], seed=0))
+    assert [document.text for document in read] == ["eins\r\n  zwei \t\n", "a\ufffdb \U0001f600"]
+    assert [document.source for document in read] == [0, 1]
 
 
 @pytest.mark.parametrize("column", ["article", "content", "support"])
-def test_other_text_field_is_found_when_there_is_one(tmp_path: Path, column: str) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"id": 3, column: "found"}))
-    pq.write_table(pa.table({"id": [1], column: ["found"]}), tmp_path / "b.parquet")
-    assert texts_of(source(tmp_path)) == ["found", "found"]
-
-
-def test_named_text_field_is_read(tmp_path: Path) -> None:
-    table = pa.table({"text": ["no"], "body": pa.array(["yes"]).dictionary_encode()})
-    pq.write_table(table, tmp_path / "a.parquet")
-    assert texts_of(source(tmp_path / "a.parquet", text_field="body")) == ["yes"]
+def test_other_text_field_is_read_when_there_is_one(tmp_path: Path, column: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": 3, column: "one"}))
+    pq.write_table(pa.table({"id": [1], column: pa.array(["two"]).dictionary_encode()}), tmp_path / "b.parquet")
+    assert texts_of(source(tmp_path)) == texts_of(source(tmp_path, text_field=column)) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -125,23 +102,15 @@ def test_rows_without_text_are_counted(make: Any, tokenizer: Any, tmp_path: Path
     assert report.bytes == sum(len(row.encode()) for row in rows)
 
 
-@pytest.mark.parametrize("content", [b"not parquet at all", b"PAR1" + b"\0" * 100 + b"PAR1", b""])
-def test_damaged_parquet_is_named(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"not parquet at all", b"PAR1" + b"\0" * 100 + b"PAR1", b"", None])
+def test_damaged_parquet_is_named(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "a.parquet"
-    file.write_bytes(content)
+    pq.write_table(pa.table({"text": [sentence(i) for i in range(200)]}), file, compression="zstd")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:200] + b"\x7f" * 200 + whole[400:] if content is None else content)
     (tmp_path / "b.txt").write_text("fine")
     with pytest.raises(DataError, match=r"a\.parquet: not a readable Parquet file"):
         texts_of(source(tmp_path))
-
-
-def test_damaged_parquet_page_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [sentence(i) for i in range(200)]}), file, compression="zstd")
-    content = bytearray(file.read_bytes())
-    content[200:400] = b"\x7f" * 200
-    file.write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.parquet: not a readable Parquet file"):
-        texts_of(source(file))
 
 
 BAD_FILES = {"empty": b" \n", "binary": b"GIF\0\1", "not UTF-8": b"caf\xe9 au lait"}
@@ -205,38 +174,25 @@ def test_what_looks_like_a_path_never_asks_the_hub(name: str, monkeypatch: pytes
         texts_of(source(name))
 
 
-def test_misspelled_local_folder_with_one_slash(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelled_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent.parent)
-    with pytest.raises(DataError, match=f"Did you mean '{folder.parent.name}/texts'"):
+    with pytest.raises(DataError, match=f"Did you mean '{folder.parent.name}/texts'"):  # of one slash, as on the Hub
         texts_of(source(f"{folder.parent.name}/text"))
-
-
-def test_misspelled_stdlib() -> None:
     with pytest.raises(DataError, match="Did you mean 'python-stdlib'"):
         texts_of(source("python_stdlib"))
 
 
 def test_special_file_and_unknown_ending(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="neither a file nor a folder"):
-        texts_of(source(os.devnull))
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"ending in '\.csv' are not read, only \.txt \.md \.py \.jsonl \.parquet"):
-        texts_of(source(tmp_path / "a.csv"))
-    with pytest.raises(DataError, match=r"beneath this folder \(found: \.csv\)"):
-        texts_of(source(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="it is empty"):
-        texts_of(source(tmp_path / "empty"))
-
-
-def test_no_sources() -> None:
-    with pytest.raises(ConfigError, match=r"data\.sources is empty"):
-        documents([], seed=0)
-
-
-def test_what_only_streaming_reads_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"weight = 0\.5: only streaming reads it"):
-        source("python-stdlib", weight=0.5)
+    for path, message in {
+        os.devnull: "neither a file nor a folder",
+        tmp_path / "a.csv": r"ending in '\.csv' are not read, only \.txt \.md \.py \.jsonl \.parquet",
+        tmp_path: r"beneath this folder \(found: \.csv\)",
+        tmp_path / "empty": "it is empty",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            texts_of(source(path))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +205,9 @@ def test_what_only_streaming_reads_is_refused() -> None:
         ("python-stdlib", {"name": "3.11"}),
         ("python-stdlib", {"split": "test"}),
         ("python-stdlib", {"text_field": "body"}),
+        ("texts", {"messages_field": "messages"}),
+        ("texts/00.txt", {"messages_field": "messages"}),
+        ("python-stdlib", {"messages_field": "messages"}),
     ],
 )
 def test_setting_that_a_local_source_does_not_read(folder: Path, path: str, setting: dict[str, Any]) -> None:
@@ -317,14 +276,9 @@ def test_max_documents_are_taken_in_turns(folder: Path, tmp_path: Path) -> None:
 
 
 def test_progress_rises_to_one(folder: Path) -> None:
-    seen: list[float] = []
-
-    def on_progress(message: str, fraction: float | None) -> None:
-        assert message == "Reading documents"
-        assert fraction is not None
-        seen.append(fraction)
-
-    texts_of(source(folder), source(folder / "00.txt"), on_progress=on_progress)
-    assert seen == sorted(seen)
-    assert seen[-1] == 1.0
-    assert len(seen) > 10
+    shares: list[Any] = []
+    pair = source(folder), source(folder / "00.txt")
+    texts_of(*pair, on_progress=lambda message, share: shares.append(share))
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert len(shares) > 10

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from dtfcli.data.documents import documents
 from dtfcli.settings.data import Source
@@ -29,12 +27,3 @@ def source(path: Path | str, **values: Any) -> Source:
 
 def texts_of(*sources: Source, seed: int = 0, **options: Any) -> list[str]:
     return [document.text for document in documents(sources, seed=seed, **options)]
-
-
-def shared_text(name: str) -> Path:
-    """A file of the measuring data, found through DTF_SHARED or beside the project."""
-    root = Path(os.environ.get("TESTS_DTF_SHARED") or Path(__file__).parents[3] / "shared")
-    path = root / "data" / "text" / name
-    if not path.is_file():
-        pytest.skip("the shared measuring data are not here")
-    return path
