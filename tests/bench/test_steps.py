@@ -1,4 +1,4 @@
-"""`dtf bench --phases train`: what it counts is what torch counts, and what it prints is whole."""
+"""`dtf bench`: its report is whole, and compiled steps are the eager ones."""
 
 import json
 import os
@@ -9,87 +9,37 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from torch.utils.flop_counter import FlopCounterMode
 
 from dtfcli.bench.report import BenchOptions
 from dtfcli.bench.steps import bench_training
-from dtfcli.cost.accounting import training_step_flops
 from dtfcli.models.conversion import convert
-from dtfcli.models.pretrained import is_added
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.objectives import Objective
 from tests.conftest import Outcome
-from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, tokens
+from tests.tiny import ARCHITECTURES, dense_model, tokens
 
 Dtf = Callable[..., Outcome]
 SHAPE = ["model.scratch.hidden_size=64", "model.scratch.intermediate_size=96", "model.scratch.num_hidden_layers=4"]
-BENCH = ["bench", "quickstart", *SHAPE, "--device", "cpu", "--seq-len", "32", "--repeats", "2", "--phases"]
-
-
-def flops_over_torchs(model: Any) -> float:
-    """What is counted for a training step, over what torch counts while one runs."""
-    rows, length = 2, 64
-    objective = Objective(model).train()
-    with FlopCounterMode(display=False) as counter:
-        objective(tokens(rows, length), rows * (length - 1)).loss.backward()
-    return training_step_flops(model, length) * rows * length / counter.get_total_flops()
-
-
-@pytest.mark.parametrize("kv_tokens", ["routed", "all"])
-@pytest.mark.parametrize("capacity", [0.5, 0.125])
-@pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
-def test_flops_are_what_torch_counts(architecture: str, capacity: float, kv_tokens: str) -> None:
-    """Forward and backward. The loss multiplies its matrices itself, and is seen by the counter like all others."""
-    model = dense_model("llama", attn_implementation="eager", hidden_size=64, intermediate_size=96)
-    if architecture != "dense":
-        model = convert(model, architecture, capacity, kv_tokens=kv_tokens)
-    assert flops_over_torchs(model) == pytest.approx(1, rel=0.02)
-
-
-@pytest.mark.parametrize("kv_tokens", ["routed", "all"])
-@pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
-def test_flops_of_a_frozen_backbone(architecture: str, kv_tokens: str) -> None:
-    """As LoRA has it: no products for the gradients of frozen weights. Below the first trained one, none for inputs."""
-    model = dense_model(
-        "llama", attn_implementation="eager", hidden_size=64, intermediate_size=96, num_hidden_layers=12
-    )
-    if architecture != "dense":
-        model = convert(model, architecture, kv_tokens=kv_tokens)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_added(name))
-    low_rank = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"])
-    inject_adapter_in_model(low_rank, model)
-    assert flops_over_torchs(model) == pytest.approx(1, rel=0.03)
+BENCH = ["bench", "quickstart", *SHAPE, "--device", "cpu", "--seq-len", "32", "--repeats", "2"]
 
 
 def test_report(dtf: Dtf) -> None:
-    result = dtf(
-        *BENCH, "train", "--capacities", "0.5,0.25", "--stock", "--threads", "1", "--micro-batches", "2", "--json"
-    )
+    given = "--capacities 0.5,0.25 --stock --threads 1 --micro-batches 2 --new-tokens 3 --calibration-tokens 64 --json"
+    result = dtf(*BENCH, *given.split())
     assert result.code == 0, result.stderr
     report = json.loads(result.stdout)
     steps = {(step["architecture"], step["capacity"]): step for step in report["training"]}
     routed = [(architecture, capacity) for architecture in ARCHITECTURES for capacity in (0.25, 0.5)]
     assert set(steps) == {("dense", 1.0), ("stock", 1.0), *routed}
-    assert report["results"] == []
+    assert {entry["phase"] for entry in report["results"]} == {"prefill", "decode"}
     assert report["threads"] == 1
     assert steps["dense", 1.0]["time_ratio"] == steps["dense", 1.0]["flop_ratio"] == 1.0
     for architecture in ARCHITECTURES:
         assert steps[architecture, 0.25]["flop_ratio"] < steps[architecture, 0.5]["flop_ratio"] < 1.0
     for step in steps.values():
-        assert step["step_ms"] > 0
-        assert step["optimizer_ms"] > 0
+        assert min(step["step_ms"], step["optimizer_ms"]) > 0
         assert step["tokens_per_second"] == pytest.approx(32e3 / step["step_ms"])
         assert step["peak_bytes"] is None or step["peak_bytes"] > 0
-
-
-def test_all_phases_are_the_default(dtf: Dtf) -> None:
-    result = dtf(*BENCH[:-1], "--new-tokens", "3", "--capacities", "0.5", "--calibration-tokens", "64", "--json")
-    assert result.code == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert {entry["phase"] for entry in report["results"]} == {"prefill", "decode"}
-    assert report["training"]
 
 
 def test_weights_stay_and_gradients_go() -> None:
@@ -104,9 +54,9 @@ def test_weights_stay_and_gradients_go() -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["trian"], "--phases trian: choose from train, prefill, decode. Did you mean 'train'?"),
-        (["prefill", "--stock"], "--stock"),
-        (["train", "--dtype", "float16"], "--dtype float16"),
+        (["--phases", "trian"], "--phases trian: choose from train, prefill, decode. Did you mean 'train'?"),
+        (["--phases", "prefill", "--stock"], "--stock"),
+        (["--dtype", "float16"], "--dtype float16"),
     ],
 )
 def test_wrong_options(dtf: Dtf, extra: list[str], message: str) -> None:
@@ -116,16 +66,21 @@ def test_wrong_options(dtf: Dtf, extra: list[str], message: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", ["soft", "straight_through"])
-@pytest.mark.parametrize("architecture", ["dense", *ARCHITECTURES])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_layers_are_the_eager_ones(family: str, architecture: str, gate: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}),
+        ("llama", {"architecture": "dtf", "gate": "soft"}),
+        ("qwen2", {"architecture": "dtf", "gate": "straight_through"}),
+        ("qwen2", {"architecture": "mod", "gate": "soft"}),
+        ("llama", {"architecture": "dtf", "score": "forecast_error", "bypass": "forecast"}),
+    ],
+)
+def test_compiled_layers_are_the_eager_ones(family: str, fields: dict[str, Any]) -> None:
     """No graph break in any layer (`fullgraph` makes one an error), no second compilation, equal values."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = dense_model(family)
-    if architecture != "dense":
-        model = convert(model, architecture, gate=gate)
+    model: Any = convert(dense_model(family), **fields) if fields else dense_model(family)
     objective = Objective(model).train()
     batches = [tokens(2, 48, seed) for seed in range(3)]
 
@@ -142,10 +97,10 @@ def test_compiled_layers_are_the_eager_ones(family: str, architecture: str, gate
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if architecture == "dense" else 2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if fields else 1)
 
     # What has no fixed shapes still runs, as it did.
-    if architecture != "dense":
+    if fields:
         model.calibrate([{"input_ids": batches[0]}], capacities=())
         model.set_training_routing("threshold")
         objective(batches[0], 2 * 47).loss.backward()
@@ -154,18 +109,18 @@ def test_compiled_layers_are_the_eager_ones(family: str, architecture: str, gate
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-@pytest.mark.parametrize(("environment", "kept"), [({}, "True"), ({"MALLOC_ARENA_MAX": "2"}, "False")])
-def test_freed_memory_is_kept_unless_the_user_has_decided(environment: dict[str, str], kept: str) -> None:
+def test_freed_memory_is_kept_unless_the_user_has_decided() -> None:
     """Tensors as large as those that were freed find their pages there, most of the time."""
-    code = (
-        "import resource, torch, dtfcli.loading.devices as d; print(d.keep_freed_memory())\n"
-        "pages = 2**24 * 4 // resource.getpagesize()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(32): torch.ones(2**24)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 16 * pages)"
-    )
+    code = """
+import os, resource, torch
+from dtfcli.loading.devices import keep_freed_memory
+for decided in (True, False):
+    os.environ.pop("MALLOC_ARENA_MAX") if not decided else os.environ.update(MALLOC_ARENA_MAX="2")
+    print(keep_freed_memory())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(32): torch.ones(2**24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 16 * 2**26 // resource.getpagesize())
+"""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == [kept, kept]
+    child = subprocess.run([sys.executable, "-c", code], env=inherited, capture_output=True, text=True, check=True)
+    assert child.stdout.split() == ["False", "False", "True", "True"]
