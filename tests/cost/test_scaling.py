@@ -51,7 +51,8 @@ def train(settings, rows, steps):
     return objective, min(times)
 
 # What a first pass needs whatever the size of the model: modules that are imported late, threads, kernels.
-train(load_settings("quickstart", [*sys.argv[1:], "model.scratch.hidden_size=64", "model.scratch.intermediate_size=64"]), 1, 1)
+narrow = ["model.scratch.hidden_size=64", "model.scratch.intermediate_size=64"]
+train(load_settings("quickstart", sys.argv[1:] + narrow), 1, 1)
 before, settings = resident(), load_settings("quickstart", sys.argv[1:])
 objective, seconds = train(settings, 4, 4)
 used = resident() - before
