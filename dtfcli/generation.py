@@ -138,10 +138,9 @@ def generate(
         ConfigError: the prompt does not fit the model, there is no chat template, or `topk` routing.
     """
     sampling = sampling or Sampling()
-    encoded = _padded(model, tokenizer, _token_rows(model, tokenizer, [prompt], sampling, chat))
+    rows = _token_rows(model, tokenizer, [prompt], sampling, chat)
     streamer = _CallbackStreamer(tokenizer, on_text) if on_text else None
-    sequences, seconds, stats = _run(model, tokenizer, encoded, sampling, streamer, use_cache)
-    return _results(tokenizer, [prompt], encoded, sequences, seconds, stats)[0]
+    return _run(model, tokenizer, [(prompt, rows[0])], sampling, streamer, use_cache)[0]
 
 
 def generate_many(
@@ -172,10 +171,8 @@ def generate_many(
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        encoded = _padded(model, tokenizer, [rows[place] for place in places])
-        sequences, seconds, stats = _run(model, tokenizer, encoded, sampling, None, use_cache)
-        results = _results(tokenizer, [prompts[place] for place in places], encoded, sequences, seconds, stats)
-        yield from zip(places, results, strict=True)
+        batch = [(prompts[place], rows[place]) for place in places]
+        yield from zip(places, _run(model, tokenizer, batch, sampling, None, use_cache), strict=True)
 
 
 def require_causal(model: Any) -> None:
@@ -223,56 +220,51 @@ def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
-def _padded(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
-) -> dict[str, torch.Tensor]:
-    """Rows of token ids as `input_ids` and `attention_mask` [B, T], padded on the left."""
-    width = max(map(len, rows))
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (_start_token(tokenizer) or 0)
-    return {
-        "input_ids": torch.tensor([[filler] * (width - len(row)) + row for row in rows], device=model.device),
-        "attention_mask": torch.tensor(
-            [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device
-        ),
-    }
-
-
 def _run(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    encoded: dict[str, torch.Tensor],
+    batch: list[tuple[str, list[int]]],
     sampling: Sampling,
     streamer: TextStreamer | None,
     use_cache: bool,
-) -> tuple[torch.Tensor, float, GenerationStats]:
-    """New tokens [B, N], seconds and what they cost."""
+) -> list[Generated]:
+    """Continuations of prompts with their token ids, padded on the left."""
     set_seed(sampling.seed)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    width = max(len(row) for _, row in batch)
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (_start_token(tokenizer) or 0)
+    ids = [[filler] * (width - len(row)) + row for _, row in batch]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for _, row in batch]
     stopwatch = _Stopwatch()
     with torch.inference_mode():
         out = model.generate(
-            **encoded,
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
             **sampling.arguments(),
             max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=padding,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             streamer=streamer,
             use_cache=use_cache,
             stopping_criteria=[stopwatch],
             return_dict_in_generate=True,
         )
-    new = out.sequences[:, encoded["input_ids"].shape[1] :]
+    new = out.sequences[:, width:]
     started, first, *_ = stopwatch.times
     last, later = stopwatch.times[-1], new.numel() - len(new)
     cache = out.get(CACHE_NAME)
     shares = list(getattr(cache, "routed_shares", {}).values())
     stats = GenerationStats(
-        prefill_tokens_per_second=int(encoded["attention_mask"].sum()) / (first - started),
+        prefill_tokens_per_second=sum(len(row) for _, row in batch) / (first - started),
         decode_tokens_per_second=later / (last - first) if later else None,
         cache_bytes=cache_bytes(cache) if use_cache else None,
         dense_cache_bytes=_dense_cache_bytes(model, out.sequences.numel() - len(new)),
         routed_share=sum(shares) / len(shares) if use_cache and shares else None,
     )
-    return new, last - started, stats
+    results = []
+    for (prompt, row), written in zip(batch, new.tolist(), strict=True):
+        end = written.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in written else len(written)
+        text = str(tokenizer.decode(written[:end], skip_special_tokens=True))
+        results.append(Generated(prompt, text, len(row), end, last - started, stats))
+    return results
 
 
 def cache_bytes(cache: Any) -> int:
@@ -287,21 +279,3 @@ def _dense_cache_bytes(model: Any, positions: int) -> int:
     config = model.config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * positions
     return numbers * model.dtype.itemsize
-
-
-def _results(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    encoded: dict[str, torch.Tensor],
-    sequences: torch.Tensor,
-    seconds: float,
-    stats: GenerationStats,
-) -> list[Generated]:
-    results = []
-    for prompt, mask, row in zip(prompts, encoded["attention_mask"], sequences, strict=True):
-        ids = row.tolist()
-        if tokenizer.eos_token_id in ids:
-            ids = ids[: ids.index(tokenizer.eos_token_id)]
-        text = str(tokenizer.decode(ids, skip_special_tokens=True))
-        results.append(Generated(prompt, text, int(mask.sum()), len(ids), seconds, stats))
-    return results

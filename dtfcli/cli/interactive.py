@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from dtfcli.cli import render
 from dtfcli.errors import ConfigError, DTFError, did_you_mean
 
 HELP = """\
@@ -35,7 +36,6 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Continue the context with this text, printing as it appears; Ctrl-C keeps what is there."""
-        from dtfcli.cli import render
         from dtfcli.cli.generate_view import show_stats
         from dtfcli.generation import as_chat, generate
 
@@ -61,7 +61,6 @@ class Chat:
             show_stats(result)
 
     def _color(self, prompt: str, answer: str) -> None:
-        from dtfcli.cli import render
         from dtfcli.cli.inspect_view import colored
         from dtfcli.inspection.text import inspect_text
 
@@ -70,13 +69,7 @@ class Chat:
         render.out.print(colored(report, first))
 
     def command(self, line: str) -> bool:
-        """Carry out a slash command; returns whether to go on.
-
-        Raises:
-            ConfigError: unknown command, setting or value.
-        """
-        from dtfcli.cli import render
-
+        """Carry out a slash command; returns whether to go on. ConfigError: unknown command, setting or value."""
         name, *arguments = line.split()
         if name == "/quit":
             return False
@@ -103,8 +96,6 @@ class Chat:
         return True
 
     def _set(self, arguments: list[str]) -> None:
-        from dtfcli.cli import render
-
         values = {field.name: getattr(self.sampling, field.name) for field in dataclasses.fields(self.sampling)}
         if not arguments:
             render.note("  ".join(f"{name} {value}" for name, value in values.items()))
@@ -127,8 +118,6 @@ def run(chat: Chat) -> None:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import InMemoryHistory
-
-    from dtfcli.cli import render
 
     render.note("Type a text to continue, /help for commands, Ctrl-D to leave.")
     names = [f"/set {field.name}" for field in dataclasses.fields(chat.sampling)]

@@ -56,7 +56,7 @@ def _work(rank: int, arguments: list[str], processes: int, port: int, folder: st
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     if rank:
-        output = os.open(_output_of(Path(folder), rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        output = os.open(Path(folder) / f"{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
     sys.argv = ["dtf", *arguments]
@@ -112,10 +112,6 @@ def _report(rank: int, code: int, folder: Path) -> int:
         render.fail(f"process {rank} was ended by {name}{hint}. Go on with: dtf train --resume")
         return 1
     if rank and code != 130:
-        said = _output_of(folder, rank).read_text(encoding="utf-8", errors="replace").strip()
+        said = (folder / f"{rank}.txt").read_text(encoding="utf-8", errors="replace").strip()
         render.err.print(f"Process {rank} said:\n{said}", markup=False, soft_wrap=True)
     return code
-
-
-def _output_of(folder: Path, rank: int) -> Path:
-    return folder / f"{rank}.txt"

@@ -137,8 +137,8 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
         return ModelSource(kind, str(place), None, trust_remote_code, (place / ADAPTER_CONFIG).is_file(), tensors)
     hub_id, _, at_revision = text.partition("@")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(hub_id) or _looks_local(hub_id):
-        siblings = _siblings(path)
-        hint = did_you_mean(path.name, siblings).replace(" '", f" '{_prefix(text)}", 1)
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings).replace(" '", f" '{text.rstrip('/').removesuffix(path.name)}", 1)
         remedy = hint or " Give a model folder or a Hub id."
         raise CheckpointError(f"{text or repr(text)}: no such file or folder.{remedy}")
     if at_revision and revision and at_revision != revision:
@@ -150,15 +150,6 @@ def _looks_local(hub_id: str) -> bool:
     """Whether something that does not exist was meant as a path: a known suffix, or a first folder that is here."""
     first, slash, _ = hub_id.partition("/")
     return hub_id.endswith((".gguf", ".safetensors", ".toml")) or (bool(slash) and Path(first).is_dir())
-
-
-def _siblings(path: Path) -> list[str]:
-    parent = path.parent
-    return [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-
-
-def _prefix(text: str) -> str:
-    return text[: len(text) - len(Path(text).name)]
 
 
 def _local(path: Path) -> tuple[Literal["folder", "gguf"], Path]:

@@ -16,11 +16,11 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 from transformers.cli.serving.model_manager import ModelManager
 
 from dtfcli import load_model, load_tokenizer, serving
 from dtfcli.cli.app import run
+from dtfcli.generation import Sampling, generate
 from tests.conftest import Outcome
 from tests.tiny import routed_model, word_tokenizer
 
@@ -35,17 +35,11 @@ SECONDS = 180
 
 @dataclass(frozen=True)
 class Server:
-    """A running server.
+    """A running server."""
 
-    Attributes:
-        name: of its model.
-        client: asks it.
-        folder: the model folder.
-    """
-
-    name: str
+    name: str  # of its model
     client: openai.OpenAI
-    folder: Path
+    folder: Path  # of the model
 
     def chat(self, question: str, **options: Any) -> Any:
         create: Any = self.client.chat.completions.create
@@ -53,16 +47,9 @@ class Server:
         return create(messages=[{"role": "user", "content": question}], **given)
 
     def expected(self, question: str) -> str:
-        """What `generate` of Transformers answers greedily."""
-        model: Any = load_model(self.folder, device="cpu")
-        tokenizer: Any = load_tokenizer(self.folder)
-        chat = [{"role": "user", "content": question}]
-        encoded = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True
-        )
-        with torch.inference_mode():
-            out = model.generate(**encoded, do_sample=False, max_new_tokens=LENGTH, pad_token_id=0)
-        return str(tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+        """The greedy answer of `dtf generate --chat`."""
+        model, tokenizer = load_model(self.folder, device="cpu"), load_tokenizer(self.folder)
+        return generate(model, tokenizer, question, Sampling(max_new_tokens=LENGTH), chat=True).text
 
 
 @pytest.fixture(scope="module")
@@ -110,40 +97,30 @@ def _address(process: subprocess.Popen[str], log: Path) -> str:
     """Where the server says that it listens; it says so when it answers."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        if found := re.search(r"Uvicorn running on (http://[\d.:]+)", log.read_text()):
-            return found[1]
+        if match := re.search(r"Uvicorn running on (http://[\d.:]+)", log.read_text()):
+            return match[1]
         time.sleep(0.1)
     pytest.fail(f"no server: {log.read_text()}")
 
 
 @pytest.mark.slow
-def test_an_answer_is_what_the_model_generates(server: Server) -> None:
-    for question in QUESTIONS:
-        answer = server.chat(question)
-        assert answer.choices[0].message.content == server.expected(question)
-        assert answer.usage.completion_tokens == LENGTH
+def test_requests_at_once_are_answered_as_the_model_generates(server: Server) -> None:
+    """Whole, and streamed in pieces: one for each token whose text is complete at once."""
 
-
-@pytest.mark.slow
-def test_a_streamed_answer_comes_in_pieces(server: Server) -> None:
-    pieces = [chunk.choices[0].delta.content or "" for chunk in server.chat(QUESTIONS[0], stream=True)]
-    assert len([piece for piece in pieces if piece]) == LENGTH
-    assert "".join(pieces) == server.expected(QUESTIONS[0])
-
-
-@pytest.mark.slow
-def test_requests_at_once(server: Server) -> None:
     def whole(question: str) -> str:
-        return server.chat(question).choices[0].message.content
+        answer = server.chat(question)
+        assert answer.usage.completion_tokens == LENGTH
+        return answer.choices[0].message.content
 
     def streamed(question: str) -> str:
-        return "".join(chunk.choices[0].delta.content or "" for chunk in server.chat(question, stream=True))
+        pieces = [chunk.choices[0].delta.content or "" for chunk in server.chat(question, stream=True)]
+        assert question != QUESTIONS[0] or len(list(filter(None, pieces))) == LENGTH
+        return "".join(pieces)
 
-    asked = [(ask, question) for question in QUESTIONS for ask in (whole, streamed)]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        answers = [pool.submit(ask, question) for ask, question in asked]
-        found = [answer.result() for answer in answers]
-    assert found == [server.expected(question) for _, question in asked]
+    requests = [(ask, question) for question in QUESTIONS for ask in (whole, streamed)]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda request: request[0](request[1]), requests))
+    assert answers == [server.expected(question) for _, question in requests]
 
 
 @pytest.mark.slow

@@ -81,47 +81,12 @@ def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.Monk
     assert "has finished" in finished.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--resume", "training.max_steps=9"], "training.max_steps=9: a resumed run keeps the settings"),
-        (["--resume", "a", "b"], "--resume takes one run folder"),
-        (["--resume", "--dry-run"], "--dry-run: a resumed run"),
-        (["--resume", "nowhere"], "nowhere: no run to resume"),
-        (["--resume"], "outputs: no run to resume (there are none)"),
-        (["--config", "none.toml"], "none.toml: no such file"),
-        (["quickstart", "model.base=nowhere/at/all"], "nowhere/at/all: no such file or folder"),
-        (["quickstart", "run.device=cuda:99"], "cuda:99"),
-        (["quickstart", "run.device=cpu", "run.dtype=float16"], "run.dtype = 'float16'"),
-        (["quickstart", "data.tokenizer=./none"], "./none: no such file or folder"),
-    ],
-)
-def test_wrong_input(
-    dtf: Dtf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = dtf("train", *arguments)
-    assert result.code == 2
-    errors = [line for line in result.stderr.splitlines() if not line.endswith("…")]
-    assert message in errors[0]
-    assert len(errors) <= 2
-    assert result.stdout == ""
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_dry_run(dtf: Dtf, config: str) -> None:
     result = dtf("train", "--config", config, "--dry-run")
     assert result.code == 0
-    for shown in (
-        "max_steps = 3",
-        "parameters",
-        "trainable",
-        "FLOPs per token",
-        "share of dense",
-        "memory",
-        "tokens per update",
-    ):
+    for shown in ("max_steps = 3", "parameters", "trainable", "FLOPs per token", "share of dense", "memory"):
         assert shown in result.stdout
+    assert "tokens per update" in result.stdout
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["small.toml", "text.jsonl"]
 
 

@@ -1,7 +1,6 @@
 """LoRA: train → load → generate → evaluate → push, with a base that nobody writes to."""
 
 import copy
-import hashlib
 import json
 import re
 import shutil
@@ -14,14 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dtfcli
-from dtfcli.errors import CheckpointError, ConfigError
+from dtfcli.errors import CheckpointError
 from dtfcli.experiment import train
 from dtfcli.hub.upload import prepare_upload
 from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, merge
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.models.pretrained import is_added
 from dtfcli.runs.folder import run_settings
-from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainResult
 from tests.conftest import Outcome
 from tests.tiny import tokens
@@ -70,17 +68,10 @@ def test_the_base_is_left_bit_for_bit(tmp_path: Path, base: Path, monkeypatch: p
     assert weights_hash(base) == on_disk
     stored = load_file(base / "model.safetensors")
 
-    def digest(tensors: dict[str, torch.Tensor]) -> str:
-        content = b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))
-        return hashlib.sha256(content).hexdigest()
-
-    backbone = {
-        name.replace(".base_layer", ""): tensor
-        for name, tensor in seen["model"].state_dict().items()
-        if ".lora_" not in name and not is_added(name)
-    }
-    assert digest({name: backbone[name] for name in stored}) == digest(stored)
-    trained = [tensor for name, tensor in seen["model"].state_dict().items() if "lora_B" in name]
+    state = seen["model"].state_dict()
+    backbone = {name.replace(".base_layer", ""): tensor for name, tensor in state.items()}
+    assert all(torch.equal(backbone[name], tensor) for name, tensor in stored.items())
+    trained = [tensor for name, tensor in state.items() if "lora_B" in name]
     assert trained
     assert all(tensor.abs().max() > 0 for tensor in trained)
 
@@ -99,9 +90,7 @@ def test_what_is_trained(base: Path, tmp_path: Path, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["dtf", "mod", "dense"])
-def test_a_run_is_loaded_with_everything_it_trained(
-    runs: dict[str, TrainResult], architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_loaded_with_everything_it_trained(runs: dict[str, TrainResult], architecture: str) -> None:
     """Configuration, routers, priors and thresholds bit for bit; logits as those of the adapted model to 1e-5."""
     folder = runs[architecture].final_model_path
     assert {path.name for path in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -140,15 +129,6 @@ def test_merged_is_adapted(base: Path, tmp_path: Path) -> None:
                 assert torch.allclose(model(ids()).logits, plain(ids()).logits, atol=1e-5)
 
 
-def test_lora_merge_writes_a_plain_model(runs: dict[str, TrainResult]) -> None:
-    run = runs["dtf"].run_dir
-    assert not (runs["mod"].run_dir / "merged_model").exists()
-    plain, adapted = dtfcli.load_model(run / "merged_model"), dtfcli.load_model(run)
-    assert torch.allclose(plain(ids()).logits, adapted(ids()).logits, atol=1e-5)
-    assert (run / "merged_model" / "modeling_dynamic.py").is_file()
-    assert not (run / "merged_model" / "adapter_config.json").exists()
-
-
 def test_lower_precision_keeps_the_routers(runs: dict[str, TrainResult]) -> None:
     model = dtfcli.load_model(runs["dtf"].run_dir, dtype="bfloat16")
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
@@ -165,8 +145,8 @@ def test_killed_and_resumed(tmp_path: Path, base: Path, kind: str, step: int) ->
         "distill": {"enabled": True},
         "training": {"capacity_schedule": "cosine", "capacity_fraction": 0.9},
     }
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
     whole = train(adapted_settings(tmp_path / "whole", base, **groups))
     with pytest.raises(Killed):
         train(
@@ -187,6 +167,9 @@ def test_commands(runs: dict[str, TrainResult], dtf: Callable[..., Outcome], tmp
     written = dtf("generate", run, "the cat", "--max-new-tokens", "6")
     assert written.code == 0, written
     assert written.stdout == dtf("generate", f"{run}/merged_model", "the cat", "--max-new-tokens", "6").stdout
+    plain = {path.name for path in (runs["dtf"].run_dir / "merged_model").iterdir()}
+    assert "modeling_dynamic.py" in plain - {"adapter_config.json"} == plain
+    assert not (runs["mod"].run_dir / "merged_model").exists()
     scored = dtf("eval", run, "--tasks", "validation_text")
     assert scored.code == 0, scored
     document = json.loads((runs["dtf"].run_dir / "eval" / "latest.json").read_text())
@@ -196,33 +179,19 @@ def test_commands(runs: dict[str, TrainResult], dtf: Callable[..., Outcome], tmp
     pushed = dtf("push", run, "me/new", "--merge", "--dry-run", str(merged))
     assert pushed.code == 0, pushed
     assert "validation_text" in (merged / "README.md").read_text()  # the adapter's own evaluation
-    loaded = dtfcli.load_model(merged)
-    assert torch.allclose(loaded(ids()).logits, dtfcli.load_model(run)(ids()).logits, atol=1e-5)
+    for folder in (merged, f"{run}/merged_model"):
+        assert torch.allclose(dtfcli.load_model(folder)(ids()).logits, dtfcli.load_model(run)(ids()).logits, atol=1e-5)
 
 
-def test_the_trainable_parameters_are_told(
+def test_a_dry_run_counts_the_trainable_parameters(
     runs: dict[str, TrainResult], base: Path, tmp_path: Path, dtf: Callable[..., Outcome]
 ) -> None:
-    events: list[TrainEvent] = []
-
-    def listen(event: TrainEvent) -> None:
-        events.append(event)
-        if event.kind == "step":
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(adapted_settings(tmp_path, base), on_event=listen)
-    (start,) = [event for event in events if event.kind == "start"]
     state = load_file(runs["dtf"].final_model_path / "adapter_model.safetensors")
     trained = sum(tensor.numel() for name, tensor in state.items() if "thresholds" not in name)
-    assert start.metrics["trainable"] == trained
-    config = run_settings(the_run(tmp_path))
     file = tmp_path / "my.toml"
-    file.write_text(config.to_toml())
+    file.write_text(adapted_settings(tmp_path, base).to_toml())
     result = dtf("train", "--config", str(file), "--dry-run", "--json")
-    account = json.loads(result.stdout)["account"]
-    assert account["trainable_parameters"] == trained
-    assert account["parameters"] == start.metrics["parameters"]
+    assert json.loads(result.stdout)["account"]["trainable_parameters"] == trained
 
 
 @pytest.fixture
@@ -238,13 +207,7 @@ def change(path: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda folder: change(folder / "adapter_config.json", base_model_name_or_path="/not/here"),
-            "the base model of this adapter is not available. /not/here: no such file or folder",
-        ),
-        (lambda folder: change(folder / "adapter_config.json", base_model_name_or_path=None), "names no base model"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "configuration is damaged"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "without adapter_model.safetensors"),
         (lambda folder: drop(folder, "router"), "Weights are missing: .*router"),
         (lambda folder: drop(folder, "lora_A"), "Weights are missing: .*lora_A"),
         (lambda folder: drop(folder, "thresholds"), "Weights are missing: .*thresholds"),
@@ -276,11 +239,6 @@ def test_an_adapter_of_a_local_base_is_not_pushed_alone(adapter: Path, base: Pat
     with pytest.raises(CheckpointError, match=r"which exists only here.* --merge") as error:
         prepare_upload(adapter, "me/new")
     assert str(base) not in str(error.value)
-
-
-def test_merge_is_for_adapters(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not an adapter"):
-        prepare_upload(base, "me/new", merge_into=tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["dtf", "dense"])
@@ -330,8 +288,3 @@ def test_state_names_are_pefts(runs: dict[str, TrainResult], base: Path) -> None
     assert torch.allclose(wrapped(input_ids=ids()).logits, ours(ids()).logits, atol=1e-5)
     stored = load_file(runs["dtf"].final_model_path / "adapter_model.safetensors")
     assert stored.keys() == adapter_state(wrapped.get_base_model()).keys()
-
-
-def test_a_model_from_scratch_gets_no_adapters(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora.enabled = true: random weights are not saved with an adapter"):
-        small_settings(tmp_path, lora=LORA)

@@ -61,16 +61,8 @@ def test_scratch_model_fits_its_tokenizer(tmp_path: Path) -> None:
 
 
 def test_settings_reach_the_model(tmp_path: Path) -> None:
-    settings = small_settings(
-        tmp_path,
-        model={
-            "capacity": 0.25,
-            "dense_edges": 0,
-            "routed_layers": [1],
-            "sink_tokens": 2,
-            "attn_implementation": "eager",
-        },
-    )
+    fields = {"capacity": 0.25, "dense_edges": 0, "routed_layers": [1], "sink_tokens": 2}
+    settings = small_settings(tmp_path, model={**fields, "attn_implementation": "eager"})
     config = build_model(settings).config
     assert (config.capacity, config.routed_layer_indices, config.sink_tokens) == (0.25, [1], 2)
     assert config._attn_implementation == "eager"

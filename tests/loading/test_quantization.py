@@ -41,9 +41,7 @@ def model_of(name: str) -> Any:
     family, fields = MODELS[name]
     model: Any = dense_model(family, intermediate_size=64)
     if fields:
-        architecture = fields["architecture"]
-        rest = {key: value for key, value in fields.items() if key != "architecture"}
-        model = convert(model, architecture, 0.5, **rest)
+        model = convert(model, capacity=0.5, **fields)
         model.calibrate([{"input_ids": tokens(16, 48, seed=7)}])
     return model
 
@@ -58,7 +56,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_projections_alone(name: str, kind: str) -> None:
     plain = model_of(name)
     model = copy.deepcopy(plain)
-    done = quantize(model, kind)
+    effect = quantize(model, kind)
     changed = {name for name, layer in projections(plain)}
     assert len(changed) == 7 * 6
     before = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
@@ -71,8 +69,8 @@ def test_projections_alone(name: str, kind: str) -> None:
             assert type(after[key]) in (nn.Parameter, torch.Tensor), key
             assert torch.equal(after[key].nan_to_num(), tensor.nan_to_num()), key
     assert not [name for name in changed if is_added(name) or "lm_head" in name]
-    assert done.kind == kind == quantization_of(model).kind
-    assert done.bytes_before == weight_bytes(plain) > done.bytes_after == weight_bytes(model)
+    assert effect.kind == kind == quantization_of(model).kind
+    assert effect.bytes_before == weight_bytes(plain) > effect.bytes_after == weight_bytes(model)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -86,18 +84,14 @@ def test_near_the_plain_model_and_generates_alike_with_and_without_a_cache(name:
         model.set_routing("threshold", 1.0)
     difference = (logits(model) - logits(plain)).abs().mean()
     assert 0 < difference < NEAR[kind]
-    if name != "dense" and kind == "int8":
+    if kind == "int4":  # products in bfloat16: one row and many are rounded differently
+        return
+    if name != "dense":
         model.set_routing("threshold")
-    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     for more in ({}, {"num_beams": 2}):
-        cached = model.generate(tokens(2, 12), output_logits=True, **how, **more)
-        again = model.generate(tokens(2, 12), output_logits=True, use_cache=False, **how, **more)
-        if kind == "int8":
-            assert torch.equal(cached.sequences, again.sequences)
-            assert torch.allclose(torch.stack(cached.logits), torch.stack(again.logits), atol=1e-3)
-        else:  # products in bfloat16: one row and many are rounded differently, and a close choice may fall otherwise
-            assert (cached.logits[0] - again.logits[0]).abs().mean() < 0.05
-            assert cached.sequences.shape == again.sequences.shape
+        cached, again = (model.generate(tokens(2, 12), use_cache=use, **options, **more) for use in (True, False))
+        assert torch.equal(cached, again)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -105,12 +99,12 @@ def test_decoding_in_fixed_shapes(kind: str) -> None:
     torch._dynamo.reset()
     model = model_of("dtf, forecast error")
     quantize(model, kind)
-    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-    growing = model.generate(tokens(2, 12), **how)
-    assert torch.equal(model.generate(tokens(2, 12), cache_implementation="static", **how), growing)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    growing = model.generate(tokens(2, 12), **options)
+    assert torch.equal(model.generate(tokens(2, 12), cache_implementation="static", **options), growing)
     compile_layers(model, "aot_eager")
     with torch.no_grad():  # torch.compile takes no tensor subclass under inference_mode
-        assert torch.equal(model.generate(tokens(2, 12), cache_implementation="static", **how), growing)
+        assert torch.equal(model.generate(tokens(2, 12), cache_implementation="static", **options), growing)
 
 
 def test_kernels_that_read_plain_weights_are_refused() -> None:
@@ -118,22 +112,20 @@ def test_kernels_that_read_plain_weights_are_refused() -> None:
     model.model.triton_kernels = True
     with pytest.raises(ConfigError, match="Triton kernels read plain weights"):
         quantize(model, "int8")
-    model.model.triton_kernels = False
-    quantize(model, "int8")
-    with pytest.raises(ValueError, match=r"quantized|install triton"):
-        model.model.use_triton_kernels()
 
 
 def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("dense")
     with pytest.raises(ConfigError, match="quantize = 'int3': choose int8 or int4"):
         quantize(model, "int3")
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj has 48 inputs .* 32 and 16; choose int8"):
-        quantize(dense_model(), "int4")
     with pytest.raises(ConfigError, match=r"k_proj has .* 8 outputs"):
         quantize(dense_model(intermediate_size=64, num_key_value_heads=1), "int4")
     with pytest.raises(ConfigError, match="this is mps; choose int8"):
         check_quantize("int4", torch.device("mps"))
+    model.config.quantization_config = {"quant_method": "other"}
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize(model, "int8")
+    del model.config.quantization_config
     quantize(model, "int8")
     with pytest.raises(ConfigError, match="quantized already"):
         quantize(model, "int8")
@@ -143,13 +135,6 @@ def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "torchao" else find_spec(name))
     with pytest.raises(ConfigError, match=r"pip install 'dtfcli\[quantize\]'"):
         check_quantize("int8", torch.device("cpu"))
-
-
-def test_a_model_that_is_quantized_by_its_own_configuration_is_refused() -> None:
-    model = model_of("dense")
-    model.config.quantization_config = {"quant_method": "other"}
-    with pytest.raises(ConfigError, match="quantized already"):
-        quantize(model, "int8")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -185,16 +170,16 @@ def test_what_it_cost(name: str) -> None:
     routed = is_routed(model)
     if routed:
         model.set_routing("topk", 0.5)  # measured causally all the same, and left as it was
-    done = quantize_and_measure(model, word_tokenizer(), "int8")
-    assert done == quantization_of(model)
-    assert done.tokens == min(512, len(word_tokenizer()(SAMPLE)["input_ids"]))
-    assert done.loss_before != done.loss_after
-    assert abs(done.loss_before - done.loss_after) < 0.2
-    assert (done.routed_before is not None) == routed
+    effect = quantize_and_measure(model, word_tokenizer(), "int8")
+    assert effect == quantization_of(model)
+    assert effect.tokens == min(512, len(word_tokenizer()(SAMPLE)["input_ids"]))
+    assert effect.loss_before != effect.loss_after
+    assert abs(effect.loss_before - effect.loss_after) < 0.2
+    assert (effect.routed_before is not None) == routed
     if routed:
         assert model.routing == "topk"
-        assert abs(done.routed_before - done.routed_after) < 0.1
-    words = in_words(done)
+        assert abs(effect.routed_before - effect.routed_after) < 0.1
+    words = in_words(effect)
     assert all(word in words for word in ["quantized int8", " MB → ", "tokens of the sample: loss"])
     assert ("routed" in words) == routed
 
@@ -202,19 +187,19 @@ def test_what_it_cost(name: str) -> None:
 def test_nothing_to_measure() -> None:
     uncalibrated = convert(dense_model(intermediate_size=64), "dtf", 0.5)
     assert "loss" not in in_words(quantize_and_measure(uncalibrated, word_tokenizer(), "int8"))
-    done = quantize_and_measure(model_of("dense"), lambda text: {"input_ids": [1]}, "int8")
-    assert done.tokens == 0
-    assert "loss" not in in_words(done)
+    effect = quantize_and_measure(model_of("dense"), lambda text: {"input_ids": [1]}, "int8")
+    assert effect.tokens == 0
+    assert "loss" not in in_words(effect)
 
 
 def test_generate_says_what_it_cost(dtf: Callable[..., Outcome], folder: Path) -> None:
     result = dtf("generate", str(folder), "a b", "-n", "3", "--quantize", "int4", "--json", "--device", "cpu")
     assert result.code == 0, result
     assert "quantized int4: " in result.stderr
-    found = json.loads(result.stdout)["quantization"]
-    assert found["kind"] == "int4"
-    assert found["bytes_after"] < found["bytes_before"]
-    assert found["routed_after"] is not None
+    effect = json.loads(result.stdout)["quantization"]
+    assert effect["kind"] == "int4"
+    assert effect["bytes_after"] < effect["bytes_before"]
+    assert effect["routed_after"] is not None
     plain = dtf("generate", str(folder), "a b", "-n", "3", "--json", "--device", "cpu")
     assert "quantization" not in json.loads(plain.stdout)
     assert "quantized" not in plain.stderr
