@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 def show(report: "BenchReport") -> None:
     """Print a table of training steps and one of the other phases."""
-    where = f"{report.device}, {report.dtype}, {report.threads} threads, torch {report.torch}"
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    where = f"{report.device}, {report.dtype}, {threads}, torch {report.torch}"
     if report.training:
         rows = [
             [
@@ -54,5 +55,6 @@ def show(report: "BenchReport") -> None:
         title = f"batch {report.batch}, prompt {report.seq_len}, then {report.new_tokens} tokens; {where}"
         render.out.print(render.table([*columns, "tokens/s"], rows, title=title))
     render.out.print(
+        "time ratio and cache: over dense; ratio: time ratio over theory; "
         f"theory: FLOPs (training, prefill), weights read (decode); matmul peak {report.matmul_gflops:,.0f} GFLOP/s"
     )

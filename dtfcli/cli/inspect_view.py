@@ -173,7 +173,7 @@ def _extremes(report: "TextRouting", width: int) -> "Text":
             if line.cell_len + entry.cell_len <= width:
                 line.append(entry)
         lines.append(line).append("\n")
-    return lines.append("mean depth (times that the token occurs)", "dim")
+    return lines.append("mean depth (times that the token occurs); · before a word is a space", "dim")
 
 
 def _show_tables(report: "TextRouting | CorpusRouting", summary: "Summary") -> None:
@@ -183,8 +183,8 @@ def _show_tables(report: "TextRouting | CorpusRouting", summary: "Summary") -> N
         _show_table(data)
     if summary.depth_with_loss is not None:
         following = summary.depth_with_next_loss
-        line = f"\ndepth with the token's loss r = {summary.depth_with_loss:+.2f}"
-        line += "" if following is None else f", with the next token's r = {following:+.2f}"
+        line = f"\ncorrelation of depth with the token's loss r = {summary.depth_with_loss:+.2f}"
+        line += "" if following is None else f", with the next token's loss r = {following:+.2f}"
         render.out.print(line, markup=False)
 
 

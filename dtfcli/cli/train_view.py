@@ -13,11 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from dtfcli.cli.render import err, note, warn
+from dtfcli.models.configuration_fields import RoutingFields
 
 if TYPE_CHECKING:
     from dtfcli.cost.accounting import Account
     from dtfcli.cost.scaling import Scaling
     from dtfcli.settings import Settings
+    from dtfcli.settings.model import ModelSettings
     from dtfcli.training.events import TrainEvent
     from dtfcli.training.loop import TrainResult
     from dtfcli.training.plan import TrainPlan
@@ -130,6 +132,8 @@ class LiveView:
 
 def _start_line(event: "TrainEvent") -> str:
     """How much is trained, and where."""
+    if not event.total_steps:
+        return f"No training step (training.max_steps = 0); the run folder is {event.message}"
     whole, trained = event.metrics["parameters"] or 0, event.metrics["trainable"] or 0
     return f"Training {trained:,} of {whole:,} parameters in {event.message}"
 
@@ -156,7 +160,8 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
         below = metrics["val/unigram"] - metrics["val/loss"]
         side = "below" if below > 0 else "above"
         rows.append(("validation loss", f"{metrics['val/loss']:.3f}", "nats per token, causal"))
-        rows.append(("unigram", f"{metrics['val/unigram']:.3f}", f"of counts; the loss is {abs(below):.3f} {side}"))
+        remark = f"by token frequency alone; the loss is {abs(below):.3f} {side} it"
+        rows.append(("unigram", f"{metrics['val/unigram']:.3f}", remark))
         if "val/loss_topk" in metrics:
             rows.append(("with top-k", f"{metrics['val/loss_topk']:.3f}", "the training rule; not causal"))
         rows.append(("bits per byte", f"{metrics['val/bits_per_byte']:.3f}", ""))
@@ -203,6 +208,7 @@ def account_rows(
         steps, tokens, remark = f"{plan.total_steps:,}", _count(plan.total_steps * plan.tokens_per_step), ""
     micro_batches = f"{settings.accumulation_steps(processes)} micro-batches"
     return [
+        *_routing_row(settings.model),
         ("parameters", _count(account.parameters), f"{account.parameters:,}"),
         ("new", _count(account.new_parameters), "what routing adds"),
         ("trainable", _count(account.trainable_parameters), f"{account.trainable_parameters:,}"),
@@ -213,6 +219,17 @@ def account_rows(
         ("steps", steps, remark),
         ("tokens", tokens, "in all" if plan else ""),
     ]
+
+
+def _routing_row(model: "ModelSettings") -> list[tuple[str, str, str]]:
+    """γ and the way of choosing, which a preset may leave to their defaults; nothing for a dense model."""
+    if model.architecture == "dense":
+        return []
+    capacity = RoutingFields.capacity if model.capacity is None else model.capacity
+    way = model.score or RoutingFields.score if model.architecture == "dtf" else model.architecture
+    if isinstance(capacity, list):
+        return [("capacity γ", "by layer", f"tokens are chosen by {way}")]
+    return [("capacity γ", f"{capacity:g}", f"tokens are chosen by {way}")]
 
 
 def scaling_rows(scaling: "Scaling") -> list[tuple[str, str, str]]:

@@ -139,7 +139,7 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
     if isinstance(model, Path) or not _HUB_ID.fullmatch(hub_id) or _looks_local(hub_id):
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings).replace(" '", f" '{text.rstrip('/').removesuffix(path.name)}", 1)
-        remedy = hint or " Give a model folder or a Hub id."
+        remedy = hint or " Give a model folder, a .gguf file or a Hub id."
         raise CheckpointError(f"{text or repr(text)}: no such file or folder.{remedy}")
     if at_revision and revision and at_revision != revision:
         raise CheckpointError(f"{text}: names a revision, and revision = {revision!r} names another; give one.")
