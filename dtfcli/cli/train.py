@@ -113,7 +113,8 @@ def train(
 
     # A name that the user chose is never changed, even if it is taken.
     chosen = lookup(Sources(type(settings), preset, overrides, config).user, "run.name")
-    _train(settings, None, preset, rename=chosen is None, json=json)
+    changed = any(item.startswith(("model.", "data.")) for item in overrides)  # the preset alone is another experiment
+    _train(settings, None, None if changed else preset, rename=chosen is None, json=json)
 
 
 def _launched(settings: "Settings", processes: int | None) -> bool:
