@@ -225,11 +225,10 @@ def _routing_row(model: "ModelSettings") -> list[tuple[str, str, str]]:
     """γ and the way of choosing, which a preset may leave to their defaults; nothing for a dense model."""
     if model.architecture == "dense":
         return []
-    capacity = RoutingFields.capacity if model.capacity is None else model.capacity
-    way = model.score or RoutingFields.score if model.architecture == "dtf" else model.architecture
-    if isinstance(capacity, list):
-        return [("capacity γ", "by layer", f"tokens are chosen by {way}")]
-    return [("capacity γ", f"{capacity:g}", f"tokens are chosen by {way}")]
+    given = model.model_dump(exclude_none=True)
+    capacity, score = given.get("capacity", RoutingFields.capacity), given.get("score", RoutingFields.score)
+    remark = f"tokens are chosen by {score if model.architecture == 'dtf' else model.architecture}"
+    return [("capacity γ", "by layer" if isinstance(capacity, list) else f"{capacity:g}", remark)]
 
 
 def scaling_rows(scaling: "Scaling") -> list[tuple[str, str, str]]:
