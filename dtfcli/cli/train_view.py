@@ -225,9 +225,10 @@ def _routing_row(model: "ModelSettings") -> list[tuple[str, str, str]]:
     """γ and the way of choosing, which a preset may leave to their defaults; nothing for a dense model."""
     if model.architecture == "dense":
         return []
-    given = model.model_dump(exclude_none=True)
+    given = model.routing_fields()
     capacity, score = given.get("capacity", RoutingFields.capacity), given.get("score", RoutingFields.score)
-    remark = f"tokens are chosen by {score if model.architecture == 'dtf' else model.architecture}"
+    entities = "layers" if model.architecture == "layerdrop" else "tokens"
+    remark = f"{entities} are chosen by {score if model.architecture == 'dtf' else model.architecture}"
     return [("capacity γ", "by layer" if isinstance(capacity, list) else f"{capacity:g}", remark)]
 
 
