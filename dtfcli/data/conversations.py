@@ -32,14 +32,10 @@ class Refused(Exception):
 
 
 def check_template(sources: list[Source], tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Raise unless conversations among the sources can be rendered.
-
-    Args:
-        sources: `data.sources`.
-        tokenizer: of the run; None: one trained on the data.
+    """Raise unless conversations among the sources can be rendered by the tokenizer (None: one trained on the data).
 
     Raises:
-        DataError: The tokenizer has no chat template.
+        DataError: The tokenizer has no chat template, or gives no offsets.
     """
     for index, source in enumerate(sources):
         if not source.messages_field:
@@ -69,18 +65,16 @@ def conversation_encoder(
     control += [token.content for token in added if token.content.startswith("<") and token.content.endswith(">")]
 
     def encode(document: Document) -> np.ndarray:
+        turns = list(document.messages)
         try:
-            return encode_turns(list(document.messages))
+            if any(token in turn["content"] for turn in turns for token in control):
+                raise Refused("with control tokens in a message")
+            ids, is_target = (_by_marks if marks else _by_rendering)(tokenizer, turns)
+            if not is_target.any():
+                raise Refused(f"without an {ASSISTANT}'s turn that the template shows")
         except Refused as problem:
             on_refused(document, str(problem))
             return np.zeros(0, dtype=np.int32)
-
-    def encode_turns(turns: list[dict[str, str]]) -> np.ndarray:
-        if any(token in turn["content"] for turn in turns for token in control):
-            raise Refused("with control tokens in a message")
-        ids, is_target = (_by_marks if marks else _by_rendering)(tokenizer, turns)
-        if not is_target.any():
-            raise Refused(f"without an {ASSISTANT}'s turn that the template shows")
         if ids[-1] != tokenizer.eos_token_id:
             ids, is_target = np.append(ids, tokenizer.eos_token_id), np.append(is_target, False)
         return with_targets(ids, is_target)
@@ -109,15 +103,11 @@ def _by_rendering(tokenizer: Any, turns: list[dict[str, str]]) -> tuple[np.ndarr
     for place, turn in enumerate(turns):
         if turn["role"] != ASSISTANT:
             continue
-        before = render(place, prompt=True)
+        before, after = render(place, prompt=True), render(place + 1)
         # Some templates render a turn in another way once others follow it: then the earlier text is not a prefix.
-        if not whole.startswith(before):
+        if not (whole.startswith(before) and whole.startswith(after) and len(before) <= len(after)):
             raise Refused("whose turns the chat template rewrites later")
-        after = render(place + 1)
-        end = len(after) if whole.startswith(after) else -1
-        if end < len(before):
-            raise Refused("whose turns the chat template rewrites later")
-        spans.append((len(before), _without_blank_tail(whole, len(before), end, turn["content"])))
+        spans.append((len(before), _without_blank_tail(whole, len(before), len(after), turn["content"])))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False)
     offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
     is_target = np.zeros(len(offsets), dtype=bool)

@@ -25,7 +25,7 @@ from typing import Any
 from dtfcli.data.files import STDLIB, SUFFIXES, FileReader, FolderReader, StdlibReader
 from dtfcli.data.hub import HubReader
 from dtfcli.data.sources import SourceReader, SourceReport, first_line, similar_path
-from dtfcli.errors import ConfigError, DataError
+from dtfcli.errors import DataError
 from dtfcli.settings.data import Source
 
 OnProgress = Callable[[str, float | None], None]
@@ -78,11 +78,10 @@ def documents(
         sources: Entries of `data.sources`.
         seed: Decides, with the content, which documents a `ratio` below 1 keeps.
         max_documents: Stop after this many, taken from the sources in turns.
-        on_progress: Called with a message and the share done.
+        on_progress: Called with a message and the share that has been read.
 
     Raises:
-        ConfigError: A source has a setting that nothing reads, or a Hub configuration that does not exist.
-        DataError: A source cannot be found or read, or holds no document.
+        ConfigError, DataError: as `open_sources`; a source cannot be read, or holds no document.
     """
     readers = open_sources(sources, on_progress=on_progress)
     reports = [reader.new_report() for reader in readers]
@@ -109,18 +108,12 @@ def read_documents(
         document = next(stream, None)
         if document is not None:
             count += 1
-            if max_documents is None:
-                pending.appendleft(stream)
-            else:
-                pending.append(stream)
+            (pending.appendleft if max_documents is None else pending.append)(stream)
             yield document
-        if on_progress is not None:
-            share = sum(shares) / len(shares)
-            if max_documents is not None:
-                share = max(share, count / max_documents)
-            if int(100 * share) != last_percent:
-                last_percent = int(100 * share)
-                on_progress(message, share)
+        share = max(sum(shares) / len(shares), count / max_documents if max_documents else 0.0)
+        if on_progress is not None and int(100 * share) != last_percent:
+            last_percent = int(100 * share)
+            on_progress(message, share)
 
 
 def take_documents(documents: Iterator[Document], count: int, characters: int) -> list[Document]:
@@ -210,11 +203,6 @@ def open_sources(sources: Sequence[Source], *, on_progress: OnProgress | None = 
         ConfigError: A setting that nothing reads, or a Hub configuration or split that does not exist.
         DataError: A path that does not exist, a Hub data set that cannot be opened.
     """
-    if not sources:
-        raise ConfigError(
-            f"data.sources is empty: name a folder, a file, a Hub data set or '{STDLIB}', "
-            "e.g. data.sources='[{path=\"texts/\"}]'."
-        )
     return [_open(f"data.sources[{i}]", source, on_progress) for i, source in enumerate(sources)]
 
 
@@ -243,12 +231,7 @@ def _check_not_a_lost_path(where: str, name: str, path: Path) -> None:
     if difflib.get_close_matches(name, [STDLIB], cutoff=0.8):
         raise DataError(f"{where}.path = '{name}': no such source. Did you mean '{STDLIB}'?")
     hint = similar_path(path)
-    is_local = (
-        not _HUB_ID.fullmatch(name)
-        or name.startswith(".")
-        or path.suffix.lower() in SUFFIXES
-        or (len(path.parts) > 1 and bool(hint))
-    )
-    if is_local:
+    no_hub_id = not _HUB_ID.fullmatch(name) or name.startswith(".") or path.suffix.lower() in SUFFIXES
+    if no_hub_id or (len(path.parts) > 1 and hint):
         remedy = hint or f" Name an existing folder or file, a Hub data set (owner/name) or '{STDLIB}'."
         raise DataError(f"{where}.path = '{name}': no such file or folder.{remedy}")

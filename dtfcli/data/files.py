@@ -44,6 +44,9 @@ _STDLIB_SKIPPED_FILES = re.compile(r"pydoc_data/topics\.py|html/entities\.py|_sy
 _STDLIB_TABLE = re.compile(r"^(decoding|encoding)_(table|map)\s*=", re.MULTILINE)
 
 
+_OUTSIDE = "link out of the folder"
+
+
 class _Unusable(Exception):
     """A file that can be skipped among others: why, in a word or two, and what to do about it."""
 
@@ -87,8 +90,7 @@ class _LocalReader(SourceReader):
     def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
         sizes = [_size(file) for file in self.files]
         read, total = 0, sum(sizes)
-        for index in range(self.num_shards):
-            size = sizes[index] if index < len(sizes) else 0
+        for index, size in enumerate([*sizes, 0][: self.num_shards]):  # the standard library has a shard more
             for share, text in self._shard_rows(index, report):
                 yield (read + size * share) / total, text
             read += size
@@ -100,9 +102,7 @@ class _LocalReader(SourceReader):
             yield from self._read(file)
         except _Unusable as problem:
             if file == self.root:
-                raise DataError(
-                    f"{self.where}.path = '{self.path}': the file is {problem.reason}; {problem.remedy}."
-                ) from problem
+                raise DataError(f"{self.label}: the file is {problem.reason}; {problem.remedy}.") from problem
             report.skip(problem.reason)
 
     def _read(self, file: Path) -> Iterator[tuple[float, Any]]:
@@ -174,7 +174,7 @@ class FileReader(_LocalReader):
         suffix = root.suffix.lower()
         if suffix not in SUFFIXES:
             ending = f"ending in '{suffix}'" if suffix else "without an ending"
-            raise DataError(f"{where}.path = '{source.path}': files {ending} are not read, only {' '.join(SUFFIXES)}.")
+            raise DataError(f"{self.label}: files {ending} are not read, only {' '.join(SUFFIXES)}.")
         if source.split != "train":
             self._refuse("split", "a single file has no splits")
         if suffix in TEXT_SUFFIXES:
@@ -187,17 +187,16 @@ class FolderReader(_LocalReader):
 
     def __init__(self, where: str, source: Source, root: Path):
         super().__init__(where, source, root)
-        self.other_splits: Counter[str] = Counter()
-        self.unreadable_folders = self.outside = 0
+        self.skipped: Counter[str] = Counter()
+        self.other_splits: set[str] = set()
         files = self._walk()
         readable = [file for file in files if file.suffix.lower() in SUFFIXES]
         if not readable:
             endings = sorted({file.suffix.lower() or "no ending" for file in files})
             others = f"found: {', '.join(endings[:8])}" if endings else "it is empty"
-            others = f"{self.outside} links out of the folder are not followed" if self.outside else others
-            raise DataError(
-                f"{where}.path = '{source.path}': no {' '.join(SUFFIXES)} file beneath this folder ({others})."
-            )
+            if outside := self.skipped[_OUTSIDE]:
+                others = f"{outside} links out of the folder are not followed"
+            raise DataError(f"{self.label}: no {' '.join(SUFFIXES)} file beneath this folder ({others}).")
         self.files = [file for file in readable if self._in_split(file)]
         if not self.files:
             splits = ", ".join(sorted(self.other_splits)) or "none"
@@ -211,18 +210,11 @@ class FolderReader(_LocalReader):
         self.files = tables if source.messages_field else self.files
 
     def new_report(self) -> SourceReport:
-        report = super().new_report()
-        for split, count in self.other_splits.items():
-            report.skip(f"of split '{split}'", count)
-        if self.unreadable_folders:
-            report.skip("unreadable folder", self.unreadable_folders)
-        if self.outside:
-            report.skip("link out of the folder", self.outside)
-        return report
+        return SourceReport(self.path, skipped=dict(+self.skipped))
 
     def _walk(self) -> list[Path]:
         def count_error(_: OSError) -> None:
-            self.unreadable_folders += 1
+            self.skipped["unreadable folder"] += 1
 
         files = []
         for folder, folders, names in os.walk(self.root, onerror=count_error):
@@ -234,7 +226,7 @@ class FolderReader(_LocalReader):
         """Whether this is a file, and no link to one outside the folder."""
         with suppress(OSError, RuntimeError):  # a link to itself
             if file.is_file():
-                self.outside += (outside := leads_out(self.root, file))
+                self.skipped[_OUTSIDE] += (outside := leads_out(self.root, file))
                 return not outside
         return False
 
@@ -247,7 +239,8 @@ class FolderReader(_LocalReader):
                 split = next((name for name, words in _SPLITS.items() if part.lower() in words), split)
         wanted = next((name for name, words in _SPLITS.items() if self.split in words), self.split)
         if split != wanted:
-            self.other_splits[split] += 1
+            self.skipped[f"of split '{split}'"] += 1
+            self.other_splits.add(split)
         return split == wanted
 
 
@@ -269,10 +262,8 @@ class StdlibReader(_LocalReader):
             if file.is_file() and not _STDLIB_SKIPPED_FILES.fullmatch(file.relative_to(self.root).as_posix())
         ]
         if not self.files:
-            raise DataError(
-                f"{where}.path = '{STDLIB}': this Python has no sources of its standard library in "
-                f"{self.root}; name a folder of texts instead."
-            )
+            missing = f"this Python has no sources of its standard library in {self.root}"
+            raise DataError(f"{self.label}: {missing}; name a folder of texts instead.")
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "python": sys.version}

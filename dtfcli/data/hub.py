@@ -20,9 +20,10 @@ from dtfcli.settings.data import Source
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds before each further try at a stream that broke."""
 
-
-_NETWORK_TROUBLE = {"ConnectionError", "TimeoutError", "TransportError", "ClientError", "RequestException"}
+_NO_CONNECTION = {"ConnectionError", "TimeoutError", "TransportError"}
+_NETWORK_TROUBLE = {*_NO_CONNECTION, "ClientError", "RequestException"}
 """Names of what requests, httpx, aiohttp and Python itself raise for a connection that breaks."""
+_OFFLINE = {*_NO_CONNECTION, "OfflineModeIsEnabled", "LocalEntryNotFoundError", "OfflineError"}
 
 
 class SourceLost(DataError):
@@ -38,11 +39,10 @@ class HubReader(SourceReader):
         super().__init__(where, source)
         import datasets.packaged_modules
 
-        label = f"{where}.path = '{source.path}'"
         # By the name of a file format, `load_dataset` would gather such files from the working folder.
         if source.path in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", {}):
             raise DataError(
-                f"{label}: no such file or folder, and no data set of the Hub but a file format."
+                f"{self.label}: no such file or folder, and no data set of the Hub but a file format."
                 f"{similar_path(Path(source.path))} Name a folder or file, or owner/name on the Hub."
             )
         self.version = ""
@@ -56,19 +56,18 @@ class HubReader(SourceReader):
                     self.rows = datasets.load_dataset(source.path, source.name or None, split=source.split)
                 features = self.rows.features or getattr(self.rows._resolve_features(), "features", None) or {}
         except Exception as error:  # the libraries beneath raise dozens of types; users get one line
-            raise _explain_hub_error(error, label, where, source) from error
+            raise _explain_hub_error(error, self.label, where, source) from error
         holds = _holds_conversations if source.messages_field else _holds_text
         columns = {name: holds(feature) for name, feature in features.items()}
-        self.column = self._choose_field(columns, f"{label} (Hub)")
+        self.column = self._choose_field(columns, f"{self.label} (Hub)")
 
     @property
     def num_shards(self) -> int:
         return self.rows.num_shards
 
     def open_shard(self, index: int, state: Any, report: SourceReport) -> Shard:
-        label = f"{self.where}.path = '{self.path}'"
         part = self.rows.select_columns([self.column]).shard(self.num_shards, index)
-        return _HubShard(part, self.column, state, label)
+        return _HubShard(part, self.column, state, self.label)
 
     def identity(self) -> dict[str, Any]:
         if self.version:
@@ -86,9 +85,7 @@ class HubReader(SourceReader):
                     read += 1
                     yield read / total, text
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"{self.where}.path = '{self.path}': reading row {read} failed ({first_line(error)})."
-            ) from error
+            raise DataError(f"{self.label}: reading row {read} failed ({first_line(error)}).") from error
 
 
 def _holds_text(feature: Any) -> bool:
@@ -166,18 +163,15 @@ def _explain_hub_error(error: Exception, label: str, where: str, source: Source)
             f"{label}: neither a local file or folder nor a data set you can read on the Hub"
             f"{similar_path(Path(source.path))} (private or gated ones need `hf auth login`)."
         )
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    unreachable = {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError"}
-    if kinds & (unreachable | {"TimeoutError", "OfflineError"}):
+    if {kind.__name__ for kind in type(error).__mro__} & _OFFLINE:
         return DataError(
             f"{label}: no such local file or folder, and the Hub cannot be reached (offline?)."
             f"{similar_path(Path(source.path))} Remedy: name a local folder or file."
         )
-    text = str(error)
-    if "split" in text and isinstance(error, ValueError):
+    if isinstance(error, ValueError) and "split" in str(error):
         return ConfigError(f"{where}.split = '{source.split}' of '{source.path}': {first_line(error)}.")
-    if "onfig" in text and isinstance(error, ValueError):
-        listed = re.search(r"(available configs|Available): \[.*?\]", text, re.DOTALL)
+    if isinstance(error, ValueError) and "onfig" in str(error):
+        listed = re.search(r"(available configs|Available): \[.*?\]", str(error), re.DOTALL)
         detail = listed.group(0) if listed else first_line(error)
         shown = f"'{source.name}'" if source.name else "(none)"
         return ConfigError(f"{where}.name = {shown} of '{source.path}': {detail}.")

@@ -36,10 +36,6 @@ def draw_weights(sources: Sequence[Source]) -> list[float]:
     return [source.ratio if source.weight is None else source.weight for source in sources]
 
 
-def _generator(*of: object) -> np.random.RandomState:
-    return frozen_generator(json.dumps(of))
-
-
 class SourceStream:
     """The documents of one source, pass after pass."""
 
@@ -61,9 +57,9 @@ class SourceStream:
             reader: the opened source.
             seed: of the order of shards and documents.
             window: documents that are shuffled together.
-            wanted: which documents to give.
-            passes: how often to read the source; None: without end.
-            on_pass: called with the number of passes done.
+            wanted: the documents to give.
+            passes: how often the source is read; None: without end.
+            on_pass: called with the number of each pass at its end.
         """
         self._index, self._reader, self._seed, self._size = index, reader, seed, window
         self._wanted, self._passes, self._on_pass = wanted, passes, on_pass
@@ -110,7 +106,9 @@ class SourceStream:
         """Read the next window, and permute it."""
         self._begin, self._given = self._end, 0
         number, place, row = self._begin["pass"], self._begin["shard"], self._begin["row"]
-        order = _generator(self._seed, self._index, number, "shards").permutation(self._reader.num_shards)
+        order = frozen_generator(json.dumps([self._seed, self._index, number, "shards"])).permutation(
+            self._reader.num_shards
+        )
         accepted: list[Document] = []
         characters = 0
         while place < len(order) and len(accepted) < self._size and characters < WINDOW_CHARACTERS:
@@ -135,7 +133,9 @@ class SourceStream:
                 raise no_document(self._reader, self._report)
             self._end = {"pass": number + 1, "window": 0, "shard": 0, "row": None}
             self._on_pass(number + 1)
-        mixed = _generator(self._seed, self._index, number, window, "documents").permutation(len(accepted))
+        mixed = frozen_generator(json.dumps([self._seed, self._index, number, window, "documents"])).permutation(
+            len(accepted)
+        )
         self._documents = [accepted[i] for i in mixed]
 
 
@@ -164,7 +164,7 @@ class Mixture:
         """The next document; StopIteration when all streams have ended."""
         while self._weights.any():
             bounds = np.cumsum(self._weights)
-            place = _generator(self._seed, self._draws, "draw").random_sample() * bounds[-1]
+            place = frozen_generator(json.dumps([self._seed, self._draws, "draw"])).random_sample() * bounds[-1]
             self._draws += 1
             chosen = int(np.searchsorted(bounds, place, side="right"))
             document = next(self._streams[chosen], None)

@@ -15,6 +15,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -103,32 +104,27 @@ def pack_head(
 ) -> Packed:
     """As `pack_documents`, of sources that stream: what is held out for evaluation, and the beginning."""
     reports = [reader.new_report() for reader in readers]
-    heads = {}
+    blocks, documents, bytes_per_token = {}, [], float("nan")
     for split, message in (("train", "Reading the beginning of the stream"), ("validation", "Reading held-out text")):
         held_out = split == "validation"
         count = data.validation_blocks if held_out else max(1, _HEAD_TOKENS // data.seq_len)
-
-        def progress(share: float, message: str = message) -> None:
-            if on_progress is not None:
-                on_progress(message, share)
-
+        count = 0 if held_out and data.validation_fraction == 0 else count
         mixture = document_mixture(readers, data, seed, held_out=held_out, passes=1)
-        wanted = 0 if held_out and data.validation_fraction == 0 else count
-        heads[split] = read_head(mixture, tokenizer, reports, data.seq_len, wanted, progress)
-        if wanted and not len(heads[split].rows):
+        progress = partial(on_progress, message) if on_progress is not None else lambda share: None
+        rows, number, bytes_per_token = read_head(mixture, tokenizer, reports, data.seq_len, count, progress)
+        if count and not len(rows):
             side = "held-out" if held_out else "training"
             remedy = "raise data.validation_fraction, or " if held_out else ""
             raise DataError(
                 f"data.seq_len = {data.seq_len}: data.sources gave too little {side} text for one sequence "
-                f"({heads[split].documents} documents): {remedy}add text, or set a smaller data.seq_len."
+                f"({number} documents): {remedy}add text, or set a smaller data.seq_len."
             )
-    blocks = {split: head.rows for split, head in heads.items()}
-    if folder is not None:
-        for split, rows in blocks.items():
+        documents.append(number)
+        blocks[split] = rows
+        if folder is not None:
             np.save(folder / f"{split}.npy", rows)
             blocks[split] = np.load(folder / f"{split}.npy", mmap_mode="r")
-    documents = [heads["train"].documents, heads["validation"].documents]
-    return blocks, _notes(blocks, heads["validation"].bytes_per_target, documents, reports, len(tokenizer))
+    return blocks, _notes(blocks, bytes_per_token, documents, reports, len(tokenizer))
 
 
 def _notes(

@@ -45,6 +45,7 @@ class SourceReader:
         self.where, self.path, self.ratio = where, source.path, float(source.ratio)
         self.name, self.split, self.text_field = source.name, source.split, source.text_field
         self.messages_field = source.messages_field
+        self.label = f"{where}.path = '{source.path}'"
 
     def new_report(self) -> SourceReport:
         """An empty report under this source's name."""
@@ -52,13 +53,7 @@ class SourceReader:
 
     def identity(self) -> dict[str, Any]:
         """All that decides which documents this source gives; the token cache is looked up by it."""
-        identity = {
-            "path": self.path,
-            "name": self.name,
-            "split": self.split,
-            "text_field": self.text_field,
-            "ratio": self.ratio,
-        }
+        identity = {name: getattr(self, name) for name in ("path", "name", "split", "text_field", "ratio")}
         return identity | ({"messages_field": self.messages_field} if self.messages_field else {})
 
     def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
@@ -83,18 +78,13 @@ class SourceReader:
         if columns.get(requested):
             return requested
         listed = ", ".join(columns) or "none"
-        if self.messages_field:
-            where = f"{self.where}.messages_field = '{requested}'"
-            if requested in columns:
-                raise DataError(f"{where}: this column of {what} holds no lists of {{role, content}}; use text_field.")
-            raise DataError(f"{where}: no such column in {what}; columns: {listed}.{did_you_mean(requested, columns)}")
+        where = f"{self.where}.{'messages_field' if self.messages_field else 'text_field'} = '{requested}'"
+        if self.messages_field and requested in columns:
+            raise DataError(f"{where}: this column of {what} holds no lists of {{role, content}}; use text_field.")
         if requested in columns:
             raise DataError(f"{what}: column '{requested}' holds no strings; columns: {listed}.")
-        if requested != DEFAULT_FIELD:
-            raise DataError(
-                f"{self.where}.text_field = '{requested}': no such column in {what}; columns: {listed}."
-                + did_you_mean(requested, columns)
-            )
+        if self.messages_field or requested != DEFAULT_FIELD:
+            raise DataError(f"{where}: no such column in {what}; columns: {listed}.{did_you_mean(requested, columns)}")
         candidates = [name for name in _OTHER_FIELDS if columns.get(name)]
         if len(candidates) == 1:
             return candidates[0]

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -59,8 +60,8 @@ def document_mixture(
         data: its settings.
         seed: of the run.
         held_out: validation documents, or those to train on.
-        passes: how often to read each source; None: without end.
-        on_pass: called with a source's position and the number of passes that it has done.
+        passes: how often each source is read; None: without end.
+        on_pass: called with a source's position and the number of each pass at its end.
     """
 
     def wanted(document: Document) -> bool:
@@ -119,13 +120,12 @@ def pack_stream(
     state: dict[str, Any] | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[Batch]:
-    """Tokenize documents and cut them into rows, a batch of documents at a time.
+    """Tokenize documents and cut them into rows of T = `seq_len`, a batch of documents at a time.
 
     Args:
         mixture: of documents; taken to where `state` says.
         tokenizer: of the run.
         reports: one per source, filled on the way.
-        seq_len: T.
         state: of an earlier batch, to go on from; None: the beginning.
         notes: that arise while documents are drawn; emptied into each batch.
     """
@@ -157,15 +157,6 @@ def pack_stream(
         first += count
 
 
-@dataclass(frozen=True)
-class Head:
-    """The beginning of one side of a stream: rows int32 [n, T], and what was read for them."""
-
-    rows: np.ndarray
-    documents: int
-    bytes_per_target: float
-
-
 def read_head(
     mixture: Mixture,
     tokenizer: PreTrainedTokenizerBase,
@@ -173,8 +164,8 @@ def read_head(
     seq_len: int,
     count: int,
     on_progress: Callable[[float], None],
-) -> Head:
-    """The first `count` rows of a mixture, or what there is; nothing is read for none."""
+) -> tuple[np.ndarray, int, float]:
+    """The first `count` rows of a mixture, int32 [n, T], or all there are; how many documents, and bytes per target."""
     parts = [np.zeros((0, seq_len), dtype=np.int32)]
     documents = text_bytes = targets = 0
     for batch in pack_stream(mixture, tokenizer, reports, seq_len) if count else ():
@@ -184,7 +175,7 @@ def read_head(
         on_progress(min(1.0, batch.end / count))
         if batch.end >= count:
             break
-    return Head(np.concatenate(parts)[:count], documents, text_bytes / targets if targets else float("nan"))
+    return np.concatenate(parts)[:count], documents, text_bytes / targets if targets else float("nan")
 
 
 class Prefetcher:
@@ -206,17 +197,13 @@ class Prefetcher:
         except BaseException as error:  # raised again by `take`
             self._put(error)
         finally:
-            close = getattr(items, "close", None)
-            if close is not None:
-                close()
+            getattr(items, "close", lambda: None)()
 
     def _put(self, item: Any) -> bool:
         while not self._closed.is_set():
-            try:
+            with suppress(queue.Full):
                 self._queue.put(item, timeout=_POLL_SECONDS)
-            except queue.Full:
-                continue
-            return True
+                return True
         return False
 
     def take(self, check: Callable[[], None]) -> Batch:
@@ -250,7 +237,7 @@ class RowStream:
         state: dict[str, Any] | None = None,
         on_note: Callable[[str], None] = lambda note: None,
     ) -> None:
-        """Open the sources and begin to read.
+        """Open the sources (as `prepare_data` does) and begin to read.
 
         Args:
             data: with sources that stream.
@@ -258,9 +245,6 @@ class RowStream:
             seed: of the run.
             state: of an earlier stream, to go on from; None: the beginning.
             on_note: called, by the thread that takes rows, when a source begins again.
-
-        Raises:
-            ConfigError, DataError: as `data.prepare_data`.
         """
         readers = open_sources(data.sources)
         reports = [reader.new_report() for reader in readers]
@@ -280,14 +264,10 @@ class RowStream:
         )
 
     def take(self, count: int, check: Callable[[], None] = lambda: None) -> np.ndarray:
-        """The next `count` rows, int32 [count, T].
-
-        Args:
-            count: of rows.
-            check: called while waiting for text; may raise, and then no row is lost.
+        """The next `count` rows, int32 [count, T]; `check` is called while text is awaited.
 
         Raises:
-            DataError: a source cannot be read any more; no row is lost.
+            DataError: a source cannot be read any more. No row is lost, nor when `check` raises.
         """
         end = self._next + count
         while not self._batches or self._batches[-1].end < end:

@@ -141,6 +141,15 @@ def _sample(documents: Iterable[Document]) -> list[str]:
     return texts
 
 
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy of a fast tokenizer's backend, without truncation and padding; None: it has none."""
+    backend: Any = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """A function from texts to their ids (int32), without special tokens added or found in the text.
 
@@ -148,7 +157,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     control tokens too; runs of blanks and the like, which some tokenizers add, are ordinary text. The
     caller's tokenizer is left as it is: truncation and padding switched on there have no effect here.
     """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    backend = _plain_backend(tokenizer)
     if backend is None:
 
         def encode_slowly(texts: list[str]) -> list[np.ndarray]:
@@ -159,9 +168,6 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
 
     from tokenizers import AddedToken
 
-    backend = copy.deepcopy(backend)
-    backend.no_truncation()
-    backend.no_padding()
     backend.encode_special_tokens = True
     backend.add_special_tokens(
         [
@@ -238,13 +244,9 @@ def split_text(text: str, limit: int = _PIECE_CHARACTERS) -> Iterator[str]:
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what decides the ids that a tokenizer gives."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    backend = _plain_backend(tokenizer)
     if backend is None:
         content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
     else:
-        if backend.truncation is not None or backend.padding is not None:
-            backend = copy.deepcopy(backend)
-            backend.no_truncation()
-            backend.no_padding()
         content = backend.to_str()
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
