@@ -61,7 +61,7 @@ class GenerationStats:
         prefill_tokens_per_second: prompt tokens over the time to the first new token.
         decode_tokens_per_second: of the tokens after the first; None when there is one alone.
         cache_bytes: of the key/value cache at the end; None without a cache.
-        dense_cache_bytes: what a dense model of the same shape would hold for as many positions.
+        dense_cache_bytes: of a dense model of the same shape, for as many positions.
         routed_share: share of the cached tokens that routed layers took, None for dense models or without a cache.
     """
 
@@ -79,7 +79,7 @@ class Generated:
     Attributes:
         text: the continuation alone, without special tokens.
         seconds: wall time, from the first forward pass to the last token.
-        stats: speed and memory, of the whole batch where there were several prompts.
+        stats: speed and memory, of the whole batch if there are several prompts.
     """
 
     prompt: str

@@ -50,7 +50,7 @@ def bench_inference(
         dense: the backbone, in eval mode.
         routed: architecture → model that shares its weights, calibrated.
         options: what to measure.
-        note: called with what is measured next.
+        note: called with the name of the next measurement.
     """
     input_ids = options.random_ids(dense.config.vocab_size, options.seq_len + options.new_tokens).to(dense.device)
     prompt, continuation = input_ids[:, : options.seq_len], input_ids[:, options.seq_len :]

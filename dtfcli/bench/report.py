@@ -1,7 +1,7 @@
 """Options and results of a measurement."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -65,7 +65,7 @@ class StepResult:
         flop_ratio: FLOPs over those of dense.
         peak_bytes: most memory held during a step, weights included; None where the system does not say.
         tokens_per_second: in steps without the optimizer.
-        utilization: FLOP/s over the measured peak of a matrix product; None where that could not be measured.
+        utilization: FLOP/s over the measured peak of a matrix product; None if that cannot be measured.
     """
 
     architecture: str
@@ -111,7 +111,7 @@ class PhaseResult:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All results, and what they were taken on."""
+    """All results, and the machine and options of the measurement."""
 
     device: str
     dtype: str
@@ -124,4 +124,4 @@ class BenchReport:
     triton: bool
     matmul_gflops: float
     results: list[PhaseResult]
-    training: list[StepResult] = field(default_factory=list)
+    training: list[StepResult]

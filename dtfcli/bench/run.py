@@ -25,7 +25,7 @@ def bench(
     Args:
         models: makes them with weights of a dtype, "dense" among them; float32 for training, which autocasts.
         options: what to measure.
-        note: called with what is done next.
+        note: called with the name of the next measurement.
     """
     training = []
     if "train" in options.phases:

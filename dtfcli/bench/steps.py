@@ -79,7 +79,7 @@ def bench_training(
         dense: the backbone, float32; left in train mode, without gradients.
         routed: architecture → model that shares its weights. Their training capacity is changed.
         options: what to measure.
-        note: called with what is measured next.
+        note: called with the name of the next measurement.
     """
     input_ids = options.random_ids(dense.config.vocab_size, options.seq_len).to(dense.device)
     entries = [_Entry("dense", 1.0, dense, _Loss(dense))]
@@ -188,7 +188,7 @@ def _optimizer_seconds(objective: nn.Module, repeats: int = 3) -> float:
 
 
 def _peak_bytes(step: Callable[[], Any], objective: nn.Module) -> int | None:
-    """Most bytes held while a step runs: its weights, and what is added to what was there before."""
+    """Most bytes held while a step runs: its weights, and all that it adds."""
     parameters = list(objective.parameters())
     for parameter in parameters:
         parameter.grad = None
@@ -209,7 +209,7 @@ def _peak_bytes(step: Callable[[], Any], objective: nn.Module) -> int | None:
 
 
 def _reset_resident_peak() -> bool:
-    """Give freed memory back, then let the kernel count the peak from here; False where it cannot (not Linux)."""
+    """Give freed memory back, then let the kernel count the peak from here; False if it cannot (not Linux)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -139,7 +139,7 @@ def _report(error: Exception, arguments: list[str]) -> int:
 
 
 def _usage_message(error: Exception, arguments: list[str]) -> str:
-    """A usage error in two lines: what is wrong with a suggestion, and where the help is."""
+    """A usage error in two lines: the mistake with a suggestion, and the command that prints the help."""
     context = getattr(error, "ctx", None)
     message = " ".join(error.format_message().split())  # type: ignore[attr-defined]  # all of them have it
     unknown = getattr(error, "option_name", None)

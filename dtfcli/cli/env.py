@@ -1,4 +1,4 @@
-"""`dtf env`: what a bug report needs to say."""
+"""`dtf env`: versions and devices for a bug report."""
 
 import os
 import platform

@@ -49,7 +49,7 @@ Oracle = Annotated[
     bool,
     typer.Option(
         "--against-oracle",
-        help="Measure what each token loses by skipping a layer and what its forecast misses; compare the router with "
+        help="Measure the loss of each token that skips a layer and the error of its forecast; compare the router with "
         "the tokens that lose most, and with the loss if those were routed.",
     ),
 ]
@@ -83,9 +83,9 @@ def inspect_routing(
     """Show which tokens a routed model spends its layers on, and why.
 
     The text appears colored by depth, the number of routed layers that computed each token. A heat map has a row for
-    each routed layer and a column for each token. Tables show each layer's share of tokens, its threshold, and what the
-    router predicts of the tokens that enter and of those that take the forecast; then shares by kind of token, and how
-    far the causal mode and the training rule agree. A corpus is summed up in constant memory.
+    each routed layer and a column for each token. Tables show each layer's share of tokens, its threshold, and the
+    router's predictions for tokens that enter and for tokens that take the forecast; then shares by kind of token, and
+    the agreement of the causal mode with the training rule. A corpus is summed up in constant memory.
 
     \b
     Examples:

@@ -35,7 +35,7 @@ class Chat:
     context: str = ""
 
     def answer(self, text: str) -> None:
-        """Continue the context with this text, printing as it appears; Ctrl-C keeps what is there."""
+        """Continue the context with this text and print each piece at once; Ctrl-C keeps the pieces so far."""
         from dtfcli.cli.generate_view import show_stats
         from dtfcli.generation import as_chat, generate
 

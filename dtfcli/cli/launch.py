@@ -103,7 +103,7 @@ def _first_failed(workers: list[Any]) -> int | None:
 
 
 def _report(rank: int, code: int, folder: Path) -> int:
-    """Show why a process failed, where it has not been seen, and return the exit code of the whole."""
+    """Show why a process failed, if the terminal has not, and return the exit code of the whole."""
     from dtfcli.cli import render
 
     if code < 0:

@@ -41,7 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Device = Annotated[str, _common("--device", "auto (the best available), cpu, cuda, cuda:1, mps or xpu.")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    _common("--dtype", "Precision of the weights; auto: what the device does well."),
+    _common("--dtype", "Precision of the weights; auto: by the model and the device."),
 ]
 AttnImplementation = Annotated[
     Literal["sdpa", "eager", "flash_attention_2"],
@@ -82,7 +82,7 @@ Quantize = Annotated[
 
 
 def complete_preset(incomplete: str) -> list[tuple[str, str]]:
-    """Preset names, each with what it is for."""
+    """Preset names with their summaries."""
     names = [name for name in sources.preset_names() if name.startswith(incomplete)]
     return [(name, sources.preset_summary(name)) for name in names]
 

@@ -51,7 +51,7 @@ def _plain(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """Tell the user something on stderr, dimmed; brackets are text, not markup."""
+    """A remark on stderr, dimmed; brackets are text, not markup."""
     err.print(text, style="dim", markup=False, soft_wrap=True)
 
 
@@ -83,7 +83,7 @@ def write_json(document: Any, path: Path) -> None:
 
 
 def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """The items, with a progress bar on stderr where that is a terminal."""
+    """The items, with a progress bar on stderr if that is a terminal."""
     from rich.progress import track as rich_track
 
     yield from rich_track(items, description, total=total, console=err, disable=not err.is_terminal, transient=True)

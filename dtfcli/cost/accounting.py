@@ -6,7 +6,7 @@ FLOPs of one forward pass, per token of a sequence of T tokens:
 
 H being query heads × head size; scores and weighted values cost 2 · T · H each, counted over the full T × T square as
 torch's FLOP counter does. A routed layer processes K = max(1, ⌊γT⌋) of T tokens, so the matrices of its routed part
-count K / T and its attention, where that is routed, (K / T)², or with keys of all tokens K / T. The language-model head
+count K / T and its attention, if that is routed, (K / T)², or with keys of all tokens K / T. The language-model head
 counts, embeddings (a lookup) do not; priors and routers see every token, and so do predictors while they train or
 route; a forecast sees the tokens that skip, in training all of them.
 Norms, gates and other element-wise work are left out. A training step costs three forward passes where all is trained.
@@ -132,7 +132,7 @@ def forward_flops_per_token(
 def training_step_flops(model: Any, seq_len: int) -> float:
     """FLOPs of forward and backward, per token of a sequence of `seq_len`: three times those of the forward pass.
 
-    The backward pass multiplies each matrix twice, for its input and, where it is trained, for its weights: frozen ones
+    The backward pass multiplies each matrix twice, for its input and, if it is trained, for its weights: frozen ones
     (LoRA's backbone) count two times. Attention's backward pass counts twice its forward one, though flash kernels
     repeat the scores (2.5 times). With `kv_tokens` "all" routed tokens' own keys and values are computed and not used:
     they have no backward pass. A forecast is computed again for the tokens whose update is known, explored ones among

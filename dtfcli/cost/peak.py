@@ -27,6 +27,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Return when the device has computed what it was given."""
+    """Return when the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

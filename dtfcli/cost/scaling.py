@@ -130,7 +130,7 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
         copies = 2.0 * width * max(layers.values()) + 4.0 * (outside + trained_outside)
     saved = nf4_savings(model, width) if settings.lora.quantize == "nf4" else (0.0, 0.0)
     flops = training_step_flops(model, length)
-    if training.gradient_checkpointing is True:  # "selective" keeps what was multiplied
+    if training.gradient_checkpointing is True:  # "selective" keeps the results of products
         flops += forward_flops_per_token(model, length)
     parent = 0.0  # bytes of a dense parent to learn from
     if settings.distill.enabled:
@@ -160,7 +160,7 @@ def estimate(model: Any, settings: Settings, processes: int, accelerator: Accele
 
 
 def find_accelerator(name: str, settings: Settings) -> Accelerator:
-    """An accelerator by name; "here" is this machine's device, measured; "" is that where it has one, else an H100.
+    """An accelerator by name; "here" is this machine's device, measured; "": the same if it is no CPU, else an H100.
 
     Raises:
         ConfigError: there is no such name.

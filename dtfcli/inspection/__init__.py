@@ -4,8 +4,3 @@ Read in this order: `tokens` (text → tokens with their places), `scores` (the 
 (one text through a model), `oracle`, `statistics` (sums over any number of texts), `corpus`; then `tables`, `page` and
 `figure`, which show. `sensitivity` leaves out layers.
 """
-
-from dtfcli.inspection.scores import LayerRouting
-from dtfcli.inspection.text import TextRouting, inspect_text
-
-__all__ = ["LayerRouting", "TextRouting", "inspect_text"]

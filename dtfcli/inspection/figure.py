@@ -158,7 +158,7 @@ def _draw_legend(axes: Axes, layers: int) -> None:
 
 
 def _draw_map(axes: Axes, report: TextRouting) -> None:
-    """Layers × tokens; where there are more tokens than pixels each column is the share of several."""
+    """Layers × tokens; with more tokens than pixels each column is the share of several."""
     selected = report.selected.astype(float)
     columns = min(selected.shape[1], 1500)
     edges = np.linspace(0, selected.shape[1], columns + 1).astype(int)[:-1]

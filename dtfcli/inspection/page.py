@@ -1,6 +1,6 @@
 """A self-contained HTML page of a text's or a corpus's routing: no network, no dependency, one file.
 
-The page's markup, style and script lie beside this file; figures travel in it as JSON. The content policy of the page
+The page's markup, style and script lie in this folder; figures travel in it as JSON. The content policy of the page
 allows exactly this style and this script (by hash) and nothing from anywhere else.
 """
 

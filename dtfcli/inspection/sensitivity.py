@@ -28,7 +28,7 @@ class Sensitivity:
     Attributes:
         model: the model's name for people.
         layers: indices of the layers that were left out, one at a time.
-        routed: indices of the routed layers; of a dense model, those that would route by default.
+        routed: indices of the routed layers; of a dense model, the default ones.
         losses: of each text, by the layer that was left out; None: no layer was.
     """
 

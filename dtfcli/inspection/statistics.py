@@ -94,10 +94,10 @@ class Summary:
         routed_share: over all tokens and routed layers.
         loss: mean over tokens that have one, nats.
         layers: one for each routed layer.
-        groups: by the names of `GROUPINGS`, those that have tokens.
+        groups: by the names of `GROUPINGS`, if they have tokens.
         criteria: "by CE" as in `LayerSummary`, over all layers.
         depth_with_loss, depth_with_next_loss: Pearson's r of a token's depth with its own loss, and with the loss of
-            the token after it, which it helps to predict; None where one of them does not vary.
+            the token after it, which it helps to predict; None if one of them does not vary.
         agreement: of the causal mode and `topk`; None if one of them is not available.
         oracle: the router against the oracle; None: it was not measured.
     """
@@ -117,7 +117,7 @@ class Summary:
     oracle: OracleRouting | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The parts of the JSON document that are sums: "summary", "agreement" and, where there is one, "oracle"."""
+        """The parts of the JSON document that are sums: "summary", "agreement" and, if there is one, "oracle"."""
         document = {
             "summary": replace(self, agreement=None, oracle=None),
             "agreement": None if self.agreement is None else self.agreement.to_dict(),

@@ -39,7 +39,7 @@ class TableData:
 
     Attributes:
         key: a name for programs.
-        title, note: for people; the note says what is counted.
+        title, note: for people; the note names the unit.
         columns: title and kind of each.
         rows: values or None; a share, number or difference may be a pair of value and standard error.
     """
@@ -149,7 +149,7 @@ def agreement_table(agreement: Agreement) -> TableData:
 def oracle_tables(summary: Summary) -> list[TableData]:
     """By layer, what forecasts miss and how far the router agrees with the oracle; the loss by who chooses."""
     oracle = summary.oracle
-    assert oracle is not None, "only asked for where it was measured"
+    assert oracle is not None, "only asked for if it was measured"
     forecasts = oracle.missed is not None
     columns: list[Column] = [("layer", "count"), ("lost: routed", "number"), ("skipping", "number")]
     columns += [("missed: routed", "share"), ("skipping", "share")] if forecasts else []

@@ -77,7 +77,7 @@ def inspected(model: Any, name: str) -> Inspected:
 
 @dataclass(frozen=True)
 class TextRouting(Inspected):
-    """A text, token by token, and what each routed layer did with it.
+    """A text, token by token, and the decisions of each routed layer.
 
     Attributes:
         source: the text and its tokens.
@@ -101,7 +101,7 @@ class TextRouting(Inspected):
 
     @property
     def tokens(self) -> list[str]:
-        """The text of each token, with what the tokenizer dropped in front of it."""
+        """The text of each token, with the characters that the tokenizer dropped in front of it."""
         return [gap + piece for gap, piece in zip(self.source.gaps, self.source.pieces, strict=True)]
 
     @property

@@ -1,7 +1,7 @@
-"""Settings → model and tokenizer: what a run starts from.
+"""Settings → model and tokenizer: the start of a run.
 
 Choices: a model from scratch starts as its dense backbone, drawn from the run's seed, whatever its architecture, so
-that dtf, mod and dense start from the same function; what routing adds is drawn from a seed of its own. Weights are
+that dtf, mod and dense start from the same function; the parts that routing adds have a seed of their own. Weights are
 loaded for training in float32; lower precision is the training loop's business.
 """
 
@@ -31,7 +31,7 @@ def build_model(
     """The model that a run starts from, in float32 on the CPU.
 
     Args:
-        settings: `model` says what to build, `run.seed` seeds what is new.
+        settings: `model` names the model, `run.seed` seeds new weights.
         tokenizer: gives a model from scratch its vocabulary size and special tokens; None: as the settings say.
         meta: build on the meta device, without reading or drawing weights.
 

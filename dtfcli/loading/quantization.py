@@ -72,7 +72,7 @@ def check_quantize(kind: str, device: torch.device) -> None:
 
 
 def quantize(model: Any, kind: str) -> Quantization:
-    """Quantize the projections of a model's decoder layers, in place and where they are.
+    """Quantize the projections of a model's decoder layers, in place and on their device.
 
     Args:
         model: dense or routed, without adapters, in the precision that it is to compute in.

@@ -44,7 +44,7 @@ class ModelSource:
 
         Raises:
             CheckpointError: it is damaged, or names code that is not trusted.
-            OSError, ValueError: as Transformers reports what is wrong on the Hub.
+            OSError, ValueError: as Transformers raises them for the Hub.
         """
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, PreTrainedConfig
@@ -85,7 +85,7 @@ class ModelSource:
 
     @cached_property
     def fetched(self) -> "ModelSource":
-        """Of a Hub id: the folder of its adapter, downloaded; the source itself where it is a whole model."""
+        """Of a Hub id: the folder of its adapter, downloaded; of a whole model the source itself."""
         from huggingface_hub import snapshot_download
         from transformers.utils.peft_utils import find_adapter_config_file
 

@@ -1,7 +1,6 @@
 """Configurations of routed models: the stock ones plus `RoutingFields`, made of the rows of `families`."""
 
 from dataclasses import fields
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import strict
@@ -116,7 +115,7 @@ def _made(model_type: str, family: Family) -> type[Any]:
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` with `RoutingFields`.",
         "model_type": f"dynamic_{model_type}",
-        "norm_eps": property(attrgetter(family.eps)),
+        "norm_eps": property(lambda config: getattr(config, family.eps)),
     }
     made: type[Any] = strict(type(name, (RoutingConfigMixin, stock), attributes))
     globals()[name] = made

@@ -20,6 +20,7 @@ from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, merge
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.models.pretrained import is_added
 from dtfcli.runs.folder import run_settings
+from dtfcli.training.events import TrainEvent
 from dtfcli.training.loop import TrainResult
 from tests.conftest import Outcome
 from tests.tiny import tokens
@@ -64,8 +65,11 @@ def test_the_base_is_left_bit_for_bit(tmp_path: Path, base: Path, monkeypatch: p
     seen: dict[str, Any] = {}
     monkeypatch.setattr(loop, "finish", lambda run, finish=loop.finish: (seen.update(model=run.model), finish(run))[1])
     on_disk = weights_hash(base)
-    train(adapted_settings(tmp_path, base))
+    events: list[TrainEvent] = []
+    train(adapted_settings(tmp_path, base), on_event=events.append)
     assert weights_hash(base) == on_disk
+    (start,) = [event for event in events if event.kind == "start"]
+    assert start.metrics["trainable"] == sum(p.numel() for p in seen["model"].parameters() if p.requires_grad)
     stored = load_file(base / "model.safetensors")
 
     state = seen["model"].state_dict()
@@ -149,10 +153,7 @@ def test_killed_and_resumed(tmp_path: Path, base: Path, kind: str, step: int) ->
         (tmp_path / name).mkdir()
     whole = train(adapted_settings(tmp_path / "whole", base, **groups))
     with pytest.raises(Killed):
-        train(
-            adapted_settings(tmp_path / "killed", base, **groups),
-            on_event=kill_at(kind, step),
-        )
+        train(adapted_settings(tmp_path / "killed", base, **groups), on_event=kill_at(kind, step))
     killed = the_run(tmp_path / "killed")
     resumed = train(run_settings(killed), resume=killed)
     for name in ("final_model", "best_model"):
@@ -207,7 +208,10 @@ def change(path: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "configuration is damaged"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{"),
+            "adapter_config.json: cannot be read as JSON .* save the adapter again",
+        ),
         (lambda folder: drop(folder, "router"), "Weights are missing: .*router"),
         (lambda folder: drop(folder, "lora_A"), "Weights are missing: .*lora_A"),
         (lambda folder: drop(folder, "thresholds"), "Weights are missing: .*thresholds"),
