@@ -82,10 +82,10 @@ def _never_lost(failure: str, again: str, emit: TrainListener) -> Iterator[None]
 
 
 def plan_evaluation(settings: Settings) -> "EvalPlan | None":
-    """What to run after training; None for nothing. lm-eval is imported only where a run asks for it.
+    """The benchmarks after training, or None; lm-eval is imported only for them.
 
     Raises:
-        ConfigError: a task is unknown, or cannot run after training. Known before training starts.
+        ConfigError: a task is unknown, or cannot run after training.
     """
     if not settings.eval.after:
         return None
@@ -155,13 +155,13 @@ def _push_final(hub: HubSettings, model: Path, emit: TrainListener) -> str | Non
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would cost.
+    """The cost of a run.
 
     Attributes:
         settings: resolved; `training.tokens_per_update` is that of all processes.
         account: parameters, FLOPs and memory of the model.
         plan: sizes of the run; None where the number of steps follows from text that was not read.
-        scaling: what each device holds and does; None where no number of processes was given.
+        scaling: memory and time of each device; None where no number of processes was given.
     """
 
     settings: Settings
@@ -190,7 +190,7 @@ def preview(settings: Settings, processes: int | None = None, accelerator: str =
     if processes is not None:
         settings = for_processes(settings, processes)
         device = find_accelerator(accelerator, settings)
-        # What a data sheet promises is for bfloat16, which "auto" means there.
+        # Data sheets give the peak of bfloat16, which "auto" means there.
         foreign = settings.run.dtype == "auto" and not device.name.endswith("measured")
         scaling = estimate(model, settings, processes, device, "bfloat16" if foreign else dtype)
     account = describe(

@@ -39,11 +39,7 @@ _MOST_PROCESSES = 2**16
 
 
 def new_run_folder(settings: Settings, *, rename: bool) -> Path:
-    """The folder of a new run; not made yet.
-
-    Args:
-        settings: `run.output_dir` and `run.name`.
-        rename: append -2, -3 and so on to a name that is taken today, instead of refusing it.
+    """The path of a new run's folder; where today has a run of the name, `rename` appends -2, -3 and so on.
 
     Raises:
         ConfigError: today has a run of this name.
@@ -104,11 +100,7 @@ def run_settings(folder: Path) -> Settings:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Lock a run while it is trained, so that it is not resumed meanwhile. The system unlocks it when the process ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
+    """Lock a run while it is trained, so that it is not resumed meanwhile; ConfigError where another process has it."""
     busy = f"{run}: another process is training or saving this run; stop it first, or wait until it ends."
     with locked_file(run / SETTINGS_FILE, busy):
         yield

@@ -1,4 +1,4 @@
-"""What a pydantic schema says about a dotted key, in words a user understands.
+"""A pydantic schema in words: the type and the meaning of each dotted key, and the mistakes in it.
 
 Used to translate pydantic's errors into lines of the form `training.max_steps = "many": expected a whole
 number.`, to suggest the key that was meant, and to print the settings reference.
@@ -48,12 +48,6 @@ def _is_group(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def field_at(schema: type[BaseModel], key: Sequence[str | int]) -> FieldInfo | None:
-    """The field of a nested key; None if there is none, or if the key is an item of a list."""
-    groups = [v for v in _variants(annotation_at(schema, key[:-1])) if _is_group(v)]
-    return groups[0].model_fields.get(key[-1]) if groups else None
-
-
 def annotation_at(schema: type[BaseModel], parts: Sequence[str | int]) -> Any:
     """The annotation of a nested key, or None where the schema has no such key."""
     current: Any = schema
@@ -78,16 +72,8 @@ def wants_text(schema: type[BaseModel], parts: Sequence[str | int]) -> bool:
 
 def describe_type(annotation: Any) -> str:
     """An annotation in words: `float | list[float]` → "a number or a list of numbers"."""
-    phrases: list[str] = []
-    for variant in _variants(annotation):
-        phrase = _describe_variant(variant)
-        if phrase == "a number":
-            phrases = [p for p in phrases if p != "a whole number"]
-        if phrase == "a whole number" and "a number" in phrases:
-            continue
-        if phrase not in phrases:
-            phrases.append(phrase)
-    return " or ".join(phrases)
+    phrases = list(dict.fromkeys(_describe_variant(variant) for variant in _variants(annotation)))
+    return " or ".join(phrase for phrase in phrases if phrase != "a whole number" or "a number" not in phrases)
 
 
 def _describe_variant(variant: Any) -> str:
@@ -149,7 +135,8 @@ def _unknown(schema: type[BaseModel], parts: Sequence[str | int]) -> str:
 
 
 def _example(schema: type[BaseModel], key: Sequence[str | int]) -> str:
-    field = field_at(schema, key)
+    groups = [v for v in _variants(annotation_at(schema, key[:-1])) if _is_group(v)]
+    field = groups[0].model_fields.get(key[-1]) if groups else None
     return f" Write for example {show_key(key)}='{field.examples[0]}'." if field and field.examples else ""
 
 
@@ -232,17 +219,6 @@ def _translate(schema: type[BaseModel], details: ErrorDetails, origin: Callable[
     if choices and isinstance(details["input"], str):
         hint = did_you_mean(details["input"], choices)
     return Problem(key, f"{head}: expected {describe_type(annotation)}.{hint}")
-
-
-def take_out(values: Any, key: Sequence[str | int]) -> bool:
-    """Delete a nested key from tables and lists; False when it is not there."""
-    try:
-        for part in key[:-1]:
-            values = values[part]
-        del values[key[-1]]
-    except (KeyError, IndexError, TypeError):
-        return False
-    return True
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

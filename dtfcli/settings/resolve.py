@@ -171,5 +171,5 @@ def resolve(settings: type[S], sources: Sources) -> tuple[S | None, list[str]]:
             problems = describe.problems(settings, error, sources.origin)
         lines += [problem.text for problem in problems if not (problem.crosses and tainted)]
         tainted = tainted or any(problem.known for problem in problems)
-        if not all(describe.take_out(values, problem.key) for problem in problems):
+        if not all(remove(values, problem.key) for problem in problems):
             return None, lines

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dtfcli.errors import ConfigError, did_you_mean, reason_of
 ENVIRONMENT_PREFIX = "DTF_"
 
 WantsText = Callable[[list[str]], bool]
+"""Whether the schema expects text at a key."""
 
 
 def parse_value(text: str) -> Any:
@@ -36,34 +37,24 @@ def parse_value(text: str) -> Any:
     return table["value"] if len(table) == 1 else text
 
 
-def assign(values: dict[str, Any], parts: list[str], value: Any) -> None:
-    """Set the nested key `parts`, making tables (and replacing what is not a table) on the way."""
-    for part in parts[:-1]:
-        if not isinstance(values.get(part), dict):
-            values[part] = {}
-        values = values[part]
-    values[parts[-1]] = value
-
-
 def lookup(values: Mapping[str, Any], key: str) -> Any:
     """The value at a dotted key, or None where it is absent."""
     current: Any = values
     for part in key.split("."):
-        if not isinstance(current, Mapping) or part not in current:
-            return None
-        current = current[part]
+        current = current.get(part) if isinstance(current, Mapping) else None
     return current
 
 
-def remove(values: dict[str, Any], key: str) -> None:
-    """Delete a dotted key, if it is there."""
-    *parents, last = key.split(".")
-    for part in parents:
-        child = values.get(part)
-        if not isinstance(child, dict):
-            return
-        values = child
-    values.pop(last, None)
+def remove(values: Any, key: str | Sequence[str | int]) -> bool:
+    """Delete a nested key, dotted or in parts, from tables and lists; False when it is not there."""
+    *parents, last = key.split(".") if isinstance(key, str) else key
+    try:
+        for part in parents:
+            values = values[part]
+        del values[last]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,20 +70,19 @@ def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_typed(values: dict[str, Any], parts: list[str], text: str, wants_text: WantsText) -> None:
+    """Set a nested key, making tables (and replacing other values) on the way."""
     value = parse_value(text)
     if parts == ["model"] and isinstance(value, str):
         parts = ["model", "architecture"]
-    if wants_text(parts) and not isinstance(value, str):
-        value = text
-    assign(values, parts, value)
+    for part in parts[:-1]:
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
+    values[parts[-1]] = value if isinstance(value, str) or not wants_text(parts) else text
 
 
 def parse_overrides(overrides: Iterable[str], wants_text: WantsText) -> dict[str, Any]:
-    """Turn `KEY=VALUE` strings into a nested table; later ones win.
-
-    Args:
-        overrides: such as `training.max_steps=200`; `model=mod` is short for `model.architecture=mod`.
-        wants_text: whether the schema expects text at a key.
+    """Turn `KEY=VALUE` strings into a nested table; later ones win, and `model=mod` is `model.architecture=mod`.
 
     Raises:
         ConfigError: an item is not of the form KEY=VALUE.
@@ -112,13 +102,10 @@ def environment_name(key: str) -> str:
     return ENVIRONMENT_PREFIX + key.replace(".", "__").upper()
 
 
-def parse_environment(wants_text: WantsText, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Turn `DTF_TRAINING__MAX_STEPS=200` and the like into a nested table.
-
-    Every variable that begins with DTF_ counts, so that a misspelt one is refused like any unknown key.
-    """
+def parse_environment(wants_text: WantsText) -> dict[str, Any]:
+    """Turn `DTF_TRAINING__MAX_STEPS=200` and so on into a nested table; misspelled ones are kept, to be refused."""
     values: dict[str, Any] = {}
-    for name, text in sorted((os.environ if environment is None else environment).items()):
+    for name, text in sorted(os.environ.items()):
         if name.upper().startswith(ENVIRONMENT_PREFIX):
             parts = name[len(ENVIRONMENT_PREFIX) :].lower().split("__")
             _set_typed(values, parts, text, wants_text)
@@ -138,11 +125,7 @@ def preset_names() -> list[str]:
 
 
 def preset_path(name: str) -> Path:
-    """The file of a preset.
-
-    Raises:
-        ConfigError: no preset has this name.
-    """
+    """The file of a preset; ConfigError where no preset has this name."""
     names = preset_names()
     if name in names:
         return presets_dir() / f"{name}.toml"
@@ -179,13 +162,13 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def preset_summary(name: str) -> str:
-    """What a preset is for: its first line, which is a comment."""
+    """The purpose of a preset: its first line, which is a comment."""
     with preset_path(name).open(encoding="utf-8") as file:
         return file.readline().lstrip("#").strip()
 
 
 def copy_preset(name: str, target: Path) -> Path:
-    """Copy a preset to `target` (a file, or a folder that exists) and return where it went.
+    """Copy a preset to `target` (a file, or a folder that exists) and return the new file.
 
     Raises:
         ConfigError: something is there already, or the folder is missing or not writable.

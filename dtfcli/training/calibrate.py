@@ -57,14 +57,7 @@ def calibration_batches(train: np.ndarray, tokens: int, batch_size: int, seed: i
 def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device, on_progress: OnProgress) -> None:
     """Fit forecasts and predicted costs of a converted model by least squares, before the first step.
 
-    A model that was routed before is fitted only if `training.fit_tokens` is set.
-
-    Args:
-        settings: of the run.
-        model: as it was built.
-        rows: training text, int32 [N, T].
-        device: that computes.
-        on_progress: called with the phase and the finished share of it.
+    A model that was routed before is fitted only if `training.fit_tokens` is set. rows: training text, int32 [N, T].
     """
     tokens = settings.training.fit_tokens
     if tokens is None:

@@ -25,19 +25,33 @@ from dtfcli.training.run import Run, TrainingState
 
 
 def checkpoint(run: Run) -> Path:
-    """Everything that going on needs, in a checkpoint of this step."""
-    run.state.metrics_bytes, run.state.stream = run.log.bytes, run.rows.state()
-    with quiet_libraries():
-        folder = save_checkpoint(run.states, run.folder, run.state, run.settings.training.keep_checkpoints)
+    """Write a checkpoint of this step, and remove all but the newest `keep_checkpoints` up to it.
+
+    Later ones are of a course that was left because they are damaged: they do not count, and are overwritten.
+
+    Raises:
+        DTFError: the folder cannot be written to.
+    """
+    processes, state = run.processes, run.state
+    state.metrics_bytes, state.stream = run.log.bytes, run.rows.state()
+    folder = checkpoint_folder(run.folder, state.step)
+    with quiet_libraries(), shared_folder(folder, processes) as partial:
+        run.states.save(partial)
+        processes.barrier()
+        if processes.is_main:
+            files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+            hashes = {path.relative_to(partial).as_posix(): _hash(path) for path in files}
+            (partial / STATE_FILE).write_text(json.dumps({"state": asdict(state), "sha256": hashes}, indent=2))
+    if processes.is_main:
+        until_now = [path for path in list_checkpoints(run.folder) if step_of(path) <= state.step]
+        for old in until_now[run.settings.training.keep_checkpoints :]:
+            shutil.rmtree(old, ignore_errors=True)
     run.report("checkpoint", str(folder))
     return folder
 
 
 def save_model(run: Run, name: str) -> Path:
-    """A model folder: weights in float32, configuration, tokenizer and, for routed models, their code.
-
-    With LoRA an adapter folder.
-    """
+    """A model folder: float32 weights, configuration, tokenizer, code of routed models; with LoRA an adapter folder."""
     folder = run.folder / name
     adapters = run.states.whole(adapter_state(run.model)) if is_adapted(run.model) else None
     weights = run.states.whole_weights() if adapters is None else None
@@ -66,36 +80,6 @@ def save_merged(run: Run) -> None:
             load_adapter_state(adapted, state)
             merge(adapted).save_pretrained(partial)
             run.tokenizer.save_pretrained(partial)
-
-
-def save_checkpoint(states: Any, run_dir: Path, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest `keep` up to it; every process takes part.
-
-    Later ones are of a course that was left because they are damaged: they do not count, and are overwritten.
-
-    Args:
-        states: saves model, optimizer and random generators into a folder (`distributed.Replicated`).
-        run_dir: the run folder.
-        state: where the run stands.
-        keep: checkpoints to keep, at least 1.
-
-    Raises:
-        DTFError: the folder cannot be written to.
-    """
-    processes = states.processes
-    folder = checkpoint_folder(run_dir, state.step)
-    with shared_folder(folder, processes) as partial:
-        states.save(partial)
-        processes.barrier()
-        if processes.is_main:
-            files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-            hashes = {path.relative_to(partial).as_posix(): _hash(path) for path in files}
-            (partial / STATE_FILE).write_text(json.dumps({"state": asdict(state), "sha256": hashes}, indent=2))
-    if processes.is_main:
-        until_now = [path for path in list_checkpoints(run_dir) if step_of(path) <= state.step]
-        for old in until_now[max(1, keep) :]:
-            shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def find_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path, TrainingState] | None:

@@ -1,4 +1,4 @@
-"""What changes in the course of a run besides the learning rates: its phases, and capacity annealing.
+"""Changes during a run besides the learning rates: its phases, and capacity annealing.
 
 All are pure functions of the step, so that resuming needs no state.
 """
@@ -26,7 +26,7 @@ def first_by_threshold(total_steps: int, training: TrainingSettings) -> int:
 
 
 def annealing_left(step: int, total_steps: int, training: TrainingSettings) -> float:
-    """How much of the way from the first γ to the model's own is left at step `step` (from 0): 1 to 0.
+    """The share of the way from the first γ to the model's own that is left at step `step` (from 0): 1 to 0.
 
     A line or half a cosine over the first `capacity_fraction` of the steps, 0 from then on; 0 always for
     "constant".
@@ -40,25 +40,16 @@ def annealing_left(step: int, total_steps: int, training: TrainingSettings) -> f
 
 @contextmanager
 def annealed_capacity(model: Any, left: float, start: float) -> Iterator[float]:
-    """Route by the γ between `start` and each layer's own for the length of a `with` block.
+    """Top-K takes γ = left · start + (1 − left) · the layer's own inside a `with` block; yields the mean over layers.
 
-    Inside, top-K takes that γ and the tracked thresholds follow it; outside, and so in every evaluation, calibration
-    and saved model, γ is the model's own.
-
-    Args:
-        model: a routed model.
-        left: share of the way that is left (`annealing_left`): 1 for `start`, 0 for the model's own γ.
-        start: γ of the first step.
-
-    Yields:
-        The mean γ over the routed layers.
+    The tracked thresholds follow. Outside, and so in every evaluation, calibration and saved model, γ is the model's
+    own.
     """
-    stack, share = model.model, model.config.capacity
-    shares = share if isinstance(share, (list, tuple)) else [share]
-    mixed = [left * start + (1.0 - left) * share for share in shares]
+    share = model.config.capacity
+    mixed = [left * start + (1.0 - left) * own for own in (share if isinstance(share, (list, tuple)) else [share])]
     capacities = model.config.layer_capacities(mixed if len(mixed) > 1 else mixed[0])
-    stack.training_capacities = capacities
+    model.model.training_capacities = capacities
     try:
         yield sum(capacities.values()) / len(capacities)
     finally:
-        stack.training_capacities = None
+        model.model.training_capacities = None

@@ -1,11 +1,11 @@
-"""Learning from the dense parent: the divergence from the predictions of the base before it was routed.
+"""Distillation from the dense parent: the divergence from the predictions of the base before it was routed.
 
 Logits of neither model are ever whole: as in the language-model loss, a few rows are formed, compared, turned into
 gradients and dropped. Shapes: N tokens with a target, D hidden size, V vocabulary.
 """
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +20,6 @@ _CHUNK_ELEMENTS = 2**24
 """Logits of each of the two models held at once (float32, 64 MiB)."""
 
 
-class DistillLosses(NamedTuple):
-    """One micro-batch's part of a step, as means over its targets.
-
-    Attributes:
-        total: what to add to the loss, weights applied.
-        divergence: T² · KL(parent ‖ model), nats.
-        hidden: mean squared difference of the final hidden states; None: not computed.
-    """
-
-    total: Tensor
-    divergence: Tensor
-    hidden: Tensor | None
-
-
 class Distillation:
     """A frozen parent and the losses that compare a model with it.
 
@@ -46,7 +32,7 @@ class Distillation:
 
     def __call__(
         self, hidden_states: Tensor, head: Tensor, input_ids: Tensor, labels: Tensor, targets: Tensor | float
-    ) -> DistillLosses:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compare one micro-batch.
 
         Args:
@@ -55,6 +41,10 @@ class Distillation:
             input_ids: int64 [B, T], what both models read; rows without padding.
             labels: int64 [B, T], not shifted; -100 where nothing is predicted.
             targets: targets in the whole step: the losses are sums over it.
+
+        Returns:
+            The term to add to the loss, weights applied; T² · KL(parent ‖ model), nats; the mean squared difference of
+            the final hidden states, or None where it is not computed.
         """
         settings = self.settings
         with torch.no_grad():
@@ -69,7 +59,7 @@ class Distillation:
             squares = F.mse_loss(ours.float(), theirs.float(), reduction="none").mean(1)
             hidden = (squares * counted).sum() / targets
             total = total + settings.hidden_weight * hidden
-        return DistillLosses(total, divergence, hidden)
+        return total, divergence, hidden
 
 
 def dense_parent(model: Any, *, share: bool, dtype: torch.dtype) -> Any:
@@ -123,8 +113,9 @@ class _LinearDivergenceSum(torch.autograd.Function):
             for start in range(0, hidden_ND.shape[0], rows):
                 chunk = slice(start, start + rows)
                 hidden, counted = hidden_ND[chunk].to(dtype), counted_N[chunk].unsqueeze(1)
-                log_model = _log_softmax(hidden @ head.t(), temperature)
-                log_parent = _log_softmax(parents_ND[chunk].to(dtype) @ parents_head.t(), temperature)
+                parents = parents_ND[chunk].to(dtype)
+                log_model = F.log_softmax((hidden @ head.t()).float().div_(temperature), dim=1)
+                log_parent = F.log_softmax((parents @ parents_head.t()).float().div_(temperature), dim=1)
                 parent = log_parent.exp()
                 total += temperature**2 * (parent * log_parent.sub_(log_model) * counted).sum()
                 if grad_hidden is None and grad_head is None:
@@ -146,7 +137,3 @@ class _LinearDivergenceSum(torch.autograd.Function):
         if grad_head is not None:
             grad_head = (grad_head * grad_total).to(ctx.head_dtype)
         return grad_hidden, grad_head, None, None, None, None
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(logits.float().div_(temperature), dim=1)

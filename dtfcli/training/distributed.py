@@ -1,8 +1,7 @@
 """Several processes that train one model: what they exchange, and where weights, gradients and optimizer states live.
 
-Every process computes on its own rows and takes part in every collective call; the main one alone writes files and
-prints. Whatever decides how a run continues (a folder, a checkpoint, a request to stop) is decided once and broadcast
-to all, so that no process waits for one that has left.
+Every process computes on its own rows and takes part in every collective call. The main one alone writes files, prints,
+and decides how a run continues (its folder, a checkpoint): no process waits for one that has left.
 
 `Replicated`: everything whole on every device; alone, or as DDP, which averages the gradients. `accelerate` does it.
 `Sharded`: FSDP2 (`torch.distributed.fsdp.fully_shard`). Each layer's parameters are spread over the devices and
@@ -72,19 +71,13 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes and talks; known before anything is set up."""
+    """Whether this process writes and prints; known before anything is set up."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run.
-
-    Attributes:
-        world_size: how many there are.
-        rank: of this one, from 0.
-        device: of this one.
-    """
+    """The processes of a run: their number, and the rank (from 0) and device of this one."""
 
     world_size: int = 1
     rank: int = 0
@@ -92,7 +85,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and talks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -109,7 +102,7 @@ class Processes:
         return bool(flags)
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, in every process; a `DTFError` there is raised in all of them."""
+        """The main process's result of `make`, in every process; a `DTFError` there is raised in all of them."""
         if self.world_size == 1:
             return make()
         made: list[Any] = [None, None]
@@ -186,11 +179,7 @@ def connect(settings: Settings) -> tuple[Accelerator, Processes]:
 
 
 def check_processes(settings: Settings, count: int) -> None:
-    """Refuse what does not go with this number of processes, before any is started.
-
-    Raises:
-        ConfigError: naming the setting or option.
-    """
+    """Raise ConfigError for settings that do not go with this number of processes, before any is started."""
     device, sharding = resolve_device(settings.run.device), "training.sharding = 'fsdp2'"
     if settings.training.sharding == "fsdp2":
         if count == 1:
@@ -270,7 +259,7 @@ class Replicated:
         return nullcontext() if is_last else self.accelerator.no_sync(self.trained)
 
     def reduce_gradients(self) -> None:
-        """Average over processes what `trained` has not."""
+        """Average over processes the gradients that `trained` has not."""
 
     def clip(self, parameters: list[Tensor], largest: float) -> float:
         """Clip the gradients of some parameters by their common norm, which is returned."""

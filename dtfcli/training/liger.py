@@ -41,11 +41,7 @@ _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 
 
 def check_liger(kernels: str, device: torch.device) -> None:
-    """Refuse kernels that cannot run here.
-
-    Raises:
-        ConfigError: Liger is not installed, or the device is none that it runs on.
-    """
+    """Raise ConfigError where Liger is not installed, or does not run on the device."""
     if kernels != "liger":
         return
     if device.type not in ("cuda", "xpu") or not sys.platform.startswith("linux"):

@@ -53,14 +53,13 @@ class TrainResult:
 
     Attributes:
         run_dir: the run folder.
-        final_model_path, best_model_path: model folders, with LoRA adapter folders; no best one without validation
-            text.
-        steps: how many were made.
+        final_model_path, best_model_path: model or adapter folders; no best one without validation text.
+        steps: steps made.
         metrics: of the last evaluation, by the names of metrics.jsonl, `val/unigram` included.
         best_step, best_val_loss: of the best evaluation.
         prompt, sample: a few tokens of validation text and the model's continuation.
-        evaluation: the scores of `eval.after`.
-        hub_url: of the repository that the final model was pushed to.
+        evaluation: the file with the scores of `eval.after`.
+        hub_url: the repository that the final model was pushed to.
     """
 
     run_dir: Path
@@ -77,14 +76,7 @@ class TrainResult:
 
 
 def train_model(settings: Settings, *, resume: Path | None, rename: bool, emit: TrainListener) -> TrainResult:
-    """Train a model as the settings say; `experiment.train` says what the arguments mean.
-
-    Raises:
-        TrainingInterrupted: by Ctrl-C or SIGTERM, after a checkpoint was saved.
-        TrainingDiverged: the loss became infinite or NaN; the last good checkpoint is kept.
-        ConfigError, DataError, CheckpointError, HubError: the input is wrong.
-        DTFError: the run folder cannot be written.
-    """
+    """Train a model as the settings say; `experiment.train` describes the arguments and the errors."""
     stop = StopSignal(lambda: emit(TrainEvent("warning", "Stopping after this step; Ctrl-C again stops at once.")))
     with explained_failures(settings), ExitStack() as held:
         if resume is not None and is_main_process():
@@ -102,7 +94,7 @@ def train_model(settings: Settings, *, resume: Path | None, rename: bool, emit: 
 
 @contextmanager
 def _explained_stops(run: Run) -> Iterator[None]:
-    """Save a run that has to stop or lost a source, and say how to resume it; always close streams and trackers."""
+    """Save a run that has to stop or has lost a source, and name the command that resumes it; close its streams."""
     try:
         yield
     except StopRequested:
@@ -152,9 +144,8 @@ def log_step(run: Run, losses: dict[str, Any]) -> None:
     flops = training_step_flops(run.model, run.plan.seq_len) * rate
     line: dict[str, Any] = {"step": run.state.step, "tokens": run.tokens}
     line |= {name: value.item() if torch.is_tensor(value) else value for name, value in losses.items()}
-    if run.objective.routed:
-        for layer, scalars in run.model.router_scalars().items():
-            line |= {f"router/{layer}/{name}": value for name, value in scalars.items()}
+    for layer, scalars in run.model.router_scalars().items() if run.objective.routed else ():
+        line |= {f"router/{layer}/{name}": value for name, value in scalars.items()}
     peak = run.peak_flops * run.processes.world_size if run.peak_flops else None
     line |= {"tokens_per_second": rate, "mfu": flops / peak if peak else None}
     run.report("step", metrics=run.log.write(line))
@@ -234,8 +225,7 @@ def write_sample(run: Run, prompt_tokens: int = 16, new_tokens: int = 48) -> tup
 
 def _draw_curves(run: Run, at_once: bool = False) -> None:
     """Redraw curves.png every half minute: a picture takes about as long as some steps."""
-    if not run.processes.is_main:
-        return
-    if at_once or time.monotonic() - run.curves_drawn_at > _CURVES_EVERY_SECONDS:
+    due = at_once or time.monotonic() - run.curves_drawn_at > _CURVES_EVERY_SECONDS
+    if due and run.processes.is_main:
         draw_curves(read_metrics(run.log.path), run.folder / CURVES_FILE, run.settings.run.name)
         run.curves_drawn_at = time.monotonic()

@@ -101,10 +101,9 @@ class Objective(nn.Module):
         last_hidden, self._last_hidden = self._last_hidden, None
         if self.distillation is None or last_hidden is None:
             return losses
-        distilled = self.distillation(last_hidden, self.model.lm_head.weight, input_ids, labels, targets)
-        return losses._replace(
-            loss=losses.loss + distilled.total, distill_loss=distilled.divergence, hidden_loss=distilled.hidden
-        )
+        head = self.model.lm_head.weight
+        total, divergence, hidden = self.distillation(last_hidden, head, input_ids, labels, targets)
+        return losses._replace(loss=losses.loss + total, distill_loss=divergence, hidden_loss=hidden)
 
 
 def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]:

@@ -59,10 +59,10 @@ def build_optimizer(model: nn.Module, training: TrainingSettings) -> torch.optim
 
 
 def schedule_factor(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
-    """Share of the peak rate that step `step` (from 0) uses.
+    """Share of the peak rate at step `step` (from 0).
 
-    Rises linearly over the warm-up, reaching 1 with its last step, then falls to 0 (which the step after the last
-    would have) as a cosine or a line, or stays ("constant").
+    It rises linearly to 1 at the last step of the warm-up, then falls to 0 at `total_steps` as a cosine or a line, or
+    stays ("constant").
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

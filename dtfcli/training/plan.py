@@ -45,10 +45,10 @@ class TrainPlan:
 
 
 def for_processes(settings: Settings, processes: int) -> Settings:
-    """The settings with a step for a number of processes: where its size is open, a micro-batch of each.
+    """The settings for a number of processes: where the size of a step is unset, it is a micro-batch of each.
 
     Raises:
-        ConfigError: a step of the size that is set does not divide by what they take at a time.
+        ConfigError: the size of a step is no multiple of their micro-batches.
     """
     training = settings.training
     if training.tokens_per_update is not None:
@@ -63,14 +63,9 @@ def for_processes(settings: Settings, processes: int) -> Settings:
 
 
 def plan_run(settings: Settings, train_rows: int | None) -> TrainPlan | None:
-    """Work out a run's sizes.
+    """Work out a run's sizes from its settings and its rows of training text.
 
-    Args:
-        settings: the run's settings.
-        train_rows: rows of `data.seq_len` tokens to train on; None: not known yet (a dry run).
-
-    Returns:
-        The plan; None when the number of steps follows from rows that are not known.
+    None rows are not known yet (a dry run); the plan is None when the number of steps follows from them.
     """
     training, seq_len = settings.training, settings.data.seq_len
     rows_per_step = settings.tokens_per_update // seq_len

@@ -1,6 +1,5 @@
 """Everything a run needs, built and checked before the first step."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from dtfcli.cost.peak import matmul_peak
 from dtfcli.data.documents import OnProgress
 from dtfcli.data.prepare import TokenizedData, prepare_data
-from dtfcli.errors import ConfigError, DataError, DTFError
+from dtfcli.errors import ConfigError, DataError
 from dtfcli.loading.adapters import adapt
 from dtfcli.loading.build import build_model, build_tokenizer
 from dtfcli.loading.devices import compute_dtype
@@ -75,7 +74,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     else:
         state = _restore(folder, states, state, emit)
     trackers = Trackers(warn)
-    processes.from_main(lambda: _start_trackers(trackers, settings, folder, state, is_new=resume is None))
+    processes.from_main(lambda: trackers.start(settings, folder, step=state.step, resumed=resume is not None))
     return Run(
         settings=settings,
         plan=plan,
@@ -135,15 +134,6 @@ def _objective(settings: Settings, model: Any, device: torch.device, warn: Calla
     if training.compile:
         compile_layers(model)
     return Objective(model, distillation)
-
-
-def _start_trackers(trackers: Trackers, settings: Settings, folder: Path, state: TrainingState, is_new: bool) -> None:
-    try:
-        trackers.start(settings, folder, step=state.step, resumed=not is_new)
-    except DTFError:
-        if is_new:  # a run that never began
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _restore(folder: Path, states: Replicated, start: TrainingState, emit: TrainListener) -> TrainingState:

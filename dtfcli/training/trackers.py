@@ -2,8 +2,7 @@
 
 Notable choices:
 
-- They get the lines of metrics.jsonl under the same names, and as configuration the settings that are fit for the
-  public: no paths of this machine.
+- They get the lines of metrics.jsonl under the same names, and the settings without paths of this machine.
 - The run folder keeps the trackers' run ids, so that a resumed run continues in the same ones.
 - A tracker that fails on the way is left out with a warning, and training goes on.
 """
@@ -14,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,16 +36,12 @@ _OFFLINE_MODES = ("offline", "dryrun", "disabled")
 
 
 def enabled_trackers(settings: Settings) -> list[str]:
-    """The trackers that `logging.*` asks for."""
+    """The trackers that `logging.*` enables."""
     return [name for name in NAMES if getattr(settings.logging, name).enabled]
 
 
 def check_trackers(settings: Settings) -> None:
-    """Raise unless what the trackers need is installed and logged in.
-
-    Raises:
-        ConfigError: and what to install or to do.
-    """
+    """Raise ConfigError, with the remedy, unless the enabled trackers are installed and logged in."""
     for name in enabled_trackers(settings):
         package = importlib.util.find_spec(name)
         if package is None or package.origin is None:  # a folder of that name is not a package
@@ -76,21 +72,17 @@ class Trackers:
     """The trackers of a run; none until they are started, and none in processes that only train."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
-        """`warn` hears about trackers that fail later."""
+        """`warn` is called when a tracker fails later."""
         self.trackers: list[GeneralTracker] = []
         self._warn = warn
 
     def start(self, settings: Settings, folder: Path, *, step: int, resumed: bool) -> None:
-        """Start what `logging.*` asks for, or go on in the trackers' runs of a resumed run.
+        """Start the trackers that `logging.*` enables, or go on in their runs of a resumed run.
 
-        Args:
-            settings: of the run.
-            folder: the run folder.
-            step: updates done; what trackers know beyond it is sent again.
-            resumed: whether this run was begun before.
+        After a resume they receive the lines beyond `step`, the steps made, once more.
 
         Raises:
-            DTFError: a tracker does not start.
+            DTFError: a tracker does not start; the folder of a new run is removed.
         """
         for name in enabled_trackers(settings):
             tracker = _build(name, settings, folder, step)
@@ -101,6 +93,8 @@ class Trackers:
                         tracker.store_init_configuration(tracker_config(settings, folder))
             except Exception as error:  # the services raise what they like
                 self.finish()
+                if not resumed:  # a run that never began
+                    shutil.rmtree(folder, ignore_errors=True)
                 reason = reason_of(error)
                 raise DTFError(
                     f"logging.{name}.enabled = true: it does not start ({reason}). Mend that, or leave it out."
@@ -119,7 +113,7 @@ class Trackers:
                 tracker.log(values, step=line["step"])
 
     def finish(self) -> None:
-        """Let the trackers write what they hold back."""
+        """Let the trackers write their buffers."""
         for tracker in list(self.trackers):
             with self._dropped_on_failure(tracker):
                 tracker.finish()
@@ -178,7 +172,7 @@ def _identity(folder: Path, name: str) -> str:
 
 
 def tracker_config(settings: Settings, folder: Path) -> dict[str, bool | int | float | str]:
-    """The resolved settings under dotted names, as far as they are fit for the public; lists as JSON."""
+    """The public part of the resolved settings under dotted names; lists as JSON."""
     public = flat_settings(public_settings(tomllib.loads(settings.to_toml()), folder))
     return {
         name: value if isinstance(value, bool | int | float | str) else json.dumps(value, ensure_ascii=False)

@@ -74,7 +74,10 @@ def validate(run: Run) -> dict[str, float]:
     if run.objective.routed:
         with measured_shares(model) as meter:
             loss = loss_by(model.causal_routing)
-        shares = _of_all(meter, run.processes).read()
+        whole = ShareMeter()  # rows that every process has seen count once in each
+        for counts in run.processes.all_gather(meter.counts()):
+            whole.add_counts(counts)
+        shares = whole.read()
         metrics["val/loss_topk"] = loss_by("topk")
         metrics["val/loss_gap"] = loss - metrics["val/loss_topk"]
         if model.config.has_predictor:
@@ -86,11 +89,3 @@ def validate(run: Run) -> dict[str, float]:
         loss = mean_loss(run)
     per_byte = loss / math.log(2) / run.data.validation_bytes_per_token
     return {"val/loss": loss, "val/bits_per_byte": per_byte, **metrics}
-
-
-def _of_all(meter: ShareMeter, processes: Processes) -> ShareMeter:
-    """The counts of all processes' meters together; rows that every process saw count once in each."""
-    total = ShareMeter()
-    for counts in processes.all_gather(meter.counts()):
-        total.add_counts(counts)
-    return total
