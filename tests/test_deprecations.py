@@ -4,6 +4,7 @@
 its logger instead, once a process, and we silence that logger while we work; here it speaks.
 """
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 import dtfcli
 from dtfcli import quiet
 from dtfcli.generation import Sampling
-from tests.evaluation.conftest import CHOICE, write_dataset
+from tests.evaluation.conftest import TASKS, write_dataset
 from tests.training.small_runs import small_settings
 
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "lm_eval", "peft", "transformers")
@@ -70,7 +71,7 @@ def test_nothing_we_call_is_deprecated(architecture: str, tmp_path: Path, listen
     model, tokenizer = dtfcli.load_model(folder), dtfcli.load_tokenizer(folder)
     assert dtfcli.generate(model, tokenizer, "the cat", Sampling(max_new_tokens=4)).text
     write_dataset(tmp_path / "data" / "toy" / "quiz", {"train": 4, "validation": 4})
-    (tmp_path / "toy_choice.yaml").write_text(CHOICE.format(name="toy_choice", dataset="toy/quiz", train="train"))
+    (tmp_path / "toy_choice.yaml").write_text(json.dumps(TASKS[0]))
     report = dtfcli.evaluate(
         model, "toy_choice", tokenizer=tokenizer, data_dir=tmp_path / "data", include_path=tmp_path, limit=2
     )

@@ -49,6 +49,7 @@ class UpdateSizeRouter(Router):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
         self.register_buffer("cost_offset", torch.empty(1, dtype=torch.float32))
 
@@ -60,7 +61,7 @@ class UpdateSizeRouter(Router):
     def forward(self, hidden_states: Tensor, below: tuple[Tensor, ...], context: RoutingContext, store: Any) -> Scores:
         x = hidden_states.detach().float()
         # 1 / RMS(x), a number for each token, goes behind the product: the normalized states are never formed.
-        scale = torch.rsqrt(mean_square(x) + self.config.norm_eps)
+        scale = torch.rsqrt(mean_square(x) + self.eps)
         score = (x @ self.weight) * scale
         return Scores(score, torch.ones_like(score))
 
@@ -76,7 +77,7 @@ class UpdateSizeRouter(Router):
     def fit(self, hidden_states: Tensor, update: Tensor, guess: Tensor | None, weight: Tensor) -> None:
         cost = self.cost(update, guess)
         mean = (cost * weight).sum() / weight.sum().clamp(min=1)
-        inputs = normalized(hidden_states, self.config.norm_eps)
+        inputs = normalized(hidden_states, self.eps)
         self.weight.copy_(least_squares(inputs, (cost - mean).unsqueeze(1), weight).squeeze(0))
         self.cost_offset.copy_(masked_mean(cost - inputs @ self.weight, weight))
 
