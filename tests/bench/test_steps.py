@@ -51,20 +51,6 @@ def test_weights_stay_and_gradients_go() -> None:
     assert all(parameter.grad is None for parameter in dense.parameters())
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--phases", "trian"], "--phases trian: choose from train, prefill, decode. Did you mean 'train'?"),
-        (["--phases", "prefill", "--stock"], "--stock"),
-        (["--dtype", "float16"], "--dtype float16"),
-    ],
-)
-def test_wrong_options(dtf: Dtf, extra: list[str], message: str) -> None:
-    result = dtf(*BENCH, *extra)
-    assert result.code == 2
-    assert message in " ".join(result.stderr.split())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "fields"),

@@ -69,7 +69,3 @@ def test_command(dtf: Callable[..., Outcome], tmp_path: Path, words: Any) -> Non
     assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2, 3, 4, 5]
     one = dtf("inspect-routing", str(model), TEXT, "--sensitivity", "--json")
     assert json.loads(one.stdout)["texts"] == 1
-    for option in (["--against-oracle"], ["--html", str(tmp_path / "page.html")]):
-        refused = dtf("inspect-routing", str(model), TEXT, "--sensitivity", *option)
-        assert refused.code == 2
-        assert f"{option[0]}: --sensitivity leaves out layers" in refused.stderr
