@@ -58,15 +58,10 @@ def test_the_listener_hears_transformers(listener: _Listener) -> None:
     assert listener.deprecations() == ["transformers.models: `x` is deprecated"]
 
 
-@pytest.mark.parametrize("architecture", ["dtf", pytest.param("mod", marks=pytest.mark.slow)])
-def test_nothing_we_call_is_deprecated(architecture: str, tmp_path: Path, listener: _Listener) -> None:
+def test_nothing_we_call_is_deprecated(tmp_path: Path, listener: _Listener) -> None:
     torch.set_num_threads(1)
-    settings = small_settings(
-        tmp_path,
-        architecture,
-        model={"scratch": {"max_position_embeddings": 512}},
-        training={"max_steps": 2, "eval_every": 2, "gradient_checkpointing": True},
-    )
+    training = {"max_steps": 2, "eval_every": 2, "gradient_checkpointing": True}
+    settings = small_settings(tmp_path, model={"scratch": {"max_position_embeddings": 512}}, training=training)
     folder = dtfcli.train(settings).final_model_path
     model, tokenizer = dtfcli.load_model(folder), dtfcli.load_tokenizer(folder)
     assert dtfcli.generate(model, tokenizer, "the cat", Sampling(max_new_tokens=4)).text

@@ -24,9 +24,8 @@ def test_every_room_has_its_level() -> None:
     assert house.unlisted() == []
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_imports_come_from_the_left(file: str) -> None:
-    assert house.climbing(file, ARROWS[file]) == []
+def test_imports_come_from_the_left() -> None:
+    assert {file: climbing for file in FILES if (climbing := house.climbing(file, ARROWS[file]))} == {}
 
 
 def test_no_circle() -> None:
@@ -53,10 +52,9 @@ def test_model_files_travel_alone(file: str) -> None:
     # Transformers asks nobody for what is imported in a `try`: it may be missing.
     tried = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in block.body}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import) and id(node) in tried:
-            assert {alias.name.split(".")[0] for alias in node.names} == {"triton"}
-        elif isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        if isinstance(node, ast.Import):
+            names = {alias.name.split(".")[0] for alias in node.names}
+            assert names <= ({"triton"} if id(node) in tried else allowed)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             assert (node.module or "").split(".")[0] in allowed
         elif isinstance(node, ast.ImportFrom):
@@ -65,33 +63,39 @@ def test_model_files_travel_alone(file: str) -> None:
             assert "." not in node.module
             siblings.add(node.module)
     # Transformers finds siblings by this regular expression, in docstrings too.
-    found = re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE)
-    assert set(found) == siblings
+    assert set(re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE)) == siblings
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if house.room(file) not in ("cli", "__main__")])
-def test_the_terminal_belongs_to_the_command_line(file: str) -> None:
-    assert not [name for name in house.imported_names(house.FILES[file]) if name.split(".")[0] in TERMINAL]
+def imported(file: str, packages: tuple[str, ...], lazy: bool = True) -> list[str]:
+    """What a file imports of these packages; `lazy`: inside functions, too."""
+    names = house.imported_names(house.FILES[file], lazy=lazy)
+    return [name for name in names if name.split(".")[0] in packages]
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if house.room(file) in LIGHT])
-def test_light_files_import_nothing_heavy(file: str) -> None:
-    names = list(house.imported_names(house.FILES[file], lazy=False))
-    assert not [name for name in names if name.split(".")[0] in LAZY]
+def test_the_terminal_belongs_to_the_command_line() -> None:
+    others = [file for file in FILES if house.room(file) not in ("cli", "__main__")]
+    assert {file: names for file in others if (names := imported(file, TERMINAL))} == {}
+
+
+def test_light_files_import_nothing_heavy() -> None:
+    light = [file for file in FILES if house.room(file) in LIGHT]
+    assert {file: names for file in light if (names := imported(file, LAZY, lazy=False))} == {}
     # Nor through a file of ours that does.
+    names = [name for file in light for name in house.imported_names(house.FILES[file], lazy=False)]
     others = {own for name in names if (own := house.own_file(name)) and house.room(own) not in (*LIGHT, "__init__")}
     assert others <= {"models.configuration_fields", "models.families"}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_has_one_purpose(file: str) -> None:
-    text = house.FILES[file].read_text(encoding="utf-8")
-    assert text.count("\n") <= 500
-    tree = ast.parse(text)
-    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
-    if house.room(file) != "cli":  # a command's options are its parameters
-        assert not [f.name for f in functions if _parameters(f) > 7 and f.name not in FIXED and not _is_kernel(f)]
+@pytest.mark.parametrize("room", sorted({house.room(file) for file in FILES}))
+def test_a_file_has_one_purpose(room: str) -> None:
+    for file in [file for file in FILES if house.room(file) == room]:
+        text = house.FILES[file].read_text(encoding="utf-8")
+        assert text.count("\n") <= 500, file
+        nodes = ast.walk(ast.parse(text))
+        functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        assert not [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 60]
+        if room != "cli":  # a command's options are its parameters
+            assert not [f.name for f in functions if _parameters(f) > 7 and f.name not in FIXED and not _is_kernel(f)]
 
 
 def test_new_variables_say_what_they_hold() -> None:

@@ -72,9 +72,6 @@ def test_json_and_files(dtf: Callable[..., Outcome], folder: Path, tmp_path: Pat
     assert "predicted error" in page
     assert not any(word in page + result.stdout for word in SURPRISE)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    again = dtf("inspect-routing", str(folder / "forecast_error"), TEXT, *targets)
-    assert again.code == 2
-    assert "exists already" in again.stderr
 
 
 def test_corpus(dtf: Callable[..., Outcome], folder: Path, tmp_path: Path) -> None:

@@ -17,18 +17,14 @@ from dtfcli.inspection.page import page_data, render_page
 from dtfcli.inspection.palette import SEQUENTIAL, luminance, readable_on, shades
 from dtfcli.inspection.statistics import summarize
 from dtfcli.inspection.text import inspect_text
+from dtfcli.models.conversion import convert
 from tests.inspection.conftest import TEXT
-from tests.tiny import dense_model, routed_model
+from tests.tiny import dense_model, routed_model, tokens
 
 HOSTILE = [
-    "<script>alert(1)</script>",
-    "</script><img src=x onerror=alert(1)>",
-    "<!-- <script> -->",
-    "\" onload='x' & &lt; %%data%%",
-    "\x00\x07\x1b[31m \u2028\u2029",
-    "\u202eright to left שלום",
-    "👩‍👩‍👧 \ufffd x\ud800y",
-    "$\\frac{1}{2}$ $",
+    "<script>alert(1)</script> <!-- <script> --> </script><img src=x onerror=alert(1)>",
+    "\" onload='x' & &lt; %%data%% \x00\x07\x1b[31m \u2028\u2029 \u202eright to left שלום",
+    "👩‍👩‍👧 \ufffd x\ud800y $\\frac{1}{2}$ $",
 ]
 
 
@@ -51,42 +47,34 @@ class _Page(HTMLParser):
             self.inside[-1] += data
 
 
+@pytest.fixture(scope="module")
+def model_of_bytes() -> Any:
+    model: Any = convert(dense_model(vocab_size=300), "dtf", 0.5)
+    model.calibrate([{"input_ids": tokens(16, 64)}], ())
+    return model
+
+
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_hostile_text_stays_text(byte_level: PreTrainedTokenizerFast, text: str, tmp_path: Path) -> None:
-    model: Any = routed_model_of_bytes()
-    report = inspect_text(model, byte_level, text, name=text.replace("\ud800", ""))
+def test_a_hostile_text_stays_text(model_of_bytes: Any, byte_level: Any, text: str, tmp_path: Path) -> None:
+    report = inspect_text(model_of_bytes, byte_level, text, name=text.replace("\ud800", ""))
     summary = summarize(report)
     page = render_page(report, summary)
     page.encode()
     parsed = _Page(page)
     tags = [tag for tag, _ in parsed.tags]
-    assert tags.count("script") == 2
-    assert tags.count("style") == 1
-    assert "img" not in tags
+    assert (tags.count("script"), tags.count("style"), tags.count("img")) == (2, 1, 0)
     style, data, script = parsed.inside
     assert json.loads(data) == json.loads(json.dumps(page_data(report, summary)))
     assert "".join(json.loads(data)["text"]["pieces"]) == report.source.text
-    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None
+    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy") or ""
     assert policy.startswith("default-src 'none'")
     for part in (style, script):
         assert base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() in policy
-    links = [
-        value or "" for _, attributes in parsed.tags for name, value in attributes.items() if name in ("src", "href")
-    ]
+    links = [value or "" for _, given in parsed.tags for name, value in given.items() if name in ("src", "href")]
     assert all(link.startswith("#") for link in links)
     assert "url(" not in style
     assert "innerHTML" not in script
     draw_figure(report, summary, tmp_path / "figure.png")
-
-
-def routed_model_of_bytes() -> Any:
-    from dtfcli.models.conversion import convert
-    from tests.tiny import tokens
-
-    model: Any = convert(dense_model(vocab_size=300), "dtf", 0.5)
-    model.calibrate([{"input_ids": tokens(16, 64)}], ())
-    return model
 
 
 def test_the_page_of_a_corpus(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -97,8 +85,7 @@ def test_the_page_of_a_corpus(words: PreTrainedTokenizerFast, tmp_path: Path) ->
     assert "text" not in data
     assert "texts.jsonl" in render_page(corpus, corpus.summary)
     draw_figure(corpus, corpus.summary, tmp_path / "figure.png")
-    header = (tmp_path / "figure.png").read_bytes()[:24]
-    width, height = struct.unpack(">II", header[16:])
+    width, height = struct.unpack(">II", (tmp_path / "figure.png").read_bytes()[16:24])
     assert width == 1800
     assert height > 400
 

@@ -6,9 +6,8 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,17 +21,15 @@ def completed(*command: str | Path, **options: Any) -> subprocess.CompletedProce
     return process
 
 
-@dataclass(frozen=True)
-class Built:
-    """What `python -m build` made: the source archive, the wheel made from it, and the wheel made from the tree."""
+class Built(NamedTuple):
+    """Made by `python -m build`: the source archive, the wheel made from it, and the wheel made from the tree."""
 
     sdist: Path
     wheel: Path
     direct: Path
 
 
-@dataclass(frozen=True)
-class Installed:
+class Installed(NamedTuple):
     """An environment with the wheel in it, and an empty folder to work in."""
 
     python: Path
@@ -40,17 +37,16 @@ class Installed:
     packages: Path
     folder: Path
 
-    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run a command in the empty folder, with nothing of ours in its environment."""
+    def run(self, *command: str | Path) -> str:
+        """What a command prints in the empty folder, with nothing of ours in its environment."""
         ours = ("PYTHON", "DTF_", "VIRTUAL")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-        return completed(*command, cwd=self.folder, env=environment, encoding="utf-8")
+        return completed(*command, cwd=self.folder, env=environment, encoding="utf-8").stdout
 
 
 def _build(tree: Path, target: Path, *options: str) -> Path:
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), *options, str(tree)]
-    completed(*command)
+    completed(sys.executable, "-m", "build", "--no-isolation", "--outdir", target, *options, tree)
     return target
 
 

@@ -14,8 +14,8 @@ def project(*dependencies: str, **extras: list[str]) -> dict[str, object]:
 
 def test_bounds_become_pins() -> None:
     extras = {"all": ["ours[more]", "a>=3,<4; sys_platform == 'linux'"], "more": ["b-b>=1.2"]}
-    asked = project("torch>=2.11,<2.14", "B_b[hf]>=1.2", **extras)
-    assert constraints(asked) == ["a==3; sys_platform == 'linux'", "b-b==1.2"]
+    bounds = project("torch>=2.11,<2.14", "B_b[hf]>=1.2", **extras)
+    assert constraints(bounds) == ["a==3; sys_platform == 'linux'", "b-b==1.2"]
 
 
 @pytest.mark.parametrize(

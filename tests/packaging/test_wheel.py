@@ -4,7 +4,6 @@ import json
 import re
 import tarfile
 import zipfile
-from email.message import Message
 from email.parser import HeaderParser
 from pathlib import Path
 
@@ -14,32 +13,19 @@ from tests.packaging.conftest import ROOT, Built, Installed
 
 pytestmark = pytest.mark.slow
 
-TINY = (
+TINY = [
     'data.sources=[{path="python-stdlib",ratio=0.02}]',
-    "data.cache_dir=cache",
-    "data.seq_len=64",
-    "data.validation_blocks=2",
-    "model.scratch.hidden_size=32",
-    "model.scratch.intermediate_size=48",
-    "model.scratch.num_hidden_layers=2",
-    "model.scratch.vocab_size=400",
-    "training.max_steps=2",
-    "training.micro_batch_size=2",
-    "training.tokens_per_update=256",
-    "training.calibration_tokens=256",
-)
+    *("data.cache_dir=cache", "data.seq_len=64", "data.validation_blocks=2"),
+    *("model.scratch.hidden_size=32", "model.scratch.intermediate_size=48", "model.scratch.num_hidden_layers=2"),
+    *("model.scratch.vocab_size=400", "training.max_steps=2", "training.micro_batch_size=2"),
+    *("training.tokens_per_update=256", "training.calibration_tokens=256"),
+]
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
     """The files of a wheel, and what is in them."""
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
-
-
-def metadata(wheel: Path) -> Message:
-    """What a wheel says of itself."""
-    files = contents(wheel)
-    return HeaderParser().parsestr(next(text for name, text in files.items() if name.endswith("/METADATA")).decode())
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
@@ -61,41 +47,35 @@ def test_the_source_archive_builds_the_same_wheel(built: Built) -> None:
     assert not top & {".venv", ".cache", "outputs"}
 
 
-def test_what_the_wheel_says_of_itself(built: Built) -> None:
-    about = metadata(built.wheel)
-    assert about["Name"] == "dtfcli"
-    assert about["Requires-Python"] == ">=3.11"
-    assert about["License-Expression"] == "Apache-2.0"
+def test_the_wheel_describes_itself(built: Built) -> None:
+    files = {
+        name.partition("/")[2]: text.decode() for name, text in contents(built.wheel).items() if ".dist-info/" in name
+    }
+    about = HeaderParser().parsestr(files["METADATA"])
+    assert (about["Name"], about["Requires-Python"], about["License-Expression"]) == ("dtfcli", ">=3.11", "Apache-2.0")
     assert about["Description-Content-Type"] == "text/markdown"
-    versions = re.findall(r"Python :: (3\.\d+)", " ".join(about.get_all("Classifier", [])))
-    assert versions == sorted(versions, key=lambda text: int(text.split(".")[1]))
-    assert versions[0] == "3.11"
-    assert "Typing :: Typed" in about.get_all("Classifier", [])
-    files = contents(built.wheel)
-    entry = next(text for name, text in files.items() if name.endswith("/entry_points.txt")).decode()
-    assert entry.split() == ["[console_scripts]", "dtf", "=", "dtfcli.cli.app:main"]
-    assert any(name.endswith("/licenses/LICENSE") for name in files)
+    classifiers = about.get_all("Classifier", [])
+    versions = [int(number) for number in re.findall(r"Python :: 3\.(\d+)", " ".join(classifiers))]
+    assert versions == sorted(versions)
+    assert versions[0] == 11
+    assert "Typing :: Typed" in classifiers
+    assert files["entry_points.txt"].split() == ["[console_scripts]", "dtf", "=", "dtfcli.cli.app:main"]
+    assert "licenses/LICENSE" in files
 
 
 def test_commands_answer_in_an_empty_folder(installed: Installed) -> None:
     where = "import dtfcli, dtfcli.settings.sources as p; print(dtfcli.__file__); print(p.presets_dir())"
-    for line in installed.run(installed.python, "-c", where).stdout.splitlines():
+    for line in installed.run(installed.python, "-c", where).splitlines():
         assert Path(line).resolve().is_relative_to(installed.packages.resolve())
-    version = installed.run(installed.dtf, "--version").stdout
-    assert re.fullmatch(r"dtf \d+\.\d+\.\d+\S*\n", version)
-    listed = json.loads(installed.run(installed.dtf, "presets", "list", "--json").stdout)
+    listed = json.loads(installed.run(installed.dtf, "presets", "list", "--json"))
     assert {preset["name"] for preset in listed} == {path.stem for path in (ROOT / "presets").glob("*.toml")}
-    environment = json.loads(installed.run(installed.dtf, "env", "--json").stdout)
-    assert environment["dtf"] == version.split()[1]
+    environment = json.loads(installed.run(installed.dtf, "env", "--json"))
+    assert installed.run(installed.dtf, "--version") == f"dtf {environment['dtf']}\n"
 
 
 def test_the_quickstart_needs_no_repository(installed: Installed) -> None:
-    dry = installed.run(installed.dtf, "train", "quickstart", "model=mod", "--dry-run", "--json")
-    assert json.loads(dry.stdout)["settings"]["model"]["architecture"] == "mod"
-    assert list(installed.folder.iterdir()) == []
     trained = installed.run(installed.dtf, "train", "quickstart", *TINY)
-    model = installed.folder / trained.stdout.splitlines()[-1]
+    model = installed.folder / trained.splitlines()[-1]
     assert (model / "model.safetensors").is_file()
-    written = installed.run(installed.dtf, "generate", str(model), "def main(", "--max-new-tokens", "4")
-    assert written.stdout.strip()
+    assert installed.run(installed.dtf, "generate", str(model), "def main(", "--max-new-tokens", "4").strip()
     assert {path.name for path in installed.folder.iterdir()} == {"cache", "outputs"}
