@@ -39,7 +39,13 @@ def test_trains_on_four_bits(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """Fitted, distilled, calibrated, merged; the base is left as it was, and the adapter opens on it."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     runs: list[Any] = []
-    monkeypatch.setattr(loop, "finish", lambda run, finish=loop.finish: (runs.append(run), finish(run))[1])
+    finish = loop.finish
+
+    def keep(run: Any) -> Any:
+        runs.append(run)
+        return finish(run)
+
+    monkeypatch.setattr(loop, "finish", keep)
     before = weights_hash(base)
     settings = settings_of(
         tmp_path, base, model=FORECAST, lora={"merge": True}, distill={"enabled": True, "hidden_weight": 1.0}

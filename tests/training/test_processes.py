@@ -165,7 +165,13 @@ def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 def test_two_processes_killed_and_resumed(tmp_path: Path, sharding: str) -> None:
     """With SIGKILL, all of them: the resumed run ends, bit for bit, like one that `accelerate launch` ran through."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
+    launcher: tuple[str, ...] = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+    )
     launcher += ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
     whole = command(undisturbed, *configured(undisturbed, sharding), launcher=launcher)
     output, errors = whole.communicate(timeout=240)
