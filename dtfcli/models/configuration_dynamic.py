@@ -30,7 +30,7 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
         """Run by Transformers after construction; raises ValueError naming field, value and remedy."""
         for name in STRUCK:  # of a model that an earlier version saved
             if name in vars(self):
-                check_field(name, vars(self).pop(name))
+                check_field(name, self.__dict__.pop(name))
         check_fields({f.name: getattr(self, f.name) for f in fields(RoutingFields)}, self.num_hidden_layers)
 
     @property

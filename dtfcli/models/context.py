@@ -87,13 +87,11 @@ class StaticContext(RoutingContext):
         position: int64 [1], the position of the new ones.
     """
 
-    filled: Tensor | None = None
-    position: Tensor | None = None
+    filled: Tensor = field(kw_only=True)
+    position: Tensor = field(kw_only=True)
 
     def visible(self, window: int | None) -> Tensor:
         """Which of the cache's positions the new tokens attend to, bool [B, 1, 1, N]."""
-        assert self.filled is not None, "a context of this kind is made with it"
-        assert self.position is not None, "and with this"
         if window is None:
             return self.filled[:, None, None]
         positions = torch.arange(self.filled.shape[1], device=self.device)
@@ -107,6 +105,5 @@ class StaticContext(RoutingContext):
     @cached_property
     def sinks(self) -> Tensor | None:
         """Whether the new token is a sink, bool [B, 1]; None: there are none."""
-        assert self.filled is not None, "a context of this kind is made with it"
         count = self.config.sink_tokens
         return self.filled.sum(1, keepdim=True) <= count if count else None

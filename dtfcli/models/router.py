@@ -35,7 +35,7 @@ class Router(nn.Module):
 
     Attributes:
         thresholds: float32 [1 + len(CAPACITY_GRID)], of the scores: at the model's own γ (tracked while training, too),
-            then on the grid. `threshold` and `threshold_grid` are its two parts.
+            then on the grid.
         predictor_thresholds: the same for the predictor's logits, if there is a predictor.
     """
 
@@ -116,11 +116,6 @@ class Router(nn.Module):
     def threshold(self) -> Tensor:
         """The threshold at the model's own γ, float32 [1]; a view."""
         return self.thresholds[:1]
-
-    @property
-    def threshold_grid(self) -> Tensor:
-        """The thresholds at each γ of `CAPACITY_GRID`, float32; a view."""
-        return self.thresholds[1:]
 
     def set_threshold(self, mode: str, capacity: float | None, value: Tensor | float) -> None:
         """Keep the threshold at a γ of the grid; None: at the model's own γ."""

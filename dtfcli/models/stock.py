@@ -1,8 +1,6 @@
-"""What the mixins in front of Transformers' classes inherit, for the type checker alone; and what a stock one lacks.
+"""The bases of the mixins that stand in front of Transformers' classes: empty at run time, anything to a type checker.
 
-A mixin stands before a stock class, as in `class RoutedLlamaLayer(RoutedLayerMixin, LlamaDecoderLayer)`, and uses
-attributes of that class. They are declared here once for all backbones. At run time these bases are empty, and the
-stock class alone counts.
+A mixin such as `RoutedLayerMixin` uses attributes of the stock class behind it, which differs with the backbone.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,42 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    class StockConfig(PreTrainedConfig):
-        """Configuration of a backbone."""
-
-        num_hidden_layers: int
-
-    class StockLayer(nn.Module):
-        """A decoder layer."""
-
-        self_attn: Any
-        input_layernorm: nn.Module
-        post_attention_layernorm: nn.Module
-        mlp: nn.Module
-
-        def __init__(self, config: Any, layer_idx: int) -> None: ...
-
-    class StockModel(PreTrainedModel):
-        """A stack or a language model."""
-
-        config: Any
-
-    class StockStack(StockModel):
-        """Embeddings, layers and final norm."""
-
-        embed_tokens: nn.Embedding
-        layers: nn.ModuleList
-        norm: nn.Module
-        rotary_emb: nn.Module
-
-    class StockLM(StockModel):
-        """A stack with its language-model head."""
-
-        model: Any
-        lm_head: nn.Linear
-
+    from typing import Any as StockConfig
+    from typing import Any as StockLM
+    from typing import Any as StockLayer
+    from typing import Any as StockModel
+    from typing import Any as StockStack
 else:
     StockConfig = StockModel = StockStack = StockLM = object
     StockLayer = nn.Module
