@@ -117,14 +117,13 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         hidden_states = for_head(outputs.last_hidden_state, self.config)
         lm_loss = causal_lm_loss(hidden_states, head, labels, num_items_in_batch)
         share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
-        auxiliary = auxiliary_losses(self.config, self.model.routers, outputs, share)
-        return {
-            "loss": auxiliary.added_to(lm_loss, self.config) if self.training else lm_loss,
-            "lm_loss": lm_loss,
-            "prior_loss": auxiliary.prior,
-            "router_loss": auxiliary.router,
-            "forecast_loss": auxiliary.forecast,
-        }
+        losses = auxiliary_losses(self.config, self.model.routers, outputs, share)
+        weights = {"prior_loss": self.config.prior_loss_weight, "forecast_loss": self.config.forecast_loss_weight}
+        total = lm_loss
+        for name, loss in losses.items():  # times 0, too: several processes count on every parameter's gradient
+            if self.training and loss is not None:
+                total = total + weights.get(name, 1.0) * loss
+        return {"loss": total, "lm_loss": lm_loss, **losses}
 
     @property
     def routing(self) -> str:

@@ -23,14 +23,7 @@ from .forecast import Forecast, KnownUpdates, RegressionTargets, regression_targ
 from .keys import EveryKey, OwnKeys, PlacedKeys, StoredKeys
 from .router import TopKPredictor
 from .routers import router_of
-from .routing import (
-    Scores,
-    gated_update,
-    select_explored,
-    select_threshold,
-    select_topk,
-    topk_capacity,
-)
+from .routing import Scores, gated_update, select_explored, select_threshold, select_topk, topk_capacity
 from .slots import Slots, assign_group, assign_slots, every_slot, gather_tokens, row_groups, scatter_tokens
 from .static import EnteredRows
 from .stock import StockLayer

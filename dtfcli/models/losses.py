@@ -6,7 +6,7 @@ Shapes: N tokens with a target, D hidden size, V vocabulary.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,38 +179,20 @@ def reference_causal_lm_loss(hidden_states: Tensor, weight: Tensor, labels: Tens
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
 
-class AuxiliaryLosses(NamedTuple):
-    """Means over tokens and layers, 0-d float32; None: there is no such loss."""
-
-    prior: Tensor | None
-    """Prior error (3.5) of the decision layers, unweighted."""
-    router: Tensor | None
-    """Of routers and predictors, weighted and summed."""
-    forecast: Tensor | None
-    """Relative squared error of the forecasts, unweighted."""
-
-    def added_to(self, lm_loss: Tensor, config: Any) -> Tensor:
-        """The loss to minimize."""
-        loss = lm_loss
-        if self.prior is not None:
-            loss = loss + config.prior_loss_weight * self.prior
-        if self.router is not None:
-            loss = loss + self.router
-        if self.forecast is not None:  # times 0, too: several processes count on every parameter's gradient
-            loss = loss + config.forecast_loss_weight * self.forecast
-        return loss
-
-
 def auxiliary_losses(
     config: Any, routers: Mapping[int, Router], outputs: RoutedModelOutput, share: Tensor | float = 1.0
-) -> AuxiliaryLosses:
-    """The auxiliary losses of one pass.
+) -> dict[str, Tensor | None]:
+    """The auxiliary losses of one pass: means over tokens and layers, 0-d float32; None: there is no such loss.
 
     Args:
         config: of the model.
         routers: by layer index; each adds what it learns from (`Router.loss`).
         outputs: what the stack returned.
         share: of the step that this batch is: what its means are multiplied by.
+
+    Returns:
+        "prior_loss", the prior error (3.5) of the decision layers, unweighted; "router_loss" of routers and predictors,
+        weighted and summed; "forecast_loss", the relative squared error of the forecasts, unweighted.
     """
     prior = router = forecast = None
     if outputs.prior_errors:
@@ -231,4 +213,4 @@ def auxiliary_losses(
     if misses:  # layers that nobody entered say nothing
         known = torch.stack([weight.any() for _, weight in misses]).sum().clamp(min=1)
         forecast = torch.stack([masked_mean(miss, weight) for miss, weight in misses]).sum() / known * share
-    return AuxiliaryLosses(prior, router, forecast)
+    return {"prior_loss": prior, "router_loss": router, "forecast_loss": forecast}
