@@ -16,7 +16,9 @@ from dtfcli.settings.sources import preset_names
 from dtfcli.training.objectives import Objective
 from tests.tiny import ARCHITECTURES, FAMILIES, dense_model, routed_model, tokens
 
-SIZES = {"dense-qwen2.5-0.5b": 494_032_768, "dtf-smollm2-135m": 134_515_008}
+BILLIONS = {"smollm2-135m": 0.1345, "qwen2.5-0.5b": 0.494, "qwen2.5-1.5b": 1.544, "qwen2.5-3b": 3.086}
+BILLIONS |= {"qwen2.5-7b": 7.616, "qwen2.5-14b": 14.77, "qwen2.5-32b": 32.76, "qwen2.5-72b": 72.71}
+"""Published sizes of the base models."""
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -28,7 +30,8 @@ def test_every_preset_builds_on_the_meta_device(preset: str) -> None:
     assert account.trainable_parameters == account.parameters > 1e6
     assert (account.new_parameters == 0) == (settings.model.architecture == "dense")
     assert account.share_of_dense == 1.0 if settings.model.architecture == "dense" else account.share_of_dense < 1.0
-    assert SIZES.get(preset) in (None, account.parameters - account.new_parameters)
+    backbone = (account.parameters - account.new_parameters) / 1e9
+    assert BILLIONS.get(preset.partition("-")[2], backbone) == pytest.approx(backbone, rel=1e-3)
 
 
 FORECAST = {"bypass": "forecast", "score": "forecast_error"}

@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import pickle
-import shutil
 import struct
 from pathlib import Path
 from random import Random
@@ -142,8 +141,3 @@ def damage(rng: Random, path: Path) -> str:
     """Damage a file in place, as its ending suggests; returns what changed, for the report of a failure."""
     by_ending = damage_json if path.suffix in (".json", ".jsonl") else damage_bytes
     return f"{path.name}: {(displace if rng.random() < 0.1 else by_ending)(rng, path)}"
-
-
-def fresh_copy(folder: Path, target: Path) -> Path:
-    """A copy of a healthy folder."""
-    return Path(shutil.copytree(folder, target))

@@ -5,6 +5,7 @@ A case takes a healthy folder and damages one file of it. Each case may take a l
 
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from dtfcli.settings.data import Source
 from dtfcli.settings.schema import load_settings
 from dtfcli.training.checkpoint import find_checkpoint
 from tests.budget import examples
-from tests.strangers.damage import damage, fresh_copy
+from tests.strangers.damage import damage
 
 CASES, MANY = 6, 60
 """For each of the readers: 186 in all in `make test-all`, and 1,860 of the tests marked `long`."""
@@ -163,7 +164,7 @@ def states(folder: Path) -> dict[str, tuple[int, int]]:
 def check(name: str, rng: Random, healthy: Path, scratch: Path) -> None:
     """One case."""
     reader = READERS[name]
-    folder = fresh_copy(healthy / reader.folder, scratch / f"case{next(_NUMBERS)}" / "it")
+    folder = shutil.copytree(healthy / reader.folder, scratch / f"case{next(_NUMBERS)}" / "it")
     change = damage(rng, folder / reader.file)
     before, answer = states(folder.parent), None
     with bounded_memory():
@@ -189,7 +190,7 @@ def test_read_or_explained(name: str, count: int, healthy: Path, tmp_path: Path)
     def cases(seed: int) -> None:
         check(name, Random(seed), healthy, tmp_path)
 
-    folder = fresh_copy(healthy / READERS[name].folder, tmp_path / "whole")
+    folder = shutil.copytree(healthy / READERS[name].folder, tmp_path / "whole")
     with bounded_memory():
         assert READERS[name].read(folder) is not None
     cases()

@@ -1,5 +1,6 @@
 """Task files of strangers: none of the ways by which one can name code is taken without trust."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ from lm_eval import utils as lm_utils
 from dtfcli.errors import ConfigError
 from dtfcli.evaluation.task_files import check_task_files, sandboxed_templates
 from tests.strangers.conftest import TASK
-from tests.strangers.damage import fresh_copy
 from tests.strangers.test_readers import load_task
 from tests.strangers.test_trust import CODE
 
@@ -16,7 +16,7 @@ from tests.strangers.test_trust import CODE
 @pytest.fixture
 def texts(healthy: Path, tmp_path: Path) -> Path:
     """A benchmark with its task file, and a Python file beside it that leaves a mark."""
-    folder = fresh_copy(healthy / "texts", tmp_path / "it")
+    folder = shutil.copytree(healthy / "texts", tmp_path / "it")
     functions = "\n\ndef docs(dataset):\n    return dataset\n"
     (folder / "tasks" / "theirs.py").write_text(CODE.format(marker=str(tmp_path / "ran")) + functions)
     return folder

@@ -17,7 +17,7 @@ from dtfcli.loading.build import build_model
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.settings.data import Source
 from dtfcli.settings.schema import load_settings
-from tests.strangers.damage import fresh_copy, write_pickle
+from tests.strangers.damage import write_pickle
 from tests.strangers.test_readers import bounded_memory
 
 CODE = "from pathlib import Path\nPath({marker!r}).touch()\n"
@@ -30,7 +30,7 @@ def change(path: Path, **fields: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "adapter"])
 def test_no_code_of_the_folder_runs(healthy: Path, tmp_path: Path, kind: str) -> None:
-    folder, marker = fresh_copy(healthy / "models" / kind, tmp_path / "it"), tmp_path / "ran"
+    folder, marker = shutil.copytree(healthy / "models" / kind, tmp_path / "it"), tmp_path / "ran"
     code = CODE.format(marker=str(marker))
     (folder / "theirs.py").write_text(f"{code}class Config: pass\nclass Model: pass\n")
     classes = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
@@ -51,7 +51,7 @@ def test_no_code_of_the_folder_runs(healthy: Path, tmp_path: Path, kind: str) ->
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_pickle_runs_nothing(healthy: Path, tmp_path: Path, plain: bool) -> None:
-    folder, marker = fresh_copy(healthy / "models/dense", tmp_path / "it"), tmp_path / "ran"
+    folder, marker = shutil.copytree(healthy / "models/dense", tmp_path / "it"), tmp_path / "ran"
     (folder / "model.safetensors").unlink()
     write_pickle(folder / "pytorch_model.bin", marker, plain)
     with pytest.raises(CheckpointError, match="the model cannot be loaded"):
@@ -93,7 +93,7 @@ def test_links_out_of_a_folder_of_texts(tmp_path: Path) -> None:
 
 
 def test_results_of_other_weights_are_not_pushed(healthy: Path, tmp_path: Path) -> None:
-    run = fresh_copy(healthy / "small/run", tmp_path / "it")
+    run = shutil.copytree(healthy / "small/run", tmp_path / "it")
     assert b"| validation_text | loss |" in bytes(prepare_upload(run, "me/new").files["README.md"])
     weights = run / "final_model" / "model.safetensors"
     state = load_file(weights)
