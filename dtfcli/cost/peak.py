@@ -6,11 +6,7 @@ import torch
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that a square matrix product reaches here, the best of a few: what `mfu` is measured against.
-
-    Returns:
-        FLOP/s; None where products of this type do not run on the device.
-    """
+    """FLOP/s of a square matrix product here, the best of a few; None where the device has no such product."""
     size, repeats = (1024, 5) if device.type == "cpu" else (8192, 10)
     try:
         left = torch.ones(size, size, device=device, dtype=dtype)

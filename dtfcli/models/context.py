@@ -73,10 +73,6 @@ class RoutingContext:
         values = set(self.capacities.values())
         return values.pop() if len(values) == 1 else None
 
-    def compute_masks(self) -> None:
-        """Compute now what layers will ask for: compiled ones cannot enter `cached_property`'s lock (Python 3.11)."""
-        _ = self.is_token, self.sinks, self.shared_capacity
-
 
 @dataclass(frozen=True)
 class StaticContext(RoutingContext):
@@ -97,10 +93,8 @@ class StaticContext(RoutingContext):
         positions = torch.arange(self.filled.shape[1], device=self.device)
         return (self.filled & (positions > self.position - window))[:, None, None]
 
-    @cached_property
-    def is_token(self) -> None:
-        """All: a row whose text has ended goes on with tokens that nobody reads."""
-        return
+    is_token: None = field(default=None, init=False)
+    """All: a row whose text has ended goes on with tokens that nobody reads."""
 
     @cached_property
     def sinks(self) -> Tensor | None:

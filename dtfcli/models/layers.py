@@ -203,7 +203,8 @@ class RoutedLayerMixin(StockLayer):
                 y_RKD = torch.where(slots.routed.unsqueeze(-1), y_RKD, skipped_RKD)
             updated = scatter_tokens(updated, slots, y_RKD)
             known.append(KnownUpdates(slots, x_RKD, processed))
-        targets = self._targets(known, selected, inputs, context) if self.learns else RegressionTargets()
+        learns = self.training and self.config.learns_from_updates
+        targets = self._targets(known, selected, inputs, context) if learns else RegressionTargets()
         observed = [each.detach() for each in below] if below else [None, None]
         shown = _of_all_tokens(x, known) if context.shows_updates else ()
         return updated, ranked, selected, threshold, *scores[1:], logits, *observed, *targets, *shown
@@ -247,11 +248,6 @@ class RoutedLayerMixin(StockLayer):
                 **{CACHE_NAME: keys.as_cache},
                 **inputs.more,
             )
-
-    @property
-    def learns(self) -> bool:
-        """Whether this pass compares updates with the forecast, or their cost with the score."""
-        return self.training and self.config.learns_from_updates
 
     def _targets(
         self, known: list[KnownUpdates], selected: Tensor, inputs: LayerInputs, context: RoutingContext
