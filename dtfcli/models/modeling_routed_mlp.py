@@ -125,6 +125,23 @@ class MLPForecast(nn.Module):
         """The cluster of each token's direction, int64 [N]."""
         return (x @ self.centers.t()).argmax(1)
 
+    def fit_common(self, x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """Fit W; returns W x̃ of all tokens, float32 [N, D]."""
+        common = Normal(x, weight).solve(targets, _RIDGE)
+        self.linear.weight.copy_(common.t())
+        return x @ common
+
+    def fit_maps(self, x: Tensor, rest: Tensor, weight: Tensor, skips: Tensor) -> Tensor:
+        """Fit clusters, and A B of each to what W leaves; returns A_j B_j x̃ of all tokens, float32 [N, D]."""
+        self.centers.copy_(_directions(x[skips], self.maps))
+        cluster, correction = self.cluster(x.to(self.centers.dtype)), torch.zeros_like(rest)
+        for j in range(self.maps):
+            members = (cluster == j).nonzero().squeeze(1)
+            up, down = _low_rank(x[members], rest[members], weight[members], self.up.shape[-1])
+            self.up[j], self.down[j] = up, down
+            correction[members] = x[members] @ down.t() @ up.t()
+        return correction
+
 
 class RoutedMLP(nn.Module):
     """An MLP that only some tokens enter; mixed in front of a stock MLP's class.
@@ -233,51 +250,49 @@ def fit_mlp(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor
 
 
 def _fit(mlp: RoutedMLP, x: Tensor, targets: Tensor, counted: Tensor, first: Tensor) -> Tensor:
-    usual = (counted & ~first).float()
-    weight, relative = usual, 1 / (targets.square().mean(1) + _TINY)
-    for _ in range(2):
-        _fit_forecast(mlp.forecast, x, targets, weight.clamp(min=_ENTERING) * usual * relative, weight > 0)
-        error = (targets - mlp.forecast(x.to(mlp.forecast.linear.weight.dtype)).float()).square().mean(1)
-        cost = (error + _TINY).log()
+    """Fit to tokens [N, D]; returns who enters, bool [N]. Tokens that skip have their forecast fitted twice."""
+    usual, forecast = (counted & ~first).float(), mlp.forecast
+    relative, importance = usual / (targets.square().mean(1) + _TINY), usual + _FIRST * (first & counted)
+    normal = Normal(x, importance)
+    enters = torch.zeros_like(first)
+    for last in (False, True):
+        rest = targets - forecast.fit_common(x, targets, relative * torch.where(enters, _ENTERING, 1.0))
+        if last and forecast.maps > 1:
+            rest = rest - forecast.fit_maps(x, rest, relative * torch.where(enters, _ENTERING, 1.0), ~enters & counted)
+        cost = (rest.square().mean(1) + _TINY).log()
         cost = torch.where(first, cost[usual > 0].max(), cost)
-        importance = usual + _FIRST * (first & counted)
         mean = (cost * importance).sum() / importance.sum()
-        score = _least_squares(x, (cost - mean).unsqueeze(1), importance, _RIDGE).squeeze(1)
-        mlp.router.weight.copy_(_like_bfloat16(score))
+        mlp.router.weight.copy_(_like_bfloat16(normal.solve((cost - mean).unsqueeze(1), _RIDGE).squeeze(1)))
         scores = mlp.router(x)
         threshold = mlp.router.keep(None, scores[counted], mlp.own_capacity)
         enters = scores > threshold if mlp.own_capacity < 1 else torch.ones_like(first)
-        weight = usual * ~enters
+    for capacity in CAPACITY_GRID:  # of the tokens as they are here; `calibrate` measures what lower layers change
+        mlp.router.keep(capacity, scores[counted], capacity)
     return enters
 
 
-def _fit_forecast(forecast: MLPForecast, x: Tensor, targets: Tensor, weight: Tensor, skips: Tensor) -> None:
-    common = _least_squares(x, targets, weight, _RIDGE)
-    forecast.linear.weight.copy_(common.t())
-    if forecast.maps == 1:
-        return
-    centers = _directions(x[skips], forecast.maps)
-    forecast.centers.copy_(centers)
-    cluster, rest, rank = forecast.cluster(x.to(forecast.centers.dtype)), targets - x @ common, forecast.up.shape[-1]
-    for j in range(forecast.maps):
-        own = (cluster == j).nonzero().squeeze(1)
-        up, down = _low_rank(x[own], rest[own], weight[own], rank)
-        forecast.up[j], forecast.down[j] = up, down
+class Normal:
+    """The normal equations of a weighted least-squares problem: Σ_t a_t x_t x_tᵀ and what solves them.
 
+    Args:
+        x: float32 [N, D].
+        weight: a, float32 [N].
+    """
 
-def _least_squares(x: Tensor, targets: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """The matrix C with the smallest Σ_t weight_t ‖target_t − xᵀ_t C‖² and a slight ridge; [N, D], [N, E] → [D, E]."""
-    moments, crossed = _moments(x, targets, weight)
-    return torch.linalg.solve(moments + _diagonal(moments, ridge), crossed)
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.weighted = x * (weight / weight.sum().clamp(min=_TINY)).unsqueeze(1)
+        self.moments = self.weighted.t() @ x
 
+    def solve(self, targets: Tensor, ridge: float) -> Tensor:
+        """The matrix C with the smallest Σ_t a_t ‖target_t − xᵀ_t C‖² and a slight ridge; [N, E] → [D, E]."""
+        return torch.linalg.solve(self.ridged(ridge), self.weighted.t() @ targets)
 
-def _moments(x: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    weighted = x * (weight / weight.sum().clamp(min=_TINY)).unsqueeze(1)
-    return weighted.t() @ x, weighted.t() @ targets
-
-
-def _diagonal(moments: Tensor, ridge: float) -> Tensor:
-    return (ridge * moments.diagonal().mean() + _TINY) * torch.eye(len(moments), device=moments.device)
+    def ridged(self, ridge: float) -> Tensor:
+        """The moments with a share of their mean diagonal added to it."""
+        size = (ridge * self.moments.diagonal().mean() + _TINY) * torch.eye(
+            len(self.moments), device=self.moments.device
+        )
+        return self.moments + size
 
 
 def _low_rank(x: Tensor, targets: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -285,10 +300,9 @@ def _low_rank(x: Tensor, targets: Tensor, weight: Tensor, rank: int) -> tuple[Te
     size = x.shape[1]
     if len(x) < rank:
         return x.new_zeros(size, rank), x.new_zeros(rank, size)
-    moments, crossed = _moments(x, targets, weight)
-    full = torch.linalg.solve(moments + _diagonal(moments, _PULL), crossed)
-    root = torch.linalg.cholesky(moments + _diagonal(moments, 1e-3))
-    left, values, right = torch.svd_lowrank(root.t() @ full, q=min(rank + 16, size), niter=4)
+    normal = Normal(x, weight)
+    root = torch.linalg.cholesky(normal.ridged(1e-3))
+    left, values, right = torch.svd_lowrank(root.t() @ normal.solve(targets, _PULL), q=min(rank + 16, size), niter=4)
     half = torch.linalg.solve_triangular(root.t(), left[:, :rank] * values[:rank], upper=True)
     return right[:, :rank].contiguous(), half.t().contiguous()
 
@@ -502,7 +516,11 @@ def routed_classes(stock: type[PreTrainedModel]) -> type[Any]:
             "__doc__": f"`{stock.__name__}` with routed MLPs.",
             "config_class": routed_config_class(stock.config_class),
         }
-        globals()[name] = type(name, (ours, stock), attributes)
+        made: Any = type(name, (ours, stock), attributes)
+        if ours is RoutedCausalLM:  # saving copies these files
+            made.config_class.register_for_auto_class()
+            made.register_for_auto_class("AutoModelForCausalLM")
+        globals()[name] = made
     return globals()[name]
 
 
