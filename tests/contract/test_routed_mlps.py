@@ -32,7 +32,7 @@ EXPERTS = ["qwen3_moe", "mixtral"]
 
 
 def dense_model(family: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **SHAPE, head_dim=8, pad_token_id=None)
+    config = AutoConfig.for_model(family, **{"head_dim": 8, "pad_token_id": None} | SHAPE)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -68,7 +68,7 @@ def test_a_decoder_stays_what_it_is(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.py"))) == 3
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
-    assert torch.equal(again(ids).logits, logits)
+    assert (again(ids).logits - logits).abs().max() < 1e-5  # other addresses, other kernels
 
 
 @pytest.mark.parametrize("family", EXPERTS)
