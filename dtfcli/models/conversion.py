@@ -98,10 +98,10 @@ def routed_config(dense_config: Any, **config_fields: Any) -> Any:
 
 def _config_values(config: Any) -> dict[str, Any]:
     values = config.to_dict()
-    # A GGUF base was dequantized while loading: its quantization_config would forbid saving.
-    of_source = ("model_type", "architectures", "transformers_version", "auto_map", "quantization_config")
-    for name in (*ROUTING_FIELD_NAMES, *of_source):
+    for name in (*ROUTING_FIELD_NAMES, "model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(name, None)
+    # A GGUF base was dequantized while loading; the entry would forbid saving.
+    values.pop("quantization_config", None)
     values["attn_implementation"] = config._attn_implementation
     return values
 

@@ -1,10 +1,12 @@
 """What a routed model returns beyond the stock outputs."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from .cache import CACHE_NAME
 
 
 class RoutingRecord(NamedTuple):
@@ -46,7 +48,7 @@ class RoutingRecord(NamedTuple):
 
 
 @dataclass
-class RoutedModelOutput(BaseModelOutputWithPast):
+class RoutedModelOutput(ModelOutput):
     """Output of the stack without its head.
 
     Attributes:
@@ -56,6 +58,13 @@ class RoutedModelOutput(BaseModelOutputWithPast):
         positions: int64 [B or 1, T], rotary positions: real tokens counted from 0.
     """
 
+    last_hidden_state: Tensor | None = None
+    if CACHE_NAME == "cache":
+        cache: Any = None  # `past_key_values` is a property of every ModelOutput then
+    else:
+        past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     prior_errors: tuple[Tensor, ...] | None = None
     routing: tuple[RoutingRecord, ...] | None = None
     is_token: Tensor | None = None
@@ -64,7 +73,7 @@ class RoutedModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class RoutedCausalLMOutput(CausalLMOutputWithPast):
+class RoutedCausalLMOutput(ModelOutput):
     """Output of a routed causal language model.
 
     Attributes:
@@ -78,6 +87,14 @@ class RoutedCausalLMOutput(CausalLMOutputWithPast):
         routing: a `RoutingRecord` for each routed layer, when `output_routing` asks for it.
     """
 
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    if CACHE_NAME == "cache":
+        cache: Any = None  # `past_key_values` is a property of every ModelOutput then
+    else:
+        past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
     prior_loss: Tensor | None = None
     router_loss: Tensor | None = None
