@@ -22,22 +22,18 @@ def test_layers_override_one_another_in_order(tmp_path: Path, monkeypatch: pytes
     config = _write(tmp_path / "my.toml", "[training]\nmax_steps = 2\nlog_every = 2\nmicro_batch_size = 2\n")
     monkeypatch.setenv("DTF_TRAINING__MAX_STEPS", "3")
     monkeypatch.setenv("DTF_TRAINING__LOG_EVERY", "3")
-    settings = load_settings("quickstart", ["training.max_steps=4"], config)
-    assert settings.training.max_steps == 4  # override
-    assert settings.training.log_every == 3  # environment
-    assert settings.training.micro_batch_size == 2  # file
-    assert settings.data.seq_len == 256  # preset
-    assert settings.training.gradient_clip == 1.0  # default
-
-
-def test_the_environment_reaches_nested_keys_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DTF_TRAINING__LEARNING_RATES__BASE", "2e-4")
     monkeypatch.setenv("DTF_DATA__SOURCES", '[{path = "a.txt"}]')
     monkeypatch.setenv("DTF_MODEL", "mod")
-    settings = load_settings("quickstart")
+    settings = load_settings("quickstart", ["training.max_steps=4"], config)
+    assert settings.training.max_steps == 4  # override
+    assert settings.training.log_every == 3  # environment, which reaches nested keys and lists
     assert settings.training.learning_rates.base == 2e-4
     assert [source.path for source in settings.data.sources] == ["a.txt"]
     assert settings.model.architecture == "mod"
+    assert settings.training.micro_batch_size == 2  # file
+    assert settings.data.seq_len == 256  # preset
+    assert settings.training.gradient_clip == 1.0  # default
 
 
 @pytest.mark.parametrize(
@@ -96,30 +92,49 @@ def test_a_preset_gives_way_to_another_architecture_and_to_epochs(preset: str) -
     assert (settings.training.max_steps, settings.training.epochs) == (None, 2.0)
 
 
-def test_the_adaptation_preset_takes_a_short_run() -> None:
-    overrides = ["data.seq_len=512", "training.tokens_per_update=2048", "training.max_steps=20"]
-    settings = load_settings(
-        "dtf-smollm2-135m", [*overrides, "model.base=model.gguf", 'data.sources=[{path="a.parquet"}]']
-    )
-    assert settings.accumulation_steps() >= 1
-    assert settings.tokens_per_update == 2048
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model.prior_factor=0.1", "model=mod"], "model.architecture is mod"),
+        (["model.mod_gate=raw", "model=dtf"], "model.architecture is dtf"),
+        (["model.capacity=0.5", "model=dense"], "model.architecture is dense"),
+        (["training.learning_rates.router=1", "model=dense"], "model.architecture is dense"),
+        (["training.capacity_schedule=linear", "model=dense"], "model.architecture is dense"),
+        (["model.scratch.hidden_size=64", "model.base=x"], "model.base = x"),
+        (["model.revision=main"], "model.base is empty"),
+        (["training.fit_tokens=100", "model.score=update_size"], "model.base is empty"),
+        (["training.fit_tokens=100", "model.base=x"], "there is no forecast to fit"),
+        (["training.epochs=2", "training.max_steps=3"], "training.max_steps = 3 is set"),
+        (["model.dense_edges=1", "model.routed_layers=[1]"], "model.routed_layers lists the layers"),
+        (["training.eval_every=5", "data.validation_fraction=0"], "data.validation_fraction is 0"),
+        (["training.capacity_fraction=0.5"], "training.capacity_schedule is constant"),
+        (["training.capacity_start=0.5"], "training.capacity_schedule is constant"),
+        (["eval.limit=5"], "eval.after is empty"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(overrides: list[str], reason: str) -> None:
+    key = overrides[0].partition("=")[0].replace("scratch.hidden_size", "scratch")
+    with pytest.raises(ConfigError, match=rf"^{key} = .*nothing reads it, since .*{reason}") as error:
+        load_settings("quickstart", overrides)
+    assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_key_that_nothing_reads_is_refused() -> None:
-    for overrides, key in (
-        (["model=mod", "model.prior_factor=0.1"], "model.prior_factor"),
-        (["model=dtf", "model.mod_gate=raw"], "model.mod_gate"),
-        (["model=dense", "model.capacity=0.5"], "model.capacity"),
-        (["model=dense", "training.learning_rates.router=1"], "training.learning_rates.router"),
-        (["model.base=x", "model.scratch.hidden_size=64"], "model.scratch"),
-        (["model.revision=main"], "model.revision"),
-        (["training.max_steps=3", "training.epochs=2"], "training.epochs"),
-        (["model.routed_layers=[1]", "model.dense_edges=1"], "model.dense_edges"),
-        (["data.validation_fraction=0", "training.eval_every=5"], "training.eval_every"),
-    ):
-        with pytest.raises(ConfigError, match=rf"^{key} = .*nothing reads it, since ") as error:
-            load_settings("quickstart", overrides)
-        assert len(str(error.value).splitlines()) == 1
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.capacity_fraction=0"], "greater than 0"),
+        (
+            ["training.capacity_fraction=0.8", "training.threshold_fraction=0.3"],
+            r"thresholds take over \(threshold_fraction = 0.3\); at most 0.7",
+        ),
+        (["training.fit_tokens=-1"], "fit_tokens"),
+        (["training.fit_tokens=some"], "fit_tokens"),
+    ],
+)
+def test_wrong_values(overrides: list[str], message: str) -> None:
+    valid = ["model.base=x", "model.score=update_size", "training.capacity_schedule=linear"]
+    with pytest.raises(ConfigError, match=message):
+        load_settings("quickstart", [*valid, *overrides])
 
 
 def test_mistakes_say_where_they_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

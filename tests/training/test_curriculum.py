@@ -7,11 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dtfcli.errors import ConfigError
 from dtfcli.experiment import train
 from dtfcli.models.conversion import convert, to_dense
 from dtfcli.runs.files import read_metrics
-from dtfcli.settings import load_settings
 from dtfcli.settings.training import TrainingSettings
 from dtfcli.shares import measured_shares
 from dtfcli.training import loop
@@ -81,24 +79,6 @@ def test_an_annealed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [line["router/1/routed_share"] for line in steps] == [int(capacity * 32) / 32 for capacity in capacities]
     assert at_evaluation == [[0.5, 0.5]] * 3
     assert shares == pytest.approx([0.5] * 3, abs=0.02), "on the text of the calibration"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["training.capacity_fraction=0.5"], "nothing reads it, since training.capacity_schedule is constant"),
-        (["training.capacity_start=0.5"], "nothing reads it"),
-        (["model=dense", "training.capacity_schedule=linear"], "model.architecture is dense"),
-        (["training.capacity_schedule=linear", "training.capacity_fraction=0"], "greater than 0"),
-        (
-            ["training.capacity_schedule=linear", "training.capacity_fraction=0.8", "training.threshold_fraction=0.3"],
-            r"thresholds take over \(threshold_fraction = 0.3\); at most 0.7",
-        ),
-    ],
-)
-def test_settings(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_settings("quickstart", overrides)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from dtfcli.errors import ConfigError
 from dtfcli.experiment import train
 from dtfcli.loading.load import load_model
 from dtfcli.models.pretrained import is_added
 from dtfcli.runs.files import read_metrics
-from dtfcli.settings import Settings, load_settings
+from dtfcli.settings import Settings
 from dtfcli.training import loop
 from tests.training.small_runs import Killed, kill_at, resume, small_settings, the_run
 
@@ -86,18 +85,3 @@ def test_a_resumed_run_is_not_fitted_again(base: Path, tmp_path: Path) -> None:
     messages: list[str] = []
     resume(the_run(tmp_path), lambda event: messages.append(event.message))
     assert not any("Fitting" in message for message in messages)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["training.fit_tokens=100"], "fit_tokens"),
-        (["model.score=update_size", "training.fit_tokens=100"], r"model\.base is empty"),
-        (["model.base=x", "training.fit_tokens=100"], "there is no forecast to fit"),
-        (["model.base=x", "model.score=update_size", "training.fit_tokens=-1"], "fit_tokens"),
-        (["model.base=x", "model.score=update_size", "training.fit_tokens=some"], "fit_tokens"),
-    ],
-)
-def test_settings(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_settings("quickstart", overrides)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dtfcli.settings.training import DistillSettings
+from dtfcli.training.distillation import Distillation
 from dtfcli.training.objectives import Objective
 from tests.tiny import VOCABULARY, dense_model, routed_model, tokens
 
@@ -12,23 +14,14 @@ def build(architecture: str, **fields: float) -> Objective:
 
 
 @pytest.mark.parametrize("architecture", ["dense", "dtf", "mod"])
-def test_loss_is_the_models_own(architecture: str) -> None:
-    objective = build(architecture).eval()
-    batch = tokens(3, 20)
-    losses = objective(batch, 3 * 19)
-    expected = objective.model(input_ids=batch, labels=batch).loss
-    assert torch.allclose(losses.lm_loss, expected, atol=1e-5)
-    assert torch.equal(losses.loss, losses.lm_loss)
-
-
-@pytest.mark.parametrize("architecture", ["dense", "dtf", "mod"])
 def test_micro_batches_add_up_to_one_large_batch(architecture: str) -> None:
-    """1 × 4 rows and 4 × 1 rows: the same losses and gradients to 1e-6, auxiliary terms included."""
+    """1 × 4 rows and 4 × 1 rows: the same losses and gradients to 1e-6, auxiliary and distilled terms included."""
     weights = {"router_aux_loss_weight": 0.3, "router_z_loss_weight": 0.1} if architecture == "mod" else {}
+    distillation = Distillation(dense_model(seed=3), DistillSettings(enabled=True, hidden_weight=0.5))
     batch = tokens(4, 24)
 
     def run(parts: list[torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-        objective = build(architecture, **weights).train()
+        objective = Objective(build(architecture, **weights).model, distillation).train()
         total = 0.0
         for part in parts:
             losses = objective(part, 4 * 23)
@@ -86,6 +79,9 @@ def test_only_labels_are_targets(architecture: str) -> None:
     targets = int((labels[:, 1:] != -100).sum())
     logits = objective.model(input_ids=batch).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
-    assert torch.allclose(objective(batch, targets, labels=labels).lm_loss, expected, atol=1e-5)
+    losses = objective(batch, targets, labels=labels)
+    assert torch.allclose(losses.lm_loss, expected, atol=1e-5)
+    assert torch.equal(losses.loss, losses.lm_loss)  # in eval mode nothing is added
+    assert torch.allclose(objective(batch, 4 * 23).lm_loss, objective.model(batch, labels=batch).loss, atol=1e-5)
     parts = [objective(batch[rows], targets, labels=labels[rows]).lm_loss for rows in (slice(0, 1), slice(1, 4))]
     assert sum(parts).item() == pytest.approx(expected.item(), abs=1e-5)
