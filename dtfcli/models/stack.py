@@ -330,10 +330,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         mask: Callable[[str], Any],
     ) -> ForwardState:
         """A batch with all that its layers will ask for."""
-        _ = (
-            context.is_token,
-            context.sinks,
-        )  # now: a compiled layer cannot enter the lock of a cached property (Python 3.11)
+        _ = context.is_token, context.sinks, context.shared_capacity
         next(iter(self.routers.values())).prepare(context)
         layer_inputs = self._inputs(inputs_embeds, position_ids, cache, mask)
         return ForwardState(self._scaled(inputs_embeds), context, layer_inputs, position_ids)
