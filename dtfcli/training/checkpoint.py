@@ -8,6 +8,7 @@ checkpoint before it is used.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -110,7 +111,7 @@ def read_state(folder: Path) -> TrainingState:
     root = folder.resolve()
     for name, expected in hashes.items():
         path = folder / name
-        if not path.resolve().is_relative_to(root):
+        if not Path(os.path.realpath(path)).is_relative_to(root):  # `resolve` raises for a link to itself
             raise ValueError(f"{name} lies outside its folder")
         if not path.is_file():
             raise ValueError(f"{name} is missing")

@@ -75,10 +75,15 @@ def test_no_file_of_a_checkpoint_runs(stopped: Path, tmp_path: Path, name: str, 
 def test_a_checkpoint_vouches_for_its_own_files_alone(stopped: Path) -> None:
     folder = list_checkpoints(stopped)[0]
     state = json.loads((folder / "state.json").read_text())
-    state["sha256"]["../../settings.toml"] = "x"
-    (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"settings\.toml lies outside its folder"):
-        read_state(folder)
+    for name, message in (
+        ("loop", "loop is missing"),
+        ("../../settings.toml", r"settings\.toml lies outside its folder"),
+    ):
+        (folder / "state.json").write_text(json.dumps(state | {"sha256": {name: "x"}}))
+        (folder / "loop").unlink(missing_ok=True)
+        (folder / "loop").symlink_to("loop")
+        with pytest.raises(ValueError, match=message):
+            read_state(folder)
 
 
 def test_settings_of_a_run_do_not_speak_for_its_user(dtf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
