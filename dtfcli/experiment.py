@@ -38,7 +38,7 @@ def train(
     """Train a model as the settings say; then run `eval.after` and push to `hub.repo`, where they are set.
 
     Args:
-        settings: of the run; when resuming, those from its folder (`runs.folder.run_settings`).
+        settings: of the run; of a resumed run, from its folder (`runs.folder.run_settings`).
         resume: the folder of a run to go on with.
         rename: give a new run another name when its name is taken, instead of refusing.
         on_event: called with every `TrainEvent`.
@@ -171,7 +171,7 @@ class Preview:
 
 
 def preview(settings: Settings, processes: int | None = None, accelerator: str = "") -> Preview:
-    """Check the settings, build the model on the meta device, and count what a run would cost.
+    """Check the settings, build the model on the meta device, and count the cost of a run.
 
     Args:
         settings: of the run.

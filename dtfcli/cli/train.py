@@ -118,7 +118,7 @@ def train(
 
 
 def _launched(settings: "Settings", processes: int | None) -> bool:
-    """Start the same command in several processes and wait for them; False: this process is to do the work."""
+    """Run the same command in several processes, to its end; False: this process does the work itself."""
     from_outside = os.environ.get("WORLD_SIZE")
     if from_outside is not None:
         if processes is not None and processes != int(from_outside):
@@ -210,6 +210,6 @@ def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json
         return
     render.emit(dry_run.settings.to_toml())
     rows = train_view.account_rows(dry_run.account, dry_run.plan, dry_run.settings, processes or 1)
-    render.out.print(render.table(["What it costs", "", ""], rows))
+    render.out.print(render.table(["Cost", "", ""], rows))
     if dry_run.scaling is not None:
         render.out.print(render.table(["On each device", "", ""], train_view.scaling_rows(dry_run.scaling)))

@@ -1,4 +1,4 @@
-"""What `dtf train` shows on stderr: a live panel in a terminal, plain lines elsewhere, a summary at the end."""
+"""The display of `dtf train` on stderr: a live panel in a terminal, plain lines elsewhere, a summary at the end."""
 
 import itertools
 import math
@@ -187,7 +187,7 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
 
 
 def next_commands(model: Path, settings: "Settings", preset: str | None) -> list[str]:
-    """What to type after a run."""
+    """The commands to type after a run."""
     path = shlex.quote(str(model))
     python = any(source.path == "python-stdlib" for source in settings.data.sources)
     commands = [f"dtf generate {path} {shlex.quote('def main(' if python else 'Once upon a time')}"]
@@ -233,7 +233,7 @@ def _routing_row(model: "ModelSettings") -> list[tuple[str, str, str]]:
 
 
 def scaling_rows(scaling: "Scaling") -> list[tuple[str, str, str]]:
-    """The rows of a dry run for several processes: what each device holds and does."""
+    """The rows of a dry run for several processes: memory and time of each device."""
     device = scaling.accelerator
     peaks = f"{device.flops / 1e12:.1f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s"
     parts = {

@@ -17,9 +17,9 @@ from dtfcli.errors import DTFError, reading
 
 @contextmanager
 def explained_write_errors(folder: Path) -> Iterator[None]:
-    """Turn what a full disk or a missing permission raises into one line that names the folder and the remedy.
+    """Turn the errors of a full disk or a missing permission into one line that names the folder and the remedy.
 
-    safetensors and torch report a full disk with errors of their own, so those are looked through too.
+    safetensors and torch report a full disk with other errors, whose text is searched.
 
     Raises:
         DTFError: the folder cannot be written to.
@@ -42,7 +42,7 @@ def explained_write_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when the block ends: readers see the old one or the new."""
+    """A file to write next to `path`, which takes its place when the block ends: readers see the old one or the new."""
     partial = _partial(path)
     yield partial
     os.replace(partial, path)
@@ -50,7 +50,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill beside `folder`, which takes its place when the block ends without an error."""
+    """A folder to fill next to `folder`, which takes its place when the block ends without an error."""
     partial, previous = _partial(folder), folder.with_name(f".{folder.name}.previous")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -82,7 +82,7 @@ def shared_folder(folder: Path, processes: Any) -> Iterator[Path]:
 
 
 def tidy_folders(parent: Path) -> None:
-    """Clear up after a kill inside `replaced_folder`: put back what was moved aside, remove what is incomplete."""
+    """Clear up after a kill inside `replaced_folder`: put back folders moved aside, remove incomplete ones."""
     for previous in parent.glob(".*.previous"):
         folder = parent / previous.name[1:].removesuffix(".previous")
         if not folder.exists():
@@ -127,7 +127,7 @@ class MetricsLog:
         writes: bool = True,
         on_line: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
-        """Open the log; what lies beyond `keep_bytes` was written after the checkpoint being resumed, and goes.
+        """Open the log and cut it off at `keep_bytes`: the rest was written after the checkpoint that is resumed.
 
         Without `writes`, in a process that is not the main one, nothing is opened or written. `on_line` gets every
         line too.
@@ -174,7 +174,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_metrics(line: Any) -> bool:
-    """Whether a line is what `MetricsLog` writes: figures by name, and a whole number for the step."""
+    """Whether `MetricsLog` has written a line: figures by name, and a whole number for the step."""
     if not isinstance(line, dict) or not isinstance(line.get("step", 0), int):
         return False
     figures = [value for name, value in line.items() if name.startswith(("train/", "val/"))]

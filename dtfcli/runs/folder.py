@@ -137,7 +137,7 @@ def processes_of(run: Path) -> int | None:
 
 
 def newest_run(output_dir: Path) -> Path:
-    """The run that was written to last, among those that have not finished.
+    """The unfinished run that was written to last.
 
     Raises:
         CheckpointError: there is none.

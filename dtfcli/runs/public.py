@@ -1,4 +1,4 @@
-"""What trackers and model cards may publish about a run: kinds of text and models instead of local paths."""
+"""The public part of a run's settings, for trackers and model cards: kinds of text and models, no local paths."""
 
 import json
 import re
@@ -45,8 +45,8 @@ def public_name(text: str | None, run: Path | None) -> tuple[str, bool]:
     if text == "python-stdlib":
         return "Python standard library", False
     path = Path(text)
-    beside = [parent / path for parent in (run.resolve().parents if run is not None else ())]
-    local = looks_like_a_path(text) or any(place.exists() for place in (path, *beside))
+    candidates = [path, *(parent / path for parent in (run.resolve().parents if run is not None else ()))]
+    local = looks_like_a_path(text) or any(candidate.exists() for candidate in candidates)
     if not local and _HUB_ID.fullmatch(text) and path.suffix not in _TEXT_KINDS - {""} and path.suffix != ".gguf":
         return text, True
     if path.suffix == ".gguf":

@@ -1,4 +1,4 @@
-"""`eval.*` and `hub.*`: what follows training."""
+"""`eval.*` and `hub.*`: benchmarks and publishing after training."""
 
 import re
 from typing import Annotated
@@ -10,8 +10,8 @@ from dtfcli.settings.group import Count, Group, require
 
 def _check_repo(repo: str) -> str:
     part = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?"
-    known = not repo or (re.fullmatch(rf"{part}(/{part})?", repo, re.ASCII) and not repo.endswith(".git"))
-    require(bool(known) and len(repo) <= 96, "repo", repo, "a Hub id is owner/name or a name, such as me/my-model")
+    is_id = not repo or (re.fullmatch(rf"{part}(/{part})?", repo, re.ASCII) and not repo.endswith(".git"))
+    require(bool(is_id) and len(repo) <= 96, "repo", repo, "a Hub id is owner/name or a name, such as me/my-model")
     return repo
 
 

@@ -141,7 +141,7 @@ def _example(schema: type[BaseModel], key: Sequence[str | int]) -> str:
 
 
 def _real_key(schema: type[BaseModel], location: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Cut what pydantic adds to a location: the names of union members."""
+    """Cut the names of union members, which pydantic adds, off a location."""
     for length in range(len(location), 0, -1):
         if annotation_at(schema, location[:length]) is not None:
             return tuple(location[:length])
@@ -172,7 +172,7 @@ def problems(
 
     Args:
         schema: the settings class.
-        error: what its validation raised.
+        error: raised by its validation.
         origin: says where a key came from, such as " (in my.toml)".
     """
     by_key: dict[str, Problem] = {}

@@ -1,4 +1,4 @@
-"""What every group of settings shares: how strict it is, and the kinds of numbers."""
+"""The base class of every group of settings, and the kinds of numbers."""
 
 from typing import Annotated, Any
 

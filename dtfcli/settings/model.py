@@ -1,7 +1,7 @@
-"""`model.*`: what to start from and how to route it.
+"""`model.*`: the base model and its routing.
 
-The architecture's hyper-parameters are not repeated here. They come from `RoutingFields`, as those of the models'
-config classes do.
+The architecture's hyper-parameters are not repeated here. They come from `RoutingFields`, which the models'
+config classes inherit.
 """
 
 from functools import partial
@@ -59,7 +59,7 @@ RoutingGroup = create_model("RoutingGroup", __base__=Group, **_ROUTING)
 
 
 class ModelSettings(RoutingGroup):
-    """`model.*`: what to start from and how to route it."""
+    """`model.*`: the base model and its routing."""
 
     architecture: Architecture = Field(
         "dtf",

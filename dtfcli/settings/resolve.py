@@ -1,8 +1,7 @@
 """From presets, files, environment and overrides to one table of settings, without losing where a value came from.
 
-Three rules make it pleasant to use: what the user typed is never ignored (a key that nothing would read is
-refused), a preset gives way to it (`dtf train quickstart model=mod` drops what only DTF reads), and all mistakes
-are reported together.
+Three rules: no setting of the user is ignored (a key that nothing would read is refused), a preset gives way to it
+(`dtf train quickstart model=mod` drops the keys that only DTF reads), and all mistakes are reported together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ _SWITCHED = {
     "distill": ("weight", "temperature", "hidden_weight"),
     "logging.wandb": ("project",),
 }
-"""Groups with a switch, `enabled`, and what is read only while it is on."""
+"""Groups with a switch, `enabled`, and the keys that are read only while it is on."""
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -67,8 +66,7 @@ def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
 def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     """Keys that nothing would read under these settings, each with the reason.
 
-    Settings typed by the user that end up here are refused, those of a preset give way (so that `dtf train
-    quickstart model=mod` works), and `Settings.to_toml` leaves them out.
+    Those of the user are refused, those of a preset give way, and `Settings.to_toml` leaves them out.
     """
     unread = _unread_of_model(lookup(values, "model") or {})
 
@@ -127,7 +125,7 @@ class Sources:
         return name if name in preset_names() else "dtf-qwen2.5-0.5b"
 
     def _let_preset_give_way(self) -> None:
-        """Drop from the preset what the user's choices made meaningless."""
+        """Drop from the preset the keys that the user's choices made meaningless."""
         if lookup(self.user, "training.epochs") is not None and lookup(self.user, "training.max_steps") is None:
             remove(self.preset, "training.max_steps")
         for key in unread_keys(self.merged()):

@@ -15,8 +15,8 @@ def _check_name(name: str) -> str:
 
 
 def _check_device(device: str) -> str:
-    known = re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d+)?", device)
-    require(bool(known), "device", device, "choose auto, cpu, mps, xpu, cuda or a numbered one such as cuda:0")
+    is_device = re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d+)?", device)
+    require(bool(is_device), "device", device, "choose auto, cpu, mps, xpu, cuda or a numbered one such as cuda:0")
     return device
 
 
@@ -30,7 +30,8 @@ class RunSettings(Group):
         "auto", description="auto (the best available), cpu, cuda, cuda:N, mps or xpu."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of computation; weights stay float32. auto: what the device does well."
+        "auto",
+        description="Precision of computation; weights stay float32. auto: bfloat16 where the device has it.",
     )
 
 
@@ -54,7 +55,7 @@ class TrackioSettings(Group):
 
 
 class LoggingSettings(Group):
-    """`logging.*`: what a run shows, and where else its metrics go."""
+    """`logging.*`: the progress on the terminal, and the trackers that get the metrics."""
 
     live: bool = Field(True, description="Draw progress if stderr is a terminal.")
     wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")

@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what is given: `load_settings` gathers the sources itself, to know where each value came from."""
+        """Arguments alone: `load_settings` gathers the other sources itself, to know where each value came from."""
         return (init_settings,)
 
     @model_validator(mode="after")
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         """Micro-batches per optimizer step on each process.
 
         Raises:
-            ValueError: tokens_per_update is not a multiple of what the processes take at a time.
+            ValueError: tokens_per_update is no multiple of the processes' micro-batches.
         """
         micro, length = self.training.micro_batch_size, self.data.seq_len
         unit = micro * length * processes
@@ -101,7 +101,7 @@ class Settings(BaseSettings):
         raise ValueError(f"training.tokens_per_update = {tokens}: {remedy}")
 
     def to_toml(self) -> str:
-        """The resolved settings as TOML that `--config` takes: what is read and set, without the rest."""
+        """The settings that are set and read, as TOML that `--config` takes."""
         values = self.model_dump(exclude_none=True)
         for key in unread_keys(values):
             remove(values, key)

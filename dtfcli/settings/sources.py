@@ -1,11 +1,11 @@
 """Where settings come from: KEY=VALUE overrides, DTF_… variables, TOML files and presets; all become nested tables.
 
 A value of an override or a variable is read as JSON, then as TOML, and is otherwise text, so `training.max_steps=200`,
-`model.routed_layers=[1,3,5]` and `data.sources='[{path="novels.parquet"}]'` all do what they say. Where the schema
+`model.routed_layers=[1,3,5]` and `data.sources='[{path="novels.parquet"}]'` work as they stand. Where the schema
 wants text the value is taken as typed (`run.name=007`).
 
 Presets are TOML files that come with the package: in the repository they lie in `presets/`, in an installed wheel in
-`dtfcli/presets/`. The first line of a preset is a comment that says what it is for.
+`dtfcli/presets/`. The first line of a preset is a comment with its purpose.
 """
 
 import json
@@ -113,7 +113,7 @@ def parse_environment(wants_text: WantsText) -> dict[str, Any]:
 
 
 def presets_dir() -> Path:
-    """The folder that holds the presets: inside the package in a wheel, beside it in the repository."""
+    """The folder that holds the presets: inside the package in a wheel, next to it in the repository."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "presets"
     return installed if installed.is_dir() else package.parent / "presets"

@@ -1,8 +1,8 @@
 """`training.gradient_checkpointing`: activations that the backward pass works out again instead of keeping them.
 
-Everything between the inputs of two layers is recomputed, a forward pass more; or, "selective", only what is cheap:
-norms, activation functions, rotations and conversions. Results of matrix products and of attention are kept, which is
-about half of the memory and nearly all of the time.
+Everything between the inputs of two layers is recomputed, a forward pass more. "selective" recomputes cheap operations
+alone: norms, activation functions, rotations and conversions. It keeps the results of matrix products and attention,
+which are about half of the memory and nearly all of the time.
 """
 
 from functools import partial

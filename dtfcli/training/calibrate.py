@@ -1,4 +1,4 @@
-"""What a run measures on training text: fits before the first step, and thresholds for evaluations and saved models."""
+"""Measurements on training text: fits before the first step, and thresholds for evaluations and saved models."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,8 +1,8 @@
-"""What a run leaves on disk: checkpoints to resume from, and model folders to use.
+"""The files of a run: checkpoints to resume from, and model folders to use.
 
-Every process takes part in gathering what is spread over them; the main one alone writes. Tensors and random generators
-are written and read by `distributed`; here a checkpoint is written next to its place, hashed, and then renamed. A kill
-at any moment leaves the previous checkpoints as they were. A file that is damaged later is noticed by its hash, and the
+Every process takes part in gathering tensors that are spread over them; the main one alone writes. `distributed`
+writes and reads tensors and random generators; here a checkpoint is written next to its place, hashed, and renamed. A
+kill at any moment leaves the previous checkpoints as they were. A hash shows a file that is damaged later, and the
 checkpoint before it is used.
 """
 
@@ -97,7 +97,7 @@ def read_state(folder: Path) -> TrainingState:
     """A checkpoint's state, after its files have been compared with their hashes.
 
     Raises:
-        ValueError: what is damaged.
+        ValueError: a file is damaged; the message names it.
     """
     try:
         content = json.loads((folder / STATE_FILE).read_text("utf-8"))

@@ -45,5 +45,5 @@ def _compile(layer: Any, backend: str) -> None:
         static = static or (cache is not None and isinstance(cache.layers[0], StaticLayerCache))
         return compiled(*args, **kwargs) if static else layer._call_impl(*args, **kwargs)
 
-    # What `nn.Module.compile` sets; it is neither saved nor copied with the module.
+    # The attribute that `nn.Module.compile` sets; it is neither saved nor copied with the module.
     layer._compiled_call_impl = call

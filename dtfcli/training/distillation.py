@@ -38,7 +38,7 @@ class Distillation:
         Args:
             hidden_states: the model's last ones, [B, T, D].
             head: its language-model head, [V, D].
-            input_ids: int64 [B, T], what both models read; rows without padding.
+            input_ids: int64 [B, T], read by both models; rows without padding.
             labels: int64 [B, T], not shifted; -100 where nothing is predicted.
             targets: targets in the whole step: the losses are sums over it.
 

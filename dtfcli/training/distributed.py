@@ -1,4 +1,4 @@
-"""Several processes that train one model: what they exchange, and where weights, gradients and optimizer states live.
+"""Several processes that train one model: their exchanges, and the place of weights, gradients and optimizer states.
 
 Every process computes on its own rows and takes part in every collective call. The main one alone writes files, prints,
 and decides how a run continues (its folder, a checkpoint): no process waits for one that has left.
@@ -224,7 +224,7 @@ class Replicated:
 
     Attributes:
         objective: the losses around the model, to call in evaluations.
-        trained: what to call in training; averages gradients over processes.
+        trained: the module to call in training; averages gradients over processes.
         optimizer: of its parameters.
     """
 
@@ -292,7 +292,7 @@ class Replicated:
         self.accelerator.save_state(str(folder))
 
     def load(self, folder: Path) -> None:
-        """Read what `save` has written.
+        """Read the states that `save` has written.
 
         Raises:
             CheckpointError: a file is damaged, does not fit, or holds more than data. Nothing in it runs: accelerate
@@ -320,7 +320,7 @@ class Sharded(Replicated):
         return self.processes.is_main
 
     def prepare(self, objective: nn.Module, build_optimizer: Callable[[], Any]) -> None:
-        # Harmless here: nothing adds in place to what a layer returns.
+        # Harmless here: nothing adds in place to the output of a layer.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.processes.device.type, (self.processes.world_size,))
         model: Any = objective.model

@@ -1,4 +1,4 @@
-"""What a run reports: events for whoever is watching, metrics.jsonl for later, and how fast the machine was used."""
+"""The reports of a run: events while it goes on, and its tokens per second."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Failures that are nobody's mistake, in one or two lines: no memory, and processes that have ended."""
+"""Failures of the machine, explained in one or two lines: no memory, and processes that have ended."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

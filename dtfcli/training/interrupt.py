@@ -51,7 +51,7 @@ class StopSignal:
             self._on_request()
 
     def check(self) -> None:
-        """Raise `StopRequested` when a signal has come, to whichever process."""
+        """Raise `StopRequested` when a signal has come to any process."""
         if self.agree(self.requested):
             raise StopRequested
 

@@ -2,7 +2,7 @@
 
 "torch": Transformers' own operations, some ten for a norm. "liger": RMSNorm, SwiGLU and GEGLU as one Triton kernel
 each, of the Liger library (`pip install 'dtfcli[liger]'`), on GPUs. Matrix products and attention have good kernels
-without it, the language-model loss has its own here, and what routing adds is left alone.
+without it, the language-model loss has its own here, and the modules that routing adds keep torch's operations.
 
 The families write the same norm, x / rms(x) · w, in three ways, of which a kernel has to take the right one:
 
@@ -23,7 +23,7 @@ from dtfcli.errors import ConfigError
 
 
 class _Norm(NamedTuple):
-    """How a family writes its norm: what is added to w, and Liger's name for the types in between."""
+    """How a family writes its norm: the number added to w, and Liger's name for the types in between."""
 
     offset: float
     casting: str

@@ -174,7 +174,7 @@ def validate_run(run: Run) -> dict[str, Any]:
 
 def finish(run: Run) -> TrainResult:
     """End a run: calibrate, evaluate for the last time, write a sample, save the model."""
-    checkpoint(run)  # what follows takes a while, and disks fill up
+    checkpoint(run)  # the rest takes a while, and disks fill up
     if run.objective.routed:
         calibrate(run)
     metrics = validate_run(run)

@@ -1,7 +1,7 @@
-"""What a training step minimizes, the same for routed and dense models.
+"""The losses of a training step, the same for routed and dense models.
 
-The wrapper is the module that `accelerate` prepares: one forward gives every loss, so that whatever it adds around a
-forward (autocast, gradient reduction, sharding) covers all of them. Logits over the vocabulary are never held whole.
+The wrapper is the module that `accelerate` prepares: one forward gives every loss, so that autocast, gradient reduction
+and sharding cover all of them. Logits over the vocabulary are never held whole.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Losses(NamedTuple):
     """One micro-batch's part of a step: summed over its micro-batches, each field is the step's mean."""
 
     loss: Tensor
-    """What to backpropagate: `lm_loss` plus, while training, the weighted auxiliary losses."""
+    """The loss to backpropagate: `lm_loss` plus, while training, the weighted auxiliary losses."""
     lm_loss: Tensor
     """Next-token cross-entropy, nats."""
     prior_loss: Tensor | None = None
@@ -52,7 +52,7 @@ class Objective(nn.Module):
     Attributes:
         model: a routed model, or a stock one.
         routed: which of the two.
-        distillation: what the model also learns from.
+        distillation: the dense parent that the model also learns from, or None.
     """
 
     def __init__(self, model: Any, distillation: Distillation | None = None) -> None:

@@ -17,7 +17,7 @@ GROUPS = ("base", "prior", "forecast", "router", "predictor")
 
 
 def group_of(parameter_name: str) -> str:
-    """The learning-rate group of a parameter: what its name says, else base (the backbone)."""
+    """The learning-rate group that a parameter's name contains, else base (the backbone)."""
     return next((group for group in ("predictor", "router", "forecast", "prior") if group in parameter_name), "base")
 
 

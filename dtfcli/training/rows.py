@@ -27,7 +27,7 @@ class StepRows:
         return self._rows[indices]
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint has to hold to go on after the rows taken; None: the step says it all."""
+        """The position after the rows taken, for a checkpoint; None: it follows from the step."""
         return None
 
     def close(self) -> None:
@@ -64,11 +64,11 @@ def step_rows(
 
     Args:
         settings: of the run.
-        data: what was packed, or the beginning of a stream.
+        data: the packed text, or the beginning of a stream.
         tokenizer: of the run.
         count: rows per step, over all processes.
         state: of the stream in the checkpoint that is resumed, or None.
-        on_note: hears when a source begins again.
+        on_note: called when a source begins again.
     """
     seed = settings.run.seed
     if not settings.data.streaming:

@@ -38,7 +38,7 @@ from dtfcli.training.validation import evaluation_rows
 
 
 def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainListener, stop: StopSignal) -> Run:
-    """Build everything, check what can be checked, and make or reopen the run folder."""
+    """Build everything, check it as far as possible, and make or reopen the run folder."""
     if resume is not None and (resume / FINAL_MODEL).exists():
         raise ConfigError(f"--resume {resume}: this run has finished; its model is {resume / FINAL_MODEL}.")
     check_trackers(settings)

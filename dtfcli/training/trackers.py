@@ -91,7 +91,7 @@ class Trackers:
                     tracker.start()
                     if not resumed:
                         tracker.store_init_configuration(tracker_config(settings, folder))
-            except Exception as error:  # the services raise what they like
+            except Exception as error:  # the services raise errors of any kind
                 self.finish()
                 if not resumed:  # a run that never began
                     shutil.rmtree(folder, ignore_errors=True)

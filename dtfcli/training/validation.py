@@ -1,4 +1,4 @@
-"""What a run measures on held-out text."""
+"""Measurements of a run on held-out text."""
 
 import math
 

@@ -5,9 +5,10 @@ import json
 import os
 import subprocess
 import sys
-import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, MagicMock, create_autospec
 
 import pytest
 
@@ -24,52 +25,24 @@ from tests.training.small_runs import Killed, kill_at, resume, small_settings, t
 ENABLED = {"wandb": {"enabled": True, "project": "cats"}}
 
 
-class FakeRun:
-    """A run of the fake W&B: the lines it has received, and a network that fails at a step."""
-
-    def __init__(self, options: dict[str, Any], fails_at: int | None) -> None:
-        self.options, self.fails_at = options, fails_at
-        self.lines: list[tuple[int, dict[str, Any]]] = []
-        self.finished = False
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        if step == self.fails_at:
-            raise ConnectionError("no route to host\nmore")
-        self.lines.append((step, dict(values)))
-
-    def finish(self) -> None:
-        self.finished = True
-
-
-class FakeWandb(types.ModuleType):
-    """Speaks the part of W&B's protocol that accelerate uses."""
-
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.runs: list[FakeRun] = []
-        self.fails_at: int | None = None
-        self.config = types.SimpleNamespace(update=lambda values, **_: self.configs.append(values))
-        self.configs: list[dict[str, Any]] = []
-        self.refusal: Exception | None = None
-
-    def Settings(self, **values: Any) -> dict[str, Any]:
-        return values
-
-    def init(self, **options: Any) -> FakeRun:
-        if self.refusal is not None:
-            raise self.refusal
-        print("a library that prints")  # noqa: T201
-        self.runs.append(FakeRun(options, self.fails_at))
-        return self.runs[-1]
-
-
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    fake = FakeWandb()
-    fake.__spec__ = importlib.util.spec_from_loader("wandb", None, origin="fake")
+def wandb(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """A package that takes every call of W&B's; its only run is `wandb.init.return_value`."""
+
+    def init(**options: Any) -> Any:
+        print("a library that prints")  # noqa: T201
+        return DEFAULT
+
+    fake = MagicMock(name="wandb", __spec__=ModuleSpec("wandb", None, origin="fake"))
+    fake.init.side_effect = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return fake
+
+
+def lines_of(wandb: MagicMock) -> list[tuple[int, dict[str, Any]]]:
+    """The lines that W&B has received."""
+    return [(call.kwargs["step"], call.args[0]) for call in wandb.init.return_value.log.call_args_list]
 
 
 def settings_with(folder: Path, logging: dict[str, Any], **groups: Any) -> Settings:
@@ -81,42 +54,40 @@ def finite(result: TrainResult) -> list[tuple[int, dict[str, Any]]]:
     return [(line.pop("step"), {key: value for key, value in line.items() if value is not None}) for line in lines]
 
 
-def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path: Path, wandb: FakeWandb, capsys: Any) -> None:
+def test_a_resumed_run_goes_on_in_the_same_tracker_run(tmp_path: Path, wandb: MagicMock, capsys: Any) -> None:
     """The tracker hears the lines of the log, and settings without traces of this machine."""
     with pytest.raises(Killed):
         train(settings_with(tmp_path, ENABLED), on_event=kill_at("step", 5))
+    wandb.init.return_value.finish.assert_called_once()  # also when the run is torn down
     result = resume(the_run(tmp_path))
-    first, second = wandb.runs
-    assert first.options["id"] == second.options["id"]
-    assert json.loads((result.run_dir / "trackers.json").read_text())["wandb"] == first.options["id"]
-    assert second.options["resume"] == "allow"
-    assert (first.options["project"], first.options["name"], first.options["dir"]) == (
-        "cats", "small", str(result.run_dir),
-    )  # fmt: skip
-    assert first.finished, "also when the run is torn down"
-    assert second.finished
-    assert first.lines + second.lines == finite(result)
-    (config,) = wandb.configs
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
+    assert (first["project"], first["name"], first["dir"]) == ("cats", "small", str(result.run_dir))
+    assert first["id"] == second["id"] == json.loads((result.run_dir / "trackers.json").read_text())["wandb"]
+    assert second["resume"] == "allow"
+    assert wandb.init.return_value.finish.call_count == 2
+    assert lines_of(wandb) == finite(result)
+    (config,) = (call.args[0] for call in wandb.config.update.call_args_list)
     assert config["training.max_steps"] == 6
     assert config["training.betas"] == "[0.9, 0.95]"
     assert str(tmp_path) not in json.dumps(config)
     assert capsys.readouterr().out == ""
 
 
-def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, wandb: FakeWandb) -> None:
+def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, wandb: MagicMock) -> None:
     """The others and the training go on."""
     pytest.importorskip("tensorboard")
-    wandb.fails_at = 2
+    log = wandb.init.return_value.log
+    log.side_effect = [None, None, ConnectionError("no route to host\nmore")]
     events: list[TrainEvent] = []
     result = train(settings_with(tmp_path, ENABLED | {"tensorboard": {"enabled": True}}), on_event=events.append)
-    assert [step for step, _ in wandb.runs[0].lines] == [0, 1]
+    assert [step for step, _ in lines_of(wandb)] == [0, 1, 2]
     warnings = [event.message for event in events if event.kind == "warning"]
     assert warnings == ["logging.wandb: it failed and is left out from here on (no route to host)."]
     assert_tensorboard_has(result)
 
 
-def test_one_that_does_not_start(tmp_path: Path, wandb: FakeWandb) -> None:
-    wandb.refusal = RuntimeError("entity cats not found")
+def test_one_that_does_not_start(tmp_path: Path, wandb: MagicMock) -> None:
+    wandb.init.side_effect = RuntimeError("entity cats not found")
     with pytest.raises(DTFError, match=r"logging\.wandb\.enabled = true: .* \(entity cats not found\)"):
         train(settings_with(tmp_path, ENABLED))
     assert not list((tmp_path / "outputs").rglob("settings.toml")), "no run that never began"
@@ -139,22 +110,15 @@ def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: Any) -
         check_trackers(settings_with(tmp_path, {"trackio": {"enabled": True}}))
 
 
-def test_not_logged_in(tmp_path: Path, wandb: FakeWandb, monkeypatch: Any) -> None:
+def test_not_logged_in(tmp_path: Path, wandb: MagicMock, monkeypatch: Any) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    prompts: list[bool] = []
-
-    def login(prompt: bool = True, verify: bool = True) -> bool:
-        prompts.append(prompt)
-        return False
-
-    monkeypatch.setattr(wandb, "login", login, raising=False)
-    mode = types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"))
-    monkeypatch.setattr(wandb, "setup", lambda: mode, raising=False)
+    wandb.login = create_autospec(lambda prompt=True, verify=True: None, return_value=False)
+    wandb.setup.return_value.settings.mode = "online"
     with pytest.raises(ConfigError, match=r"wandb login.*WANDB_MODE=offline"):
         check_trackers(settings_with(tmp_path, ENABLED))
-    assert prompts == [False]
-    mode.settings.mode = "offline"
+    wandb.login.assert_called_once_with(prompt=False, verify=False)
+    wandb.setup.return_value.settings.mode = "offline"
     check_trackers(settings_with(tmp_path, ENABLED))
 
 
