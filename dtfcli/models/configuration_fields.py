@@ -9,7 +9,12 @@ defaults depart from it where measurements on a pretrained model did (`docs/thes
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import Any as StockConfig
+else:
+    StockConfig = object
 
 ROUTING_MODES = ("threshold", "predictor", "topk")
 CAUSAL_MODES = ("threshold", "predictor")
@@ -68,6 +73,18 @@ STRUCK: dict[str, tuple[Any, str]] = {
 }
 """Fields that earlier versions had: the value that meant nothing, and why every other is gone."""
 
+CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
+"""γ for which calibration measures thresholds; others are interpolated."""
+
+
+def threshold_place(capacity: float) -> tuple[int, int, float]:
+    """Between which two γ of the grid another lies, and at which share of the way from the first to the second."""
+    high = next(i for i, share in enumerate(CAPACITY_GRID) if share >= capacity)
+    low = max(high - 1, 0) if CAPACITY_GRID[high] > capacity else high
+    width = CAPACITY_GRID[high] - CAPACITY_GRID[low]
+    return low, high, (capacity - CAPACITY_GRID[low]) / width if width else 0.0
+
+
 Number = float | int
 
 
@@ -88,7 +105,8 @@ class RoutingFields:
         0.5, "γ, the share of tokens a routed layer processes; one number, or a list with one per routed layer."
     )
     routed_layers: str | list[int] = _option(
-        "alternate", "Which layers route: 'alternate' (every odd layer) or a list of layer indices, from 0."
+        "alternate",
+        "Which layers route: 'alternate' (every odd layer), 'inner' (all but the first three and the last), or a list.",
     )
     dense_edges: int = _option(0, "Layers kept dense at either end when routed_layers is 'alternate'.")
     sink_tokens: int = _option(1, "Leading tokens of a row that are always routed (attention sinks); count toward γ.")
@@ -130,6 +148,12 @@ class RoutingFields:
     bypass: str = _option(
         "identity",
         "Tokens that skip pass unchanged (identity), or take a linear forecast of the update (forecast).",
+    )
+    forecast_maps: int = _option(
+        8, "Linear maps of a forecast, one for each cluster of directions that tokens have; 1: one map (routed MLPs)."
+    )
+    forecast_rank: int = _option(
+        48, "Rank in which the maps differ from their common one; 0: in full (routed MLPs with several maps)."
     )
     forecast_loss_weight: Number = _option(
         10.0, "Weight of the forecast's relative squared error, mean over routed layers; 0: the language model alone."
@@ -183,6 +207,10 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
             unread["explore"] = "nothing learns from it without a forecast or a score that predicts"
     if values.get("routed_part") == "mlp":
         unread.setdefault("kv_tokens", "model.routed_part is mlp: attention is dense")
+    else:
+        unread |= dict.fromkeys(
+            ("forecast_maps", "forecast_rank"), "model.routed_part is block: one map is its forecast"
+        )
     return unread
 
 
@@ -190,10 +218,12 @@ def resolve_routed_layers(routed_layers: str | list[int], dense_edges: int, num_
     """The indices of the layers that route.
 
     "alternate" takes every odd layer outside the dense edges, and leaves the last layer dense when their
-    number is odd. An explicit list stands as it is.
+    number is odd. "inner" takes all but the first three and the last. An explicit list stands as it is.
     """
     if not isinstance(routed_layers, str):
         return list(routed_layers)
+    if routed_layers == "inner":
+        return list(range(3, num_layers - 1))
     return [i for i in range(1, num_layers, 2) if dense_edges <= i < num_layers - dense_edges]
 
 
@@ -228,6 +258,8 @@ _RULES: dict[str, Rule] = {
     "bypass": _one_of(BYPASSES),
     "explore": ((lambda value: 0.0 <= value <= 1.0), "must be a share from 0 to 1"),
     "forecast_loss_weight": _COUNT,
+    "forecast_maps": ((lambda value: value >= 1), "must be 1 or more"),
+    "forecast_rank": _COUNT,
     "capacity": (
         lambda value: bool(_shares(value)) and all(0.0 < share <= 1.0 for share in _shares(value)),
         "the share of tokens a routed layer processes lies above 0 and at most at 1",
@@ -244,8 +276,8 @@ _RULES: dict[str, Rule] = {
     "router_z_loss_weight": _COUNT,
     "predictor_loss_weight": _COUNT,
     "routed_layers": (
-        lambda value: value == "alternate" or isinstance(value, (list, tuple)),
-        "give 'alternate' or a list of layer indices such as [1, 3, 5]",
+        lambda value: value in ("alternate", "inner") or isinstance(value, (list, tuple)),
+        "give 'alternate', 'inner' or a list of layer indices such as [1, 3, 5]",
     ),
     "layer_order": (
         lambda value: value == "spread" or isinstance(value, (list, tuple)),
@@ -355,3 +387,88 @@ def _check_layers(chosen: Mapping[str, Any], num_layers: int) -> None:
             order,
             f"must name each of the routed layers {layers} once",
         )
+
+
+class RoutingConfigMixin(RoutingFields, StockConfig):
+    """Validation and derived values; mixed in front of a stock config class."""
+
+    def validate_routing(self) -> None:
+        """Run by Transformers after construction; raises ValueError naming field, value and remedy."""
+        for name in STRUCK:  # of a model that an earlier version saved
+            if name in vars(self):
+                check_field(name, self.__dict__.pop(name))
+        check_fields({f.name: getattr(self, f.name) for f in fields(RoutingFields)}, self.num_hidden_layers)
+
+    @property
+    def routed_layer_indices(self) -> list[int]:
+        """Layers that route, in increasing order."""
+        return resolve_routed_layers(self.routed_layers, self.dense_edges, self.num_hidden_layers)
+
+    @property
+    def skips_sinks_in_average(self) -> bool:
+        """Whether the moving average of eq. 3.9 leaves the sink tokens out."""
+        return self.sink_tokens > 0 if self.ma_skip_sinks is None else self.ma_skip_sinks
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether routed layers have a predictor, for `predictor` routing."""
+        return self.predictor_loss_weight > 0
+
+    @property
+    def way(self) -> str:
+        """How tokens are chosen: a name in `WAYS`."""
+        return way_of(vars(self))
+
+    @property
+    def needs_decision_layers(self) -> bool:
+        """Whether the layers below the routed ones observe what routers read."""
+        return WAYS[self.way].needs_decision_layer
+
+    @property
+    def has_forecast(self) -> bool:
+        """Whether tokens that skip a layer take a forecast of its update."""
+        return self.bypass == "forecast"
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether scores predict what skipping loses."""
+        return WAYS[self.way].learns_from_updates
+
+    @property
+    def learns_from_updates(self) -> bool:
+        """Whether something is fitted to the updates of tokens: scores or forecasts."""
+        return self.has_forecast or self.learns_scores
+
+    @property
+    def explores(self) -> bool:
+        """Whether training computes the update of some tokens that skip."""
+        return self.explore > 0 and self.learns_from_updates
+
+    @property
+    def keeps_every_key(self) -> bool:
+        """Whether routed layers offer the keys and values of all tokens, routed or not."""
+        return self.routed_part == "mlp" or (self.kv_tokens == "all" and self.architecture != "layerdrop")
+
+    def layer_kind(self, layer: int) -> str:
+        """What Transformers calls the attention of a layer: "full_attention", or with a window "sliding_attention"."""
+        kinds = getattr(self, "layer_types", None)
+        if kinds:
+            return kinds[layer]
+        return "full_attention" if getattr(self, "sliding_window", None) is None else "sliding_attention"  # Mistral
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a layer attends to, the token's own included; None: all."""
+        return self.sliding_window if self.layer_kind(layer) == "sliding_attention" else None
+
+    def layer_capacities(self, capacity: float | list[float] | None = None) -> dict[int, float]:
+        """γ of each routed layer, by its index; layerdrop's is 1 (kept) or 0 (left out).
+
+        Args:
+            capacity: in place of the model's own.
+        """
+        routed, share = self.routed_layer_indices, self.capacity if capacity is None else capacity
+        if self.architecture == "layerdrop":
+            kept = kept_layers(routed, float(share), self.layer_order)  # type: ignore[arg-type]  # checked: one number
+            return {layer: float(layer in kept) for layer in routed}
+        shares = share if isinstance(share, (list, tuple)) else [share] * len(routed)
+        return dict(zip(routed, map(float, shares), strict=True))

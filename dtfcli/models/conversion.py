@@ -13,6 +13,7 @@ from .configuration_dynamic import CONFIGS
 from .configuration_fields import STRUCK, RoutingFields, check_field
 from .families import FAMILIES
 from .modeling_dynamic import MODELS
+from .modeling_routed_mlp import routed_classes
 from .pretrained import is_added, is_routed
 
 ROUTING_FIELD_NAMES = tuple(field.name for field in dataclass_fields(RoutingFields))
@@ -46,6 +47,25 @@ def convert(
     """
     config = routed_config(dense.config, architecture=architecture, capacity=capacity, **config_fields)
     return _transplant(dense, MODELS[dense.config.model_type], config, copy)
+
+
+def route_mlps(
+    dense: PreTrainedModel, capacity: float | list[float] = 0.78, *, copy: bool = False, **config_fields: Any
+) -> PreTrainedModel:
+    """A model whose MLPs route, of any decoder whose layers have an `mlp`; see `modeling_routed_mlp`.
+
+    Nothing is fitted yet: `fit_routing` comes next. Layers whose MLP is a mixture of experts, or that have none, stay
+    dense. At γ = 1 the result computes bit for bit what the dense model does.
+
+    Args:
+        dense: left intact.
+        capacity: γ, one number or one per routed layer.
+        copy: give the routed model tensors of its own; otherwise it shares the dense model's.
+        config_fields: other fields of `RoutingFields`, such as `routed_layers` and `forecast_maps`.
+    """
+    target = routed_classes(type(dense))
+    config = target.config_class(**_config_values(dense.config), capacity=capacity, **config_fields)
+    return _transplant(dense, target, config, copy)
 
 
 def to_dense(model: PreTrainedModel, *, copy: bool = False) -> PreTrainedModel:

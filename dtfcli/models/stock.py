@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from typing import Any as StockConfig
     from typing import Any as StockLM
     from typing import Any as StockLayer
     from typing import Any as StockModel
     from typing import Any as StockStack
 else:
-    StockConfig = StockModel = StockStack = StockLM = object
+    StockModel = StockStack = StockLM = object
     StockLayer = nn.Module
 
 
