@@ -73,18 +73,6 @@ STRUCK: dict[str, tuple[Any, str]] = {
 }
 """Fields that earlier versions had: the value that meant nothing, and why every other is gone."""
 
-CAPACITY_GRID = (0.0, 0.03125, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0)
-"""γ for which calibration measures thresholds; others are interpolated."""
-
-
-def threshold_place(capacity: float) -> tuple[int, int, float]:
-    """Between which two γ of the grid another lies, and at which share of the way from the first to the second."""
-    high = next(i for i, share in enumerate(CAPACITY_GRID) if share >= capacity)
-    low = max(high - 1, 0) if CAPACITY_GRID[high] > capacity else high
-    width = CAPACITY_GRID[high] - CAPACITY_GRID[low]
-    return low, high, (capacity - CAPACITY_GRID[low]) / width if width else 0.0
-
-
 Number = float | int
 
 
@@ -150,10 +138,10 @@ class RoutingFields:
         "Tokens that skip pass unchanged (identity), or take a linear forecast of the update (forecast).",
     )
     forecast_maps: int = _option(
-        8, "Linear maps of a forecast, one for each cluster of directions that tokens have; 1: one map (routed MLPs)."
+        1, "Linear maps of a forecast, one for each cluster of directions that tokens have (routed MLPs)."
     )
-    forecast_rank: int = _option(
-        48, "Rank in which the maps differ from their common one; 0: in full (routed MLPs with several maps)."
+    forecast_width: Number = _option(
+        0.125, "Share of the MLP's neurons that the forecast computes besides its linear map (routed MLPs)."
     )
     forecast_loss_weight: Number = _option(
         10.0, "Weight of the forecast's relative squared error, mean over routed layers; 0: the language model alone."
@@ -209,7 +197,7 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
         unread.setdefault("kv_tokens", "model.routed_part is mlp: attention is dense")
     else:
         unread |= dict.fromkeys(
-            ("forecast_maps", "forecast_rank"), "model.routed_part is block: one map is its forecast"
+            ("forecast_maps", "forecast_width"), "model.routed_part is block: one map is its forecast"
         )
     return unread
 
@@ -259,7 +247,7 @@ _RULES: dict[str, Rule] = {
     "explore": ((lambda value: 0.0 <= value <= 1.0), "must be a share from 0 to 1"),
     "forecast_loss_weight": _COUNT,
     "forecast_maps": ((lambda value: value >= 1), "must be 1 or more"),
-    "forecast_rank": _COUNT,
+    "forecast_width": ((lambda value: 0.0 <= value < 1.0), "must be a share of neurons, at least 0 and below 1"),
     "capacity": (
         lambda value: bool(_shares(value)) and all(0.0 < share <= 1.0 for share in _shares(value)),
         "the share of tokens a routed layer processes lies above 0 and at most at 1",

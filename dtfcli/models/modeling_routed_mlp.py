@@ -1,19 +1,17 @@
 """Routed MLPs: a stock decoder in which some tokens skip the MLP of a layer and take a forecast of it.
 
-For x̃, what the MLP of a layer takes (behind its norm), one token at a time:
+For x̃, which the MLP of a layer takes (behind its norm), one token at a time:
 
-    s = w · x̃                                     the score, float32: the predicted error of the forecast
-    y = MLP(x̃)                  where s > τ(γ)    the token enters
-    y = W x̃ + A_j B_j x̃         elsewhere         the forecast; j the cluster of the token's direction
+    s = w · x̃                                       the score, float32: the predicted error of the forecast
+    y = MLP(x̃)                    where s > τ(γ)    the token enters
+    y = W x̃ + MLP'(x̃)             elsewhere         the forecast; MLP' has a few of the neurons of the MLP
 
 An MLP knows no positions, no rows and no cache, so this is a function of one token: causal, and the same for every
 batch, padding, chunk and cache. The rest of the model stays stock. Backbone parameters keep their names, and each class
-is a stock class with ours in front (`RoutedLlamaForCausalLM`): there is no list of families. Everything is fitted by
-least squares in one forward pass (`RoutedCausalLM.fit_routing`): each MLP sees all tokens of the text, fits itself, and
-hands on what it will hand on in use.
+is a stock class with ours in front (`RoutedLlamaForCausalLM`): there is no list of families. `mlp_fitting` fits all.
 
 This file and the two configuration files are all that a saved folder needs. Shape suffixes: N tokens of any rows, D
-hidden size, J maps, R their rank. Scores, thresholds and fits are float32.
+hidden size, F neurons of the MLP, J maps, R their rank. Scores and thresholds are float32.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,19 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .configuration_fields import CAPACITY_GRID, threshold_place
 from .configuration_routed_mlp import routed_config_class
 
-_RIDGE, _PULL = 1e-2, 0.05
-"""Added to the diagonals of normal equations, as shares of their means: of the common map, of a cluster's own."""
-_ENTERING = 0.05
-"""Weight, in the forecast's second fit, of tokens that enter: γ may be another one tomorrow."""
-_FIRST = 20.0
-"""Weight of first tokens in the score's fit. They carry massive activations, and have to enter."""
-_TINY = 1e-9
+GRID = 32
+"""Thresholds are measured for γ = 0, 1 / GRID … 1; others are interpolated."""
 
 
 class MLPRouter(nn.Module):
@@ -53,7 +44,7 @@ class MLPRouter(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
-        self.register_buffer("thresholds", torch.empty(1 + len(CAPACITY_GRID), dtype=torch.float32))
+        self.register_buffer("thresholds", torch.empty(GRID + 1, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
         """Forget all."""
@@ -64,41 +55,44 @@ class MLPRouter(nn.Module):
         """[N, D] → scores, float32 [N]."""
         return x.float() @ self.weight.float()
 
-    def threshold_at(self, capacity: float, own_capacity: float) -> Tensor:
-        """τ(γ), float32 0-d, interpolated on the grid; NaN where nothing was calibrated."""
-        if capacity == own_capacity:
-            return self.thresholds[0]
-        low, high, share = threshold_place(capacity)
-        return torch.lerp(self.thresholds[1 + low].float(), self.thresholds[1 + high].float(), share)
+    def threshold(self, capacity: float) -> Tensor:
+        """τ(γ), float32 0-d, interpolated on the grid; NaN where nothing was fitted."""
+        low = min(int(capacity * GRID), GRID - 1)
+        return torch.lerp(self.thresholds[low].float(), self.thresholds[low + 1].float(), capacity * GRID - low)
 
-    def keep(self, capacity: float | None, scores: Tensor, share: float) -> Tensor:
-        """Keep and return the (1 − share) quantile of scores [N] as τ(γ); None: at the model's own γ."""
+    def measure(self, scores: Tensor, capacities: Iterable[float] | None = None) -> None:
+        """Keep the (1 − γ) quantiles of scores [N] as τ(γ) of the whole grid."""
         ordered = scores.sort(descending=True).values
-        count = round(share * len(ordered))
-        places = torch.tensor([count - 1, count]).clamp(0, len(ordered) - 1)
-        threshold = _like_bfloat16(ordered[places].mean())
-        self.thresholds[0 if capacity is None else 1 + CAPACITY_GRID.index(capacity)] = threshold
-        return threshold
+        for place in range(GRID + 1):
+            count = round(place / GRID * len(ordered))
+            around = torch.tensor([count - 1, count], device=scores.device).clamp(0, len(ordered) - 1)
+            self.thresholds[place] = like_bfloat16(ordered[around].mean())
 
 
-def _like_bfloat16(x: Tensor) -> Tensor:
+def like_bfloat16(x: Tensor) -> Tensor:
+    """The nearest numbers that bfloat16 has, float32."""
     return x.to(torch.bfloat16).float()
 
 
 class MLPForecast(nn.Module):
-    """W x̃ + A_j B_j x̃: J linear maps that share one of full rank and differ in rank R.
+    """W x̃ + MLP'(x̃), and with several maps A_j B_j x̃ too, j the cluster of the token's direction.
 
     Attributes:
         linear: W.
+        narrow: MLP', the stock module with a few of the MLP's neurons; None: there are none.
         centers: u, [J, D]: token x̃ belongs to the cluster j with the largest u_j · x̃; absent if J is 1.
         down, up: B [J, R, D] and A [J, D, R].
     """
 
-    def __init__(self, size: int, maps: int, rank: int) -> None:
+    narrow: Any
+
+    def __init__(self, mlp: nn.Module, size: int, width: int, maps: int) -> None:
         super().__init__()
         self.linear = nn.Linear(size, size, bias=False)
-        self.maps = maps if rank else 1
-        if self.maps > 1:
+        self.narrow = narrowed(mlp, size, width) if width else None
+        self.maps = maps
+        if maps > 1:
+            rank = max(1, size // 12)
             self.centers = nn.Parameter(torch.empty(maps, size))
             self.down = nn.Parameter(torch.empty(maps, rank, size))
             self.up = nn.Parameter(torch.empty(maps, size, rank))
@@ -111,6 +105,8 @@ class MLPForecast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] → [N, D]."""
         forecast = self.linear(x)
+        if self.narrow is not None:
+            forecast = forecast + self.narrow(x)
         if self.maps == 1:
             return forecast
         cluster = self.cluster(x)
@@ -118,29 +114,41 @@ class MLPForecast(nn.Module):
             return forecast + (self.up[cluster] @ (self.down[cluster] @ x.unsqueeze(-1))).squeeze(-1)
         for j in range(self.maps):
             places = (cluster == j).nonzero().squeeze(1)
-            forecast = forecast.index_add(0, places, x[places] @ self.down[j].t() @ self.up[j].t())
+            forecast = forecast.index_add(0, places, (x[places] @ self.down[j].t() @ self.up[j].t()).to(forecast.dtype))
         return forecast
 
     def cluster(self, x: Tensor) -> Tensor:
         """The cluster of each token's direction, int64 [N]."""
-        return (x @ self.centers.t()).argmax(1)
+        return (x @ self.centers.t().to(x.dtype)).argmax(1)
 
-    def fit_common(self, x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Fit W; returns W x̃ of all tokens, float32 [N, D]."""
-        common = Normal(x, weight).solve(targets, _RIDGE)
-        self.linear.weight.copy_(common.t())
-        return x @ common
 
-    def fit_maps(self, x: Tensor, rest: Tensor, weight: Tensor, skips: Tensor) -> Tensor:
-        """Fit clusters, and A B of each to what W leaves; returns A_j B_j x̃ of all tokens, float32 [N, D]."""
-        self.centers.copy_(_directions(x[skips], self.maps))
-        cluster, correction = self.cluster(x.to(self.centers.dtype)), torch.zeros_like(rest)
-        for j in range(self.maps):
-            members = (cluster == j).nonzero().squeeze(1)
-            up, down = _low_rank(x[members], rest[members], weight[members], self.up.shape[-1])
-            self.up[j], self.down[j] = up, down
-            correction[members] = x[members] @ down.t() @ up.t()
-        return correction
+def inner_linears(mlp: nn.Module, size: int) -> tuple[dict[str, nn.Linear], str]:
+    """The linear maps of an MLP by name, and the name of the last, D ← F; the others are F ← D, or several F in one.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    linears = {name: child for name, child in mlp.named_children() if isinstance(child, nn.Linear)}
+    last = next((name for name in reversed(linears) if linears[name].out_features == size), None)
+    others = [linear for name, linear in linears.items() if name != last]
+    if (
+        last is None
+        or not others
+        or any(o.in_features != size or o.out_features % linears[last].in_features for o in others)
+    ):
+        raise ValueError(f"{type(mlp).__name__} is no MLP of linear maps from D to F neurons and back")
+    return linears, last
+
+
+def narrowed(mlp: nn.Module, size: int, width: int) -> nn.Module:
+    """A module like an MLP, with `width` neurons; its weights are not set."""
+    linears, last = inner_linears(mlp, size)
+    neurons, narrow = linears[last].in_features, object.__new__(type(mlp))
+    vars(narrow).update(vars(mlp), _modules=dict(mlp._modules))
+    for name, linear in linears.items():
+        sizes = (width, size) if name == last else (size, linear.out_features // neurons * width)
+        narrow._modules[name] = nn.Linear(*sizes, bias=linear.bias is not None)
+    return narrow
 
 
 class RoutedMLP(nn.Module):
@@ -149,8 +157,8 @@ class RoutedMLP(nn.Module):
     Attributes:
         router, forecast: of this layer.
         layer_idx: of the layer.
-        own_capacity: γ of the model itself.
         capacity: γ in use.
+        is_fitted: whether the router's thresholds have been seen to be numbers.
         instead: what to do in place of the usual; fitting and calibration ask for it.
         records: scores [B, T] of each pass while somebody wants them; None: nobody does.
     """
@@ -158,8 +166,8 @@ class RoutedMLP(nn.Module):
     router: MLPRouter
     forecast: MLPForecast
     layer_idx: int
-    own_capacity: float
     capacity: float
+    is_fitted: bool
     instead: "Callable[[RoutedMLP, Tensor], Tensor] | None"
     records: "list[MLPRecord] | None"
 
@@ -167,10 +175,12 @@ class RoutedMLP(nn.Module):
     def install(cls, mlp: nn.Module, config: Any, layer_idx: int, capacity: float) -> None:
         """Make a stock MLP a routed one, in place: its parameters keep their names."""
         stock = type(mlp)
+        linears, last = inner_linears(mlp, config.hidden_size)
+        width = round(config.forecast_width * linears[last].in_features)
+        forecast = MLPForecast(mlp, config.hidden_size, width, config.forecast_maps)
         mlp.__class__ = type(f"Routed{stock.__name__}", (cls, stock), {"__module__": __name__})
-        mlp.router = MLPRouter(config.hidden_size)
-        mlp.forecast = MLPForecast(config.hidden_size, config.forecast_maps, config.forecast_rank)
-        vars(mlp).update(layer_idx=layer_idx, own_capacity=capacity, capacity=capacity, instead=None, records=None)
+        mlp.router, mlp.forecast = MLPRouter(config.hidden_size), forecast
+        vars(mlp).update(layer_idx=layer_idx, capacity=capacity, is_fitted=False, instead=None, records=None)
 
     def compute(self, x: Tensor) -> Tensor:
         """The MLP itself, for all tokens."""
@@ -180,16 +190,28 @@ class RoutedMLP(nn.Module):
         """[..., D] → [..., D]."""
         if self.instead is not None:
             return self.instead(self, x)
-        if self.capacity >= 1.0 and self.records is None:
+        if self.capacity == 1.0 and self.records is None:
             return self.compute(x)
         flat = x.reshape(-1, x.shape[-1])
         scores = self.router(flat)
-        threshold = self.router.threshold_at(self.capacity, self.own_capacity) if self.capacity < 1.0 else -torch.inf
-        enters = scores > threshold
+        enters = self.enters(scores)
         if self.records is not None:
             shape = x.shape[:-1]
             self.records.append(MLPRecord(self.layer_idx, scores.view(shape), enters.view(shape)))
         return self.route(flat, enters).view_as(x)
+
+    def enters(self, scores: Tensor) -> Tensor:
+        """Which tokens enter, bool [N], by their scores [N]."""
+        if self.capacity in (0.0, 1.0):
+            return torch.full_like(scores, self.capacity, dtype=torch.bool)
+        if not self.is_fitted:
+            if bool(self.router.thresholds.isnan().any()):
+                raise RuntimeError(
+                    f"layer {self.layer_idx}: its router is not fitted to text; `dtf convert` and "
+                    "`dtfcli.models.mlp_fitting.fit_routing` do it"
+                )
+            self.is_fitted = True
+        return scores > self.router.threshold(self.capacity)
 
     def route(self, x: Tensor, enters: Tensor) -> Tensor:
         """The MLP where tokens enter, else the forecast; [N, D], bool [N] → [N, D]."""
@@ -212,111 +234,6 @@ class MLPRecord(NamedTuple):
     """float32 [B, T]."""
     selected: Tensor
     """bool [B, T], True where the token entered."""
-
-
-# Fitting
-
-
-@torch.no_grad()
-def fit_mlp(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
-    """Fit forecast, score and threshold of one MLP to text; returns what it hands on, [B, T, D].
-
-        W = argmin Σ_t a_t ‖MLP(x̃_t) − W x̃_t‖²,   a_t = 1 / ‖MLP(x̃_t)‖²
-        w = argmin Σ_t (c_t − w · x̃_t − mean)²,   c_t = ln(‖MLP(x̃_t) − f(x̃_t)‖² / D)
-
-    and both a second time, the forecast with little weight on tokens that enter.
-
-    Args:
-        mlp: of a layer whose lower layers are fitted.
-        x: x̃ of all tokens, [B, T, D].
-        counted: bool [B, T], which tokens are no padding.
-        first: bool [B, T], the first token of each text.
-
-    Raises:
-        ValueError: activations are no finite numbers; names the layer.
-    """
-    size = x.shape[-1]
-    computed = mlp.compute(x).reshape(-1, size)
-    flat, targets = x.reshape(-1, size).float(), computed.float()
-    if not bool(targets.isfinite().all()):
-        raise ValueError(
-            f"layer {mlp.layer_idx}: its MLP gives numbers that are not finite on this text, so nothing can be fitted. "
-            "Open the model in another dtype (float32 or bfloat16), or fit it to another text"
-        )
-    with torch.autocast(x.device.type, enabled=False):
-        enters = _fit(mlp, flat, targets, counted.flatten(), first.flatten())
-        forecast = mlp.forecast(flat.to(mlp.forecast.linear.weight.dtype))
-    return torch.where(enters.unsqueeze(1), computed, forecast.to(computed.dtype)).view_as(x)
-
-
-def _fit(mlp: RoutedMLP, x: Tensor, targets: Tensor, counted: Tensor, first: Tensor) -> Tensor:
-    """Fit to tokens [N, D]; returns who enters, bool [N]. Tokens that skip have their forecast fitted twice."""
-    usual, forecast = (counted & ~first).float(), mlp.forecast
-    relative, importance = usual / (targets.square().mean(1) + _TINY), usual + _FIRST * (first & counted)
-    normal = Normal(x, importance)
-    enters = torch.zeros_like(first)
-    for last in (False, True):
-        rest = targets - forecast.fit_common(x, targets, relative * torch.where(enters, _ENTERING, 1.0))
-        if last and forecast.maps > 1:
-            rest = rest - forecast.fit_maps(x, rest, relative * torch.where(enters, _ENTERING, 1.0), ~enters & counted)
-        cost = (rest.square().mean(1) + _TINY).log()
-        cost = torch.where(first, cost[usual > 0].max(), cost)
-        mean = (cost * importance).sum() / importance.sum()
-        mlp.router.weight.copy_(_like_bfloat16(normal.solve((cost - mean).unsqueeze(1), _RIDGE).squeeze(1)))
-        scores = mlp.router(x)
-        threshold = mlp.router.keep(None, scores[counted], mlp.own_capacity)
-        enters = scores > threshold if mlp.own_capacity < 1 else torch.ones_like(first)
-    for capacity in CAPACITY_GRID:  # of the tokens as they are here; `calibrate` measures what lower layers change
-        mlp.router.keep(capacity, scores[counted], capacity)
-    return enters
-
-
-class Normal:
-    """The normal equations of a weighted least-squares problem: Σ_t a_t x_t x_tᵀ and what solves them.
-
-    Args:
-        x: float32 [N, D].
-        weight: a, float32 [N].
-    """
-
-    def __init__(self, x: Tensor, weight: Tensor) -> None:
-        self.weighted = x * (weight / weight.sum().clamp(min=_TINY)).unsqueeze(1)
-        self.moments = self.weighted.t() @ x
-
-    def solve(self, targets: Tensor, ridge: float) -> Tensor:
-        """The matrix C with the smallest Σ_t a_t ‖target_t − xᵀ_t C‖² and a slight ridge; [N, E] → [D, E]."""
-        return torch.linalg.solve(self.ridged(ridge), self.weighted.t() @ targets)
-
-    def ridged(self, ridge: float) -> Tensor:
-        """The moments with a share of their mean diagonal added to it."""
-        size = (ridge * self.moments.diagonal().mean() + _TINY) * torch.eye(
-            len(self.moments), device=self.moments.device
-        )
-        return self.moments + size
-
-
-def _low_rank(x: Tensor, targets: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [D, R] and B [R, D] with the smallest Σ_t weight_t ‖target_t − A B x_t‖² (reduced-rank regression)."""
-    size = x.shape[1]
-    if len(x) < rank:
-        return x.new_zeros(size, rank), x.new_zeros(rank, size)
-    normal = Normal(x, weight)
-    root = torch.linalg.cholesky(normal.ridged(1e-3))
-    left, values, right = torch.svd_lowrank(root.t() @ normal.solve(targets, _PULL), q=min(rank + 16, size), niter=4)
-    half = torch.linalg.solve_triangular(root.t(), left[:, :rank] * values[:rank], upper=True)
-    return right[:, :rank].contiguous(), half.t().contiguous()
-
-
-def _directions(x: Tensor, count: int, rounds: int = 8) -> Tensor:
-    """K-means of the directions x / ‖x‖: [N, D] → unit vectors [count, D]."""
-    unit = F.normalize(x, dim=1)
-    generator = torch.Generator().manual_seed(0)
-    centers = unit[torch.randperm(len(unit), generator=generator)[:count].to(x.device)].clone()
-    for _ in range(rounds):
-        cluster = (unit @ centers.t()).argmax(1)
-        sums = torch.zeros_like(centers).index_add_(0, cluster, unit)
-        centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centers)
-    return centers
 
 
 # Models
@@ -342,7 +259,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def unfit_layers(layers: Iterable[nn.Module]) -> dict[int, str]:
+def unfit_layers(layers: Iterable[nn.Module], size: int) -> dict[int, str]:
     """The layers whose MLP cannot route, each with the reason."""
     reasons = {}
     for index, layer in enumerate(layers):
@@ -351,6 +268,11 @@ def unfit_layers(layers: Iterable[nn.Module]) -> dict[int, str]:
             reasons[index] = "it has no `mlp`"
         elif any(hasattr(mlp, name) for name in ("experts", "router", "gate")):
             reasons[index] = "its MLP is a mixture of experts"
+        else:
+            try:
+                inner_linears(mlp, size)
+            except ValueError as error:
+                reasons[index] = str(error)
     return reasons
 
 
@@ -365,7 +287,7 @@ class RoutedBase(PreTrainedModel if TYPE_CHECKING else object):
 
     def _install(self) -> None:
         layers, capacities = decoder_layers(self), self.config.layer_capacities()
-        unfit = unfit_layers(layers)
+        unfit = unfit_layers(layers, self.config.hidden_size)
         for index, capacity in capacities.items():
             if index not in unfit and not isinstance(layers[index].mlp, RoutedMLP):
                 RoutedMLP.install(layers[index].mlp, self.config, index, capacity)
@@ -416,8 +338,9 @@ class RoutedCausalLM(RoutedBase):
             raise ValueError(f"routing = {mode!r}: routed MLPs route by 'threshold' alone")
         if capacity is not None and not 0.0 < capacity <= 1.0:
             raise ValueError(f"capacity = {capacity!r}: the share of tokens that enter lies above 0 and at most at 1")
+        shares = self.config.layer_capacities(capacity)
         for mlp in routed_mlps(self).values():
-            mlp.capacity = mlp.own_capacity if capacity is None else float(capacity)
+            mlp.capacity = shares[mlp.layer_idx]
 
     @contextmanager
     def routing_mode(self, mode: str = "threshold", capacity: float | None = None) -> Iterator[None]:
@@ -442,50 +365,33 @@ class RoutedCausalLM(RoutedBase):
             for mlp in routed_mlps(self).values():
                 mlp.records = None
 
-    def fit_routing(
-        self, batches: Iterable[Mapping[str, Tensor]], on_layer: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Fit forecasts, scores and the thresholds of the model's own γ, in one forward pass over some text.
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Measure thresholds again, in one forward pass at the γ in use; forecasts and scores stay.
 
         Args:
-            batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T]; all have to have
-                one shape, since each MLP sees all of them at once.
-            on_layer: called with the number of MLPs that are fitted, and with the number of all.
+            batches: as in `pass_together`.
         """
-        mlps = routed_mlps(self)
 
-        def fit(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
-            y = fit_mlp(mlp, x, counted, first)
-            if on_layer is not None:
-                on_layer(list(mlps).index(mlp.layer_idx) + 1, len(mlps))
-            return y
+        def measure(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            scores = mlp.router(flat)
+            mlp.router.measure(scores[counted.flatten()])
+            return mlp.route(flat, mlp.enters(scores)).view_as(x)
 
-        self._pass(batches, fit)
-
-    def calibrate(self, batches: Iterable[Mapping[str, Tensor]], capacities: Iterable[float] | None = None) -> None:
-        """Measure thresholds: for each γ one forward pass, in which each MLP takes the quantile of the scores it sees.
-
-        Args:
-            batches: as in `fit_routing`.
-            capacities: γ of the grid to measure besides the model's own; None: the whole grid.
-        """
-        batches = list(batches)
-        for capacity in (None, *(CAPACITY_GRID if capacities is None else capacities)):
-
-            def calibrate(
-                mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor, capacity: float | None = capacity
-            ) -> Tensor:
-                flat, share = x.reshape(-1, x.shape[-1]), mlp.own_capacity if capacity is None else capacity
-                scores = mlp.router(flat)
-                threshold = mlp.router.keep(capacity, scores[counted.flatten()], share)
-                enters = scores > threshold if share < 1 else torch.ones_like(scores, dtype=torch.bool)
-                return mlp.route(flat, enters).view_as(x)
-
-            self._pass(batches, calibrate)
+        self.pass_together(batches, measure)
 
     @torch.no_grad()
-    def _pass(self, batches: Iterable[Mapping[str, Tensor]], instead: Callable[..., Tensor]) -> None:
-        """One pass of the stack over all batches together, in which routed MLPs do something else."""
+    def pass_together(self, batches: Iterable[Mapping[str, Tensor]], instead: Callable[..., Tensor]) -> None:
+        """One pass of the stack over all batches together, in which routed MLPs do something else.
+
+        Args:
+            batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T]; of one T.
+            instead: takes an MLP, x̃ [B, T, D], which tokens are no padding and which come first in their text, bool
+                [B, T] each; returns what the MLP hands on, [B, T, D].
+
+        Raises:
+            ValueError: no batches.
+        """
         batches = list(batches)
         if not batches:
             raise ValueError("batches is empty: give it text, some thousand tokens of it")

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dtfcli.models.conversion import route_mlps
+from dtfcli.models.mlp_fitting import fit_routing
 from dtfcli.models.modeling_routed_mlp import routed_mlps
 from tests.tiny import SHAPE, tokens
 
@@ -38,8 +39,8 @@ def dense_model(family: str) -> PreTrainedModel:
 
 
 def fitted(dense: PreTrainedModel) -> Any:
-    model: Any = route_mlps(dense, capacity=0.6, forecast_maps=2, forecast_rank=4)
-    model.fit_routing([{"input_ids": tokens(8, 40)}])
+    model: Any = route_mlps(dense, capacity=0.6, forecast_maps=2)
+    fit_routing(model, [{"input_ids": tokens(8, 40)}])
     return model
 
 
@@ -89,4 +90,4 @@ def test_activations_that_are_not_finite_name_the_layer() -> None:
     model: Any = route_mlps(dense_model("llama"), capacity=0.6)
     torch.nn.init.constant_(model.model.layers[3].mlp.up_proj.weight, torch.inf)
     with pytest.raises(ValueError, match="layer 3"):
-        model.fit_routing([{"input_ids": tokens(8, 40)}])
+        fit_routing(model, [{"input_ids": tokens(8, 40)}])
