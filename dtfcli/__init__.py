@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dtfcli.generation import generate
     from dtfcli.loading.load import load_model, load_tokenizer
     from dtfcli.models.configuration_dynamic import DynamicLlamaConfig, DynamicQwenConfig
-    from dtfcli.models.conversion import convert, to_dense
+    from dtfcli.models.conversion import convert, route_mlps, to_dense
     from dtfcli.models.modeling_dynamic import DynamicLlamaForCausalLM, DynamicQwenForCausalLM
     from dtfcli.settings import load_settings
 
@@ -33,6 +33,7 @@ _HOMES = {
     "DynamicLlamaConfig": "dtfcli.models.configuration_dynamic",
     "DynamicQwenConfig": "dtfcli.models.configuration_dynamic",
     "convert": "dtfcli.models.conversion",
+    "route_mlps": "dtfcli.models.conversion",
     "to_dense": "dtfcli.models.conversion",
     "DynamicLlamaForCausalLM": "dtfcli.models.modeling_dynamic",
     "DynamicQwenForCausalLM": "dtfcli.models.modeling_dynamic",
@@ -52,6 +53,7 @@ __all__ = [
     "load_model",
     "load_settings",
     "load_tokenizer",
+    "route_mlps",
     "to_dense",
     "train",
 ]

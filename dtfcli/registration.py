@@ -6,9 +6,10 @@ is. When our own model files are what imports Transformers, it waits until they 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from importlib.abc import Loader
@@ -16,13 +17,61 @@ if TYPE_CHECKING:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.models.auto import configuration_auto
 
     from dtfcli.models.modeling_dynamic import MODELS
 
     for model in MODELS.values():
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+    configs: Any = configuration_auto.CONFIG_MAPPING
+    configs._extra_content = _Registered(configs._extra_content, _routed_config)
+    for auto in (AutoModel, AutoModelForCausalLM):
+        models: Any = auto._model_mapping
+        models._extra_content = _Registered(models._extra_content, partial(_routed_model, models))
+
+
+class _Registered(dict[Any, Any]):
+    """What is registered with an Auto class, and what `make` gives for other keys: classes with routed MLPs.
+
+    They are made of stock classes, whichever those are, when they are asked for.
+    """
+
+    def __init__(self, registered: dict[Any, Any], make: Callable[[Any], Any]) -> None:
+        super().__init__(registered)
+        self.make = make
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self.make(key) is not None
+
+    def __missing__(self, key: Any) -> Any:
+        if (made := self.make(key)) is None:
+            raise KeyError(key)
+        self[key] = made
+        return made
+
+
+def _routed_config(model_type: Any) -> Any:
+    """The configuration class of a model type such as "routed_llama"; None: the type is no such one."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    from dtfcli.models.configuration_routed_mlp import PREFIX, routed_config_class
+
+    stock = str(model_type).removeprefix(PREFIX)
+    if stock == model_type or stock not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return None
+    return routed_config_class(configuration_auto.CONFIG_MAPPING[stock])
+
+
+def _routed_model(models: Any, config_class: Any) -> Any:
+    """The model class of such a configuration class of ours, by the Auto class's `models`; None: it is no such one."""
+    from dtfcli.models import configuration_routed_mlp, modeling_routed_mlp
+
+    if getattr(config_class, "__module__", None) != configuration_routed_mlp.__name__:
+        return None
+    stock = models[config_class.stock]
+    return modeling_routed_mlp.routed_classes(stock)
 
 
 class _AfterImport:

@@ -25,7 +25,7 @@ from tests.tiny import BACKBONES, pad, shared_routed_model, tokens
 WAYS: dict[str, dict[str, Any]] = {
     "surprise": {},
     "surprise, every key": {"kv_tokens": "all"},
-    "surprise of an MLP, forecast": {"routed_part": "mlp", "bypass": "forecast"},
+    "surprise, every key, forecast": {"kv_tokens": "all", "bypass": "forecast"},
     "mod": {"architecture": "mod"},
     "mod, every key, soft": {"architecture": "mod", "kv_tokens": "all", "gate": "soft"},
     "mod, forecast, no sinks": {"architecture": "mod", "bypass": "forecast", "sink_tokens": 0},
@@ -37,17 +37,17 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "mod by a predictor": {"architecture": "mod", "predictor_loss_weight": 0.01, "routing": "predictor"},
     "update size": {"score": "update_size"},
-    "update size of an MLP": {"score": "update_size", "routed_part": "mlp"},
+    "update size, every key": {"score": "update_size", "kv_tokens": "all"},
     "forecast error": {"score": "forecast_error", "bypass": "forecast"},
     "forecast error, every key": {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"},
-    "forecast error of an MLP": {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"},
+    "mod of an MLP": {"architecture": "mod", "routed_part": "mlp"},
     "random, three sinks": {"architecture": "random", "sink_tokens": 3},
     "random, every key": {"architecture": "random", "kv_tokens": "all"},
     "layerdrop": {"architecture": "layerdrop"},
-    "layerdrop of an MLP, forecast": {"architecture": "layerdrop", "bypass": "forecast", "routed_part": "mlp"},
+    "layerdrop, forecast": {"architecture": "layerdrop", "bypass": "forecast"},
 }
 """What ranks tokens, which part they enter, whose keys they see, and what they take instead."""
-QUICK = ("surprise", "mod", "forecast error, every key", "forecast error of an MLP", "update size", "layerdrop")
+QUICK = ("surprise", "mod", "forecast error, every key", "mod of an MLP", "update size", "layerdrop")
 """The ways that `make test` tries; `make test-all` tries the others, too."""
 CPU = torch.device("cpu")
 REHEARSED = os.environ.get("DTF_REHEARSE_GPU") == "1"  # read now: tests lose the variables that are no settings

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import dtfcli
-from tests.tiny import routed_model
+from tests.tiny import SHAPE, routed_model
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.config.auto_map = None
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_auto_classes_open_routed_mlps_of_any_decoder(family: str, tmp_path: Path) -> None:
+    """Their classes are made when they are asked for."""
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{"head_dim": 8} | SHAPE))
+    model = dtfcli.route_mlps(stock)
+    model.config.auto_map = None
+    PreTrainedModel.save_pretrained(model, tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(model)
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == f"Routed{type(stock.model).__name__}"
+    with pytest.raises(ValueError, match="Unrecognized model identifier: routed_nothing"):
+        AutoConfig.for_model("routed_nothing")
 
 
 @pytest.mark.slow

@@ -65,6 +65,15 @@ WAYS: dict[str, Way] = {
 }
 """By name: the `score` of DTF, the `architecture` of the others."""
 
+MLP_DEFAULTS: dict[str, Any] = {
+    "routed_part": "mlp",
+    "bypass": "forecast",
+    "score": "forecast_error",
+    "routed_layers": "inner",
+    "capacity": 0.78,
+}
+"""Defaults of routed MLPs, where they differ; conversion computes the capacity that saves 10 % of the FLOPs."""
+
 STRUCK: dict[str, tuple[Any, str]] = {
     "budget": ("layer", "every layer has a γ of its own; give capacity a list where they should differ"),
     "forecast_factor": (0.0, "forecasts are linear"),
@@ -167,8 +176,19 @@ class RoutingFields:
 
 def way_of(values: Mapping[str, Any]) -> str:
     """The name in `WAYS` of how these values choose tokens; absent or None: the default."""
-    architecture = values.get("architecture") or RoutingFields.architecture
-    return (values.get("score") or RoutingFields.score) if architecture == "dtf" else architecture
+    chosen = with_defaults(values)
+    return chosen["score"] if chosen["architecture"] == "dtf" else chosen["architecture"]
+
+
+def has_routed_mlps(values: Mapping[str, Any]) -> bool:
+    """Whether models of these values are stock ones with routed MLPs; MoD routes an MLP as it does a block."""
+    return values.get("routed_part") == "mlp" and values.get("architecture") != "mod"
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All of `RoutingFields` by name: values that are absent or None are the defaults."""
+    defaults = {f.name: f.default for f in fields(RoutingFields)} | (MLP_DEFAULTS if has_routed_mlps(values) else {})
+    return defaults | {name: value for name, value in values.items() if value is not None and name in defaults}
 
 
 def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
@@ -177,6 +197,7 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
     Args:
         values: field name → value, the architecture among them; absent or None: the default.
     """
+    values = with_defaults(values)
     name = way_of(values)
     if name not in WAYS:  # `check_field` says what is wrong
         return {}
@@ -187,19 +208,20 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
         field: f"model.score is {name}" if way.architecture == "dtf" and field in dtf_reads else by_architecture
         for field in sorted(some_read - set(way.reads))
     }
-    if values.get("bypass") == "forecast":
+    if values["bypass"] == "forecast":
         unread.pop("explore", None)
     else:
         unread["forecast_loss_weight"] = "model.bypass is identity"
         if "explore" in unread:
             unread["explore"] = "nothing learns from it without a forecast or a score that predicts"
-    if values.get("routed_part") == "mlp":
+    if has_routed_mlps(values):
+        unread |= dict.fromkeys((*_OF_TOKENS, "gate", "mod_gate"), "model.routed_part is mlp: a token enters by itself")
+        return unread
+    if values["routed_part"] == "mlp":
         unread.setdefault("kv_tokens", "model.routed_part is mlp: attention is dense")
-    else:
-        unread |= dict.fromkeys(
-            ("forecast_maps", "forecast_width"), "model.routed_part is block: one map is its forecast"
-        )
-    return unread
+    return unread | dict.fromkeys(
+        ("forecast_maps", "forecast_width"), "model.routed_part is block: one map is its forecast"
+    )
 
 
 def resolve_routed_layers(routed_layers: str | list[int], dense_edges: int, num_layers: int) -> list[int]:
@@ -318,10 +340,12 @@ def check_fields(values: Mapping[str, Any], num_layers: int | None = None) -> No
     Raises:
         ValueError: names the field, its value and the remedy.
     """
-    defaults: dict[str, Any] = {f.name: f.default for f in fields(RoutingFields)}
-    chosen = defaults | {name: value for name, value in values.items() if value is not None and name in defaults}
+    chosen = with_defaults(values)
     for name, value in chosen.items():
         check_field(name, value)
+    if has_routed_mlps(chosen):
+        for name, needed in (("score", "forecast_error"), ("bypass", "forecast"), ("routing", "threshold")):
+            _require(chosen[name] == needed, name, chosen[name], f"routed MLPs take {needed!r} alone; leave it out")
     _require(
         chosen["routing"] != "predictor" or chosen["predictor_loss_weight"] > 0,
         "routing",

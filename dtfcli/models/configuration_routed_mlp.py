@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from transformers.configuration_utils import strict
 
-from .configuration_fields import RoutingConfigMixin
+from .configuration_fields import MLP_DEFAULTS, RoutingConfigMixin, RoutingFields
 
 PREFIX = "routed_"
 """What the model type of such a configuration begins with."""
@@ -31,11 +31,9 @@ def routed_config_class(stock: type[Any]) -> type[Any]:
             "__module__": __name__,
             "__doc__": f"`{stock.__name__}` with `RoutingFields`; MLPs route.",
             "model_type": PREFIX + stock.model_type,
-            "routed_part": "mlp",
-            "bypass": "forecast",
-            "score": "forecast_error",
-            "routed_layers": "inner",
-            "__annotations__": {"routed_part": str, "bypass": str, "score": str, "routed_layers": str | list[int]},
+            "stock": stock,
+            "__annotations__": {name: RoutingFields.__annotations__[name] for name in MLP_DEFAULTS},
+            **MLP_DEFAULTS,
         }
         globals()[name] = strict(type(name, (RoutingConfigMixin, stock), attributes))
     return globals()[name]

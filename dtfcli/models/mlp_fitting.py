@@ -105,8 +105,9 @@ def _fit(mlp: RoutedMLP, x: Tensor, targets: Tensor, about: tuple[Tensor, Tensor
         cost = torch.where(first, cost[usual > 0].max(), cost)
         importance = usual + _FIRST * (first & counted)
         mean = (cost * importance).sum() / importance.sum()
-        score = Normal(x, importance).solve((cost - mean).unsqueeze(1), _RIDGE).squeeze(1)
-        mlp.router.weight.copy_(like_bfloat16(score))
+        if not mlp.router.random:
+            score = Normal(x, importance).solve((cost - mean).unsqueeze(1), _RIDGE).squeeze(1)
+            mlp.router.weight.copy_(like_bfloat16(score))
         scores = mlp.router(x)
         mlp.router.measure(scores[counted])
     return mlp.enters(scores)

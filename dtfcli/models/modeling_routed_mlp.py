@@ -35,20 +35,27 @@ class MLPRouter(nn.Module):
     A server that casts all parameters to bfloat16 then routes as Transformers does.
 
     Attributes:
-        weight: w, float32 [D].
+        weight: w, float32 [D]; of a random router as it was drawn.
         thresholds: τ, float32 [1 + len(CAPACITY_GRID)]: at the model's own γ, then on the grid.
     """
 
     thresholds: Tensor
 
-    def __init__(self, size: int) -> None:
+    weight: Tensor
+
+    def __init__(self, size: int, random: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.random, weight = random, torch.empty(size, dtype=torch.float32)
+        if random:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight)
         self.register_buffer("thresholds", torch.empty(GRID + 1, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Forget all."""
-        nn.init.zeros_(self.weight)
+        """Forget all; a random router draws its weight."""
+        nn.init.normal_(self.weight, std=float(self.random))
+        self.weight.copy_(like_bfloat16(self.weight))
         nn.init.constant_(self.thresholds, torch.nan)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +186,7 @@ class RoutedMLP(nn.Module):
         width = round(config.forecast_width * linears[last].in_features)
         forecast = MLPForecast(mlp, config.hidden_size, width, config.forecast_maps)
         mlp.__class__ = type(f"Routed{stock.__name__}", (cls, stock), {"__module__": __name__})
-        mlp.router, mlp.forecast = MLPRouter(config.hidden_size), forecast
+        mlp.router, mlp.forecast = MLPRouter(config.hidden_size, config.architecture == "random"), forecast
         vars(mlp).update(layer_idx=layer_idx, capacity=capacity, is_fitted=False, instead=None, records=None)
 
     def compute(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dtfcli.models.conversion import convert, to_dense
+from dtfcli.models.mlp_fitting import fit_routing
 from dtfcli.models.routing import topk_capacity
 from tests.budget import examples
 from tests.cases import (
@@ -168,6 +169,11 @@ for start in (model.init_continuous_batching, with_manager, lambda: model.genera
 def test_reloaded_where_dtfcli_is_not_installed(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast) -> None:
     """All backbones in one process: the same logits bit for bit; a text, and what is refused, with a remedy."""
     ids, folders = tokens(3, 33), tmp_path / "models"
+    routed_mlps = {f"0-{family}": convert(dense_model(family), routed_part="mlp") for family in ("phi3", "qwen2")}
+    for name, model in routed_mlps.items():
+        fit_routing(model, [{"input_ids": ids}])
+        model.save_pretrained(folders / name)
+        torch.save(ids, folders / name / "ids.pt")
     cases = [*EVERY_WAY[:2], *EVERY_WAY[-7:-1]]
     assert {case.family for case in cases} == set(BACKBONES)
     for place, case in enumerate(cases):
@@ -184,6 +190,10 @@ def test_reloaded_where_dtfcli_is_not_installed(tmp_path: Path, word_tokenizer: 
         with torch.no_grad():  # at the same places in memory, where the same kernels run
             ours = type(case.on()).from_pretrained(folders / f"{place:02}")(ids).logits
         assert torch.equal(theirs, ours), case
+    for name, model in routed_mlps.items():
+        theirs = torch.load(folders / name / "logits.pt", weights_only=True)
+        with torch.no_grad():
+            assert torch.equal(theirs, type(model).from_pretrained(folders / name)(ids).logits), name
     prompt = word_tokenizer("a b c", return_tensors="pt")
     expected = cases[-1].on().generate(**prompt, max_new_tokens=4, do_sample=False)[0, 3:]
     text, *refused = result.stdout.splitlines()[-4:]

@@ -17,12 +17,12 @@ from tests.tiny import dense_model, pad, tokens
 
 FITTED = {
     "update size": {"score": "update_size"},
-    "update size of an MLP": {"score": "update_size", "routed_part": "mlp"},
+    "update size, every key": {"score": "update_size", "kv_tokens": "all"},
     "forecast error": {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"},
-    "forecast error of an MLP": {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"},
-    "surprise of an MLP, forecast": {"bypass": "forecast", "routed_part": "mlp"},
+    "forecast error, routed keys": {"score": "forecast_error", "bypass": "forecast"},
+    "surprise, forecast": {"bypass": "forecast"},
     "mod, forecast": {"architecture": "mod", "bypass": "forecast", "gate": "soft"},
-    "layerdrop of an MLP, forecast": {"architecture": "layerdrop", "bypass": "forecast", "routed_part": "mlp"},
+    "layerdrop, forecast": {"architecture": "layerdrop", "bypass": "forecast"},
 }
 TEXT = tokens(24, 48, seed=3)
 
@@ -131,7 +131,7 @@ def test_the_first_layer_is_what_a_plain_solver_finds() -> None:
     assert router.cost_offset.item() == pytest.approx((cost - score).mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["forecast error of an MLP", "forecast error", "mod, forecast"])
+@pytest.mark.parametrize("name", ["forecast error, routed keys", "forecast error", "mod, forecast"])
 def test_padding_does_not_count(name: str) -> None:
     """Rows of several lengths, padded on either side, give what the same rows give one by one."""
     fields = FITTED[name]

@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import dtfcli
+from dtfcli.models import savings
+from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.conversion import route_mlps
 from dtfcli.models.mlp_fitting import fit_routing
 from dtfcli.models.modeling_routed_mlp import routed_mlps
@@ -55,8 +58,8 @@ def test_a_decoder_stays_what_it_is(family: str, tmp_path: Path) -> None:
     assert (logits - dense(ids).logits).abs().max() > 1e-3
     with model.routing_mode(capacity=1.0):
         assert torch.equal(model(ids).logits, dense(ids).logits)
-    cache = model(ids[:1, :9], use_cache=True).past_key_values
-    rest = model(ids[:1, 9:], past_key_values=cache).logits
+    cache = model(ids[:1, :9], use_cache=True)[CACHE_NAME]
+    rest = model(ids[:1, 9:], **{CACHE_NAME: cache}).logits
     assert (rest - logits[:1, 9:]).abs().max() < 1e-4
     changed = ids.clone()
     changed[:, 12] = (changed[:, 12] + 1) % 97
@@ -73,8 +76,90 @@ def test_a_decoder_stays_what_it_is(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_a_mixture_of_experts_stays_dense(family: str) -> None:
-    assert fitted(dense_model(family)).routed_layers == []
+def test_a_mixture_of_experts_cannot_route(family: str) -> None:
+    with pytest.raises(ValueError, match=r"no MLP of .* can route\. Of layers 3 to 4: "):
+        route_mlps(dense_model(family))
+
+
+def test_layers_with_experts_stay_dense() -> None:
+    config = AutoConfig.for_model(
+        "qwen3_moe", **{"head_dim": 8, "mlp_only_layers": [2, 4], "num_experts": 4, "num_experts_per_tok": 2} | SHAPE
+    )
+    model = fitted(AutoModelForCausalLM.from_config(config).eval())
+    assert model.routed_layers == model.config.routed_layers == [4]
+    assert 0 < savings.saved_share(model, 0.0) < 0.1
+
+
+def test_what_is_saved() -> None:
+    """γ follows from the share of the FLOPs to leave out; the MLPs of two of six layers leave out a third of theirs."""
+    dense = dense_model("llama")
+    model: Any = dtfcli.route_mlps(dense, save=0.1)
+    weights = sum(p.numel() for p in dense.model.layers.parameters() if p.ndim > 1) + dense.lm_head.weight.numel()
+    assert savings.dense_flops(model) == 2 * weights
+    mlp, narrow = 3 * 32 * 48, 3 * 32 * 6
+    assert model.capacity == pytest.approx(1 - 0.1 * weights / (2 * (mlp - 32 * 32 - narrow - 32)))
+    assert savings.saved_share(model) == pytest.approx(0.1)
+    assert dtfcli.convert(dense, routed_part="mlp").capacity == model.capacity
+    assert dtfcli.route_mlps(dense, save=0.05, architecture="layerdrop").config.layer_capacities() == {3: 0.0, 4: 1.0}
+    for refused in (0.3, -0.1):
+        with pytest.raises(ValueError, match=r"save = .*: routing 2 MLPs leaves out at most 1\d.\d %"):
+            dtfcli.route_mlps(dense, save=refused)
+
+
+@torch.no_grad()
+def test_back_to_the_dense_model() -> None:
+    dense = dense_model("gemma3_text")
+    again = dtfcli.to_dense(fitted(dense))
+    assert type(again) is type(dense)
+    assert type(again.config) is type(dense.config)
+    assert again.state_dict().keys() == dense.state_dict().keys()
+    assert torch.equal(again(tokens(2, 9)).logits, dense(tokens(2, 9)).logits)
+
+
+@torch.no_grad()
+def test_controls() -> None:
+    """A random score stays as it was drawn; layerdrop leaves out whole MLPs, in the order asked for."""
+    dense, ids = dense_model("llama"), tokens(8, 40)
+    fields: dict[str, Any] = {"routed_part": "mlp", "routed_layers": [1, 2, 3, 4]}
+    model: Any = dtfcli.convert(dense, "random", 0.6, **fields)
+    drawn = model.model.layers[1].mlp.router.weight.clone()
+    fit_routing(model, [{"input_ids": ids}])
+    assert torch.equal(model.model.layers[1].mlp.router.weight, drawn)
+    assert drawn.any()
+    with model.recorded() as records:
+        model(ids)
+    assert all(record.selected.float().mean() == pytest.approx(0.6, abs=0.02) for record in records)
+    model = dtfcli.convert(dense, "layerdrop", 0.5, layer_order=[3, 1, 2, 4], **fields)
+    fit_routing(model, [{"input_ids": ids}])
+    with model.recorded() as records:
+        model(ids)
+    assert {record.layer: record.selected.float().mean().item() for record in records} == {1: 1, 2: 0, 3: 1, 4: 0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"score": "surprise"}, "score = 'surprise': routed MLPs take 'forecast_error' alone"),
+        ({"bypass": "identity"}, "bypass = 'identity': routed MLPs take 'forecast'"),
+        ({"routing": "topk"}, "routing = 'topk': routed MLPs take 'threshold'"),
+        ({"routed_layer": [1]}, "routed_layer is not a field of a routed model. Did you mean 'routed_layers'?"),
+        ({"capacity": 1.5}, "capacity = 1.5: the share of tokens"),
+        ({"forecast_width": 1.0}, "forecast_width = 1.0: must be a share of neurons"),
+        ({"routed_layers": [9]}, "routed_layers = .9.: must be increasing layer indices from 0 to 5"),
+    ],
+)
+def test_fields_are_checked(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dtfcli.convert(dense_model("llama"), routed_part="mlp", **fields)
+
+
+def test_what_cannot_be_routed() -> None:
+    with pytest.raises(ValueError, match="its layers route already"):
+        route_mlps(route_mlps(dense_model("llama")))
+    with pytest.raises(ValueError, match="both say how much"):
+        route_mlps(dense_model("llama"), 0.1, capacity=0.5)
+    with pytest.raises(ValueError, match="language models of Transformers' own"):
+        route_mlps(dense_model("llama").model)
 
 
 def test_first_tokens_enter_and_shares_are_those_asked_for() -> None:

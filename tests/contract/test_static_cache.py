@@ -81,7 +81,7 @@ def test_static_is_dynamic(case: Case, device: torch.device, data: st.DataObject
     assert_static_is_dynamic(model_of(case, device), ids, prompt, mask, prompt + more + data.draw(st.integers(0, 9)))
 
 
-@on_devices([(EVERY_KEY, False), (Case("forecast error of an MLP", "qwen2"), False)], [EVERY_KEY])
+@on_devices([(EVERY_KEY, False), (Case("mod of an MLP", "qwen2"), False)], [EVERY_KEY])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_with_triton_kernels(case: Case, device: torch.device, rows: int, replays: Callable[[int], None]) -> None:
     """The kernels that read who enters; in Triton's interpreter where there is no GPU."""

@@ -127,7 +127,7 @@ TRAIN = [
     ),
     ("train quickstart training.router_warmup_steps=5", ["training.router_warmup_steps", "is gone", "Leave it out"]),
     ("train quickstart model.flops_share=0.8", ["model.flops_share", "is gone", "--sensitivity"]),
-    ("train quickstart model.routed_layers=auto", ["model.routed_layers = 'auto'", "'alternate' or a list"]),
+    ("train quickstart model.routed_layers=auto", ["model.routed_layers = 'auto'", "'alternate', 'inner' or a list"]),
     ("train --resume nowhere", ["nowhere: no run to resume"]),
     ("train --resume", ["outputs: no run to resume (there are none)"]),
     ("train --resume a b", ["--resume takes one run folder"]),

@@ -14,10 +14,10 @@ from tests.tiny import dense_model, pad, tokens
 pytestmark = pytest.mark.gpu
 
 FITTED = (
-    "surprise of an MLP, forecast",
-    "update size of an MLP",
+    "surprise, every key, forecast",
+    "update size, every key",
     "forecast error",
-    "layerdrop of an MLP, forecast",
+    "layerdrop, forecast",
 )
 TOLERANCE = 2e-2
 """Tokens at a threshold may fall on either side of it, and the layers above are fitted to what is left."""

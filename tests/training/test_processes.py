@@ -98,11 +98,11 @@ def test_two_processes_share_the_base_of_adapters(
 ) -> None:
     """LoRA under FSDP2: losses, the adapter folder and the merged model are those of one process.
 
-    The DTF routes its MLPs by a predicted cost, with forecasts that one process has fitted.
+    The DTF routes by a predicted cost, with forecasts that one process has fitted.
     """
     base = {"base": str(alone("dense").final_model_path)}
     if architecture == "dtf":
-        base |= {"score": "forecast_error", "bypass": "forecast", "routed_part": "mlp"}
+        base |= {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"}
     groups = {"model": base, "lora": {"enabled": True, "r": 4, "dropout": 0.0, "merge": True}}
     one = train(settings_of(tmp_path / "one", architecture, **groups))
     notes = train_in_two(tmp_path / "two", architecture, "fsdp2", **groups)
