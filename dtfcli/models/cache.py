@@ -221,11 +221,9 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         return torch.nn.functional.pad(order, (0, missing))[:, :count]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Not how a routed layer stores its tokens; see `append`."""
         raise NotImplementedError("a routed layer stores the tokens it routed through `append`")
 
     def get_seq_length(self) -> int:
-        """Positions seen."""
         return sum(part.shape[1] for part in self._parts)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -256,7 +254,6 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
             self._set_entered(change(entered))
 
     def reset(self) -> None:
-        """Forget everything."""
         self.keys = self.values = self.surprise = None
         self._parts, self._counts, self._stored, self.is_initialized = [], [], None, False
 
@@ -339,7 +336,6 @@ class RoutedCache(Cache):
         self.layers, self.static = [*growing], None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions; their number is negative, as in Transformers."""
         super().crop(tokens_to_remove)
         if self.static is not None and tokens_to_remove < 0:
             self.static.crop(-tokens_to_remove)
@@ -350,7 +346,6 @@ class RoutedCache(Cache):
             self.static.filled.copy_(self.static.filled.index_select(0, beam_idx.to(self.static.filled.device)))
 
     def reset(self) -> None:
-        """Forget everything."""
         self.to_dynamic()
         super().reset()
 

@@ -65,17 +65,22 @@ def calibrate_layer(
     Returns:
         The scores of all tokens of the passes, float32 [N], and the threshold, 0-d.
     """
-    scores = []
+    scores, is_token, sinks = [], [], []
     for state in passes:
-        nobody = torch.tensor(torch.inf, device=state.context.device)  # but sinks: the scores count
-        state.context.thresholds[index] = nobody
-        scores.append(stack.route(index, state, state.context)[1].scores)
+        context = state.context
+        nobody = torch.tensor(torch.inf, device=context.device)  # but sinks: the scores count
+        context.thresholds[index] = nobody
+        scores.append(stack.route(index, state, context)[1].scores.flatten())
+        everyone = torch.ones_like(scores[-1], dtype=torch.bool)
+        is_token.append(everyone if context.is_token is None else context.is_token.flatten())
+        sinks.append(~everyone if context.sinks is None else context.sinks.flatten())
+    pooled = torch.cat(scores)
     share = stack.config.layer_capacities()[index] if capacity is None else capacity
-    threshold = _pooled_threshold(scores, share, [state.context for state in passes])
+    threshold = share_threshold(pooled, share, torch.cat(is_token), torch.cat(sinks))
     stack.routers[index].set_threshold(mode, capacity, threshold)
     for state in passes:
         state.context.thresholds[index] = threshold
-    return torch.cat([score.flatten() for score in scores]), threshold
+    return pooled, threshold
 
 
 def passes_at(states: Sequence[Any], mode: str, capacity: float | None) -> list[Any]:
@@ -88,19 +93,3 @@ def passes_at(states: Sequence[Any], mode: str, capacity: float | None) -> list[
         context = replace(state.context, mode=mode, capacities=capacities, thresholds={})
         passes.append(replace(state, context=context, prior_errors=[], records=[]))
     return passes
-
-
-def _pooled_threshold(scores: list[Tensor], capacity: float, contexts: list[RoutingContext]) -> Tensor:
-    """The threshold that routes the share γ of the tokens of several batches together."""
-    is_token = [_all_if_none(context.is_token, x, True) for context, x in zip(contexts, scores, strict=True)]
-    sinks = [_all_if_none(context.sinks, x, False) for context, x in zip(contexts, scores, strict=True)]
-    return share_threshold(_one_row(scores), capacity, _one_row(is_token), _one_row(sinks))
-
-
-def _one_row(tensors: list[Tensor]) -> Tensor:
-    """[B, T] tensors of several batches as one row."""
-    return torch.cat([tensor.flatten() for tensor in tensors]).unsqueeze(0)
-
-
-def _all_if_none(mask: Tensor | None, like: Tensor, value: bool) -> Tensor:
-    return torch.full_like(like, value, dtype=torch.bool) if mask is None else mask

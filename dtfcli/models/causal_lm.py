@@ -111,7 +111,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
 
     def _losses(
         self, outputs: RoutedModelOutput, head: Tensor, labels: Tensor, num_items_in_batch: Tensor | float | None
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Any]:
         """The language-model loss, the auxiliary ones, and as "loss" what training minimizes: their weighted sum."""
         assert outputs.last_hidden_state is not None
         hidden_states = for_head(outputs.last_hidden_state, self.config)
@@ -284,11 +284,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         }
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        """Refuse Transformers' continuous batching, `generate_batch` included: its paged cache fits no routed layer.
-
-        Raises:
-            ValueError: always; says why, and what to use instead.
-        """
+        """Refuse Transformers' continuous batching, `generate_batch` included, with the reason and the remedy."""
         raise ValueError(
             "continuous batching (init_continuous_batching, generate_batch) does not work with routed models: its "
             "paged cache holds every token in every layer, a routed layer only those that it routed. Use "

@@ -18,11 +18,6 @@ else:
 
 ROUTING_MODES = ("threshold", "predictor", "topk")
 CAUSAL_MODES = ("threshold", "predictor")
-GATES = ("straight_through", "soft")
-MOD_GATES = ("sigmoid", "raw")
-KV_TOKENS = ("routed", "all")
-PARTS = ("block", "mlp")
-BYPASSES = ("identity", "forecast")
 
 
 @dataclass(frozen=True)
@@ -261,11 +256,11 @@ _POSITIVE = (lambda value: value > 0.0), "must be positive (it enters a logarith
 
 _RULES: dict[str, Rule] = {
     "routing": _one_of(ROUTING_MODES),
-    "gate": _one_of(GATES),
-    "mod_gate": _one_of(MOD_GATES),
-    "kv_tokens": _one_of(KV_TOKENS),
-    "routed_part": _one_of(PARTS),
-    "bypass": _one_of(BYPASSES),
+    "gate": _one_of(("straight_through", "soft")),
+    "mod_gate": _one_of(("sigmoid", "raw")),
+    "kv_tokens": _one_of(("routed", "all")),
+    "routed_part": _one_of(("block", "mlp")),
+    "bypass": _one_of(("identity", "forecast")),
     "explore": ((lambda value: 0.0 <= value <= 1.0), "must be a share from 0 to 1"),
     "forecast_loss_weight": _COUNT,
     "forecast_maps": ((lambda value: value >= 1), "must be 1 or more"),

@@ -74,7 +74,7 @@ class RoutingContext:
         return values.pop() if len(values) == 1 else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StaticContext(RoutingContext):
     """The context of a token of each row on top of a static cache: all shapes are the same in every pass.
 
@@ -83,8 +83,8 @@ class StaticContext(RoutingContext):
         position: int64 [1], the position of the new ones.
     """
 
-    filled: Tensor = field(kw_only=True)
-    position: Tensor = field(kw_only=True)
+    filled: Tensor
+    position: Tensor
 
     def visible(self, window: int | None) -> Tensor:
         """Which of the cache's positions the new tokens attend to, bool [B, 1, 1, N]."""

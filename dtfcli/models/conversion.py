@@ -170,10 +170,10 @@ def _checked_config(config_class: type[Any], dense_config: Any, config_fields: d
 
 def _config_values(config: Any) -> dict[str, Any]:
     values = config.to_dict()
-    for name in (*ROUTING_FIELD_NAMES, "model_type", "architectures", "transformers_version", "auto_map"):
+    # A GGUF base was dequantized while loading: its quantization_config would forbid saving.
+    of_source = ("model_type", "architectures", "transformers_version", "auto_map", "quantization_config")
+    for name in (*ROUTING_FIELD_NAMES, *of_source):
         values.pop(name, None)
-    # A GGUF base was dequantized while loading; the entry would forbid saving.
-    values.pop("quantization_config", None)
     values["attn_implementation"] = config._attn_implementation
     return values
 

@@ -80,8 +80,7 @@ def _updates(stack: Any, index: int, passes: Sequence[Any]) -> tuple[Tensor, Ten
     before, after, counted = [], [], []
     for state in passes:
         context = state.context
-        rows, tokens = context.shape
-        everyone = torch.ones(rows, tokens, dtype=torch.bool, device=context.device)
+        everyone = torch.ones(context.shape, dtype=torch.bool, device=context.device)
         is_token = everyone if context.is_token is None else context.is_token
         capacities = {**context.capacities, index: 1.0}
         context = replace(context, capacities=capacities, chosen={index: is_token}, shows_updates=True)

@@ -5,8 +5,9 @@
     PlacedKeys  the same, without looking at the device: for all rows, with a mask for what they do not store
     EveryKey    of all tokens, routed or not (`kv_tokens = "all"`)
 
-The stock attention asks its cache for keys and values through `update`; these objects answer. A layer with a sliding
-window sees so many positions back, routed or not: what counts is where tokens stand in the text, not in which slot.
+The stock attention takes these objects for its cache and asks them for keys and values through `update`. A layer with
+a sliding window sees so many positions back, routed or not: what counts is where tokens stand in the text, not in
+which slot.
 
 Shape suffixes: R rows that route something, K slots, H key/value heads, S keys, E size of a head.
 """
@@ -51,14 +52,13 @@ class OwnKeys:
 
     window: int | None = field(default=None, kw_only=True)
 
-    @property
-    def as_cache(self) -> Any:
-        """What to pass to the block as its cache; None: the block's own keys are all there is."""
-        return None
-
     def of_rows(self, rows: list[int], slots: Slots) -> "OwnKeys":
         """Those that the rows of a group attend to."""
         return self
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Called by the attention with the keys and values of the slots, [R, H, K, E]; returns [R, H, S, E] each."""
+        return keys, values
 
     def visible(self, slots: Slots, context: Any) -> Tensor | None:
         """Which keys each slot may attend to, bool [R, 1, K, S]; None: plain causal attention."""
@@ -109,15 +109,10 @@ class StoredKeys(OwnKeys):
     counts: list[int]
     rows: list[int] = field(default_factory=list)
 
-    @property
-    def as_cache(self) -> "StoredKeys":
-        return self
-
     def of_rows(self, rows: list[int], slots: Slots) -> "StoredKeys":
         return replace(self, rows=rows)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Called by the attention with the keys and values of the slots, [R, H, K, E]."""
         return self.store.append(keys, values, self.rows, [self.counts[row] for row in self.rows])
 
     def visible(self, slots: Slots, context: Any) -> Tensor | None:
@@ -140,24 +135,18 @@ class PlacedKeys(OwnKeys):
 
     Attributes:
         store: as there.
-        slots: of the tokens that come.
+        routed: bool [B, K], which slots of the tokens that come are not free.
     """
 
     store: RoutedLayerCache
-    slots: Slots | None = None
-
-    @property
-    def as_cache(self) -> "PlacedKeys":
-        return self
+    routed: Tensor | None = None
 
     def of_rows(self, rows: list[int], slots: Slots) -> "PlacedKeys":
-        return replace(self, slots=slots)
+        return replace(self, routed=slots.routed)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Called by the attention with the keys and values of the slots, [B, H, K, E]."""
-        assert self.slots is not None, "the slots of a group are known before its attention runs"
-        assert self.slots.routed is not None, "without a look, any slot may be free"
-        return self.store.place(keys, values, self.slots.routed)
+        assert self.routed is not None, "without a look, any slot may be free"
+        return self.store.place(keys, values, self.routed)
 
     def visible(self, slots: Slots, context: Any) -> Tensor | None:
         if self.store.most == 0 and not self.slides(context):
@@ -184,10 +173,6 @@ class EveryKey(OwnKeys):
     values: Tensor
     offered: Tensor | None = None
 
-    @property
-    def as_cache(self) -> "EveryKey":
-        return self
-
     def of_rows(self, rows: list[int], slots: Slots) -> "EveryKey":
         if slots.rows is None:
             return self
@@ -196,8 +181,7 @@ class EveryKey(OwnKeys):
         return replace(self, keys=keys, values=values, offered=offered)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Called by the attention; the slots' own keys are among those that are here already."""
-        return self.keys, self.values
+        return self.keys, self.values  # the slots' own are among them
 
     def visible(self, slots: Slots, context: Any) -> Tensor | None:
         if isinstance(context, StaticContext):

@@ -82,10 +82,7 @@ class RoutedLayerMixin(StockLayer):
     ) -> tuple[Tensor, Scores, Tensor | None]:
         """What is compared with thresholds, float32 [B, T]; the router's scores; the predictor's logits, if used."""
         device = hidden_states.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                scores = self.router(hidden_states, below, context, store)
-        else:
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             scores = self.router(hidden_states, below, context, store)
         logits = None
         if self.predictor is not None and (self.training or context.mode == "predictor"):
@@ -245,7 +242,7 @@ class RoutedLayerMixin(StockLayer):
                 x_RKD,
                 attention_mask=keys.mask(x_RKD, slots, context, self.config),
                 position_embeddings=(cos, sin),
-                **{CACHE_NAME: keys.as_cache},
+                **{CACHE_NAME: keys},
                 **inputs.more,
             )
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .outputs import RoutedModelOutput
-from .router import Router, predictor_loss
+from .router import Router, selection_loss
 from .routing import masked_mean
 
 IGNORE_INDEX = -100
@@ -203,7 +203,7 @@ def auxiliary_losses(
     records = outputs.routing or ()
     terms = [term for record in records for term in routers[record.layer].loss(record, outputs.is_token)]
     terms += [
-        config.predictor_loss_weight * predictor_loss(record.predictor_logits, record.selected, outputs.is_token)
+        config.predictor_loss_weight * selection_loss(record.predictor_logits, record.selected, outputs.is_token)
         for record in records
         if record.predictor_logits is not None
     ]

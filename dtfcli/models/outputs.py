@@ -1,12 +1,10 @@
 """What a routed model returns beyond the stock outputs."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
-from transformers.utils import ModelOutput
-
-from .cache import CACHE_NAME
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
 class RoutingRecord(NamedTuple):
@@ -48,7 +46,7 @@ class RoutingRecord(NamedTuple):
 
 
 @dataclass
-class RoutedModelOutput(ModelOutput):
+class RoutedModelOutput(BaseModelOutputWithPast):
     """Output of the stack without its head.
 
     Attributes:
@@ -58,13 +56,6 @@ class RoutedModelOutput(ModelOutput):
         positions: int64 [B or 1, T], rotary positions: real tokens counted from 0.
     """
 
-    last_hidden_state: Tensor | None = None
-    if CACHE_NAME == "cache":
-        cache: Any = None  # `past_key_values` is a property of every ModelOutput then
-    else:
-        past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     prior_errors: tuple[Tensor, ...] | None = None
     routing: tuple[RoutingRecord, ...] | None = None
     is_token: Tensor | None = None
@@ -73,7 +64,7 @@ class RoutedModelOutput(ModelOutput):
 
 
 @dataclass
-class RoutedCausalLMOutput(ModelOutput):
+class RoutedCausalLMOutput(CausalLMOutputWithPast):
     """Output of a routed causal language model.
 
     Attributes:
@@ -87,14 +78,6 @@ class RoutedCausalLMOutput(ModelOutput):
         routing: a `RoutingRecord` for each routed layer, when `output_routing` asks for it.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    if CACHE_NAME == "cache":
-        cache: Any = None  # `past_key_values` is a property of every ModelOutput then
-    else:
-        past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
     prior_loss: Tensor | None = None
     router_loss: Tensor | None = None

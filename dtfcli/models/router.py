@@ -167,6 +167,6 @@ class TopKPredictor(nn.Module):
         return self.w_out(nn.functional.silu(self.w_in(hidden_states.detach()))).squeeze(-1).float()
 
 
-def predictor_loss(logits: Tensor, selected: Tensor, is_token: Tensor | None) -> Tensor:
-    """Cross-entropy of the predictor's logits against who entered, [B, T] each → 0-d."""
+def selection_loss(logits: Tensor, selected: Tensor, is_token: Tensor | None) -> Tensor:
+    """Cross-entropy of scores or a predictor's logits against who entered, [B, T] each → 0-d."""
     return masked_mean(binary_cross_entropy_with_logits(logits, selected.float(), reduction="none"), is_token)

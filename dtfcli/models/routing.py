@@ -171,9 +171,9 @@ def share_threshold(
     host synchronization.
 
     Args:
-        scores: float32 [B, T].
+        scores: float32 [B, T], or [N] of several batches.
         capacity: γ in [0, 1].
-        is_token, sinks: as in `select_topk`.
+        is_token, sinks: as in `select_topk`, in the shape of the scores.
 
     Returns:
         float32, 0-d.

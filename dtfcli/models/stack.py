@@ -30,6 +30,7 @@ from .outputs import RoutedModelOutput, RoutingRecord
 from .pretrained import DynamicPreTrainedMixin
 from .router import Router
 from .routing import slots_per_row
+from .static import StaticState
 from .stock import StockStack
 from .triton_kernels import available
 
@@ -118,10 +119,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         """Run the stack.
 
         Args:
-            input_ids: int64 [B, T]; or inputs_embeds [B, T, D].
-            attention_mask: [B, T], 0 for padding on either side.
             position_ids: [B or 1, T]; by default real tokens are counted from 0.
-            past_key_values, cache: the same under its two names, a `RoutedCache`; None: with `use_cache` a new one.
+            input_ids, attention_mask, inputs_embeds, past_key_values, cache: as of the language model.
         """
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache and not self.training and self.config.routing != "topk":
@@ -260,8 +259,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         padding_mask = None if attention_mask is None else attention_mask.bool().to(device)
         if cache is not None and cache.length is not None:
             if tokens == 1 and past:
-                cache.to_static(None if padding_mask is None else padding_mask[:, :past])
-                return self._prepare_static(inputs_embeds, position_ids, cache)
+                static = cache.to_static(None if padding_mask is None else padding_mask[:, :past])
+                return self._prepare_static(inputs_embeds, position_ids, cache, static)
             cache.to_dynamic()
         if padding_mask is not None and self._has_no_padding(padding_mask, tokens, syncs):
             padding_mask = None
@@ -296,10 +295,11 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             lambda kind: self._mask(kind, inputs_embeds, padding_mask, cache, given_positions, syncs),
         )
 
-    def _prepare_static(self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: RoutedCache) -> ForwardState:
+    def _prepare_static(
+        self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: RoutedCache, static: StaticState
+    ) -> ForwardState:
         """A token of each row, [B, 1, D], on top of a static cache."""
-        assert cache.static is not None, "`to_static` was called"
-        filled = cache.static.filled.index_fill_(1, cache.static.position, True)
+        filled = static.filled.index_fill_(1, static.position, True)
         if position_ids is None:
             position_ids = filled.sum(1, keepdim=True) - 1
         context = StaticContext(
@@ -312,7 +312,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             slots_per_row=dict.fromkeys(self.routed, 1),
             triton_kernels=self.triton_kernels,
             filled=filled,
-            position=cache.static.position,
+            position=static.position,
         )
 
         def mask(kind: str) -> Tensor:
@@ -330,26 +330,17 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         mask: Callable[[str], Any],
     ) -> ForwardState:
         """A batch with all that its layers will ask for."""
+        # Now, because a compiled layer cannot enter the lock of a cached property (Python 3.11).
         _ = context.is_token, context.sinks, context.shared_capacity
         next(iter(self.routers.values())).prepare(context)
-        layer_inputs = self._inputs(inputs_embeds, position_ids, cache, mask)
-        return ForwardState(self._scaled(inputs_embeds), context, layer_inputs, position_ids)
-
-    def _scaled(self, inputs_embeds: Tensor) -> Tensor:
-        """Embeddings as the first layer takes them; Granite scales them."""
-        scale = getattr(self.config, "embedding_multiplier", None)
-        return inputs_embeds if scale is None else inputs_embeds * scale
-
-    def _inputs(
-        self, inputs_embeds: Tensor, position_ids: Tensor, cache: RoutedCache | None, mask: Callable[[str], Any]
-    ) -> dict[str, dict[str, Any]]:
-        """What layers take besides hidden states, for each kind of attention there is."""
-        inputs = {}
+        layer_inputs = {}
         for kind in set(self.kinds):
             by_kind = (kind,) if self.rotary_by_kind else ()
             embeddings = self.rotary_emb(inputs_embeds, position_ids, *by_kind)
-            inputs[kind] = {"attention_mask": mask(kind), CACHE_NAME: cache, "position_embeddings": embeddings}
-        return inputs
+            layer_inputs[kind] = {"attention_mask": mask(kind), CACHE_NAME: cache, "position_embeddings": embeddings}
+        scale = getattr(self.config, "embedding_multiplier", None)  # Granite scales its embeddings
+        hidden_states = inputs_embeds if scale is None else inputs_embeds * scale
+        return ForwardState(hidden_states, context, layer_inputs, position_ids)
 
     def _has_no_padding(self, padding_mask: Tensor, tokens: int, syncs: bool) -> bool:
         """Whether a mask, bool [B, S + T], can be left out. `generate` always gives one, mostly for nothing.

@@ -69,11 +69,6 @@ class StaticState:
         self.length += 1
         return logits
 
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """What a step changes besides keys and values."""
-        return self.position, self.filled
-
 
 class StaticLayerCache(CacheLayerMixin):
     """Keys and values of N positions in tensors that stay where they are.
@@ -94,7 +89,9 @@ class StaticLayerCache(CacheLayerMixin):
         super().__init__()
         self.state = state
         self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values = (_enlarged(part, size) for part in (keys, values))
+        # Zeros where nothing is filled: a masked key may be anything but NaN.
+        missing = (0, 0, 0, size - keys.shape[2])
+        self.keys, self.values = (torch.nn.functional.pad(part, missing) for part in (keys, values))
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -111,7 +108,6 @@ class StaticLayerCache(CacheLayerMixin):
         return self.keys[:, :, : self.state.length], self.values[:, :, : self.state.length]
 
     def get_seq_length(self) -> int:
-        """Positions seen."""
         return self.state.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -151,14 +147,6 @@ def static_layers(layers: list[Any], length: int, seen: Tensor | None) -> tuple[
     return [StaticLayerCache(layer.keys, layer.values, length, state) for layer in layers], state
 
 
-def _enlarged(part: Tensor, size: int) -> Tensor:
-    """[B, H, S, E] → [B, H, N, E]; zeros where nothing is filled: a masked key may be anything but NaN."""
-    batch, heads, length, width = part.shape
-    enlarged = part.new_zeros(batch, heads, size, width)
-    enlarged[:, :, :length] = part
-    return enlarged
-
-
 class EnteredRows(TorchFunctionMode):
     """Where no row enters a layer, linear maps inside of it read no weights and give zeros, which nobody uses.
 
@@ -191,18 +179,24 @@ class StepGraph:
         self, step: Callable[[Tensor, Tensor], Tensor], state: StaticState, ids: Tensor, positions: Tensor
     ) -> None:
         self.ids, self.positions = ids.clone(), positions.clone()
-        before, length = [tensor.clone() for tensor in state.tensors], state.length
+        position, filled, length = state.position.clone(), state.filled.clone(), state.length
+
+        def restore() -> None:
+            state.position.copy_(position)
+            state.filled.copy_(filled)
+            state.length = length
+
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):  # kernels are compiled and libraries take their memory: a capture allows neither
                 step(self.ids, self.positions)
-                _restore(state, before, length)
+                restore()
         torch.cuda.current_stream().wait_stream(aside)
         self._recorded = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._recorded):
             self.logits = step(self.ids, self.positions)
-        _restore(state, before, length)
+        restore()
 
     def replay(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [B, 1, V] of the next token."""
@@ -210,9 +204,3 @@ class StepGraph:
         self.positions.copy_(positions)
         self._recorded.replay()
         return self.logits.clone()  # the next token overwrites them
-
-
-def _restore(state: StaticState, before: list[Tensor], length: int) -> None:
-    for tensor, value in zip(state.tensors, before, strict=True):
-        tensor.copy_(value)
-    state.length = length

@@ -288,7 +288,6 @@ class SurpriseRouter(Router):
         return surprise_scores(static, change, moving_average(history, context.shared["recent"]), of)
 
     def scalars(self) -> dict[str, float]:
-        """The four scalars of the thesis, for reports."""
         return {
             "o_ce": exp(self.log_o_ce.item()),
             "m_cu": exp(self.log_m_cu.item()),

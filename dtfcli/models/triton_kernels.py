@@ -19,7 +19,7 @@ Shape suffixes: M rows of hidden states, K their size, N outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from math import ceil
 from typing import Any
 
@@ -41,11 +41,6 @@ def _jitted(function: Callable[..., None]) -> Any:
 
 _INTERPRETED = triton is not None and not isinstance(tl.sum, triton.JITFunction)
 """Whether kernels run in the interpreter: Triton's own functions became what they are when it was imported."""
-
-
-def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launches go to the current device. torch has the same, which `torch.compile` cannot trace."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def available(tensor: Tensor) -> bool:
@@ -88,7 +83,8 @@ def counted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, count: Tensor
     if y.numel() == 0:
         return y
     strides = (*x.stride(), *weight.stride())
-    with _device_of(x):
+    # Launches go to the current device. torch has a context for it, too, which `torch.compile` cannot trace.
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         if rows == 1:
             vector = _vector_blocks(width, size)
             grid: tuple[int, ...] = (ceil(width / vector["BLOCK_N"]),)
