@@ -142,10 +142,10 @@ class RoutingFields:
         "Tokens that skip pass unchanged (identity), or take a linear forecast of the update (forecast).",
     )
     forecast_maps: int = _option(
-        1, "Linear maps of a forecast, one for each cluster of directions that tokens have (routed MLPs)."
+        8, "Linear maps of a forecast, one for each cluster of directions that tokens have (routed MLPs)."
     )
     forecast_width: Number = _option(
-        0.125, "Share of the MLP's neurons that the forecast computes besides its linear map (routed MLPs)."
+        0.04, "Share of the MLP's neurons that the forecast computes besides its linear map (routed MLPs)."
     )
     forecast_loss_weight: Number = _option(
         10.0, "Weight of the forecast's relative squared error, mean over routed layers; 0: the language model alone."

@@ -4,7 +4,8 @@ For x̃, which the MLP of a layer takes (behind its norm), one token at a time:
 
     s = w · x̃                                       the score, float32: the predicted error of the forecast
     y = MLP(x̃)                    where s > τ(γ)    the token enters
-    y = W x̃ + MLP'(x̃)             elsewhere         the forecast; MLP' has a few of the neurons of the MLP
+    y = W x̃ + A_j B_j x̃ + MLP'(x̃)  elsewhere        the forecast; j is the cluster of the token's direction, and
+                                                   MLP' has a few of the neurons of the MLP
 
 An MLP knows no positions, no rows and no cache, so this is a function of one token: causal, and the same for every
 batch, padding, chunk and cache. The rest of the model stays stock. Backbone parameters keep their names, and each class
@@ -32,16 +33,19 @@ GRID = 32
 class MLPRouter(nn.Module):
     """The score w · x̃ of a token and its thresholds; float32, and every number one that bfloat16 has.
 
-    A server that casts all parameters to bfloat16 then routes as Transformers does.
+    A server that casts all to bfloat16 then routes as Transformers does.
 
     Attributes:
         weight: w, float32 [D]; of a random router as it was drawn.
-        thresholds: τ, float32 [1 + len(CAPACITY_GRID)]: at the model's own γ, then on the grid.
+        shares: of the tokens that enter this layer at the γ of the grid, float32 [GRID + 1]. Layers share γ as the
+            survey of `mlp_fitting` finds best; their mean is γ.
+        thresholds: τ at the γ of the grid, each a sum of two numbers, float32 [2, GRID + 1]; NaN: not fitted.
+        current: γ in use and its threshold, float32 0-d; None: to be looked up.
     """
 
-    thresholds: Tensor
-
     weight: Tensor
+    shares: Tensor
+    thresholds: Tensor
 
     def __init__(self, size: int, random: bool = False) -> None:
         super().__init__()
@@ -50,35 +54,65 @@ class MLPRouter(nn.Module):
             self.register_buffer("weight", weight)
         else:
             self.weight = nn.Parameter(weight)
-        self.register_buffer("thresholds", torch.empty(GRID + 1, dtype=torch.float32))
+        self.register_buffer("shares", torch.empty(GRID + 1, dtype=torch.float32))
+        self.register_buffer("thresholds", torch.empty(2, GRID + 1, dtype=torch.float32))
+        self.current: tuple[float, Tensor] | None = None
 
     def reset_parameters(self) -> None:
         """Forget all; a random router draws its weight."""
         nn.init.normal_(self.weight, std=float(self.random))
         self.weight.copy_(like_bfloat16(self.weight))
         nn.init.constant_(self.thresholds, torch.nan)
+        self.shares.copy_(torch.arange(GRID + 1) / GRID)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] → scores, float32 [N]."""
         return x.float() @ self.weight.float()
 
     def threshold(self, capacity: float) -> Tensor:
-        """τ(γ), float32 0-d, interpolated on the grid; NaN where nothing was fitted."""
-        low = min(int(capacity * GRID), GRID - 1)
-        return torch.lerp(self.thresholds[low].float(), self.thresholds[low + 1].float(), capacity * GRID - low)
+        """τ(γ), float32 0-d.
 
-    def measure(self, scores: Tensor, capacities: Iterable[float] | None = None) -> None:
-        """Keep the (1 − γ) quantiles of scores [N] as τ(γ) of the whole grid."""
+        Raises:
+            RuntimeError: nothing was fitted.
+        """
+        if self.current is None or self.current[0] != capacity:
+            threshold = interpolated(self.thresholds.float().sum(0), capacity)
+            if bool(threshold.isnan()):
+                raise RuntimeError(
+                    "routed MLPs are not fitted to text: `dtf convert` does it, or `fit_routing(model, batches)`"
+                )
+            self.current = (capacity, threshold)
+        return self.current[1]
+
+    def measure(self, scores: Tensor) -> None:
+        """Keep the quantiles of scores [N] that let the layer's shares of the tokens enter as thresholds."""
         ordered = scores.sort(descending=True).values
-        for place in range(GRID + 1):
-            count = round(place / GRID * len(ordered))
+        for place, share in enumerate(self.shares.tolist()):
+            count = round(share * len(ordered))
             around = torch.tensor([count - 1, count], device=scores.device).clamp(0, len(ordered) - 1)
-            self.thresholds[place] = like_bfloat16(ordered[around].mean())
+            threshold = ordered[around].mean()
+            self.thresholds[0, place] = like_bfloat16(threshold)
+            self.thresholds[1, place] = like_bfloat16(threshold - self.thresholds[0, place])
+        self.current = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MLPRouter":
+        self.current = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.current = None
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def like_bfloat16(x: Tensor) -> Tensor:
     """The nearest numbers that bfloat16 has, float32."""
     return x.to(torch.bfloat16).float()
+
+
+def interpolated(table: Tensor, capacity: float) -> Tensor:
+    """The value at γ of a table over the grid, float32 [GRID + 1] → 0-d."""
+    low = min(int(capacity * GRID), GRID - 1)
+    return torch.lerp(table[low].float(), table[low + 1].float(), capacity * GRID - low)
 
 
 class MLPForecast(nn.Module):
@@ -99,7 +133,7 @@ class MLPForecast(nn.Module):
         self.narrow = narrowed(mlp, size, width) if width else None
         self.maps = maps
         if maps > 1:
-            rank = max(1, size // 12)
+            rank = max(1, size // 16)
             self.centers = nn.Parameter(torch.empty(maps, size))
             self.down = nn.Parameter(torch.empty(maps, rank, size))
             self.up = nn.Parameter(torch.empty(maps, size, rank))
@@ -165,7 +199,6 @@ class RoutedMLP(nn.Module):
         router, forecast: of this layer.
         layer_idx: of the layer.
         capacity: γ in use.
-        is_fitted: whether the router's thresholds have been seen to be numbers.
         instead: what to do in place of the usual; fitting and calibration ask for it.
         records: scores [B, T] of each pass while somebody wants them; None: nobody does.
     """
@@ -174,7 +207,6 @@ class RoutedMLP(nn.Module):
     forecast: MLPForecast
     layer_idx: int
     capacity: float
-    is_fitted: bool
     instead: "Callable[[RoutedMLP, Tensor], Tensor] | None"
     records: "list[MLPRecord] | None"
 
@@ -187,7 +219,7 @@ class RoutedMLP(nn.Module):
         forecast = MLPForecast(mlp, config.hidden_size, width, config.forecast_maps)
         mlp.__class__ = type(f"Routed{stock.__name__}", (cls, stock), {"__module__": __name__})
         mlp.router, mlp.forecast = MLPRouter(config.hidden_size, config.architecture == "random"), forecast
-        vars(mlp).update(layer_idx=layer_idx, capacity=capacity, is_fitted=False, instead=None, records=None)
+        vars(mlp).update(layer_idx=layer_idx, capacity=capacity, instead=None, records=None)
 
     def compute(self, x: Tensor) -> Tensor:
         """The MLP itself, for all tokens."""
@@ -211,26 +243,20 @@ class RoutedMLP(nn.Module):
         """Which tokens enter, bool [N], by their scores [N]."""
         if self.capacity in (0.0, 1.0):
             return torch.full_like(scores, self.capacity, dtype=torch.bool)
-        if not self.is_fitted:
-            if bool(self.router.thresholds.isnan().any()):
-                raise RuntimeError(
-                    f"layer {self.layer_idx}: its router is not fitted to text; `dtf convert` and "
-                    "`dtfcli.models.mlp_fitting.fit_routing` do it"
-                )
-            self.is_fitted = True
         return scores > self.router.threshold(self.capacity)
 
-    def route(self, x: Tensor, enters: Tensor) -> Tensor:
-        """The MLP where tokens enter, else the forecast; [N, D], bool [N] → [N, D]."""
+    def route(self, x: Tensor, enters: Tensor, computed: Tensor | None = None) -> Tensor:
+        """The MLP where tokens enter, else the forecast; [N, D], bool [N] → [N, D]; `computed`: MLP(x), where known."""
         entering = enters.nonzero().squeeze(1)  # the one synchronization
         if len(entering) == len(x):
-            return self.compute(x)
+            return self.compute(x) if computed is None else computed
         if len(entering) == 0 and not torch.is_grad_enabled():
             return self.forecast(x)
         skipping = (~enters).nonzero().squeeze(1)
         forecast = self.forecast(x.index_select(0, skipping))
-        computed = self.compute(x.index_select(0, entering)).to(forecast.dtype)
-        return forecast.new_empty(x.shape).index_copy(0, skipping, forecast).index_copy(0, entering, computed)
+        entered = self.compute(x.index_select(0, entering)) if computed is None else computed.index_select(0, entering)
+        y = forecast.new_empty(x.shape).index_copy(0, skipping, forecast)
+        return y.index_copy(0, entering, entered.to(forecast.dtype))
 
 
 class MLPRecord(NamedTuple):
@@ -407,16 +433,24 @@ class RoutedCausalLM(RoutedBase):
         mask = torch.cat([each.to(self.device) for each in masks]).bool()
         first = mask & (mask.long().cumsum(1) == 1)
         padded = {} if bool(mask.all()) else {"attention_mask": mask}
-        mlps, was_training = routed_mlps(self).values(), self.training
+        was_training = self.training
         self.eval()
-        for mlp in mlps:
-            mlp.instead = lambda mlp, x: instead(mlp, x, mask, first)
         try:
-            self.get_decoder()(input_ids=ids, use_cache=False, **padded)
+            with self.replaced(lambda mlp, x: instead(mlp, x, mask, first)):
+                self.get_decoder()(input_ids=ids, use_cache=False, **padded)
         finally:
-            for mlp in mlps:
-                mlp.instead = None
             self.train(was_training)
+
+    @contextmanager
+    def replaced(self, instead: Callable[[RoutedMLP, Tensor], Tensor]) -> Iterator[None]:
+        """Routed MLPs do something else inside of a `with` block: a function of the MLP and x̃, [..., D] → [..., D]."""
+        for mlp in routed_mlps(self).values():
+            mlp.instead = instead
+        try:
+            yield
+        finally:
+            for mlp in routed_mlps(self).values():
+                mlp.instead = None
 
 
 def routed_classes(stock: type[Any]) -> type[Any]:

@@ -12,7 +12,7 @@ from dtfcli.models import savings
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.conversion import route_mlps
 from dtfcli.models.mlp_fitting import fit_routing
-from dtfcli.models.modeling_routed_mlp import routed_mlps
+from dtfcli.models.modeling_routed_mlp import interpolated, routed_mlps
 from tests.tiny import SHAPE, tokens
 
 FAMILIES = [
@@ -162,13 +162,17 @@ def test_what_cannot_be_routed() -> None:
         route_mlps(dense_model("llama").model)
 
 
-def test_first_tokens_enter_and_shares_are_those_asked_for() -> None:
-    model = fitted(dense_model("llama"))
+def test_shares_are_those_that_were_asked_for() -> None:
+    model: Any = route_mlps(dense_model("llama"), capacity=0.6)
+    fit_routing(model, [{"input_ids": tokens(600, 20)}])  # scores of a random model go together within a row
     with model.recorded() as records, torch.no_grad():
-        model(tokens(64, 40, seed=2))
+        model(tokens(600, 20, seed=2))
     assert {record.layer for record in records} == set(routed_mlps(model))
+    mlps = routed_mlps(model)
     for record in records:
-        assert record.selected.float().mean() == pytest.approx(0.6, abs=0.05)
+        share = float(interpolated(mlps[record.layer].router.shares, 0.6))
+        assert record.selected.float().mean() == pytest.approx(share, abs=0.05)
+    assert torch.stack([r.selected.float().mean() for r in records]).mean() == pytest.approx(0.6, abs=0.03)
 
 
 def test_activations_that_are_not_finite_name_the_layer() -> None:
