@@ -87,7 +87,7 @@ def tiny(family: str) -> Any:
     """A small random model whose MLPs route."""
     config = AutoConfig.for_model(family, **SHAPE | {"hidden_size": 128, "intermediate_size": 192})
     torch.manual_seed(0)
-    model: Any = route_mlps(AutoModelForCausalLM.from_config(config).eval(), 0.6, forecast_maps=2)
+    model: Any = route_mlps(AutoModelForCausalLM.from_config(config).eval(), capacity=0.6, forecast_maps=2)
     fit_routing(model, [{"input_ids": tokens(32, 64)}])
     return model
 
@@ -106,8 +106,8 @@ def dense(smollm2_gguf: str) -> PreTrainedModel:  # noqa: F811
 
 def fitted(dense: PreTrainedModel, tokenizer: Any, novels: Path, capacity: float) -> Any:
     """A real model whose MLPs route, of its own tensors."""
-    model: Any = route_mlps(dense, capacity, copy=True)
-    rows = torch.tensor(novel_rows(tokenizer, novels / "train.parquet", 48, 256))
+    model: Any = route_mlps(dense, capacity=capacity, copy=True)
+    rows = torch.tensor(novel_rows(tokenizer, novels / "train.parquet", 24, 256))
     fit_routing(model, [{"input_ids": rows}])
     return model
 
