@@ -25,7 +25,7 @@ LEVELS = [
         "cost",
         "training",
         "evaluation bench",
-        "hub",
+        "hub conversion",
         "experiment",
         "studies",
         "__init__",

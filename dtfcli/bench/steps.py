@@ -8,14 +8,11 @@ The step is that of `dtf train`: float32 weights, autocast, the losses of `Objec
 - "stock" is the dense model as Transformers trains it, with whole logits.
 """
 
-import ctypes
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dtfcli.bench.report import BenchOptions, StepResult
 from dtfcli.cost.accounting import training_step_flops
-from dtfcli.cost.peak import matmul_peak, synchronize
+from dtfcli.cost.peak import matmul_peak, reset_resident_peak, resident, synchronize
 from dtfcli.models.pretrained import is_routed
 from dtfcli.settings.training import TrainingSettings
 from dtfcli.training.compiling import compile_layers
@@ -201,26 +198,8 @@ def _peak_bytes(step: Callable[[], Any], objective: nn.Module) -> int | None:
         step()
         torch.cuda.synchronize(device)
         return weights + torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not _reset_resident_peak():
+    if device.type != "cpu" or not reset_resident_peak():
         return None
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step()
-    return weights + _resident("VmHWM") - before
-
-
-def _reset_resident_peak() -> bool:
-    """Give freed memory back, then let the kernel count the peak from here; False if it cannot (not Linux)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return False
-    return os.path.exists("/proc/self/status")
-
-
-def _resident(field: str) -> int:
-    """A field of this process's memory, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
+    return weights + resident("VmHWM") - before

@@ -15,6 +15,7 @@ from dtfcli import __version__
 from dtfcli.cli import env, presets
 from dtfcli.cli.bench import bench
 from dtfcli.cli.compare import compare
+from dtfcli.cli.convert import convert
 from dtfcli.cli.eval import evaluate
 from dtfcli.cli.generate import generate
 from dtfcli.cli.inspect_routing import inspect_routing
@@ -60,6 +61,7 @@ def root(
     """
 
 
+app.command("convert")(convert)
 app.command("train")(train)
 app.command("compare")(compare)
 app.command("eval")(evaluate)

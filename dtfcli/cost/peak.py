@@ -1,6 +1,9 @@
-"""How fast this machine multiplies matrices: what `mfu` is measured against."""
+"""What this machine can do and what a process takes: the peak of matrix products, and the most memory held."""
 
+import ctypes
+import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -26,3 +29,21 @@ def synchronize(device: torch.device) -> None:
     """Return when the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def reset_resident_peak() -> bool:
+    """Give freed memory back, then let the kernel count the peak from here; False if it cannot (not Linux)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return os.path.exists("/proc/self/status")
+
+
+def resident(field: str) -> int:
+    """A field of this process's memory, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")

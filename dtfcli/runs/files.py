@@ -16,8 +16,8 @@ from dtfcli.errors import DTFError, reading
 
 
 @contextmanager
-def explained_write_errors(folder: Path) -> Iterator[None]:
-    """Turn the errors of a full disk or a missing permission into one line that names the folder and the remedy.
+def explained_write_errors(folder: Path, remedy: str = "choose another run.output_dir") -> Iterator[None]:
+    """Turn the errors of a full disk or a missing permission into one line that names the folder and a remedy.
 
     safetensors and torch report a full disk with other errors, whose text is searched.
 
@@ -37,7 +37,7 @@ def explained_write_errors(folder: Path) -> Iterator[None]:
             reason = error.strerror or text
         else:
             raise
-        raise DTFError(f"{folder}: cannot be written, {reason}, or choose another run.output_dir.") from error
+        raise DTFError(f"{folder}: cannot be written, {reason}, or {remedy}.") from error
 
 
 @contextmanager
@@ -49,12 +49,12 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, remedy: str = "choose another run.output_dir") -> Iterator[Path]:
     """A folder to fill next to `folder`, which takes its place when the block ends without an error."""
     partial, previous = _partial(folder), folder.with_name(f".{folder.name}.previous")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with explained_write_errors(folder.parent):
+        with explained_write_errors(folder.parent, remedy):
             partial.mkdir(parents=True)
             yield partial
             _flush(partial)

@@ -1,0 +1,160 @@
+"""`dtf convert`: a dense model → a routed one, without training, and what each saving costs."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dtfcli.cli import options
+from dtfcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dtfcli.conversion.convert import ConversionOptions
+
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write; new, or empty.", show_default=False),
+]
+Save = Annotated[
+    str | None,
+    typer.Option(
+        "--save",
+        metavar="SHARE",
+        help="Share of a forward pass's FLOPs to leave out, such as 20% or 0.2. Default: 10%.",
+        show_default=False,
+    ),
+]
+Capacity = Annotated[
+    float | None,
+    typer.Option(
+        "--capacity",
+        metavar="γ",
+        help="Instead: the share of tokens that enter a routed MLP.",
+        show_default=False,
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        "--max-loss",
+        metavar="NATS",
+        help="Instead: the largest saving whose loss, measured, lies at most so far above the dense model's.",
+        show_default=False,
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="FILE|FOLDER|DATASET",
+        help=(
+            "Text to fit to and to measure on, of the kind that the model is for: a .txt, .md, .py, .jsonl or .parquet "
+            "file, a folder of them, python-stdlib, or OWNER/NAME or OWNER/NAME:CONFIG on the Hub. Default: web pages, "
+            "HuggingFaceFW/fineweb-edu."
+        ),
+        show_default=False,
+    ),
+]
+To = Annotated[
+    Literal["dtf", "mod", "random", "layerdrop"],
+    typer.Option(
+        "--to",
+        help=(
+            "dtf: by what skipping would lose. Controls: random, tokens by chance; layerdrop, whole MLPs. mod: "
+            "Mixture-of-Depths, whose router has to be trained afterwards."
+        ),
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the choice of text, and of random routers.")]
+
+
+@options.opens_models("routing", "capacity", "quantize")
+def convert(
+    model: options.Model,
+    output: Output,
+    save: Save = None,
+    capacity: Capacity = None,
+    max_loss: MaxLoss = None,
+    text: Text = None,
+    to: To = "dtf",
+    seed: Seed = 42,
+    *,
+    loading: options.Loading,
+    json: options.Json = False,
+) -> None:
+    """Convert a dense model into one whose tokens skip MLPs, without training, and measure what each saving costs.
+
+    The folder gets the model, its tokenizer, and a report: report.md, report.json, report.png. One model runs at any
+    capacity: --capacity of generate, serve and eval. The last line on stdout is the folder.
+
+    \b
+    Examples:
+      dtf convert HuggingFaceTB/SmolLM2-135M -o smollm2-routed
+      dtf convert HuggingFaceTB/SmolLM2-135M -o smollm2-routed --save 20% --text notes/
+      dtf convert model.gguf -o routed --max-loss 0.05 --text novels.parquet
+      dtf convert model.gguf -o control --to random --text novels.parquet
+    """
+    wanted = _options(save, capacity, max_loss, text, to, seed, loading)
+    from dtfcli.cli import convert_view, render
+    from dtfcli.conversion.convert import convert_model
+    from dtfcli.loading.source import open_source
+
+    source = open_source(model, loading.revision, trust_remote_code=loading.trust_remote_code)
+    with convert_view.progress() as show:
+        report = convert_model(source, output, wanted, show)
+    if json:
+        render.emit_json(report.to_dict() | {"folder": output})
+    else:
+        convert_view.show(report)
+        render.emit(str(output))
+
+
+def _options(
+    save: str | None,
+    capacity: float | None,
+    max_loss: float | None,
+    text: str | None,
+    to: Literal["dtf", "mod", "random", "layerdrop"],
+    seed: int,
+    loading: options.Loading,
+) -> "ConversionOptions":
+    """Refuses what cannot be meant, before anything is imported or loaded."""
+    given = [
+        name
+        for name, value in (("--save", save), ("--capacity", capacity), ("--max-loss", max_loss))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} say the same in different ways; give one of them.")
+    if capacity is not None and not 0.0 < capacity <= 1.0:
+        raise ConfigError(f"--capacity {capacity:g}: the share of tokens that enter; give one above 0 and at most 1.")
+    if max_loss is not None and not 0.0 < max_loss < float("inf"):
+        raise ConfigError(f"--max-loss {max_loss:g}: nats per token above the dense loss; give a number above 0.")
+    if max_loss is not None and to == "mod":
+        raise ConfigError("--max-loss: mod has to be trained before its loss means anything; give --capacity.")
+    share = None if save is None else _share(save)
+    from dtfcli.conversion.convert import ConversionOptions
+
+    return ConversionOptions(
+        to=to,
+        save=share,
+        capacity=capacity,
+        max_loss=max_loss,
+        text=text,
+        seed=seed,
+        loading={
+            "device": loading.device,
+            "dtype": loading.dtype,
+            "attn_implementation": loading.attn_implementation,
+        },
+    )
+
+
+def _share(text: str) -> float:
+    """10% or 0.1."""
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    if not 0.0 < share < 1.0:
+        raise ConfigError(f"--save {text}: a share of the FLOPs, above 0% and below 100%; write 10% or 0.1.")
+    return share

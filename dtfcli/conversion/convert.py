@@ -1,0 +1,343 @@
+"""The conversion: open, route, read, fit, measure, save."""
+
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dtfcli.conversion.dial import LEAST, SAVINGS, capacity_for, saved_share
+from dtfcli.conversion.measure import Compared, autocast, compare, decoding_times
+from dtfcli.conversion.report import ConversionReport, Part, Point, write_report
+from dtfcli.conversion.text import ConversionText, read_text
+from dtfcli.cost.accounting import forward_flops_per_token
+from dtfcli.cost.peak import reset_resident_peak, resident
+from dtfcli.data.documents import OnProgress
+from dtfcli.errors import CheckpointError, ConfigError, DTFError
+from dtfcli.loading.devices import compute_dtype
+from dtfcli.loading.load import explained_load_errors, load_model_and_tokenizer
+from dtfcli.loading.source import ModelSource
+from dtfcli.models.conversion import convert, route_mlps
+from dtfcli.models.mlp_fitting import fit_routing
+from dtfcli.models.modeling_routed_mlp import decoder_layers, unfit_layers
+from dtfcli.quiet import quiet_libraries
+from dtfcli.runs.files import replaced_folder
+
+Kind = Literal["dtf", "mod", "random", "layerdrop"]
+DEFAULT_SAVING = 0.10
+_DIAL_TOKENS = 1536
+"""Each point of the dial is measured on so many; the chosen one on all."""
+_CALIBRATION_TOKENS = 8192
+_LEAST_SAVING = 0.01
+_MOST_TRIES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """What to make.
+
+    Attributes:
+        to: dtf, or a control: random and layerdrop, which route MLPs too; or mod, whole blocks, not trained yet.
+        save: share of a forward pass's FLOPs to leave out.
+        capacity: γ, instead.
+        max_loss: instead, the largest saving whose loss gap stays below it, nats per token.
+        text: see `read_text`.
+        seed: of documents, places in them, and random numbers.
+        loading: device, dtype and attn_implementation of `load_model`.
+    """
+
+    to: Kind = "dtf"
+    save: float | None = None
+    capacity: float | None = None
+    max_loss: float | None = None
+    text: str | None = None
+    seed: int = 42
+    loading: Mapping[str, Any]
+
+
+def convert_model(
+    source: ModelSource, folder: Path, options: ConversionOptions, on_progress: OnProgress
+) -> ConversionReport:
+    """Convert a dense model, and write it and a report to a folder.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: the model cannot be routed, the saving cannot be reached, the text is
+            too short, or the folder is not free.
+        DTFError: the folder cannot be written, or the model computes no finite numbers.
+    """
+    _check_folder(folder)
+    costs = _Costs(on_progress)
+    with costs.part("Opening the model"):
+        dense, tokenizer, saved_dtype = _open(source, options)
+        torch.manual_seed(options.seed)
+        model, stays_dense = _route(dense, options)
+        _check_space(folder, model)
+    with costs.part("Reading text"):
+        text = read_text(options.text, tokenizer, dense.config, options.seed)
+    dial = _Dial(dense, model, text, costs)
+    dial.choose_capacity(options)
+    with costs.part("Fitting"):
+        _fit(model, text, dial.dtype, on_progress)
+    chosen, points = dial.measure(options)
+    report = ConversionReport(
+        model=_name(source),
+        to=options.to,
+        chosen=chosen,
+        dial=points,
+        out_of_reach=[saving for saving in SAVINGS if capacity_for(model, saving, dial.length) is None],
+        largest_saving=saved_share(model, LEAST, dial.length),
+        dense_loss=dial.dense_loss,
+        routed_layers=list(model.config.layer_capacities()),
+        stays_dense=stays_dense,
+        text={
+            "name": text.name,
+            "documents": text.documents,
+            "fit_tokens": text.fit.tokens,
+            "measure_tokens": text.measure.tokens,
+        },
+        seed=options.seed,
+        weights_bytes=_bytes(dense),
+        added_bytes=_bytes(model) - _bytes(dense),
+        precision=str(dial.dtype).removeprefix("torch."),
+        parts=costs.parts,
+        remarks=[remark for remark in (text.remark, _UNTRAINED if options.to == "mod" else "") if remark],
+        versions={name: importlib.metadata.version(name) for name in ("dtfcli", "torch", "transformers")},
+    )
+    with costs.part("Saving"), quiet_libraries(), replaced_folder(folder, "choose another folder") as partial:
+        _cast(model, saved_dtype)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_report(report, partial)
+    return report
+
+
+_UNTRAINED = "Mixture-of-Depths needs training: its router is random until `dtf train` has trained it."
+
+
+class _Costs:
+    """Processor time and memory of each part, and what is going on."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self.on_progress = on_progress
+        self.parts = [Part("Starting", time.process_time(), None)]
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Note a part when it ends."""
+        self.on_progress(name, None)
+        counts, began = reset_resident_peak(), time.process_time()
+        yield
+        self.parts.append(Part(name, time.process_time() - began, resident("VmHWM") if counts else None))
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"-o {folder}: exists and is no folder; name another.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"-o {folder}: exists and is not empty; name another folder.")
+    parent = _existing(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"-o {folder}: {parent} cannot be written to; name another folder.")
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder around it that exists."""
+    return next(path for path in folder.absolute().parents if path.exists())
+
+
+def _check_space(folder: Path, model: Any) -> None:
+    needed, free = _bytes(model), shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        raise DTFError(
+            f"-o {folder}: the model takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some space, or "
+            "choose another folder."
+        )
+
+
+def _open(source: ModelSource, options: ConversionOptions) -> tuple[Any, Any, torch.dtype | None]:
+    """The dense model, its tokenizer, and the precision to save in (None: as it is)."""
+    with explained_load_errors(source):
+        config = source.configuration
+    if hasattr(config, "layer_capacities"):
+        raise CheckpointError(
+            f"{source.path}: is routed already; convert the dense model that it was made from, or what "
+            "dtfcli.to_dense(model) returns."
+        )
+    dense, tokenizer = load_model_and_tokenizer(source, **options.loading)
+    if not type(dense).__module__.startswith("transformers."):
+        raise CheckpointError(
+            f"{source.path}: its class {type(dense).__name__} is not of Transformers, so a converted folder could not "
+            "be opened; convert a model of Transformers."
+        )
+    plain = source.kind == "gguf" or source.is_adapter or options.loading.get("dtype", "auto") != "auto"
+    return dense, tokenizer, None if plain else getattr(config, "dtype", None)
+
+
+def _route(dense: Any, options: ConversionOptions) -> tuple[Any, dict[int, str]]:
+    """The routed model, not fitted, and the layers that should route and cannot, with the reason.
+
+    Raises:
+        ConfigError: it cannot be routed at all.
+    """
+    name, stays_dense = type(dense).__name__, dict[int, str]()
+    try:
+        if options.to == "mod":
+            return convert(dense, "mod"), {}
+        unfit = unfit_layers(decoder_layers(dense), dense.config.hidden_size)
+        fields = {} if options.to == "dtf" else {"architecture": options.to}
+        model: Any = route_mlps(dense, **fields)
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be converted: {error}.") from error
+    wanted = model.config.routed_layer_indices
+    stays_dense = {layer: unfit[layer] for layer in wanted if layer in unfit}
+    if len(stays_dense) == len(wanted):
+        reason = f"layer {next(iter(unfit))}: {next(iter(unfit.values()))}" if wanted else "it has too few layers"
+        raise ConfigError(
+            f"{name} cannot be converted: no layer can route ({reason}); give a model whose layers have a plain `mlp`."
+        )
+    return model, stays_dense
+
+
+def _fit(model: Any, text: ConversionText, dtype: torch.dtype, on_progress: OnProgress) -> None:
+    """Forecasts, scores and thresholds; of a model that routes blocks the thresholds alone."""
+    with torch.no_grad(), autocast(model.device, dtype):
+        if model.config.routed_part != "mlp":
+            rows = text.fit.ids[: max(1, _CALIBRATION_TOKENS // text.fit.ids.shape[1])]
+            model.calibrate([{"input_ids": part} for part in rows.split(8)])
+            return
+        try:
+            fit_routing(
+                model,
+                [{"input_ids": text.fit.ids}],
+                lambda done, layers: on_progress("Fitting", done / layers),
+            )
+        except ValueError as error:
+            raise DTFError(f"{error}.") from error
+
+
+class _Dial:
+    """Measures points, and chooses one."""
+
+    def __init__(self, dense: Any, model: Any, text: ConversionText, costs: _Costs) -> None:
+        self.dense, self.model, self.rows, self.costs = dense, model, text.measure, costs
+        self.length = self.rows.ids.shape[1]
+        self.dtype = compute_dtype("auto", dense.device)
+        self.dense_loss = float("nan")
+        self.capacity = 1.0
+
+    def choose_capacity(self, options: ConversionOptions) -> None:
+        """γ of the fit; with `max_loss` that of the usual saving, until it has been measured.
+
+        Raises:
+            ConfigError: the saving is out of reach.
+        """
+        saving = DEFAULT_SAVING if options.save is None else options.save
+        capacity = options.capacity or capacity_for(self.model, saving, self.length)
+        if capacity is None:
+            most = saved_share(self.model, LEAST, self.length)
+            if options.save is not None:
+                raise ConfigError(f"--save {saving:.1%}: at most {most:.1%} can be saved in this model; ask for less.")
+            capacity = capacity_for(self.model, most / 2, self.length) or LEAST
+        self._keep(capacity)
+
+    def _keep(self, capacity: float) -> None:
+        """Make it the model's own γ."""
+        self.capacity = self.model.config.capacity = capacity
+        self.model.set_routing("threshold")
+
+    def measure(self, options: ConversionOptions) -> tuple[Point, list[Point]]:
+        """The chosen point on all rows, and the dial on some.
+
+        Raises:
+            ConfigError: every saving costs more than `max_loss`.
+        """
+        dial = [capacity_for(self.model, saving, self.length) for saving in SAVINGS]
+        few = {capacity: -(-_DIAL_TOKENS // self.length) for capacity in dial if capacity is not None}
+        searching = options.max_loss is not None
+        found = self._compare(few | ({} if searching else {self.capacity: len(self.rows.ids)}))
+        if options.max_loss is not None:
+            found |= self._search(options.max_loss, {capacity: found[capacity] for capacity in few})
+        with self.costs.part("Timing decoded tokens"):
+            times = decoding_times(self.dense, self.model, self.rows, list(found))
+        points = {capacity: self._point(capacity, each, times[capacity]) for capacity, each in found.items()}
+        return points[self.capacity], [points[capacity] for capacity in few]
+
+    def _compare(self, capacities: Mapping[float, int]) -> dict[float, Compared]:
+        name = "Measuring"
+        with self.costs.part(name):
+            found, self.dense_loss = compare(
+                self.dense,
+                self.model,
+                self.rows,
+                capacities,
+                self.dtype,
+                lambda share: self.costs.on_progress(name, share),
+            )
+        return found
+
+    def _search(self, most: float, dial: Mapping[float, Compared]) -> dict[float, Compared]:
+        """The largest saving whose gap over all rows is at most `most`, by trying: gaps grow like its square."""
+        reach = saved_share(self.model, LEAST, self.length)
+        savings = {saved_share(self.model, capacity, self.length): each.gap.value for capacity, each in dial.items()}
+        low, high, best = 0.0, float("inf"), dict[float, Compared]()
+        saving = max((saving for saving, gap in savings.items() if gap <= most), default=0.0) or DEFAULT_SAVING
+        saving = min(reach, saving * (most / max(savings.get(saving, most), most / 4)) ** 0.5)
+        for attempt in range(_MOST_TRIES + 1):
+            if attempt == _MOST_TRIES:
+                saving = _LEAST_SAVING
+            capacity = capacity_for(self.model, saving, self.length) or LEAST
+            found = self._compare({capacity: len(self.rows.ids)})
+            gap = found[capacity].gap.value
+            low, high, best = (saving, high, found) if gap <= most else (low, saving, best)
+            if gap > most and saving <= _LEAST_SAVING:
+                raise ConfigError(
+                    f"--max-loss {most:g}: leaving out {saving:.0%} of the FLOPs costs {gap:.4f} nats; allow more."
+                )
+            if best and (low >= reach or 0.9 * most < gap <= most or attempt >= _MOST_TRIES - 1):
+                break
+            saving *= (0.95 * most / max(gap, most / 9)) ** 0.5
+            saving = max(_LEAST_SAVING, min(saving if low < saving < high else (low + high) / 2, reach))
+        self._keep(next(iter(best)))
+        return best
+
+    def _point(self, capacity: float, each: Compared, token_time: float) -> Point:
+        shares = dict.fromkeys(self.model.config.layer_capacities(), each.routed_share)
+        flops = forward_flops_per_token(self.model, self.length, shares=shares)
+        return Point(
+            saving=0.0 if capacity == 1.0 else saved_share(self.model, capacity, self.length),
+            capacity=capacity,
+            tokens=each.tokens,
+            loss_gap=each.gap.value,
+            stderr=each.gap.stderr,
+            agreement=each.agreement,
+            kl=each.kl,
+            routed_share=each.routed_share,
+            flop_ratio=flops / forward_flops_per_token(self.model, self.length, dense=True),
+            prefill_time=each.prefill_time,
+            token_time=token_time,
+        )
+
+
+def _cast(model: Any, dtype: torch.dtype | None) -> None:
+    """Give the weights, but not the routers', the precision that the dense model was saved in."""
+    if dtype in (None, model.dtype):
+        return
+    for name, parameter in model.named_parameters():
+        if "router" not in name:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def _bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _name(source: ModelSource) -> str:
+    """For people; of a model on this machine without its place."""
+    return source.path if source.kind == "hub" else Path(source.path).resolve().name.removesuffix(".gguf")

@@ -1,0 +1,46 @@
+"""Savings and capacities: which γ leaves out which share of a forward pass's FLOPs."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dtfcli.cost.accounting import forward_flops_per_token
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
+from dtfcli.shares import measured_shares
+
+SAVINGS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.30, 0.40)
+"""Of the dial in a report."""
+LEAST = 1 / 32
+"""The smallest γ of the dial: of the grid of thresholds."""
+
+
+def saved_share(model: Any, capacity: float, length: int) -> float:
+    """Share of a forward pass's FLOPs that a routed model leaves out at γ, for rows of so many tokens."""
+    shares = model.config.layer_capacities(capacity)
+    routed = forward_flops_per_token(model, length, shares=shares)
+    return 1.0 - routed / forward_flops_per_token(model, length, dense=True)
+
+
+def capacity_for(model: Any, saving: float, length: int) -> float | None:
+    """The largest γ of four digits that saves so much; None: out of reach."""
+    if saving == 0.0:
+        return 1.0
+    low, high = LEAST, 1.0
+    if saved_share(model, low, length) < saving:
+        return None
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if saved_share(model, middle, length) >= saving else (low, middle)
+    return math.floor(low * 1e4) / 1e4
+
+
+@contextmanager
+def routed_shares(model: Any) -> Iterator[Callable[[], float]]:
+    """Measure the share of tokens that enter, mean over routed layers, of the passes inside a `with` block."""
+    if isinstance(model, RoutedCausalLM):
+        with model.recorded() as records:
+            yield lambda: sum(float(each.selected.float().mean()) for each in records) / len(records)
+    else:
+        with measured_shares(model) as meter:
+            yield lambda: meter.read().overall

@@ -1,0 +1,224 @@
+"""Text of a conversion: rows to fit to and rows of other documents to measure on; no more is read than both need.
+
+Notable choices:
+
+- Rows come from many documents rather than from long stretches of a few, and files are read in turns.
+- The split falls between documents. A single long document is cut in two, and the report says so.
+- A row begins as the tokenizer begins a text (a BOS token, if it adds one). Short documents share a row.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtfcli.data.documents import kept_document, open_sources
+from dtfcli.data.packing import split_documents
+from dtfcli.data.sources import SourceReader
+from dtfcli.data.tokenizer import text_encoder
+from dtfcli.errors import ConfigError, DataError
+from dtfcli.settings.data import Source
+
+DEFAULT_TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
+LENGTH = 256
+"""Tokens of a row."""
+FIT_TOKENS, MEASURE_TOKENS = 20_000, 8_000
+_FIT_PER_UNIT, _LEAST_PER_UNIT = 32, 8
+"""Tokens to fit for each unit of the hidden size, where that is more: wanted, and at least."""
+_LEAST_ROWS = 4
+_CHARACTERS = 8
+"""Of a token, at most, in nearly all text."""
+_OURS = "data.sources[0]"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens in random order.
+
+    Attributes:
+        ids: int64 [N, T].
+        units: int64 [N]; rows of one document have one number, and a row of several documents has its own.
+    """
+
+    ids: Tensor
+    units: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Their number."""
+        return self.ids.numel()
+
+
+@dataclass(frozen=True)
+class ConversionText:
+    """What a conversion reads.
+
+    Attributes:
+        name: as the user gave it.
+        fit, measure: rows of different documents.
+        documents: read, of all rows.
+        remark: what a reader of the report should know; empty: nothing.
+    """
+
+    name: str
+    fit: Rows
+    measure: Rows
+    documents: int
+    remark: str
+
+
+def read_text(name: str | None, tokenizer: Any, config: Any, seed: int) -> ConversionText:
+    """Read text for a model.
+
+    Args:
+        name: file, folder, python-stdlib or data set on the Hub, OWNER/NAME or OWNER/NAME:CONFIG; None: `DEFAULT_TEXT`.
+        tokenizer: the model's.
+        config: the model's; its hidden size says how much is needed.
+        seed: chooses documents and places in them.
+
+    Raises:
+        DataError, ConfigError: it cannot be read, or is too short.
+    """
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    wanted = (max(FIT_TOKENS, _FIT_PER_UNIT * config.hidden_size), MEASURE_TOKENS)
+    with _in_words(name):
+        texts, digests = _some_documents(open_sources([_source(name or DEFAULT_TEXT)])[0], sum(wanted), seed)
+    remark = ""
+    if len(set(digests)) == 1:
+        cut = texts[0].rfind(" ", 0, len(texts[0]) * wanted[0] // sum(wanted)) + 1
+        sides = [texts[0][:cut]], [texts[0][cut:]]
+        remark = "The text is one document: its last part was measured, so the gap may come out too small."
+    else:
+        held_out = split_documents(digests, wanted[1] / sum(wanted), seed)
+        sides = (
+            [x for x, out in zip(texts, held_out, strict=True) if not out],
+            [x for x, out in zip(texts, held_out, strict=True) if out],
+        )
+    cutter = _Cutter(tokenizer, length, seed)
+    fit, measure = (cutter.rows(side, -(-count // length)) for side, count in zip(sides, wanted, strict=True))
+    shown, least = name or DEFAULT_TEXT, max(_LEAST_PER_UNIT * config.hidden_size, _LEAST_ROWS * length)
+    if fit.tokens < least or measure.tokens < _LEAST_ROWS * length:
+        needed = least * (1 + wanted[1] / wanted[0])
+        raise DataError(
+            f"--text {shown}: gives {fit.tokens:,} tokens to fit and {measure.tokens:,} to measure; at least {least:,} "
+            f"and {_LEAST_ROWS * length:,} are needed, about {needed * 5 / 1000:,.0f} kB of text; give more."
+        )
+    if fit.tokens < wanted[0]:
+        remark += f" {fit.tokens:,} tokens to fit are few for this model: {wanted[0]:,} were wanted."
+    return ConversionText(shown, fit, measure, len(set(digests)), remark.strip())
+
+
+def _source(name: str) -> Source:
+    path, _, config = name.partition(":") if re.fullmatch(r"[\w.-]+/[\w.-]+:[\w.-]+", name) else (name, "", "")
+    return Source(path=path, name=config, streaming=True)
+
+
+def _some_documents(reader: SourceReader, tokens: int, seed: int) -> tuple[list[str], list[bytes]]:
+    """Different documents from all shards in turns, until a row from each long one gives so many tokens."""
+    report, left, kept = reader.new_report(), tokens * _CHARACTERS, dict[bytes, str]()
+    order = np.random.RandomState(seed).permutation(reader.num_shards)
+    waiting = (reader.open_shard(int(index), None, report) for index in order)
+    # Each open shard holds a file open.
+    shards: deque[Iterator[Any]] = deque(islice(waiting, 32))
+    while shards and left > 0:
+        shard = shards.popleft()
+        row = next(shard, _END)
+        if row is _END:
+            shards.extend(islice(waiting, 1))
+            continue
+        shards.append(shard)
+        document = kept_document(0, reader, row, report, seed)
+        if document is not None and document.digest not in kept:
+            kept[document.digest] = document.text
+            left -= min(len(document.text), LENGTH * _CHARACTERS)
+    if not kept:
+        raise DataError(f"{_OURS}.path = '{reader.path}': no document to use; add files with text.")
+    return list(kept.values()), list(kept)
+
+
+_END = object()
+
+
+class _Cutter:
+    """Texts → rows of tokens."""
+
+    def __init__(self, tokenizer: Any, length: int, seed: int) -> None:
+        self._encode: Callable[[list[str]], list[np.ndarray]] = text_encoder(tokenizer)
+        begins = tokenizer("a")["input_ids"][:1]
+        self._begin = begins if begins == [tokenizer.bos_token_id] else []
+        self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._body = length - len(self._begin)
+        self._random = np.random.RandomState(seed)
+
+    def rows(self, texts: Sequence[str], wanted: int) -> Rows:
+        """At most so many rows, as few as possible of each text."""
+        quota, longest = 1, max(map(len, texts), default=0)
+        found = list(self._cut(texts, quota))
+        while len(found) < wanted and quota * self._body * _CHARACTERS < longest:
+            quota *= 2
+            found = list(self._cut(texts, quota))
+        chosen = self._random.permutation(len(found))[:wanted]
+        ids = [[*self._begin, *found[place][1]] for place in chosen]
+        units = [found[place][0] for place in chosen]
+        return Rows(torch.tensor(ids, dtype=torch.long), torch.tensor(units, dtype=torch.long))
+
+    def _cut(self, texts: Sequence[str], quota: int) -> Iterator[tuple[int, Any]]:
+        """Units and rows; `quota`: of each long text."""
+        room = self._body * _CHARACTERS
+        pending: list[int] = []
+        for unit, text in enumerate(texts):
+            if len(text) > quota * room:
+                for ids in self._encode(list(self._windows(text, quota, room))):
+                    if len(ids) >= self._body:
+                        yield unit, ids[: self._body]
+                continue
+            (ids,) = self._encode([text])
+            if len(ids) >= self._body:
+                yield from ((unit, part) for part in ids[: len(ids) // self._body * self._body].reshape(-1, self._body))
+                continue
+            pending += [*ids.tolist(), *self._end]
+            if len(pending) >= self._body:
+                yield unit, pending[: self._body]
+                pending = []
+
+    def _windows(self, text: str, quota: int, room: int) -> Iterator[str]:
+        """Stretches of a text, one from each of `quota` equal parts, each from the beginning of a word."""
+        part = (len(text) - room) / quota
+        for number in range(quota):
+            start = int((number + self._random.random_sample()) * part)
+            space = text.find(" ", start, start + room // 4)
+            yield text[max(start, space) : start + room]
+
+
+@contextmanager
+def _in_words(name: str | None) -> Iterator[None]:
+    """Errors of `data` in terms of the option."""
+    try:
+        yield
+    except (DataError, ConfigError) as error:
+        text = str(error)
+        if name is None:
+            raise type(error)(
+                f"--text is not given, and its default, {DEFAULT_TEXT} on the Hub, cannot be read: give a file, a "
+                "folder or a data set of yours (--text FILE)."
+            ) from error
+        for ours, theirs in (
+            (
+                f"set {_OURS}.text_field to one of",
+                "name the column of the text so, or give another file; its columns are",
+            ),
+            (f"{_OURS}.name = (none) of", "--text needs a configuration, OWNER/NAME:CONFIG, of"),
+            (f"{_OURS}.path =", "--text"),
+            (f"{_OURS}.split = 'train'", "--text"),
+            ("set split to one of them, or name", "name"),
+            (_OURS, "--text"),
+        ):
+            text = text.replace(ours, theirs)
+        raise type(error)(text) from error

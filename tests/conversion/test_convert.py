@@ -1,0 +1,224 @@
+"""`dtf convert` on a small random model: the folder, its report, and what a user can get wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from dtfcli.conversion import convert as conversion
+from dtfcli.conversion.text import read_text
+from dtfcli.data.documents import Document
+from dtfcli.data.tokenizer import train_tokenizer
+from dtfcli.loading.load import load_model
+from tests.conftest import Outcome
+from tests.tiny import SHAPE, dense_model
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small dense models, and text for them in several forms."""
+    folder = tmp_path_factory.mktemp("work")
+    words = np.array([f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "se") for b in ("ra", "ne", "do", "ki", "pu")])
+    random = np.random.RandomState(0)
+    texts = [" ".join(words[random.randint(0, 25, size)]) for size in [3000] * 20 + [60] * 60]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    (folder / "books").mkdir()
+    for number, text in enumerate(texts[:6]):
+        (folder / "books" / f"{number}.txt").write_text(" ".join([text] * 3), "utf-8")
+    (folder / "one.txt").write_text(" ".join(texts), "utf-8")
+    (folder / "short.txt").write_text(texts[0][:2000], "utf-8")
+    (folder / "column.jsonl").write_text('{"body": "x"}\n', "utf-8")
+    tokenizer = train_tokenizer([Document(text) for text in texts], 300)
+    tokenizer.chat_template = TEMPLATE
+    models: dict[str, Any] = {
+        "dense": dense_model("llama", vocab_size=300, intermediate_size=256),
+        "shallow": dense_model("llama", vocab_size=300, num_hidden_layers=3),
+        "experts": AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("mixtral", **SHAPE | {"vocab_size": 300, "num_local_experts": 2})
+        ),
+        "nomlp": AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("gpt2", n_embd=32, n_layer=5, n_head=4, vocab_size=300)
+        ),
+    }
+    models["broken"] = dense_model("llama", vocab_size=300, intermediate_size=256)
+    torch.nn.init.constant_(models["broken"].model.layers[3].mlp.up_proj.weight, torch.inf)
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "weightless").mkdir()
+    (folder / "weightless" / "config.json").write_text((folder / "dense" / "config.json").read_text("utf-8"), "utf-8")
+    (folder / "full").mkdir()
+    (folder / "full" / "mine.txt").write_text("mine", "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(work: Path) -> Path:
+    """The dense model, converted in this process."""
+    from dtfcli.cli.app import run
+
+    folder = work / "routed"
+    assert run(["convert", str(work / "dense"), "-o", str(folder), "--text", str(work / "text.jsonl")]) == 0
+    return folder
+
+
+def test_the_folder_opens_everywhere(work: Path, converted: Path) -> None:
+    model = load_model(converted)
+    stock = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True).eval()
+    ids = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, stock(ids).logits)
+        with model.routing_mode(capacity=1.0):  # type: ignore[operator]
+            assert torch.equal(model(ids).logits, load_model(work / "dense")(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    assert tokenizer.chat_template == TEMPLATE
+    assert list(work.glob(".*")) == []
+
+
+def test_the_report(converted: Path) -> None:
+    report = json.loads((converted / "report.json").read_text("utf-8"))
+    assert json.loads((converted / "config.json").read_text("utf-8"))["capacity"] == report["chosen"]["capacity"]
+    assert report["chosen"]["saving"] == pytest.approx(0.10, abs=0.002)
+    assert report["chosen"]["tokens"] == 8192 == report["text"]["measure_tokens"]
+    assert report["chosen"]["stderr"] > 0
+    assert report["chosen"]["routed_share"] == pytest.approx(report["chosen"]["capacity"], abs=0.1)
+    dense, *others = report["dial"]
+    assert (dense["capacity"], dense["loss_gap"], dense["agreement"]) == (1.0, 0.0, 1.0)
+    assert [round(point["saving"], 2) for point in others] + report["out_of_reach"] == [0.05, 0.1, 0.15, 0.2, 0.3, 0.4]
+    assert [point["agreement"] for point in others] == sorted((p["agreement"] for p in others), reverse=True)
+    assert all(point["prefill_time"] > 0 and point["token_time"] > 0 for point in report["dial"])
+    assert [part["name"] for part in report["parts"]][1:4] == ["Opening the model", "Reading text", "Fitting"]
+    page = (converted / "report.md").read_text("utf-8")
+    assert report["sentence"] in page
+    assert "`--capacity γ`" in page
+    assert (converted / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("--capacity 0.5", "books"),
+        ("--save 0.2", "one.txt"),
+        ("--max-loss 0.2", "text.jsonl"),
+        ("--to random", "text.jsonl"),
+        ("--to layerdrop --save 5%", "text.jsonl"),
+        ("--to mod --capacity 0.5", "text.jsonl"),
+    ],
+)
+def test_options(dtf: Callable[..., Outcome], work: Path, tmp_path: Path, options: str, text: str) -> None:
+    out = tmp_path / "out"
+    outcome = dtf(
+        "convert", str(work / "dense"), "-o", str(out), "--text", str(work / text), "--json", *options.split()
+    )
+    assert outcome.code == 0, outcome
+    assert outcome.stderr == ""
+    report = json.loads(outcome.stdout)
+    chosen, remarks = report["chosen"], " ".join(report["remarks"])
+    assert report["folder"] == str(out)
+    model: Any = load_model(out)
+    assert model.capacity == chosen["capacity"]
+    if "capacity" in options:
+        assert chosen["capacity"] == 0.5
+    if "0.2" in options and "save" in options:
+        assert chosen["saving"] == pytest.approx(0.2, abs=0.002)
+    if "max-loss" in options:
+        assert chosen["loss_gap"] <= 0.2
+    assert ("one document" in remarks) == (text == "one.txt")
+    assert ("needs training" in remarks) == ("mod" in options)
+
+
+def test_fit_and_measurement_share_no_document_and_little_is_read(work: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(work / "dense")
+    config = AutoConfig.from_pretrained(work / "dense")
+    text = read_text(str(work / "text.jsonl"), tokenizer, config, seed=0)
+    fit = {tuple(row[-16:].tolist()) for row in text.fit.ids}
+    assert text.fit.tokens == 79 * 256 >= 20_000
+    assert text.measure.tokens == 32 * 256
+    assert fit.isdisjoint(tuple(row[-16:].tolist()) for row in text.measure.ids)
+    stdlib = read_text("python-stdlib", tokenizer, config, seed=0)
+    assert stdlib.documents < 400
+
+
+def test_the_default_text_is_on_the_hub(dtf: Callable[..., Outcome], work: Path, tmp_path: Path) -> None:
+    outcome = dtf("convert", str(work / "dense"), "-o", str(tmp_path / "out"))
+    assert outcome.code == 2
+    assert "--text FILE" in outcome.stderr
+
+
+def test_nothing_half_written(
+    dtf: Callable[..., Outcome], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "write_report", interrupt)
+    outcome = dtf("convert", str(work / "dense"), "-o", str(tmp_path / "out"), "--text", str(work / "text.jsonl"))
+    assert outcome.code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_space(dtf: Callable[..., Outcome], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        free = 1000
+
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: Full)
+    outcome = dtf("convert", str(work / "dense"), "-o", str(tmp_path / "out"), "--text", str(work / "text.jsonl"))
+    assert outcome.code == 1
+    assert "free some space" in outcome.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG = [
+    ("{w}/nomlp -o out", 2, ["cannot be converted"]),
+    ("{w}/experts -o out", 2, ["cannot be converted", "mlp"]),
+    ("{w}/shallow -o out", 2, ["too few layers"]),
+    ("{w}/routed -o out", 2, ["routed already", "to_dense"]),
+    ("{w}/weightless -o out", 2, ["no weights", "copy them there"]),
+    ("{w}/broken -o out --text {w}/text.jsonl", 1, ["layer 3", "not finite"]),
+    ("{w}/dense -o {w}/full", 2, ["-o", "full", "not empty", "name another"]),
+    ("{w}/dense -o {w}/one.txt", 2, ["one.txt", "no folder"]),
+    ("{w}/dense -o {w}/one.txt/out", 2, ["one.txt", "name another"]),
+    ("{w}/dense -o out --text {w}/short.txt", 2, ["--text", "short.txt", "tokens to fit", "at least", "give more"]),
+    ("{w}/dense -o out --text {w}/column.jsonl", 2, ["column.jsonl", "no column 'text'", "body"]),
+    ("{w}/dense -o out --text {w}/textt.jsonl", 2, ["--text", "textt.jsonl", "Did you mean"]),
+    ("{w}/dense -o out --text {w}/text.jsonl --save 90%", 2, ["--save 90", "at most", "ask for less"]),
+    ("{w}/dense -o out --save 10", 2, ["--save 10", "10% or 0.1"]),
+    ("{w}/dense -o out --save ten", 2, ["--save ten", "10% or 0.1"]),
+    ("{w}/dense -o out --save 10% --capacity 0.5", 2, ["--save and --capacity", "one of them"]),
+    ("{w}/dense -o out --capacity 0", 2, ["--capacity 0", "above 0"]),
+    ("{w}/dense -o out --max-loss -1", 2, ["--max-loss -1", "above 0"]),
+    ("{w}/dense -o out --text {w}/text.jsonl --max-loss 1e-9", 2, ["--max-loss 1e-09", "costs", "allow more"]),
+    ("{w}/dense -o out --to mod --max-loss 1", 2, ["--max-loss", "mod", "--capacity"]),
+    ("{w}/dense -o out --to dtff", 2, ["--to", "dtff"]),
+    ("{w}/dense", 2, ["-o"]),
+    ("{w}/nothing -o out", 2, ["nothing", "no such file or folder"]),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "expected"), WRONG, ids=[row[0] for row in WRONG])
+def test_wrong_input(
+    dtf: Callable[..., Outcome],
+    work: Path,
+    converted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    code: int,
+    expected: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = dtf("convert", *command.replace("{w}", str(work)).split())
+    assert outcome.code == code, outcome
+    for text in expected:
+        assert text in outcome.stderr
+    assert len(outcome.stderr.splitlines()) <= 2, outcome.stderr
+    assert outcome.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in (work / "full").iterdir()] == ["mine.txt"]
