@@ -16,13 +16,13 @@ from dtfcli.conversion.dial import LEAST, SAVINGS, capacity_for, saved_share
 from dtfcli.conversion.measure import Compared, autocast, compare, decoding_times
 from dtfcli.conversion.report import ConversionReport, Part, Point, write_report
 from dtfcli.conversion.text import ConversionText, read_text
-from dtfcli.cost.accounting import forward_flops_per_token
 from dtfcli.cost.peak import reset_resident_peak, resident
 from dtfcli.data.documents import OnProgress
 from dtfcli.errors import CheckpointError, ConfigError, DTFError
 from dtfcli.loading.devices import compute_dtype
 from dtfcli.loading.load import explained_load_errors, load_model_and_tokenizer
 from dtfcli.loading.source import ModelSource
+from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.models.conversion import convert, route_mlps
 from dtfcli.models.mlp_fitting import fit_routing
 from dtfcli.models.modeling_routed_mlp import decoder_layers, unfit_layers
@@ -31,7 +31,7 @@ from dtfcli.runs.files import replaced_folder
 
 Kind = Literal["dtf", "mod", "random", "layerdrop"]
 DEFAULT_SAVING = 0.10
-_DIAL_TOKENS = 1536
+_DIAL_TOKENS = 1024
 """Each point of the dial is measured on so many; the chosen one on all."""
 _CALIBRATION_TOKENS = 8192
 _LEAST_SAVING = 0.01
@@ -90,8 +90,8 @@ def convert_model(
         to=options.to,
         chosen=chosen,
         dial=points,
-        out_of_reach=[saving for saving in SAVINGS if capacity_for(model, saving, dial.length) is None],
-        largest_saving=saved_share(model, LEAST, dial.length),
+        out_of_reach=[saving for saving in SAVINGS if capacity_for(model, saving) is None],
+        largest_saving=saved_share(model, LEAST),
         dense_loss=dial.dense_loss,
         routed_layers=list(model.config.layer_capacities()),
         stays_dense=stays_dense,
@@ -185,23 +185,18 @@ def _route(dense: Any, options: ConversionOptions) -> tuple[Any, dict[int, str]]
     Raises:
         ConfigError: it cannot be routed at all.
     """
-    name, stays_dense = type(dense).__name__, dict[int, str]()
+    layers = dense.config.num_hidden_layers
+    wanted = resolve_routed_layers("inner", 0, layers)
+    if not wanted:
+        raise ConfigError(f"{layers} layers are too few: the first three and the last stay dense; give a deeper model.")
     try:
         if options.to == "mod":
             return convert(dense, "mod"), {}
-        unfit = unfit_layers(decoder_layers(dense), dense.config.hidden_size)
-        fields = {} if options.to == "dtf" else {"architecture": options.to}
-        model: Any = route_mlps(dense, **fields)
+        model: Any = route_mlps(dense, capacity=0.5, architecture=options.to)
     except ValueError as error:
-        raise ConfigError(f"{name} cannot be converted: {error}.") from error
-    wanted = model.config.routed_layer_indices
-    stays_dense = {layer: unfit[layer] for layer in wanted if layer in unfit}
-    if len(stays_dense) == len(wanted):
-        reason = f"layer {next(iter(unfit))}: {next(iter(unfit.values()))}" if wanted else "it has too few layers"
-        raise ConfigError(
-            f"{name} cannot be converted: no layer can route ({reason}); give a model whose layers have a plain `mlp`."
-        )
-    return model, stays_dense
+        raise ConfigError(f"{type(dense).__name__} cannot be converted: {error}.") from error
+    unfit = unfit_layers(decoder_layers(dense), dense.config.hidden_size)
+    return model, {layer: unfit[layer] for layer in wanted if layer not in model.routed_layers}
 
 
 def _fit(model: Any, text: ConversionText, dtype: torch.dtype, on_progress: OnProgress) -> None:
@@ -238,12 +233,12 @@ class _Dial:
             ConfigError: the saving is out of reach.
         """
         saving = DEFAULT_SAVING if options.save is None else options.save
-        capacity = options.capacity or capacity_for(self.model, saving, self.length)
+        capacity = options.capacity or capacity_for(self.model, saving)
         if capacity is None:
-            most = saved_share(self.model, LEAST, self.length)
+            most = saved_share(self.model, LEAST)
             if options.save is not None:
                 raise ConfigError(f"--save {saving:.1%}: at most {most:.1%} can be saved in this model; ask for less.")
-            capacity = capacity_for(self.model, most / 2, self.length) or LEAST
+            capacity = capacity_for(self.model, most / 2) or LEAST
         self._keep(capacity)
 
     def _keep(self, capacity: float) -> None:
@@ -257,7 +252,7 @@ class _Dial:
         Raises:
             ConfigError: every saving costs more than `max_loss`.
         """
-        dial = [capacity_for(self.model, saving, self.length) for saving in SAVINGS]
+        dial = [capacity_for(self.model, saving) for saving in SAVINGS]
         few = {capacity: -(-_DIAL_TOKENS // self.length) for capacity in dial if capacity is not None}
         searching = options.max_loss is not None
         found = self._compare(few | ({} if searching else {self.capacity: len(self.rows.ids)}))
@@ -283,15 +278,15 @@ class _Dial:
 
     def _search(self, most: float, dial: Mapping[float, Compared]) -> dict[float, Compared]:
         """The largest saving whose gap over all rows is at most `most`, by trying: gaps grow like its square."""
-        reach = saved_share(self.model, LEAST, self.length)
-        savings = {saved_share(self.model, capacity, self.length): each.gap.value for capacity, each in dial.items()}
+        reach = saved_share(self.model, LEAST)
+        savings = {saved_share(self.model, capacity): each.gap.value for capacity, each in dial.items()}
         low, high, best = 0.0, float("inf"), dict[float, Compared]()
         saving = max((saving for saving, gap in savings.items() if gap <= most), default=0.0) or DEFAULT_SAVING
         saving = min(reach, saving * (most / max(savings.get(saving, most), most / 4)) ** 0.5)
         for attempt in range(_MOST_TRIES + 1):
             if attempt == _MOST_TRIES:
                 saving = _LEAST_SAVING
-            capacity = capacity_for(self.model, saving, self.length) or LEAST
+            capacity = capacity_for(self.model, saving) or LEAST
             found = self._compare({capacity: len(self.rows.ids)})
             gap = found[capacity].gap.value
             low, high, best = (saving, high, found) if gap <= most else (low, saving, best)
@@ -307,10 +302,8 @@ class _Dial:
         return best
 
     def _point(self, capacity: float, each: Compared, token_time: float) -> Point:
-        shares = dict.fromkeys(self.model.config.layer_capacities(), each.routed_share)
-        flops = forward_flops_per_token(self.model, self.length, shares=shares)
         return Point(
-            saving=0.0 if capacity == 1.0 else saved_share(self.model, capacity, self.length),
+            saving=0.0 if capacity == 1.0 else saved_share(self.model, capacity),
             capacity=capacity,
             tokens=each.tokens,
             loss_gap=each.gap.value,
@@ -318,7 +311,7 @@ class _Dial:
             agreement=each.agreement,
             kl=each.kl,
             routed_share=each.routed_share,
-            flop_ratio=flops / forward_flops_per_token(self.model, self.length, dense=True),
+            flop_ratio=1.0 - saved_share(self.model, each.routed_share),
             prefill_time=each.prefill_time,
             token_time=token_time,
         )

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dtfcli.conversion.dial import routed_shares
 from dtfcli.conversion.text import Rows
@@ -23,7 +22,7 @@ from dtfcli.statistics import Difference, paired_difference
 
 _LOGITS = 2**26
 """Numbers of logits that one model's pass may give; each row is compared by itself."""
-_PROMPT, _NEW_TOKENS, _WARM = 32, 16, 2
+_PROMPT, _NEW_TOKENS, _WARM = 16, 10, 2
 
 
 @dataclass
@@ -81,7 +80,7 @@ def compare(
     """
     device = dense.device
     length, vocabulary = rows.ids.shape[1], dense.config.vocab_size
-    step = max(1, min(1024, _LOGITS // vocabulary) // length)
+    step = max(1, min(512, _LOGITS // vocabulary) // length)
     sums, losses = {capacity: _Sums() for capacity in capacities}, list[float]()
     most, done, work = max(capacities.values()), 0, sum(capacities.values()) + max(capacities.values())
     with autocast(device, dtype):
@@ -90,10 +89,9 @@ def compare(
         for start in range(0, most, step):
             ids = rows.ids[start : min(start + step, most)].to(device)
             dense_seconds, logits = _timed(dense, ids)
-            reference = F.log_softmax(logits.float(), dim=-1)
+            reference = _Reference.of(logits, ids)
             del logits
-            nll = _nll(reference, ids)
-            losses += nll.sum(1).tolist()
+            losses += reference.nll.sum(1).tolist()
             for capacity, count in capacities.items():
                 part = ids[: max(0, count - start)]
                 if not len(part):
@@ -103,7 +101,7 @@ def compare(
                 if len(part) == len(ids):
                     sums[capacity].times.append(seconds / dense_seconds)
                 sums[capacity].shares.append(shares())
-                _add(sums[capacity], logits, reference, nll, part)
+                reference.add(sums[capacity], logits, part)
                 done += len(part)
                 on_progress((done + start) / work)
     units, targets = rows.units.tolist(), length - 1
@@ -126,18 +124,45 @@ def _timed(model: Any, ids: Tensor, **options: Any) -> tuple[float, Tensor]:
     return time.perf_counter() - began, logits
 
 
-def _nll(log_probabilities: Tensor, ids: Tensor) -> Tensor:
-    """−ln p of each token but a row's first, float32 [B, T − 1]."""
-    return -log_probabilities[:, :-1].gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+@dataclass(frozen=True)
+class _Reference:
+    """The dense model on some rows: float32.
+
+    Attributes:
+        p: probabilities, [B, T, V].
+        nll: −ln p of each token but a row's first, [B, T − 1].
+        entropy: summed over a row's places, [B].
+        top: likeliest tokens, int64 [B, T].
+    """
+
+    p: Tensor
+    nll: Tensor
+    entropy: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, ids: Tensor) -> "_Reference":
+        """Of logits [B, T, V]."""
+        scores = logits.float()
+        total = scores.logsumexp(-1)
+        p = (scores - total.unsqueeze(-1)).exp_()
+        entropy = (total - torch.linalg.vecdot(p, scores)).sum(1)
+        return cls(p, _nll(scores, total, ids), entropy, logits.argmax(-1))
+
+    def add(self, sums: _Sums, logits: Tensor, ids: Tensor) -> None:
+        """Compare other logits of the first of the rows; KL(p ‖ q) = −H(p) − Σ p ln q, a row at a time."""
+        for row, each in enumerate(logits):
+            scores = each.float()
+            total = scores.logsumexp(-1)
+            crossed = (total - torch.linalg.vecdot(self.p[row], scores)).sum()
+            sums.gap.append(float((_nll(scores, total, ids[row]) - self.nll[row]).sum()))
+            sums.same.append(float((each.argmax(-1) == self.top[row]).sum()))
+            sums.kl.append(float(crossed - self.entropy[row]))
 
 
-def _add(sums: _Sums, logits: Tensor, reference: Tensor, nll: Tensor, ids: Tensor) -> None:
-    """Row by row, so that no more than a row of float32 logits is held besides dense's."""
-    for row, scores in enumerate(logits):
-        ours, theirs = F.log_softmax(scores.float(), dim=-1), reference[row]
-        sums.gap.append(float((_nll(ours[None], ids[row, None])[0] - nll[row]).sum()))
-        sums.same.append(float((ours.argmax(-1) == theirs.argmax(-1)).sum()))
-        sums.kl.append(float((theirs.exp() * (theirs - ours)).sum()))
+def _nll(scores: Tensor, total: Tensor, ids: Tensor) -> Tensor:
+    """−ln p of each token but a row's first: logits [..., T, V], their logsumexp [..., T], ids → [..., T − 1]."""
+    return total[..., :-1] - scores[..., :-1, :].gather(-1, ids[..., 1:].unsqueeze(-1)).squeeze(-1)
 
 
 def _compared(sums: _Sums, units: Sequence[int], targets: int) -> Compared:

@@ -9,8 +9,8 @@ JSON_FILE, MARKDOWN_FILE, FIGURE_FILE = "report.json", "report.md", "report.png"
 COLUMNS = ("saved", "γ", "loss gap", "same", "KL", "routed", "prefill", "token")
 """Heads of `Point.cells`."""
 LEGEND = (
-    "saved: share of a forward pass's FLOPs that is left out; loss gap: nats per token above dense, ± standard error over documents; "
-    "same: places with dense's likeliest token; KL: from dense, nats; routed: tokens that really entered; "
+    "saved: share of a forward pass's FLOPs that is left out; loss gap: nats per token above dense, ± standard error "
+    "over documents; same: places of dense's likeliest token; KL: from dense, nats; routed: tokens that entered; "
     "prefill, token: measured time over dense, of a pass over rows and of a decoded token."
 )
 
