@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from dtfcli.errors import ConfigError
 from dtfcli.models.cache import CACHE_NAME
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.stock import head_size
+from dtfcli.shares import observed_passes
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class GenerationStats:
         decode_tokens_per_second: of the tokens after the first; None when there is one alone.
         cache_bytes: of the key/value cache at the end; None without a cache.
         dense_cache_bytes: of a dense model of the same shape, for as many positions.
-        routed_share: share of the cached tokens that routed layers took, None for dense models or without a cache.
+        routed_share: share of the tokens that routed layers took, None for dense models and for blocks without a cache.
     """
 
     prefill_tokens_per_second: float
@@ -99,6 +102,23 @@ class _Stopwatch(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Entered:
+    """Counts tokens that entered routed MLPs; the device is waited for when it is read."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def note(self, output: Any) -> None:
+        """Keep one pass."""
+        self.passes.append((torch.stack([record.selected for record in output.routing]), output.is_token))
+
+    def share(self) -> float | None:
+        """Over all routed MLPs; None: nothing was counted."""
+        counted = [entered if real is None else entered[:, real] for entered, real in self.passes]
+        tokens = sum(each.numel() for each in counted)
+        return sum(int(each.sum()) for each in counted) / tokens if tokens else None
 
 
 class _CallbackStreamer(TextStreamer):
@@ -234,8 +254,9 @@ def _run(
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (_start_token(tokenizer) or 0)
     ids = [[filler] * (width - len(row)) + row for _, row in batch]
     mask = [[0] * (width - len(row)) + [1] * len(row) for _, row in batch]
-    stopwatch = _Stopwatch()
-    with torch.inference_mode():
+    stopwatch, entered = _Stopwatch(), _Entered()
+    watch = observed_passes(model, entered.note) if isinstance(model, RoutedCausalLM) else nullcontext()
+    with torch.inference_mode(), watch:
         out = model.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
@@ -257,7 +278,7 @@ def _run(
         decode_tokens_per_second=later / (last - first) if later else None,
         cache_bytes=cache_bytes(cache) if use_cache else None,
         dense_cache_bytes=_dense_cache_bytes(model, out.sequences.numel() - len(new)),
-        routed_share=sum(shares) / len(shares) if use_cache and shares else None,
+        routed_share=sum(shares) / len(shares) if use_cache and shares else entered.share(),
     )
     results = []
     for (prompt, row), written in zip(batch, new.tolist(), strict=True):

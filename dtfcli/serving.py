@@ -52,15 +52,22 @@ def _explain(error: OSError, host: str, port: int) -> None:
 
 
 def serve(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, host: str = "localhost", port: int = 8000
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    host: str = "localhost",
+    port: int = 8000,
+    continuous_batching: bool = False,
 ) -> None:
-    """Answer requests, one after another, until SIGINT or SIGTERM. Logs go to stderr.
+    """Answer requests until SIGINT or SIGTERM. Logs go to stderr.
 
     Args:
         name: the model's name for clients; requests for another are refused.
         model: dense or causally routed, in eval mode.
         tokenizer: the model's.
         host, port: checked by `require_server`.
+        continuous_batching: many at once, with Transformers' paged cache; else one after another.
     """
     from transformers.cli.serve import Serve
 
@@ -70,6 +77,6 @@ def serve(
     manager.ModelManager = type("OneModel", (stock,), loaded)  # for every name that the server asks for
     try:
         with quiet_libraries(verbose=True):
-            Serve(force_model=name, host=host, port=port)
+            Serve(force_model=name, continuous_batching=continuous_batching, host=host, port=port)
     finally:
         manager.ModelManager = stock

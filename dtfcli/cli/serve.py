@@ -10,7 +10,7 @@ from dtfcli.errors import ConfigError
 Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0: reachable from other machines.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")]
 ContinuousBatching = Annotated[
-    bool, typer.Option("--continuous-batching", help="Refused: routed layers cannot use its paged cache.")
+    bool, typer.Option("--continuous-batching", help="Answer many requests at once. Not with routed blocks.")
 ]
 
 
@@ -33,19 +33,21 @@ def serve(
       dtf serve MODEL --host 0.0.0.0 --port 8080
       dtf serve MODEL --capacity 0.25      # route fewer tokens
     """
-    if continuous_batching:
-        raise ConfigError(
-            "--continuous-batching: its paged cache holds every token in every layer, a routed layer only those it "
-            "routed. Leave it out; for a dense model: transformers serve MODEL --continuous-batching."
-        )
     from dtfcli import serving
     from dtfcli.cli import render
     from dtfcli.generation import require_causal
+    from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
+    from dtfcli.models.pretrained import is_routed
 
     serving.require_server(host, port)
     loaded, tokenizer = loading.open(model)
+    if continuous_batching and is_routed(loaded) and not isinstance(loaded, RoutedCausalLM):
+        raise ConfigError(
+            "--continuous-batching: its paged cache holds every token in every layer, a routed block only those it "
+            "routed. Leave it out, or serve a model with routed MLPs or a dense one."
+        )
     require_causal(loaded)
     if not tokenizer.chat_template:
         render.warn(f"{model}: no chat template: /v1/completions answers, chats and responses do not.")
     render.note(f"clients call the model {model}")
-    serving.serve(model, loaded, tokenizer, host=host, port=port)
+    serving.serve(model, loaded, tokenizer, host=host, port=port, continuous_batching=continuous_batching)

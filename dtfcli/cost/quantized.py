@@ -84,7 +84,7 @@ def _measure(model: Any, ids: list[int]) -> tuple[float, float | None] | None:
     if not is_routed(model):
         return float(model(input_ids=row, labels=row, use_cache=False).loss), None
     try:
-        with model.routing_mode(model.causal_routing, model.model.capacity_override), measured_shares(model) as meter:
+        with model.routing_mode(model.causal_routing, model.capacity_override), measured_shares(model) as meter:
             loss = float(model(input_ids=row, labels=row, use_cache=False, output_logits=False).loss)
     except (ValueError, DTFError):  # not calibrated: whoever asked for topk need not have thresholds
         return None

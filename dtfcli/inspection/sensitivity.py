@@ -18,6 +18,7 @@ from dtfcli.inspection.losses import next_token_losses
 from dtfcli.inspection.tokens import tokenize
 from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.models.conversion import to_dense
+from dtfcli.models.pretrained import is_routed
 from dtfcli.statistics import Difference, TextLosses
 
 
@@ -80,7 +81,7 @@ def sensitivity(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[
     Raises:
         ConfigError: a text is empty.
     """
-    routed = getattr(getattr(model, "model", None), "routed", None)
+    routed = model.routed_layers if is_routed(model) else None
     dense = model if routed is None else to_dense(model)
     count = dense.config.num_hidden_layers
     losses: dict[int | None, TextLosses] = {}

@@ -17,7 +17,9 @@ from dtfcli.inspection.oracle import OracleRouting, against_oracle
 from dtfcli.inspection.scores import OTHER, READINGS, Floats, LayerRouting, Reading, layer_routing
 from dtfcli.inspection.token_classes import classify
 from dtfcli.inspection.tokens import TokenizedText, tokenize
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.pretrained import is_routed
+from dtfcli.shares import observed_passes
 
 Flags = NDArray[np.bool_]
 
@@ -186,6 +188,8 @@ def inspect_text(
             could choose; or the text is empty.
     """
     require_routed(model, name)
+    if oracle and isinstance(model, RoutedCausalLM):
+        raise ConfigError("--against-oracle: this model routes MLPs alone, and the oracle takes blocks; leave it out.")
     if oracle and model.config.architecture == "layerdrop":
         raise ConfigError(
             "--against-oracle: layerdrop leaves out whole layers, so there is no choice of tokens to compare; name a "
@@ -224,8 +228,11 @@ def require_routed(model: Any, name: str = "") -> None:
 
 
 def _stack(model: Any, row: torch.Tensor) -> Any:
+    passes: list[Any] = []
     try:
-        return model.model(input_ids=row, use_cache=False)
+        with observed_passes(model, passes.append):
+            model.get_decoder()(input_ids=row, use_cache=False)
+        return passes[0]
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
 
@@ -233,10 +240,12 @@ def _stack(model: Any, row: torch.Tensor) -> Any:
 def _other_mode(model: Any, rows: list[torch.Tensor], layers: list[LayerRouting]) -> Agreement | None:
     """Agreement with `topk`, or with `threshold` for a model that routes by `topk`, at the same capacity.
 
-    None if the model is not calibrated for `threshold`.
+    None if the model is not calibrated for `threshold`, or has routed MLPs, which know no other mode.
     """
+    if isinstance(model, RoutedCausalLM):
+        return None
     other = "threshold" if model.routing == "topk" else "topk"
-    with model.routing_mode(other, model.model.capacity_override):
+    with model.routing_mode(other, model.capacity_override):
         try:
             passes = [_stack(model, row).routing for row in rows]
         except ConfigError:

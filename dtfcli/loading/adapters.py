@@ -49,6 +49,7 @@ def adapt(model: Any, settings: Settings) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets),
+        exclude_modules=r".*\.forecast\..*",  # routed MLPs have projections of the same names in theirs
     )
     # Peft asks models by names that Transformers has renamed, and warns.
     with torch.device(model.device), warnings.catch_warnings(action="ignore"):

@@ -142,6 +142,11 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         return self.config.capacity if override is None else override
 
     @property
+    def capacity_override(self) -> float | None:
+        """γ asked for with `set_routing`; None: the model's own."""
+        return self.model.capacity_override
+
+    @property
     def routed_layers(self) -> list[int]:
         """Indices of the layers that route."""
         return list(self.model.routers)

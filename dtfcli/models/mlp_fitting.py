@@ -204,6 +204,7 @@ def fit_mlp(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor, rough: Te
         if not mlp.router.random:
             score = Normal(flat, importance).solve((cost - mean).unsqueeze(1), _RIDGE).squeeze(1)
             mlp.router.weight.copy_(like_bfloat16(score))
+            mlp.router.cost_offset.copy_(mean)
         scores = mlp.router(flat)
         mlp.router.measure(scores[counted])
     return mlp.route(tokens, mlp.enters(scores), computed).view_as(x)

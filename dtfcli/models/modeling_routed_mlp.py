@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .configuration_routed_mlp import routed_config_class
@@ -40,12 +41,14 @@ class MLPRouter(nn.Module):
         shares: of the tokens that enter this layer at the γ of the grid, float32 [GRID + 1]. Layers share γ as the
             survey of `mlp_fitting` finds best; their mean is γ.
         thresholds: τ at the γ of the grid, each a sum of two numbers, float32 [2, GRID + 1]; NaN: not fitted.
+        cost_offset: float32 0-d: a score plus this is the predicted ln of the forecast's mean squared error.
         current: γ in use and its threshold, float32 0-d; None: to be looked up.
     """
 
     weight: Tensor
     shares: Tensor
     thresholds: Tensor
+    cost_offset: Tensor
 
     def __init__(self, size: int, random: bool = False) -> None:
         super().__init__()
@@ -56,6 +59,7 @@ class MLPRouter(nn.Module):
             self.weight = nn.Parameter(weight)
         self.register_buffer("shares", torch.empty(GRID + 1, dtype=torch.float32))
         self.register_buffer("thresholds", torch.empty(2, GRID + 1, dtype=torch.float32))
+        self.register_buffer("cost_offset", torch.empty((), dtype=torch.float32))
         self.current: tuple[float, Tensor] | None = None
 
     def reset_parameters(self) -> None:
@@ -63,6 +67,7 @@ class MLPRouter(nn.Module):
         nn.init.normal_(self.weight, std=float(self.random))
         self.weight.copy_(like_bfloat16(self.weight))
         nn.init.constant_(self.thresholds, torch.nan)
+        nn.init.constant_(self.cost_offset, torch.nan)
         self.shares.copy_(torch.arange(GRID + 1) / GRID)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +241,8 @@ class RoutedMLP(nn.Module):
         enters = self.enters(scores)
         if self.records is not None:
             shape = x.shape[:-1]
-            self.records.append(MLPRecord(self.layer_idx, scores.view(shape), enters.view(shape)))
+            threshold = self.router.threshold(self.capacity)
+            self.records.append(MLPRecord(self.layer_idx, scores.view(shape), enters.view(shape), threshold))
         return self.route(flat, enters).view_as(x)
 
     def enters(self, scores: Tensor) -> Tensor:
@@ -267,6 +273,13 @@ class MLPRecord(NamedTuple):
     """float32 [B, T]."""
     selected: Tensor
     """bool [B, T], True where the token entered."""
+    threshold: Tensor
+    """float32 0-d, τ(γ)."""
+
+    @property
+    def gate(self) -> Tensor:
+        """1 for every token, float32 [B, T]: nothing scales what an MLP adds."""
+        return torch.ones_like(self.scores)
 
 
 # Models
@@ -344,13 +357,45 @@ class RoutedBase(PreTrainedModel if TYPE_CHECKING else object):
 
 
 class RoutedCausalLM(RoutedBase):
-    """A stock language model with routed MLPs, and what steers them."""
+    """A stock language model with routed MLPs, and what steers them.
+
+    Attributes:
+        capacity_override: γ asked for with `set_routing`; None: the model's own.
+    """
+
+    routing = causal_routing = "threshold"
+    capacity_override: float | None = None
+
+    def __call__(self, *args: Any, output_routing: bool = False, **kwargs: Any) -> Any:
+        """As in Transformers; with `output_routing` the output has `routing`, an `MLPRecord` for each routed layer."""
+        if not output_routing:
+            return super().__call__(*args, **kwargs)
+        with self.recorded() as records:
+            output = super().__call__(*args, **kwargs)
+        output.routing = tuple(records)
+        return output
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether every routed MLP knows its thresholds, forecast and score."""
+        return not any(bool(mlp.router.thresholds.isnan().any()) for mlp in routed_mlps(self).values())
+
+    is_calibrated = is_fitted
+
+    def router_scalars(self) -> dict[int, dict[str, float]]:
+        """For each routed layer its threshold at the γ in use, and `cost_offset`."""
+        return {
+            layer: {
+                "threshold": mlp.router.threshold(mlp.capacity).item(),
+                "cost_offset": float(mlp.router.cost_offset),
+            }
+            for layer, mlp in routed_mlps(self).items()
+        }
 
     @property
     def capacity(self) -> float | list[float]:
         """γ in use: the one asked for with `set_routing`, else the model's own."""
-        chosen = {mlp.capacity for mlp in routed_mlps(self).values()}
-        return chosen.pop() if len(chosen) == 1 else self.config.capacity
+        return self.config.capacity if self.capacity_override is None else self.capacity_override
 
     @property
     def routed_layers(self) -> list[int]:
@@ -371,38 +416,39 @@ class RoutedCausalLM(RoutedBase):
             raise ValueError(f"routing = {mode!r}: routed MLPs route by 'threshold' alone")
         if capacity is not None and not 0.0 < capacity <= 1.0:
             raise ValueError(f"capacity = {capacity!r}: the share of tokens that enter lies above 0 and at most at 1")
-        shares = self.config.layer_capacities(capacity)
+        self.capacity_override, shares = capacity, self.config.layer_capacities(capacity)
         for mlp in routed_mlps(self).values():
             mlp.capacity = shares[mlp.layer_idx]
 
     @contextmanager
     def routing_mode(self, mode: str = "threshold", capacity: float | None = None) -> Iterator[None]:
         """`set_routing` for the length of a `with` block."""
-        before = {mlp: mlp.capacity for mlp in routed_mlps(self).values()}
+        before = self.capacity_override
         self.set_routing(mode, capacity)
         try:
             yield
         finally:
-            for mlp, chosen in before.items():
-                mlp.capacity = chosen
+            self.set_routing(mode, before)
 
     @contextmanager
     def recorded(self) -> Iterator[list[MLPRecord]]:
         """Every pass of every routed MLP inside of a `with` block."""
         records: list[MLPRecord] = []
-        for mlp in routed_mlps(self).values():
+        before = {mlp: mlp.records for mlp in routed_mlps(self).values()}
+        for mlp in before:
             mlp.records = records
         try:
             yield records
         finally:
-            for mlp in routed_mlps(self).values():
-                mlp.records = None
+            for mlp, others in before.items():
+                mlp.records = others
 
-    def calibrate(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]], capacities: Any = None) -> None:
         """Measure thresholds again, in one forward pass at the γ in use; forecasts and scores stay.
 
         Args:
             batches: as in `pass_together`.
+            capacities: of no use here: each pass measures the thresholds of all γ.
         """
 
         def measure(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
@@ -418,7 +464,7 @@ class RoutedCausalLM(RoutedBase):
         """One pass of the stack over all batches together, in which routed MLPs do something else.
 
         Args:
-            batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T]; of one T.
+            batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
             instead: takes an MLP, x̃ [B, T, D], which tokens are no padding and which come first in their text, bool
                 [B, T] each; returns what the MLP hands on, [B, T, D].
 
@@ -428,9 +474,13 @@ class RoutedCausalLM(RoutedBase):
         batches = list(batches)
         if not batches:
             raise ValueError("batches is empty: give it text, some thousand tokens of it")
-        ids = torch.cat([batch["input_ids"] for batch in batches]).to(self.device)
         masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
-        mask = torch.cat([each.to(self.device) for each in masks]).bool()
+        longest = max(mask.shape[1] for mask in masks)
+        ids, mask = (
+            torch.cat([F.pad(part.to(self.device), (0, longest - part.shape[1])) for part in parts])
+            for parts in ([batch["input_ids"] for batch in batches], masks)
+        )
+        mask = mask.bool()
         first = mask & (mask.long().cumsum(1) == 1)
         padded = {} if bool(mask.all()) else {"attention_mask": mask}
         was_training = self.training

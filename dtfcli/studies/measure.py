@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.evaluation.validation_text import held_out_rows
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.conversion import to_dense
+from dtfcli.models.pretrained import is_routed
 from dtfcli.runs.files import read_metrics, replaced_file
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, run_settings
 from dtfcli.settings import Settings
+from dtfcli.shares import observed_passes
 from dtfcli.statistics import TextLosses
 from dtfcli.studies.grid import Point, check_equal_terms, resolved
 
@@ -206,15 +208,12 @@ def _watched(model: Any) -> Iterator[dict[int, list[NDArray[np.bool_]]]]:
     """Collect who enters each routed layer in the forward passes of a `with` block; nothing for a dense model."""
     seen: dict[int, list[NDArray[np.bool_]]] = {}
 
-    def collect(module: Any, arguments: Any, output: Any) -> None:
-        for record in getattr(output, "routing", None) or ():
+    def collect(output: Any) -> None:
+        for record in output.routing:
             seen.setdefault(record.layer, []).append(record.selected.flatten().cpu().numpy())
 
-    hook = model.model.register_forward_hook(collect)
-    try:
+    with observed_passes(model, collect) if is_routed(model) else nullcontext():
         yield seen
-    finally:
-        hook.remove()
 
 
 @torch.inference_mode()

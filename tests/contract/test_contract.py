@@ -169,7 +169,7 @@ for start in (model.init_continuous_batching, with_manager, lambda: model.genera
 def test_reloaded_where_dtfcli_is_not_installed(tmp_path: Path, word_tokenizer: PreTrainedTokenizerFast) -> None:
     """All backbones in one process: the same logits bit for bit; a text, and what is refused, with a remedy."""
     ids, folders = tokens(3, 33), tmp_path / "models"
-    routed_mlps = {f"0-{family}": convert(dense_model(family), routed_part="mlp") for family in ("phi3", "qwen2")}
+    routed_mlps = {f"0-{family}": convert(dense_model(family), routed_part="mlp") for family in ("llama", "qwen2")}
     for name, model in routed_mlps.items():
         fit_routing(model, [{"input_ids": ids}])
         model.save_pretrained(folders / name)

@@ -1,0 +1,134 @@
+"""The toolkit knows models with routed MLPs: it loads, runs, measures, inspects and adapts them as it does others."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+import dtfcli
+from dtfcli.errors import ConfigError
+from dtfcli.evaluation.lm import RoutedLM
+from dtfcli.generation import Sampling, generate, generate_many
+from dtfcli.inspection.text import inspect_text
+from dtfcli.loading.adapters import adapt, adapter_state, save_adapter
+from dtfcli.loading.load import load_model, load_tokenizer
+from dtfcli.models.mlp_fitting import fit_routing
+from dtfcli.settings import load_settings
+from dtfcli.shares import measured_shares
+from tests.conftest import Outcome
+from tests.tiny import dense_model, tokens, word_tokenizer
+
+SMALL = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64, use_cuda_graph=False)
+"""Else the cache takes most of the machine's memory."""
+GREEDY = Sampling(max_new_tokens=6)
+
+
+def fitted(family: str = "llama", **fields: Any) -> Any:
+    model: Any = dtfcli.route_mlps(dense_model(family), **{"capacity": 0.6} | fields)
+    fit_routing(model, [{"input_ids": tokens(8, 40)}])
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A granite: its head divides the logits."""
+    folder = tmp_path_factory.mktemp("models") / "routed"
+    fitted("granite").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_loaded(folder: Path) -> None:
+    model: Any = load_model(folder, capacity=0.3)
+    assert (model.capacity, model.config.capacity, model.routing) == (0.3, 0.6, "threshold")
+    records = model(tokens(4, 40), output_routing=True).routing
+    assert [record.layer for record in records] == model.routed_layers == [3, 4]
+    assert records[0].scores.shape == records[0].selected.shape == records[0].gate.shape == (4, 40)
+    assert torch.equal(records[0].selected, records[0].scores > records[0].threshold)
+    with measured_shares(model) as meter:
+        model(tokens(4, 40), attention_mask=(torch.arange(40) < 20).long().expand(4, -1))
+    shares = meter.read()
+    assert shares.tokens == 80
+    assert shares.by_layer[4] == pytest.approx(records[1].selected[:, :20].float().mean().item())
+    with pytest.raises(ConfigError, match="routed MLPs route by 'threshold' alone"):
+        load_model(folder, routing="topk")
+
+
+def test_generated(folder: Path) -> None:
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    alone = generate(model, tokenizer, "a b c", GREEDY)
+    assert 0 < alone.stats.routed_share < 1
+    assert alone.stats.cache_bytes == alone.stats.dense_cache_bytes
+    together = dict(generate_many(model, tokenizer, ["a b c", "d e f g h"], GREEDY, batch_size=2))
+    assert together[0].text == alone.text
+    assert generate(model, tokenizer, "a b c", GREEDY, use_cache=False).text == alone.text
+
+
+def test_batched_continuously() -> None:
+    """The paged cache of Transformers takes a stock model's keys."""
+    model, prompts = fitted(), [tokens(1, length, length)[0].tolist() for length in (5, 9, 3)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    written = model.generate_batch(prompts, generation_config=config, continuous_batching_config=SMALL)
+    assert len(written) == len(prompts)
+    for answer in written.values():
+        prompt = answer.prompt_ids
+        alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
+        assert answer.generated_tokens == alone.tolist()
+
+
+def test_evaluated(folder: Path) -> None:
+    lm = RoutedLM(load_model(folder), load_tokenizer(folder), 2)
+    scored = [(None, [1, 2, 3], [4, 5]), (None, [6], [7, 8]), (None, [9, 10, 11, 12], [13])]
+    together = lm._loglikelihood_tokens(scored)
+    assert set(lm.meter.read().by_layer) == {3, 4}
+    alone = [RoutedLM(load_model(folder), load_tokenizer(folder), 1)._loglikelihood_tokens([one])[0] for one in scored]
+    assert [score for score, _ in together] == pytest.approx([score for score, _ in alone], abs=1e-4)
+
+
+def test_inspected(folder: Path, dtf: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Scores and who entered, no surprise; losses are those of the model's own head."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    report = inspect_text(model, tokenizer, "a b c d e f")
+    assert report.agreement is None
+    assert set(report.layers[0].figures) == {"gate", "predicted_cost"}
+    ids = torch.tensor([report.source.ids])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert report.loss[1:].mean() == pytest.approx(loss, abs=1e-5)
+    result = dtf("inspect-routing", str(folder), "a b c", "--html", str(tmp_path / "page.html"))
+    assert result.code == 0, result.stderr
+    assert "predicted error" in result.stdout
+    assert "D_st" not in (tmp_path / "page.html").read_text()
+    document = json.loads(dtf("inspect-routing", str(folder), "a b c", "--json").stdout)
+    assert document["score"] == "forecast_error"
+    refused = dtf("inspect-routing", str(folder), "a b c", "--against-oracle")
+    assert (refused.code, "routes MLPs alone" in refused.stderr) == (2, True)
+
+
+def test_quantized(folder: Path) -> None:
+    model: Any = load_model(folder, quantize="int8")
+    mlp = model.model.layers[3].mlp
+    assert hasattr(mlp.up_proj.weight, "__tensor_flatten__")
+    assert type(mlp.forecast.linear.weight.data) is torch.Tensor
+    assert (model(tokens(2, 9)).logits - load_model(folder)(tokens(2, 9)).logits).abs().max() < 0.5
+
+
+def test_adapted(folder: Path, tmp_path: Path) -> None:
+    """LoRA of the MLP itself, not of the neurons that its forecast has."""
+    settings = load_settings("quickstart", [f"model.base={folder}", "lora.enabled=true", "training.max_steps=1"])
+    model: Any = adapt(load_model(folder), settings).eval()
+    state = adapter_state(model)
+    assert any("mlp.up_proj.lora_A" in name for name in state)
+    assert not any("narrow.up_proj.lora" in name for name in state)
+    for name, tensor in state.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor, std=0.1)
+    save_adapter(model, tmp_path, state)
+    opened: Any = load_model(tmp_path)
+    assert (opened(tokens(2, 9)).logits - model(tokens(2, 9)).logits).abs().max() < 1e-4
