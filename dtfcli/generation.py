@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from dtfcli.errors import ConfigError
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
+from dtfcli.models.observed import observed_passes
 from dtfcli.models.stock import head_size
-from dtfcli.shares import observed_passes
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,9 @@ def test_batched_continuously() -> None:
     written = model.generate_batch(prompts, generation_config=config, continuous_batching_config=SMALL)
     assert len(written) == len(prompts)
     for answer in written.values():
-        prompt = answer.prompt_ids
-        alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
+        prompt = torch.tensor([answer.prompt_ids])
+        every = torch.ones_like(prompt)
+        alone = model.generate(prompt, attention_mask=every, generation_config=config)[0, prompt.shape[1] :]
         assert answer.generated_tokens == alone.tolist()
 
 

@@ -107,7 +107,7 @@ def layer_routing(model: Any, records: list[Any]) -> LayerRouting:
     """The records of one layer, window after window, as one, with the figures that its scores stand for."""
 
     def join(name: str) -> Any:
-        parts = [getattr(record, name, None) for record in records]
+        parts: list[Any] = [getattr(record, name, None) for record in records]
         return None if parts[0] is None else np.concatenate([part[0].cpu().numpy() for part in parts])
 
     layer, score = records[0].layer, join("scores").astype(np.float64)

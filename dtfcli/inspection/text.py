@@ -18,8 +18,8 @@ from dtfcli.inspection.scores import OTHER, READINGS, Floats, LayerRouting, Read
 from dtfcli.inspection.token_classes import classify
 from dtfcli.inspection.tokens import TokenizedText, tokenize
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
+from dtfcli.models.observed import observed_passes
 from dtfcli.models.pretrained import is_routed
-from dtfcli.shares import observed_passes
 
 Flags = NDArray[np.bool_]
 

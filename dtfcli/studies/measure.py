@@ -19,11 +19,11 @@ from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.evaluation.validation_text import held_out_rows
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.conversion import to_dense
+from dtfcli.models.observed import observed_passes
 from dtfcli.models.pretrained import is_routed
 from dtfcli.runs.files import read_metrics, replaced_file
 from dtfcli.runs.folder import FINAL_MODEL, METRICS_FILE, run_settings
 from dtfcli.settings import Settings
-from dtfcli.shares import observed_passes
 from dtfcli.statistics import TextLosses
 from dtfcli.studies.grid import Point, check_equal_terms, resolved
 
