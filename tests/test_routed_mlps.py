@@ -49,7 +49,7 @@ def test_loaded(folder: Path) -> None:
     assert (model.capacity, model.config.capacity, model.routing) == (0.3, 0.6, "threshold")
     records = model(tokens(4, 40), output_routing=True).routing
     assert [record.layer for record in records] == model.routed_layers == [3, 4]
-    assert records[0].scores.shape == records[0].selected.shape == records[0].gate.shape == (4, 40)
+    assert records[0].scores.shape == records[0].selected.shape == (4, 40)
     assert torch.equal(records[0].selected, records[0].scores > records[0].threshold)
     with measured_shares(model) as meter:
         model(tokens(4, 40), attention_mask=(torch.arange(40) < 20).long().expand(4, -1))
@@ -97,7 +97,7 @@ def test_inspected(folder: Path, dtf: Callable[..., Outcome], tmp_path: Path) ->
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     report = inspect_text(model, tokenizer, "a b c d e f")
     assert report.agreement is None
-    assert set(report.layers[0].figures) == {"gate", "predicted_cost"}
+    assert set(report.layers[0].figures) == {"predicted_cost"}
     ids = torch.tensor([report.source.ids])
     with torch.no_grad():
         loss = model(ids, labels=ids).loss.item()

@@ -23,9 +23,9 @@ from dtfcli.loading.devices import compute_dtype
 from dtfcli.loading.load import explained_load_errors, load_model_and_tokenizer
 from dtfcli.loading.source import ModelSource
 from dtfcli.models.configuration_fields import resolve_routed_layers
-from dtfcli.models.conversion import convert, route_mlps
+from dtfcli.models.conversion import convert, route_mlps, unfit_layers
 from dtfcli.models.mlp_fitting import fit_routing
-from dtfcli.models.modeling_routed_mlp import decoder_layers, unfit_layers
+from dtfcli.models.modeling_routed_mlp import decoder_layers
 from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import replaced_folder
 

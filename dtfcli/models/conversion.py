@@ -1,6 +1,7 @@
 """Dense ↔ routed, without losing or copying a weight."""
 
 import copy as copy_module
+from collections.abc import Iterable
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_dynamic import CONFIGS
 from .configuration_fields import STRUCK, RoutingFields, check_field, has_routed_mlps
 from .families import FAMILIES
 from .modeling_dynamic import MODELS
-from .modeling_routed_mlp import RoutedBase, RoutedCausalLM, decoder_layers, routed_classes, unfit_layers
+from .modeling_routed_mlp import RoutedBase, RoutedCausalLM, decoder_layers, inner_linears, routed_classes
 from .pretrained import is_added, is_routed
 from .savings import capacity_for
 
@@ -110,6 +112,23 @@ def _fit_layers(dense: PreTrainedModel, wanted: list[int]) -> list[int]:
         return fit
     reasons = "; ".join(dict.fromkeys(unfit[layer] for layer in wanted))
     raise ValueError(f"no MLP of {type(dense).__name__} can route. Of layers {wanted[0]} to {wanted[-1]}: {reasons}")
+
+
+def unfit_layers(layers: Iterable[nn.Module], size: int) -> dict[int, str]:
+    """The layers whose MLP cannot route, each with the reason."""
+    reasons = {}
+    for index, layer in enumerate(layers):
+        mlp = getattr(layer, "mlp", None)
+        if not isinstance(mlp, nn.Module):
+            reasons[index] = "it has no `mlp`"
+        elif any(hasattr(mlp, name) for name in ("experts", "router", "gate")):
+            reasons[index] = "its MLP is a mixture of experts"
+        else:
+            try:
+                inner_linears(mlp, size)
+            except ValueError as error:
+                reasons[index] = str(error)
+    return reasons
 
 
 def to_dense(model: PreTrainedModel, *, copy: bool = False) -> PreTrainedModel:

@@ -276,11 +276,6 @@ class MLPRecord(NamedTuple):
     threshold: Tensor
     """float32 0-d, τ(γ)."""
 
-    @property
-    def gate(self) -> Tensor:
-        """1 for every token, float32 [B, T]: nothing scales what an MLP adds."""
-        return torch.ones_like(self.scores)
-
 
 # Models
 
@@ -305,23 +300,6 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def unfit_layers(layers: Iterable[nn.Module], size: int) -> dict[int, str]:
-    """The layers whose MLP cannot route, each with the reason."""
-    reasons = {}
-    for index, layer in enumerate(layers):
-        mlp = getattr(layer, "mlp", None)
-        if not isinstance(mlp, nn.Module):
-            reasons[index] = "it has no `mlp`"
-        elif any(hasattr(mlp, name) for name in ("experts", "router", "gate")):
-            reasons[index] = "its MLP is a mixture of experts"
-        else:
-            try:
-                inner_linears(mlp, size)
-            except ValueError as error:
-                reasons[index] = str(error)
-    return reasons
-
-
 class RoutedBase(PreTrainedModel if TYPE_CHECKING else object):
     """Initialization of what routing adds; common to the stack and the language model."""
 
@@ -332,10 +310,9 @@ class RoutedBase(PreTrainedModel if TYPE_CHECKING else object):
         self._install()
 
     def _install(self) -> None:
-        layers, capacities = decoder_layers(self), self.config.layer_capacities()
-        unfit = unfit_layers(layers, self.config.hidden_size)
-        for index, capacity in capacities.items():
-            if index not in unfit and not isinstance(layers[index].mlp, RoutedMLP):
+        layers = decoder_layers(self)
+        for index, capacity in self.config.layer_capacities().items():
+            if not isinstance(layers[index].mlp, RoutedMLP):
                 RoutedMLP.install(layers[index].mlp, self.config, index, capacity)
 
     @torch.no_grad()
@@ -384,12 +361,10 @@ class RoutedCausalLM(RoutedBase):
 
     def router_scalars(self) -> dict[int, dict[str, float]]:
         """For each routed layer its threshold at the γ in use, and `cost_offset`."""
+        routers = {layer: (mlp.router, mlp.capacity) for layer, mlp in routed_mlps(self).items()}
         return {
-            layer: {
-                "threshold": mlp.router.threshold(mlp.capacity).item(),
-                "cost_offset": float(mlp.router.cost_offset),
-            }
-            for layer, mlp in routed_mlps(self).items()
+            layer: {"threshold": router.threshold(capacity).item(), "cost_offset": router.cost_offset.item()}
+            for layer, (router, capacity) in routers.items()
         }
 
     @property
@@ -444,12 +419,7 @@ class RoutedCausalLM(RoutedBase):
                 mlp.records = others
 
     def calibrate(self, batches: Iterable[Mapping[str, Tensor]], capacities: Any = None) -> None:
-        """Measure thresholds again, in one forward pass at the γ in use; forecasts and scores stay.
-
-        Args:
-            batches: as in `pass_together`.
-            capacities: of no use here: each pass measures the thresholds of all γ.
-        """
+        """Measure thresholds of every γ again, in one forward pass at the γ in use; `batches` as in `pass_together`."""
 
         def measure(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
             flat = x.reshape(-1, x.shape[-1])
@@ -471,8 +441,7 @@ class RoutedCausalLM(RoutedBase):
         Raises:
             ValueError: no batches.
         """
-        batches = list(batches)
-        if not batches:
+        if not (batches := list(batches)):
             raise ValueError("batches is empty: give it text, some thousand tokens of it")
         masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
         longest = max(mask.shape[1] for mask in masks)
