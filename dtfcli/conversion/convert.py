@@ -1,6 +1,7 @@
 """The conversion: open, route, read, fit, measure, save."""
 
 import importlib.metadata
+import math
 import os
 import shutil
 import time
@@ -277,18 +278,22 @@ class _Dial:
         return found
 
     def _search(self, most: float, dial: Mapping[float, Compared]) -> dict[float, Compared]:
-        """The largest saving whose gap over all rows is at most `most`, by trying: gaps grow like its square."""
-        reach = saved_share(self.model, LEAST)
-        savings = {saved_share(self.model, capacity): each.gap.value for capacity, each in dial.items()}
+        """The largest saving whose gap over all rows is at most `most`, by trying: gaps grow like a power of it."""
+        reach, power = saved_share(self.model, LEAST), 2.0
+        known = [(saved_share(self.model, capacity), each.gap.value) for capacity, each in dial.items()]
+        saving, gap = min(
+            ((saving, gap) for saving, gap in known if gap > 0 and saving > 0),
+            key=lambda point: abs(math.log(point[1] / most)),
+            default=(reach, most),
+        )
         low, high, best = 0.0, float("inf"), dict[float, Compared]()
-        saving = max((saving for saving, gap in savings.items() if gap <= most), default=0.0) or DEFAULT_SAVING
-        saving = min(reach, saving * (most / max(savings.get(saving, most), most / 4)) ** 0.5)
         for attempt in range(_MOST_TRIES + 1):
-            if attempt == _MOST_TRIES:
-                saving = _LEAST_SAVING
-            capacity = capacity_for(self.model, saving) or LEAST
+            next_saving = saving * (0.95 * most / max(gap, most / 9)) ** (1 / power)
+            next_saving = max(_LEAST_SAVING, min(next_saving if low < next_saving < high else (low + high) / 2, reach))
+            next_saving = next_saving if attempt < _MOST_TRIES else _LEAST_SAVING
+            capacity = capacity_for(self.model, next_saving) or LEAST
             found = self._compare({capacity: len(self.rows.ids)})
-            gap = found[capacity].gap.value
+            before, (saving, gap) = (saving, gap), (next_saving, found[capacity].gap.value)
             low, high, best = (saving, high, found) if gap <= most else (low, saving, best)
             if gap > most and saving <= _LEAST_SAVING:
                 raise ConfigError(
@@ -296,8 +301,8 @@ class _Dial:
                 )
             if best and (low >= reach or 0.9 * most < gap <= most or attempt >= _MOST_TRIES - 1):
                 break
-            saving *= (0.95 * most / max(gap, most / 9)) ** 0.5
-            saving = max(_LEAST_SAVING, min(saving if low < saving < high else (low + high) / 2, reach))
+            if gap > 0 and before[1] > 0 and saving != before[0]:
+                power = min(4.0, max(0.7, math.log(gap / before[1]) / math.log(saving / before[0])))
         self._keep(next(iter(best)))
         return best
 
