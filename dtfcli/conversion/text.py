@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dtfcli.data.documents import kept_document, open_sources
+from dtfcli.data.hub import HubReader
 from dtfcli.data.packing import split_documents
 from dtfcli.data.sources import SourceReader
 from dtfcli.data.tokenizer import text_encoder
@@ -61,7 +63,7 @@ class ConversionText:
     """What a conversion reads.
 
     Attributes:
-        name: as the user gave it.
+        name: as the user gave it; of a file or folder without its place.
         fit, measure: rows of different documents.
         documents: read, of all rows.
         remark: what a reader of the report should know; empty: nothing.
@@ -112,7 +114,9 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int) -> Conve
         )
     if fit.tokens < wanted[0]:
         remark += f" {fit.tokens:,} tokens to fit are few for this model: {wanted[0]:,} were wanted."
-    return ConversionText(shown, fit, measure, len(set(digests)), remark.strip())
+    return ConversionText(
+        Path(shown).name if Path(shown).exists() else shown, fit, measure, len(set(digests)), remark.strip()
+    )
 
 
 def _source(name: str) -> Source:
@@ -125,8 +129,8 @@ def _some_documents(reader: SourceReader, tokens: int, seed: int) -> tuple[list[
     report, left, kept = reader.new_report(), tokens * _CHARACTERS, dict[bytes, str]()
     order = np.random.RandomState(seed).permutation(reader.num_shards)
     waiting = (reader.open_shard(int(index), None, report) for index in order)
-    # Each open shard holds a file open.
-    shards: deque[Iterator[Any]] = deque(islice(waiting, 32))
+    # Each open shard holds a file open, and of the Hub it is a download.
+    shards: deque[Iterator[Any]] = deque(islice(waiting, 1 if isinstance(reader, HubReader) else 32))
     while shards and left > 0:
         shard = shards.popleft()
         row = next(shard, _END)
