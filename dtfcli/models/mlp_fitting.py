@@ -33,7 +33,11 @@ _NOT_FINITE = (
 
 
 def fit_routing(
-    model: Any, batches: Iterable[Mapping[str, Tensor]], on_layer: Callable[[int, int], None] | None = None
+    model: Any,
+    batches: Iterable[Mapping[str, Tensor]],
+    on_layer: Callable[[int, int], None] | None = None,
+    *,
+    forecasts: bool = True,
 ) -> None:
     """Fit forecasts, scores and thresholds of a model with routed MLPs to some text.
 
@@ -44,6 +48,7 @@ def fit_routing(
         model: any model with routed MLPs. Its γ is that of the fit: tokens that skip below are what a layer sees.
         batches: as in `RoutedCausalLM.pass_together`.
         on_layer: called with the number of MLPs that are fitted, and with the number of all.
+        forecasts: False keeps forecasts, neurons, and how layers share γ: scores and thresholds alone are fitted.
 
     Raises:
         ValueError: no batches; activations are no finite numbers (names the layer).
@@ -51,10 +56,10 @@ def fit_routing(
     batches, mlps = list(batches), routed_mlps(model)
     if not batches:
         raise ValueError("batches is empty: give it text, some thousand tokens of it")
-    scores = survey(model, batches)
+    scores = survey(model, batches) if forecasts else {}
 
     def fit(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
-        y = fit_mlp(mlp, x, counted, first, scores[mlp.layer_idx])
+        y = fit_mlp(mlp, x, counted, first, scores.get(mlp.layer_idx))
         if on_layer is not None:
             on_layer(list(mlps).index(mlp.layer_idx) + 1, len(mlps))
         return y
@@ -161,7 +166,7 @@ def _dense_pass(model: Any, ids: Tensor, mask: Tensor, seen: dict[int, list[tupl
 
 
 @torch.no_grad()
-def fit_mlp(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor, rough: Tensor) -> Tensor:
+def fit_mlp(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor, rough: Tensor | None) -> Tensor:
     """Fit forecast, score and thresholds of one MLP to text; returns what it hands on, [B, T, D].
 
         W = argmin Σ_t a_t ‖MLP(x̃_t) − MLP'(x̃_t) − W x̃_t‖²,   a_t = 1 / ‖MLP(x̃_t)‖²
@@ -174,7 +179,7 @@ def fit_mlp(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor, rough: Te
         x: x̃ of all tokens, [B, T, D].
         counted: bool [B, T], which tokens are no padding.
         first: bool [B, T], the first token of each text.
-        rough: the survey's score, float32 [D].
+        rough: the survey's score, float32 [D]; None: the forecast stays.
 
     Raises:
         ValueError: activations are no finite numbers; names the layer.
@@ -185,18 +190,18 @@ def fit_mlp(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor, rough: Te
     if not bool(rest.isfinite().all()):
         raise ValueError(_NOT_FINITE.format(mlp.layer_idx))
     usual = counted & ~first
-    weight = usual / (rest.square().mean(1) + _TINY)
-    if forecast.narrow is not None:
-        rest = rest - torch.cat([forecast.narrow(chunk) for chunk in tokens.split(_CHUNK)]).float()
+    if rough is None:
+        rest = rest - torch.cat([forecast(chunk) for chunk in tokens.split(_CHUNK)]).float()
+    else:
+        weight = usual / (rest.square().mean(1) + _TINY)
+        if forecast.narrow is not None:
+            rest = rest - torch.cat([forecast.narrow(chunk) for chunk in tokens.split(_CHUNK)]).float()
     with torch.autocast(x.device.type, enabled=False):
-        scores = flat @ rough
-        entered = scores > scores[usual].quantile(1 - interpolated(mlp.router.shares, mlp.capacity).item())
-        weight = torch.where(entered, _ENTERING * weight, weight)
-        common = Normal(flat, weight).solve(rest, _RIDGE)
-        forecast.linear.weight.copy_(common.t())
-        rest = rest - flat @ common
-        if forecast.maps > 1:
-            rest = rest - fit_maps(forecast, flat, rest, weight, usual & ~entered)
+        if rough is not None:
+            scores = flat @ rough
+            entered = scores > scores[usual].quantile(1 - interpolated(mlp.router.shares, mlp.capacity).item())
+            weight = torch.where(entered, _ENTERING * weight, weight)
+            rest = rest - fit_forecast(forecast, flat, rest, weight, usual & ~entered)
         cost = (rest.square().mean(1) + _TINY).log()
         cost = torch.where(first, cost[usual].max(), cost)
         importance = usual + _FIRST * (first & counted)
@@ -238,6 +243,14 @@ def choose_neurons(mlp: RoutedMLP, x: Tensor, weight: Tensor) -> None:
         small.weight.copy_(linear.weight[:, chosen] if each == name else linear.weight[rows])
         if linear.bias is not None:
             small.bias.copy_(linear.bias[rows])
+
+
+def fit_forecast(forecast: MLPForecast, x: Tensor, rest: Tensor, weight: Tensor, skips: Tensor) -> Tensor:
+    """Fit W, and A B of each cluster, to what MLP' leaves; returns W x̃ + A_j B_j x̃ of all tokens, [N, D]."""
+    common = Normal(x, weight).solve(rest, _RIDGE)
+    forecast.linear.weight.copy_(common.t())
+    linear = x @ common
+    return linear if forecast.maps == 1 else linear + fit_maps(forecast, x, rest - linear, weight, skips)
 
 
 def fit_maps(forecast: MLPForecast, x: Tensor, rest: Tensor, weight: Tensor, skips: Tensor) -> Tensor:

@@ -71,8 +71,9 @@ class MLPRouter(nn.Module):
         self.shares.copy_(torch.arange(GRID + 1) / GRID)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, D] → scores, float32 [N]."""
-        return x.float() @ self.weight.float()
+        """[N, D] → scores, float32 [N], whatever autocast says; no gradient: they only choose."""
+        with torch.autocast(x.device.type, enabled=False):
+            return x.detach().float() @ self.weight.detach().float()
 
     def threshold(self, capacity: float) -> Tensor:
         """τ(γ), float32 0-d.
@@ -234,14 +235,12 @@ class RoutedMLP(nn.Module):
         """[..., D] → [..., D]."""
         if self.instead is not None:
             return self.instead(self, x)
-        if self.capacity == 1.0 and self.records is None:
+        if self.capacity == 1.0 and self.records is None and not torch.is_grad_enabled():
             return self.compute(x)
-        flat = x.reshape(-1, x.shape[-1])
-        scores = self.router(flat)
+        scores = self.router(flat := x.reshape(-1, x.shape[-1]))
         enters = self.enters(scores)
         if self.records is not None:
-            shape = x.shape[:-1]
-            threshold = self.router.threshold(self.capacity)
+            shape, threshold = x.shape[:-1], self.router.threshold(self.capacity)
             self.records.append(MLPRecord(self.layer_idx, scores.view(shape), enters.view(shape), threshold))
         return self.route(flat, enters).view_as(x)
 
@@ -254,10 +253,11 @@ class RoutedMLP(nn.Module):
     def route(self, x: Tensor, enters: Tensor, computed: Tensor | None = None) -> Tensor:
         """The MLP where tokens enter, else the forecast; [N, D], bool [N] → [N, D]; `computed`: MLP(x), where known."""
         entering = enters.nonzero().squeeze(1)  # the one synchronization
-        if len(entering) == len(x):
-            return self.compute(x) if computed is None else computed
-        if len(entering) == 0 and not torch.is_grad_enabled():
-            return self.forecast(x)
+        if not torch.is_grad_enabled():  # else both run, on no token too: processes count on every parameter's gradient
+            if len(entering) == len(x):
+                return self.compute(x) if computed is None else computed
+            if len(entering) == 0:
+                return self.forecast(x)
         skipping = (~enters).nonzero().squeeze(1)
         forecast = self.forecast(x.index_select(0, skipping))
         entered = self.compute(x.index_select(0, entering)) if computed is None else computed.index_select(0, entering)

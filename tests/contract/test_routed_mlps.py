@@ -106,6 +106,24 @@ def test_what_is_saved() -> None:
             dtfcli.route_mlps(dense, save=refused)
 
 
+def test_scores_and_thresholds_are_fitted_alone() -> None:
+    """Forecasts that learned stay; scores then predict their errors. Gradients reach forecasts, whoever enters."""
+    model = fitted(dense_model("llama"))
+    forecasts = {name: p for name, p in model.named_parameters() if "forecast" in name}
+    before = {name: p.detach().mul_(1.5).clone() for name, p in forecasts.items()}
+    scores = [mlp.router.weight.clone() for mlp in routed_mlps(model).values()]
+    fit_routing(model, [{"input_ids": tokens(8, 40)}], forecasts=False)
+    assert all(torch.equal(p, before[name]) for name, p in forecasts.items())
+    for mlp, score in zip(routed_mlps(model).values(), scores, strict=True):
+        assert not torch.equal(mlp.router.weight, score)
+    with model.recorded() as records:
+        model(tokens(8, 40))
+    assert sum(float(r.selected.float().mean()) for r in records) / len(records) == pytest.approx(0.6, abs=0.02)
+    with model.routing_mode(capacity=1.0):
+        model(input_ids=tokens(2, 9), labels=tokens(2, 9)).loss.backward()
+    assert all(p.grad is not None for name, p in forecasts.items() if "centers" not in name)
+
+
 @torch.no_grad()
 def test_back_to_the_dense_model() -> None:
     dense = dense_model("gemma3_text")
