@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import dtfcli
+from dtfcli.cost.accounting import forward_flops_per_token
 from dtfcli.errors import ConfigError
 from dtfcli.evaluation.lm import RoutedLM
 from dtfcli.generation import Sampling, generate, generate_many
@@ -18,6 +20,7 @@ from dtfcli.inspection.text import inspect_text
 from dtfcli.loading.adapters import adapt, adapter_state, save_adapter
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.mlp_fitting import fit_routing
+from dtfcli.models.savings import saved_share
 from dtfcli.settings import load_settings
 from dtfcli.shares import measured_shares
 from tests.conftest import Outcome
@@ -133,3 +136,60 @@ def test_adapted(folder: Path, tmp_path: Path) -> None:
     save_adapter(model, tmp_path, state)
     opened: Any = load_model(tmp_path)
     assert (opened(tokens(2, 9)).logits - model(tokens(2, 9)).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fields", [{}, {"forecast_maps": 2}, {"architecture": "layerdrop", "capacity": 0.5}])
+@torch.no_grad()
+def test_flops_are_those_that_torch_counts(fields: dict[str, Any]) -> None:
+    """At the share really routed, and of a saving: short texts, so that attention is small."""
+    model = fitted("qwen2", **fields)
+    ids = tokens(1, 64)
+    model.set_attn_implementation("eager")
+    with measured_shares(model) as meter, FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False)
+    shares = meter.read().by_layer
+    counted = forward_flops_per_token(model, 64, shares=shares) * 64
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+    by_capacity = forward_flops_per_token(model, 1) / forward_flops_per_token(model, 1, dense=True)
+    assert by_capacity == pytest.approx(1 - saved_share(model), abs=0.02)
+
+
+def test_timed(folder: Path, dtf: Callable[..., Outcome]) -> None:
+    options = ["--phases", "prefill,decode", "--seq-len", "16", "--new-tokens", "3", "--capacities", "0.75,0.25"]
+    options += ["--repeats", "1", "--calibration-tokens", "64", "--device", "cpu"]
+    result = dtf("bench", str(folder), *options, "--json")
+    assert result.code == 0, result.stderr
+    for phase in ("prefill", "decode"):
+        few, many = sorted(
+            (entry for entry in json.loads(result.stdout)["results"] if entry["phase"] == phase),
+            key=lambda entry: entry["capacity"],
+        )
+        assert few["routed_share"] < many["routed_share"]
+        assert few["theory"] < many["theory"] < 1.0
+        assert few["cache_ratio"] == 1.0
+    refused = dtf("bench", str(folder), "--phases", "decode", "--static")
+    assert (refused.code, "not for routed MLPs" in refused.stderr) == (2, True)
+
+
+def test_timed_with_random_weights(dtf: Callable[..., Outcome]) -> None:
+    """A preset's shape; nothing is fitted to random weights."""
+    shape = ["model.scratch.hidden_size=64", "model.scratch.intermediate_size=192", "model.scratch.num_hidden_layers=6"]
+    options = ["--phases", "prefill", "--seq-len", "32", "--capacities", "0.5", "--repeats", "1", "--device", "cpu"]
+    fields = ["model.routed_part=mlp", "model.score=forecast_error", "model.bypass=forecast"]
+    result = dtf("bench", "quickstart", *shape, *fields, *options, "--calibration-tokens", "512", "--json")
+    assert result.code == 0, result.stderr
+    entries = {entry["architecture"]: entry for entry in json.loads(result.stdout)["results"]}
+    assert 0.2 < entries["dtf"]["routed_share"] < 0.8
+
+
+def test_pushed(folder: Path, dtf: Callable[..., Outcome], tmp_path: Path) -> None:
+    result = dtf("push", str(folder), "me/new", "--dry-run", str(tmp_path))
+    assert result.code == 0, result.stderr
+    assert len(list(tmp_path.glob("*.py"))) == 3
+    card = (tmp_path / "README.md").read_text()
+    for words in ("The MLPs of 2 of 6 layers", "vllm serve me/new", "trust_remote_code=True", "capacity=0.5"):
+        assert words in card
+    assert "topk" not in card
+    assert "surprise" not in card
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_routed_mlp.RoutedGraniteForCausalLM"

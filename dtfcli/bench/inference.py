@@ -9,6 +9,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dtfcli.bench.report import BenchOptions, PhaseResult
-from dtfcli.cost.accounting import LAYER, forward_flops_per_token, in_routed_part
+from dtfcli.cost.accounting import LAYER, forward_flops_per_token, in_routed_part, met_numbers
 from dtfcli.generation import cache_bytes
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
+from dtfcli.models.observed import observed_passes
 from dtfcli.models.pretrained import is_added
 from dtfcli.models.static import static_layers
 from dtfcli.shares import measured_shares
@@ -111,18 +114,20 @@ class _DenseStatic:
 def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor, static: bool) -> _Timing:
     length = prompt.shape[1] + continuation.shape[1]
     dense_cache = dense(prompt, use_cache=True, logits_to_keep=1)[CACHE_NAME]
-    routed_cache = RoutedCache(routed.config, length if static else None)
-    routed(prompt, logits_to_keep=1, **{CACHE_NAME: routed_cache})
+    if isinstance(routed, RoutedCausalLM):
+        routed_cache = routed(prompt, use_cache=True, logits_to_keep=1)[CACHE_NAME]
+    else:
+        routed_cache = RoutedCache(routed.config, length if static else None)
+        routed(prompt, logits_to_keep=1, **{CACHE_NAME: routed_cache})
     dense_static = _DenseStatic(dense, dense_cache, length) if static else None
     pairs: list[tuple[float, float]] = []
     shares: list[float] = []
     layers_read: list[float] = []
     records: list[Any] = []
 
-    def note_records(stack: Any, arguments: Any, output: Any) -> None:
+    def note_records(output: Any) -> None:
         records[:] = output.routing  # reading them belongs to the measuring, not to the model: outside of the time
 
-    hook = routed.model.register_forward_hook(note_records)
     for token in continuation.split(1, dim=1):
         plain = partial(dense_static or partial(dense, **{CACHE_NAME: dense_cache}), token)
         ours = partial(routed, token, **{CACHE_NAME: routed_cache})
@@ -133,12 +138,12 @@ def _decode(dense: Any, routed: Any, prompt: Tensor, continuation: Tensor, stati
                 if dense_static is not None:
                     dense_static.state.crop(1)
                 routed_cache.crop(-1)
-            turns.append((_seconds(plain), _seconds(ours)))
+            with nullcontext() if turn else observed_passes(routed, note_records):
+                turns.append((_seconds(plain), _seconds(ours)))
         pairs.append((statistics.median(a for a, _ in turns), statistics.median(b for _, b in turns)))
         chosen = torch.stack([record.selected.flatten() for record in records]).float()
         shares.append(float(chosen.mean()))
         layers_read.append(float(chosen.amax(1).mean()))  # a layer's weights are read once, for any row
-    hook.remove()
     warm = slice(2, None) if len(pairs) > 4 else slice(None)
     return _Timing(
         pairs[warm],
@@ -163,8 +168,8 @@ def _result(phase: str, architecture: str, capacity: float, timing: _Timing) -> 
         routed_ms=1e3 * routed_seconds,
         time_ratio=timing.time_ratio,
         theory=timing.theory,
-        cache_ratio=routed_cache.nbytes / cache_bytes(dense_cache),
-        cache_bytes=routed_cache.nbytes,
+        cache_ratio=cache_bytes(routed_cache) / cache_bytes(dense_cache),
+        cache_bytes=cache_bytes(routed_cache),
         tokens_per_second=timing.tokens / routed_seconds,
     )
 
@@ -185,11 +190,12 @@ def weights_read(model: Any, share: float) -> float:
         routed = int(match.group(1)) in config.routed_layer_indices
         if is_added(name):
             skipping = 1.0 - share if "forecast" in name else 1.0
-            read += parameter.numel() * skipping if "predictor" not in name else 0
+            read += met_numbers(model, name, parameter) * skipping if "predictor" not in name else 0
             continue
-        dense += parameter.numel()
+        met = met_numbers(model, name, parameter)
+        dense += met
         always = config.keeps_every_key and ("k_proj" in name or "v_proj" in name)
-        read += parameter.numel() * (share if routed and in_routed_part(config, name) and not always else 1.0)
+        read += met * (share if routed and in_routed_part(config, name) and not always else 1.0)
     return read / dense
 
 

@@ -12,8 +12,10 @@ from dtfcli.bench.inference import bench_inference
 from dtfcli.bench.report import BenchOptions, BenchReport
 from dtfcli.bench.steps import bench_training
 from dtfcli.cost.peak import matmul_peak
+from dtfcli.errors import ConfigError
 from dtfcli.loading.devices import keep_freed_memory
-from dtfcli.models.pretrained import is_routed
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
+from dtfcli.models.pretrained import is_added, is_routed
 from dtfcli.models.router import CAPACITY_GRID
 
 
@@ -57,7 +59,10 @@ def bench(
 def _with_kernels(models: dict[str, Any], options: BenchOptions) -> dict[str, Any]:
     """The same models, the routed ones with or without our kernels."""
     for model in models.values():
-        if is_routed(model):
+        if isinstance(model, RoutedCausalLM):
+            if options.static:
+                raise ConfigError("--static: decoding in fixed shapes is for routed blocks, not for routed MLPs.")
+        elif is_routed(model):
             model.model.use_triton_kernels(options.triton)
     return models
 
@@ -75,4 +80,8 @@ def _calibrate(routed: dict[str, Any], options: BenchOptions) -> None:
     grid = [share for share in CAPACITY_GRID if share in options.capacities]
     capacities = grid if len(grid) == len(options.capacities) else None
     for model in routed.values():
+        if isinstance(model, RoutedCausalLM) and not model.is_fitted:
+            for name, parameter in model.named_parameters():
+                if is_added(name):
+                    torch.nn.init.normal_(parameter, std=0.02)
         model.calibrate([{"input_ids": row.unsqueeze(0)} for row in ids], capacities=capacities)

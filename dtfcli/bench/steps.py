@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from dtfcli.bench.report import BenchOptions, StepResult
 from dtfcli.cost.accounting import training_step_flops
 from dtfcli.cost.peak import matmul_peak, reset_resident_peak, resident, synchronize
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.pretrained import is_routed
 from dtfcli.settings.training import TrainingSettings
 from dtfcli.training.compiling import compile_layers
@@ -139,6 +140,8 @@ def _choose_capacity(model: Any, capacity: float) -> None:
     """The γ that training routes at; nothing for dense models."""
     if is_routed(model):
         model.config.capacity = capacity
+        if isinstance(model, RoutedCausalLM):
+            model.set_routing()
 
 
 def _timed_step(

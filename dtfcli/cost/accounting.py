@@ -8,7 +8,8 @@ H being query heads × head size; scores and weighted values cost 2 · T · H ea
 torch's FLOP counter does. A routed layer processes K = max(1, ⌊γT⌋) of T tokens, so the matrices of its routed part
 count K / T and its attention, if that is routed, (K / T)², or with keys of all tokens K / T. The language-model head
 counts, embeddings (a lookup) do not; priors and routers see every token, and so do predictors while they train or
-route; a forecast sees the tokens that skip, in training all of them.
+route; a forecast sees the tokens that skip, in training all of them. Routed MLPs see a share γ of the tokens, and
+their forecasts the others, in training, too.
 Norms, gates and other element-wise work are left out. A training step costs three forward passes where all is trained.
 """
 
@@ -20,7 +21,9 @@ from typing import Any
 from torch import nn
 
 from dtfcli.loading.quantization import NF4_BYTES, numel, projections
+from dtfcli.models.configuration_fields import has_routed_mlps
 from dtfcli.models.losses import CHUNK_ELEMENTS
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.pretrained import is_added
 from dtfcli.models.stock import head_size
 
@@ -149,7 +152,8 @@ def training_step_flops(model: Any, seq_len: int) -> float:
             attention = model.model.layers[layer].self_attn
             for weight in (attention.k_proj.weight, attention.v_proj.weight):
                 flops -= 2.0 * (1 + weight.requires_grad) * share * numel(weight)
-    return flops + (_learning_flops(model, shares, seq_len) if shares else 0.0)
+    learns = shares and not isinstance(model, RoutedCausalLM)  # whose forecasts learn in the pass itself
+    return flops + (_learning_flops(model, shares, seq_len) if learns else 0.0)
 
 
 def _attention_flops(config: Any, seq_len: int) -> float:
@@ -202,18 +206,31 @@ def _matrix_flops(
             # MoD's router is a matrix with one row, kept as a vector; DTF's has scalars only.
             matrix = parameter.numel() >= config.hidden_size and "norm" not in name
             if matrix and not dense and (predicts or "predictor" not in name):
-                skipping = 1.0 if training or "forecast" not in name else 1.0 - shares.get(layer, 1.0)
-                yield parameter, 2.0 * parameter.numel() * skipping
+                forecasts_all = training and not isinstance(model, RoutedCausalLM)
+                skipping = 1.0 - shares.get(layer, 1.0) if "forecast" in name and not forecasts_all else 1.0
+                yield parameter, 2.0 * met_numbers(model, name, parameter) * skipping
         elif parameter.ndim == 2:
             share = shares.get(layer, 1.0) if in_routed_part(config, name) else 1.0
             if _every_key(config) and layer in shares and ("k_proj" in name or "v_proj" in name):
                 share += 1.0  # keys and values of all tokens, and again of the routed ones
             yield parameter, 2.0 * numel(parameter) * share
+        elif parameter.ndim == 3:
+            yield parameter, 2.0 * met_numbers(model, name, parameter)
+
+
+def met_numbers(model: Any, name: str, parameter: nn.Parameter) -> float:
+    """Numbers of a parameter that a token meets: of a forecast's several maps, or of experts, it takes a few."""
+    if parameter.ndim < 3:
+        return parameter.numel()
+    taken = 1 if is_added(name) else getattr(model.config, "num_experts_per_tok", len(parameter))
+    return parameter.numel() / len(parameter) * taken
 
 
 def routed_shares(config: Any, seq_len: int) -> dict[int, float]:
-    """K / T of each routed layer; empty for a dense model."""
+    """K / T of each routed layer, and γ of each routed MLP; empty for a dense model."""
     capacities = config.layer_capacities() if hasattr(config, "layer_capacities") else {}
+    if has_routed_mlps(vars(config)):
+        return capacities
     return {layer: max(1, int(capacity * seq_len)) / seq_len for layer, capacity in capacities.items()}
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from dtfcli.errors import CheckpointError, ConfigError
 from dtfcli.evaluation.report import EvalReport
 from dtfcli.loading.model_files import weights_hash
-from dtfcli.models.configuration_fields import resolve_routed_layers
-from dtfcli.models.pretrained import is_added
+from dtfcli.models.configuration_fields import has_routed_mlps, resolve_routed_layers
+from dtfcli.models.pretrained import ROUTED_TYPES, is_added
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, MERGED_MODEL, METRICS_FILE
 from dtfcli.runs.public import (
@@ -93,6 +93,11 @@ class ModelFacts:
     def architecture(self) -> str:
         """dtf, mod or dense."""
         return self.config["architecture"] if self.routed_layers else "dense"
+
+    @property
+    def routes_mlps(self) -> bool:
+        """Whether the model is a stock one with routed MLPs."""
+        return bool(self.routed_layers) and has_routed_mlps(self.config)
 
     @property
     def name(self) -> str:
@@ -196,7 +201,7 @@ def _sha256(path: Path) -> str:
 
 
 def _routed_layers(config: dict[str, Any]) -> list[int]:
-    if not str(config.get("model_type", "")).startswith("dynamic_"):
+    if not str(config.get("model_type", "")).startswith(ROUTED_TYPES):
         return []
     return resolve_routed_layers(config["routed_layers"], config["dense_edges"], config["num_hidden_layers"])
 
@@ -211,7 +216,7 @@ def _count_parameters(weights: list[Path]) -> tuple[int, int]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # not a mapping
                     size = math.prod(file.get_slice(name).get_shape())
-                    if "threshold" in name:  # a table, not a parameter
+                    if "threshold" in name or name.endswith("router.shares"):  # a table, not a parameter
                         continue
                     total += size
                     added += size * is_added(name)

@@ -24,6 +24,7 @@ from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.loading.model_files import INDEX, WEIGHTS, check_files, read_adapter_config
 from dtfcli.loading.source import open_source
 from dtfcli.models.conversion import ROUTING_FIELD_NAMES
+from dtfcli.models.pretrained import ROUTED_TYPES
 from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import replaced_folder
 from dtfcli.runs.folder import BEST_MODEL, CURVES_FILE, FINAL_MODEL, MERGED_MODEL, SETTINGS_FILE
@@ -177,7 +178,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_json_object(path, _AGAIN)
-    if str(config.get("model_type", "")).startswith("dynamic_"):
+    if str(config.get("model_type", "")).startswith(ROUTED_TYPES):
         with reading(path, _AGAIN, also=(StrictDataclassError,)), quiet_libraries():
             built = AutoConfig.for_model(**config)
         # Fields that an earlier version did not write have their defaults.
@@ -243,7 +244,7 @@ def _code_files(folder: Path, config: dict[str, Any]) -> list[Path]:
             f"{folder}: auto_map in its config.json names {foreign[0]!r}, no file of its folder; {_AGAIN}."
         )
     files = {folder / f"{module}.py" for module in modules}
-    if not files and str(config.get("model_type", "")).startswith("dynamic_"):
+    if not files and str(config.get("model_type", "")).startswith(ROUTED_TYPES):
         raise CheckpointError(
             f"{folder}: its config.json names no code (auto_map), so it opens only where dtf is installed; "
             "load it with dtfcli.load_model and save it again."

@@ -16,6 +16,9 @@ from .stock import StockModel
 ADDED_NAMES = ("router", "forecast", "prior", "predictor")
 """Every parameter and buffer that routing adds has one of these in its name."""
 
+ROUTED_TYPES = ("dynamic_", "routed_")
+"""What the model types of routed models begin with: of those with routed blocks, of those with routed MLPs."""
+
 RENAMED = {r"\.forecast_prior\.": ".forecast.", r"\.router\.level$": ".router.cost_offset"}
 """Names in folders that earlier versions saved, as regular expressions, and what they are now."""
 
