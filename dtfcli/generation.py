@@ -277,7 +277,7 @@ def _run(
         prefill_tokens_per_second=sum(len(row) for _, row in batch) / (first - started),
         decode_tokens_per_second=later / (last - first) if later else None,
         cache_bytes=cache_bytes(cache) if use_cache else None,
-        dense_cache_bytes=_dense_cache_bytes(model, out.sequences.numel() - len(new)),
+        dense_cache_bytes=dense_cache_bytes(model, out.sequences.numel() - len(new)),
         routed_share=sum(shares) / len(shares) if use_cache and shares else entered.share(),
     )
     results = []
@@ -295,8 +295,9 @@ def cache_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _dense_cache_bytes(model: Any, positions: int) -> int:
+def dense_cache_bytes(model: Any, positions: int) -> int:
     """Bytes of the keys and values of every layer, for a number of positions."""
     config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * positions
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    numbers = 2 * config.num_hidden_layers * heads * head_size(config) * positions
     return numbers * model.dtype.itemsize

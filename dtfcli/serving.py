@@ -10,14 +10,18 @@ import socket
 from importlib import import_module
 from typing import Any
 
+import psutil
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
 from dtfcli.errors import ConfigError
+from dtfcli.generation import dense_cache_bytes
 from dtfcli.quiet import quiet_libraries
 
 _MANAGER = "transformers.cli.serving.model_manager"
 """The server's file with the class that loads its models."""
+_PAGE = 256
+"""Tokens of a block of the paged cache, as Transformers has it."""
 
 
 def require_server(host: str, port: int) -> None:
@@ -75,8 +79,22 @@ def serve(
     stock = manager.ModelManager
     loaded = {"_load_processor": lambda *_, **__: tokenizer, "_load_model": lambda *_, **__: model}
     manager.ModelManager = type("OneModel", (stock,), loaded)  # for every name that the server asks for
+    sizes = _paged_cache(model) if continuous_batching and model.device.type == "cpu" else {}
+    server: Any = object.__new__(Serve)  # it runs inside of its constructor
     try:
         with quiet_libraries(verbose=True):
-            Serve(force_model=name, continuous_batching=continuous_batching, host=host, port=port)
+            server.__init__(force_model=name, continuous_batching=continuous_batching, host=host, port=port, **sizes)
     finally:
+        if continuous_batching and hasattr(server, "_generation_state"):
+            server._generation_state.shutdown()  # else its thread keeps the process
         manager.ModelManager = stock
+
+
+def _paged_cache(model: Any) -> dict[str, int]:
+    """Sizes for a processor: eight texts of the model's positions, at most a quarter of the memory that is free.
+
+    Transformers would take nine tenths of the machine's memory, whoever uses it.
+    """
+    texts = 8 * model.config.max_position_embeddings
+    positions = min(texts, psutil.virtual_memory().available // 4 // dense_cache_bytes(model, 1))
+    return {"cb_num_blocks": max(1, positions // _PAGE), "cb_max_batch_tokens": 512}

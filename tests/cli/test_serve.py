@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import openai
 import pytest
 from transformers.cli.serving.model_manager import ModelManager
 
+import dtfcli
 from dtfcli import load_model, load_tokenizer, serving
 from dtfcli.cli.app import run
 from dtfcli.generation import Sampling, generate
+from dtfcli.models.mlp_fitting import fit_routing
 from tests.conftest import Outcome
-from tests.tiny import routed_model, word_tokenizer
+from tests.tiny import dense_model, routed_model, tokens, word_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w1{% endif %}"
@@ -56,18 +59,27 @@ class Server:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The final model of a run, with a chat template."""
     folder = tmp_path_factory.mktemp("runs") / "mine" / "final_model"
-    routed_model().save_pretrained(folder)
+    _saved(routed_model(), folder)
+    return folder
+
+
+def _saved(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
     tokenizer = word_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving_run(model_folder, tmp_path_factory.mktemp("log") / "stderr") as running:
+        yield running
+
+
+@contextmanager
+def serving_run(model_folder: Path, log: Path, *options: str) -> Iterator[Server]:
     """`dtf serve RUN` on a free port; ended by Ctrl-C."""
-    log = tmp_path_factory.mktemp("log") / "stderr"
-    command = [sys.executable, "-m", "dtfcli", "serve", str(model_folder.parent)]
+    command = [sys.executable, "-m", "dtfcli", "serve", str(model_folder.parent), *options]
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", "0", "--device", "cpu"],
@@ -121,6 +133,17 @@ def test_requests_at_once_are_answered_as_the_model_generates(server: Server) ->
     with ThreadPoolExecutor(len(requests)) as pool:
         answers = list(pool.map(lambda request: request[0](request[1]), requests))
     assert answers == [server.expected(question) for _, question in requests]
+
+
+@pytest.mark.slow
+def test_routed_mlps_are_served_in_continuous_batches(tmp_path: Path) -> None:
+    model, folder = dtfcli.route_mlps(dense_model(), capacity=0.6), tmp_path / "mine" / "final_model"
+    fit_routing(model, [{"input_ids": tokens(8, 40)}])
+    _saved(model, folder)
+    with serving_run(folder, tmp_path / "stderr", "--continuous-batching") as server:
+        with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+            answers = list(pool.map(server.chat, QUESTIONS))
+        assert [answer.choices[0].message.content for answer in answers] == [server.expected(q) for q in QUESTIONS]
 
 
 @pytest.mark.slow
