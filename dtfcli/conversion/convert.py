@@ -163,14 +163,14 @@ def _check_space(folder: Path, model: Any) -> None:
 
 def _open(source: ModelSource, options: ConversionOptions) -> tuple[Any, Any, torch.dtype | None]:
     """The dense model, its tokenizer, and the precision to save in (None: as it is)."""
-    with explained_load_errors(source):
+    with explained_load_errors(source):  # around both: a GGUF file is parsed once
         config = source.configuration
-    if hasattr(config, "layer_capacities"):
-        raise CheckpointError(
-            f"{source.path}: is routed already; convert the dense model that it was made from, or what "
-            "dtfcli.to_dense(model) returns."
-        )
-    dense, tokenizer = load_model_and_tokenizer(source, **options.loading)
+        if hasattr(config, "layer_capacities"):
+            raise CheckpointError(
+                f"{source.path}: is routed already; convert the dense model that it was made from, or what "
+                "dtfcli.to_dense(model) returns."
+            )
+        dense, tokenizer = load_model_and_tokenizer(source, **options.loading)
     if not type(dense).__module__.startswith("transformers."):
         raise CheckpointError(
             f"{source.path}: its class {type(dense).__name__} is not of Transformers, so a converted folder could not "

@@ -2,7 +2,8 @@
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -230,12 +231,32 @@ def _set_routing(model: Any, routing: str | None, capacity: float | None) -> Non
 def explained_load_errors(source: ModelSource) -> Iterator[None]:
     """Turn errors of Transformers, safetensors and the Hub's client into one line; keep them quiet meanwhile."""
     try:
-        with quiet_libraries():
+        with quiet_libraries(), gguf_read_once() if source.kind == "gguf" else nullcontext():
             yield
     except DTFError:
         raise
     except _DAMAGE as error:
         raise _explained(source, error, "model") from error
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Parse a GGUF file once inside of a `with` block, an outer one counts.
+
+    Transformers does so for configuration, weights and tokenizer, and makes a table of tensor names for each module.
+    """
+    try:
+        import gguf
+    except ImportError:  # Transformers says what to install
+        yield
+        return
+    theirs = gguf.GGUFReader, gguf.get_tensor_name_map
+    if isinstance(theirs[0], type):
+        gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, theirs)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = theirs
 
 
 def _explained(source: ModelSource, error: Exception, part: str) -> DTFError:
