@@ -293,7 +293,7 @@ PREDICTED = {"bypass": "forecast", "routed_part": "mlp"}
             {"score": "forecast_error", **PREDICTED},
             [
                 "cheap forecast of its update would be far off",
-                "take a forecast of the update and store only keys and values",
+                "take that forecast. Attention and its cache are those of the dense model.",
                 "| routed part | mlp |",
                 "| score | `forecast_error` |",
             ],
