@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import dtfcli
@@ -198,3 +199,54 @@ def test_activations_that_are_not_finite_name_the_layer() -> None:
     torch.nn.init.constant_(model.model.layers[3].mlp.up_proj.weight, torch.inf)
     with pytest.raises(ValueError, match="layer 3"):
         fit_routing(model, [{"input_ids": tokens(8, 40)}])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_stock_generation(family: str) -> None:
+    """Static cache, assistant, prompt lookup: the greedy text. Beams with and without a cache: the same."""
+    model, prompt = fitted(dense_model(family)), tokens(1, 9, seed=4)
+    given: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    greedy = model.generate(prompt, **given)
+    for option in (
+        {"cache_implementation": "static", "disable_compile": True},
+        {"assistant_model": dense_model(family)},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False},
+    ):
+        assert torch.equal(model.generate(prompt, **given, **option), greedy), option
+    beams = model.generate(prompt, num_beams=3, **given)
+    assert torch.equal(model.generate(prompt, num_beams=3, use_cache=False, **given), beams)
+
+
+def test_stock_training() -> None:
+    """Gradient checkpointing changes no gradient; tokens that skip teach the forecast, those that enter the MLP."""
+    model, ids = fitted(dense_model("llama")).train(), tokens(2, 24, seed=5)
+    gradients = []
+    for recomputed in (False, True):
+        if recomputed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max() < 1e-5, name
+    for part in ("forecast.linear.weight", "forecast.narrow.up_proj.weight", "up_proj.weight"):
+        assert gradients[0][f"model.layers.3.mlp.{part}"].any()
+
+
+def test_stock_adapters(tmp_path: Path) -> None:
+    """PEFT's own functions, without ours."""
+    model, ids = fitted(dense_model("qwen2")), tokens(2, 9, seed=6)
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    logits = adapted.eval()(ids).logits
+    adapted.save_pretrained(tmp_path)
+    again: Any = PeftModel.from_pretrained(fitted(dense_model("qwen2")), tmp_path).eval()
+    assert (again(ids).logits - logits).abs().max() < 1e-5
+    assert (again.merge_and_unload()(ids).logits - logits).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled() -> None:
+    model, ids = fitted(dense_model("llama")), tokens(2, 24, seed=7)
+    assert (torch.compile(model)(ids).logits - model(ids).logits).abs().max() < 1e-4
