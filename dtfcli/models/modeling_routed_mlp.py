@@ -233,6 +233,8 @@ class RoutedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] → [..., D]."""
+        if not isinstance(x, Tensor):  # vLLM tries it before weights are loaded: no threshold may be looked up
+            raise TypeError("torch.fx cannot trace a routed MLP: its way depends on the data")
         if self.instead is not None:
             return self.instead(self, x)
         if self.capacity == 1.0 and self.records is None and not torch.is_grad_enabled():

@@ -250,3 +250,12 @@ def test_stock_adapters(tmp_path: Path) -> None:
 def test_compiled() -> None:
     model, ids = fitted(dense_model("llama")), tokens(2, 24, seed=7)
     assert (torch.compile(model)(ids).logits - model(ids).logits).abs().max() < 1e-4
+
+
+def test_tracing_looks_no_threshold_up() -> None:
+    """As vLLM does it: it traces modules by torch.fx before it loads weights, and fills tensors in place."""
+    mlp: Any = fitted(dense_model("llama")).model.layers[3].mlp
+    mlp.router.current = None
+    with pytest.raises(TypeError, match="depends on the data"):
+        torch.fx.symbolic_trace(mlp)
+    assert mlp.router.current is None
