@@ -296,9 +296,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     stack = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = getattr(stack, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(
-            f"{type(model).__name__} has no list of decoder layers called `layers`: it cannot be converted"
-        )
+        raise ValueError(f"{type(model).__name__} has no decoder layers called `layers`: it cannot be converted")
     return layers
 
 
