@@ -1,6 +1,7 @@
 """The toolkit knows models with routed MLPs: it loads, runs, measures, inspects and adapts them as it does others."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,12 +184,22 @@ def test_timed_with_random_weights(dtf: Callable[..., Outcome]) -> None:
 
 
 def test_pushed(folder: Path, dtf: Callable[..., Outcome], tmp_path: Path) -> None:
-    result = dtf("push", str(folder), "me/new", "--dry-run", str(tmp_path))
+    """The card says what `dtf convert` has measured."""
+    point = {"capacity": 0.6, "loss_gap": 0.031, "stderr": 0.0088, "agreement": 0.83, "kl": 0.08, "routed_share": 0.61}
+    chosen, none = point | {"saving": 0.1, "tokens": 8192}, point | {"capacity": 1.0, "saving": 0.0, "tokens": 1024}
+    report = {"model": "/somewhere/dense", "text": {"fit_tokens": 20224}, "dial": [none], "chosen": chosen}
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "report.json").write_text(json.dumps(report))
+    result = dtf("push", str(tmp_path / "model"), "me/new", "--dry-run", str(tmp_path / "preview"))
+    tmp_path = tmp_path / "preview"
     assert result.code == 0, result.stderr
     assert len(list(tmp_path.glob("*.py"))) == 3
     card = (tmp_path / "README.md").read_text()
     for words in ("The MLPs of 2 of 6 layers", "vllm serve me/new", "trust_remote_code=True", "capacity=0.5"):
         assert words in card
+    assert "| **10.0%** | 0.600 | +0.0310 ± 0.0088 | 0.830 | 0.080 | 0.610 | 8,192 |" in card
+    assert "converted from dense" in card
+    assert "/somewhere" not in card
     assert "topk" not in card
     assert "surprise" not in card
     config = json.loads((tmp_path / "config.json").read_text())

@@ -55,6 +55,7 @@ def model_card(facts: ModelFacts) -> ModelCard:
         loss_rows=_loss_rows(facts),
         conditions=_conditions(facts.results) if facts.results is not None else [],
         score_rows=_score_rows(facts.results) if facts.results is not None else [],
+        dial_rows=_dial_rows(facts.conversion) if facts.conversion else [],
         few_tokens=seen if facts.base == "" and seen and seen < _FEW_TOKENS else None,
         license=data.license,
     )
@@ -143,6 +144,20 @@ def _loss_rows(facts: ModelFacts) -> Rows:
     if shares:
         spread = f"{min(shares):.3f} to {max(shares):.3f} by layer"
         rows.append(("routed share", f"{sum(shares) / len(shares):.3f}", spread))
+    return rows
+
+
+def _dial_rows(report: dict[str, Any]) -> Rows:
+    """What each saving costs, as `dtf convert` measured it; the model's own γ in bold."""
+    chosen = report["chosen"]
+    points = [point for point in report["dial"] if point["capacity"] != chosen["capacity"]]
+    rows: Rows = []
+    for point in sorted([*points, chosen], key=lambda point: point["saving"]):
+        error = "" if point["stderr"] is None else f" ± {point['stderr']:.4f}"
+        shares = (f"{point[name]:.3f}" for name in ("agreement", "kl", "routed_share"))
+        mark = "**" if point is chosen else ""
+        saved, capacity = f"{mark}{point['saving']:.1%}{mark}", f"{point['capacity']:.3f}"
+        rows.append((saved, capacity, f"{point['loss_gap']:+.4f}{error}", *shares, f"{point['tokens']:,}"))
     return rows
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dtfcli.errors import CheckpointError, ConfigError
+from dtfcli.errors import CheckpointError, ConfigError, read_json_object
 from dtfcli.evaluation.report import EvalReport
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.models.configuration_fields import has_routed_mlps, resolve_routed_layers
@@ -68,6 +68,7 @@ class ModelFacts:
         unigram: loss that token counts alone reach on the same text.
         has_curves: whether curves.png is uploaded with the card.
         results: of benchmarks.
+        conversion: what `dtf convert` measured, its report.json; empty for other models.
         version: of dtf.
     """
 
@@ -87,6 +88,7 @@ class ModelFacts:
     unigram: float | None = None
     has_curves: bool = False
     results: EvalReport | None = None
+    conversion: dict[str, Any] = field(default_factory=dict)
     version: str = ""
 
     @property
@@ -119,6 +121,9 @@ def gather_facts(
     base, on_hub = public_name(settings.get("model", {}).get("base"), run) if settings else (None, False)
     if source.base is not None:
         base, on_hub = source.base, True
+    conversion = _conversion(source.named)
+    if base is None and conversion:
+        base = Path(str(conversion["model"])).name
     lines = read_metrics(run / METRICS_FILE) if run is not None and (run / METRICS_FILE).is_file() else []
     return ModelFacts(
         repo=repo,
@@ -137,6 +142,7 @@ def gather_facts(
         unigram=next((line["val/unigram"] for line in lines if "val/unigram" in line), None),
         has_curves=has_curves,
         results=results,
+        conversion=conversion,
         version=metadata.version("dtfcli"),
     )
 
@@ -188,6 +194,16 @@ def _given_results(path: Path, digests: list[str], remedy: str) -> tuple[EvalRep
             f"run {remedy}."
         )
     return report, []
+
+
+def _conversion(folder: Path) -> dict[str, Any]:
+    """The report that `dtf convert` wrote into a model folder; empty if there is none, or another program's."""
+    path = folder / "report.json"
+    with suppress(ConfigError):
+        report = read_json_object(path, "convert the model again") if path.is_file() else {}
+        if {"model", "dial", "chosen", "text"} <= report.keys():
+            return report
+    return {}
 
 
 def _digest(report: EvalReport) -> str | None:
