@@ -250,13 +250,14 @@ def gguf_read_once() -> Iterator[None]:
     except ImportError:  # Transformers says what to install
         yield
         return
-    theirs = gguf.GGUFReader, gguf.get_tensor_name_map
+    library: Any = gguf
+    theirs = library.GGUFReader, library.get_tensor_name_map
     if isinstance(theirs[0], type):
-        gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, theirs)
+        library.GGUFReader, library.get_tensor_name_map = cache(theirs[0]), cache(theirs[1])
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = theirs
+        library.GGUFReader, library.get_tensor_name_map = theirs
 
 
 def _explained(source: ModelSource, error: Exception, part: str) -> DTFError:
