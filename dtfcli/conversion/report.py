@@ -183,6 +183,7 @@ def draw_dial(report: ConversionReport, path: Path) -> None:
     )
     loss.errorbar([100 * chosen.saving], [chosen.loss_gap], [chosen.stderr or 0], fmt="D", color=orange, capsize=3)
     loss.set_ylabel("loss above dense, nats per token")
+    loss.set_yscale("symlog", linthresh=0.05)
     same.plot(savings, [point.agreement for point in report.dial], "o-", color=blue)
     same.plot([100 * chosen.saving], [chosen.agreement], "D", color=orange, label="this model")
     same.set_ylabel("likeliest token as dense's")
