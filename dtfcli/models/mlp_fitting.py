@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .modeling_routed_mlp import GRID, MLPForecast, RoutedMLP, inner_linears, interpolated, like_bfloat16, routed_mlps
+from .modeling_routed_mlp import (
+    GRID,
+    MLPForecast,
+    RoutedMLP,
+    inner_linears,
+    interpolated,
+    like_bfloat16,
+    quantile,
+    routed_mlps,
+)
 
 _RIDGE, _PULL = 1e-2, 0.05
 """Added to the diagonals of normal equations, as shares of their means: of the common map, of a cluster's own."""
@@ -26,6 +35,8 @@ _TOGETHER = 1024
 _CHUNK = 8192
 """Tokens that go through an MLP together: its inner activations are many times larger than its output."""
 _TINY = 1e-9
+CALIBRATED = (0.75, 0.5, 0.25)
+"""γ besides the model's own at which thresholds are corrected."""
 _NOT_FINITE = (
     "layer {}: its MLP gives numbers that are not finite on this text, so nothing can be fitted. "
     "Open the model in another dtype (float32 or bfloat16), or fit it to another text"
@@ -64,7 +75,61 @@ def fit_routing(
             on_layer(list(mlps).index(mlp.layer_idx) + 1, len(mlps))
         return y
 
-    model.pass_together(batches, fit)
+    fitted, others = _parts(batches)
+    model.pass_together(fitted, fit)
+    calibrate(model, others)
+
+
+@torch.no_grad()
+def calibrate(model: Any, batches: Iterable[Mapping[str, Tensor]], capacities: Iterable[float] | None = None) -> None:
+    """Correct thresholds by what layers see where lower layers skip, on text that nothing was fitted to.
+
+    One forward pass at the model's γ and at each of some others. Between them corrections are interpolated.
+
+    Args:
+        model: as in `fit_routing`, fitted.
+        batches: as in `RoutedCausalLM.pass_together`.
+        capacities: γ besides the model's own; None: `CALIBRATED`.
+
+    Raises:
+        RuntimeError: the model is not fitted.
+    """
+    batches, shifts = list(batches), dict[RoutedMLP, dict[float, float]]()
+    if not model.is_fitted:
+        raise RuntimeError("nothing to calibrate: forecasts and scores come first, by `fit_routing(model, batches)`")
+
+    def correct(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
+        scores = mlp.router(flat := x.reshape(-1, x.shape[-1]))
+        if mlp.capacity in (0.0, 1.0):
+            return mlp.route(flat, mlp.enters(scores)).view_as(x)
+        threshold = quantile(scores[counted.flatten()], interpolated(mlp.router.shares, mlp.capacity).item())
+        shifts.setdefault(mlp, {})[mlp.capacity] = float(threshold - mlp.router.threshold(mlp.capacity))
+        return mlp.route(flat, scores > threshold).view_as(x)
+
+    for capacity in (None, *(CALIBRATED if capacities is None else capacities)):
+        with model.routing_mode(capacity=capacity):
+            model.pass_together(batches, correct)
+    for mlp, points in shifts.items():
+        shift = [_between(sorted(points.items()), place / GRID) for place in range(GRID + 1)]
+        mlp.router.keep(mlp.router.thresholds.sum(0) + torch.tensor(shift, device=model.device))
+
+
+def _between(points: list[tuple[float, float]], at: float) -> float:
+    """The value at a place between points (place, value) in order; outside of them that of the nearest."""
+    low = max((point for point in points if point[0] <= at), default=points[0])
+    high = min((point for point in points if point[0] >= at), default=points[-1])
+    return low[1] if low[0] == high[0] else low[1] + (high[1] - low[1]) * (at - low[0]) / (high[0] - low[0])
+
+
+def _parts(batches: list[Mapping[str, Tensor]]) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """What is fitted to, and an eighth of the rows for thresholds; a single row serves both."""
+    rows = [
+        {name: tensor[i : i + 1] for name, tensor in batch.items()}
+        for batch in batches
+        for i in range(len(batch["input_ids"]))
+    ]
+    count = len(rows) // 8
+    return (rows[:-count], rows[-count:]) if count else (rows, rows)
 
 
 # The survey

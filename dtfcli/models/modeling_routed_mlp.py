@@ -17,6 +17,7 @@ hidden size, F neurons of the MLP, J maps, R their rank. Scores and thresholds a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -92,13 +93,12 @@ class MLPRouter(nn.Module):
 
     def measure(self, scores: Tensor) -> None:
         """Keep the quantiles of scores [N] that let the layer's shares of the tokens enter as thresholds."""
-        ordered = scores.sort(descending=True).values
-        for place, share in enumerate(self.shares.tolist()):
-            count = round(share * len(ordered))
-            around = torch.tensor([count - 1, count], device=scores.device).clamp(0, len(ordered) - 1)
-            threshold = ordered[around].mean()
-            self.thresholds[0, place] = like_bfloat16(threshold)
-            self.thresholds[1, place] = like_bfloat16(threshold - self.thresholds[0, place])
+        self.keep(torch.stack([quantile(scores, share) for share in self.shares.tolist()]))
+
+    def keep(self, thresholds: Tensor) -> None:
+        """Keep thresholds at the γ of the grid, float32 [GRID + 1]."""
+        self.thresholds[0] = like_bfloat16(thresholds)
+        self.thresholds[1] = like_bfloat16(thresholds - self.thresholds[0])
         self.current = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MLPRouter":
@@ -108,6 +108,13 @@ class MLPRouter(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.current = None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def quantile(scores: Tensor, share: float) -> Tensor:
+    """The threshold, 0-d, that a share of scores [N] lies above: halfway between two of them."""
+    ordered = scores.sort(descending=True).values
+    count = round(share * len(ordered))
+    return ordered[max(0, count - 1) : count + 1].mean() if count else ordered[0]
 
 
 def like_bfloat16(x: Tensor) -> Tensor:
@@ -418,16 +425,9 @@ class RoutedCausalLM(RoutedBase):
             for mlp, others in before.items():
                 mlp.records = others
 
-    def calibrate(self, batches: Iterable[Mapping[str, Tensor]], capacities: Any = None) -> None:
-        """Measure thresholds of every γ again, in one forward pass at the γ in use; `batches` as in `pass_together`."""
-
-        def measure(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
-            flat = x.reshape(-1, x.shape[-1])
-            scores = mlp.router(flat)
-            mlp.router.measure(scores[counted.flatten()])
-            return mlp.route(flat, mlp.enters(scores)).view_as(x)
-
-        self.pass_together(batches, measure)
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]], capacities: Iterable[float] | None = None) -> None:
+        """Correct thresholds on text that nothing was fitted to; `mlp_fitting` does it, so dtf has to be installed."""
+        import_module("dtfcli.models.mlp_fitting").calibrate(self, batches, capacities)
 
     @torch.no_grad()
     def pass_together(self, batches: Iterable[Mapping[str, Tensor]], instead: Callable[..., Tensor]) -> None:

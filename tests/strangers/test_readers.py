@@ -14,7 +14,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import gguf
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -27,8 +26,7 @@ from dtfcli.evaluation.report import EvalReport
 from dtfcli.evaluation.suites import TaskIndex, plan_jobs
 from dtfcli.hub.upload import prepare_upload
 from dtfcli.loading.build import build_model
-from dtfcli.loading.load import load_model, load_model_and_tokenizer, load_tokenizer
-from dtfcli.loading.source import open_source
+from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.runs.files import read_metrics
 from dtfcli.runs.folder import processes_of, run_settings
 from dtfcli.settings.data import Source
@@ -196,15 +194,3 @@ def test_read_or_explained(name: str, count: int, healthy: Path, tmp_path: Path)
     with bounded_memory():
         assert READERS[name].read(folder) is not None
     cases()
-
-
-def test_a_gguf_file_is_parsed_once(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configuration, weights and tokenizer come from one reading: Transformers alone reads it three times."""
-    parsed = list[str]()
-    parse = gguf.GGUFReader.__init__
-    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, path: (parsed.append(path), parse(self, path))[1])
-    before = gguf.GGUFReader
-    model, tokenizer = load_model_and_tokenizer(open_source(healthy / "gguf" / "small.gguf"))
-    assert parsed == [str(healthy / "gguf" / "small.gguf")]
-    assert gguf.GGUFReader is before
-    assert model(torch.tensor([tokenizer("a")["input_ids"]])).logits.isfinite().all()
