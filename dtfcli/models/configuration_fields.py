@@ -171,8 +171,9 @@ class RoutingFields:
 
 def way_of(values: Mapping[str, Any]) -> str:
     """The name in `WAYS` of how these values choose tokens; absent or None: the default."""
-    chosen = with_defaults(values)
-    return chosen["score"] if chosen["architecture"] == "dtf" else chosen["architecture"]
+    architecture = values.get("architecture") or RoutingFields.architecture
+    default = MLP_DEFAULTS["score"] if has_routed_mlps(values) else RoutingFields.score
+    return (values.get("score") or default) if architecture == "dtf" else architecture
 
 
 def has_routed_mlps(values: Mapping[str, Any]) -> bool:
