@@ -196,7 +196,9 @@ def generate_many(
 
 
 def require_causal(model: Any) -> None:
-    """Raise a ConfigError for a model that routes by `topk`: it cannot write."""
+    """Raise a ConfigError for a model that cannot write: it routes by `topk`, or its MLPs by nothing yet."""
+    if isinstance(model, RoutedCausalLM) and model.capacity != 1.0 and not model.is_fitted:
+        raise ConfigError("the routed MLPs of this model are not fitted to text; `dtf convert` makes a fitted model.")
     if getattr(model, "routing", None) == "topk":
         raise ConfigError(
             "routing 'topk' sees the whole sequence: it cannot write one token after another. Use --routing threshold."

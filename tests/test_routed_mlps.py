@@ -204,3 +204,11 @@ def test_pushed(folder: Path, dtf: Callable[..., Outcome], tmp_path: Path) -> No
     assert "surprise" not in card
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_routed_mlp.RoutedGraniteForCausalLM"
+
+
+def test_not_fitted(dtf: Callable[..., Outcome], tmp_path: Path) -> None:
+    dtfcli.route_mlps(dense_model()).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    for command in ("generate", "inspect-routing"):
+        refused = dtf(command, str(tmp_path), "a b c")
+        assert (refused.code, "not fitted to text" in refused.stderr) == (2, True), refused.stderr

@@ -80,12 +80,12 @@ class MLPRouter(nn.Module):
         """τ(γ), float32 0-d.
 
         Raises:
-            RuntimeError: nothing was fitted.
+            ValueError: nothing was fitted.
         """
         if self.current is None or self.current[0] != capacity:
             threshold = interpolated(self.thresholds.float().sum(0), capacity)
             if bool(threshold.isnan()):
-                raise RuntimeError(
+                raise ValueError(
                     "routed MLPs are not fitted to text: `dtf convert` does it, or `fit_routing(model, batches)`"
                 )
             self.current = (capacity, threshold)
