@@ -51,12 +51,12 @@ def adapt(model: Any, settings: Settings) -> Any:
         target_modules=list(lora.targets),
         exclude_modules=r".*\.forecast\..*",  # routed MLPs have projections of the same names in theirs
     )
+    trained = [parameter for name, parameter in model.named_parameters() if is_added(name) and parameter.requires_grad]
     # Peft asks models by names that Transformers has renamed, and warns.
     with torch.device(model.device), warnings.catch_warnings(action="ignore"):
         inject_adapter_in_model(config, model, _NAME)
-    for name, parameter in model.named_parameters():
-        if is_added(name):
-            parameter.requires_grad_(True)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return model
 
 

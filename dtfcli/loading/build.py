@@ -19,8 +19,10 @@ from dtfcli.loading.base_configs import BASE_CONFIGS
 from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weights
 from dtfcli.loading.source import ModelSource, open_source
 from dtfcli.models.configuration_fields import unread_fields
+from dtfcli.models.configuration_routed_mlp import PREFIX
 from dtfcli.models.conversion import convert, routed_config
 from dtfcli.models.families import FAMILIES
+from dtfcli.models.modeling_routed_mlp import routed_mlps
 from dtfcli.models.pretrained import is_routed
 from dtfcli.settings import Settings
 
@@ -139,17 +141,31 @@ def _scratch_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | Non
 def _route(start: Any, settings: Settings) -> PreTrainedModel:
     """Make `start` a model of the architecture `model.architecture`; a routed base stays as it is."""
     architecture, fields = settings.model.architecture, settings.model.routing_fields()
+    kind = start.config.model_type.removeprefix(PREFIX).removeprefix("dynamic_")
+    if settings.distill.enabled and kind not in FAMILIES:
+        raise ConfigError(
+            f"distill.enabled = true: {settings.model.base} is a {kind} model; its logits may be more than a product "
+            f"with the head. Leave it out, or take a model of type {', '.join(sorted(FAMILIES))}."
+        )
     if is_routed(start):
-        return _go_on(start, settings)
+        return _learning(_go_on(start, settings))
     try:
         if architecture == "dense":
             if start.config.model_type not in FAMILIES:
                 routed_config(start.config)  # refuses what could not be compared with a routed model
             return start
-        return convert(start, architecture, **fields)
+        return _learning(convert(start, architecture, **fields))
     except ValueError as error:
         base = settings.model.base or "model.scratch"
         raise ConfigError(f"{base} cannot become {architecture}: {error}.") from error
+
+
+def _learning(model: PreTrainedModel) -> PreTrainedModel:
+    """A routed model in which those parts of routed MLPs that only choose, and are fitted, take no gradient."""
+    for mlp in routed_mlps(model).values():
+        for name, parameter in mlp.named_parameters():
+            parameter.requires_grad_(not name.startswith(("router.", "forecast.centers")))
+    return model
 
 
 def _go_on(model: Any, settings: Settings) -> PreTrainedModel:

@@ -212,7 +212,8 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
             unread["explore"] = "nothing learns from it without a forecast or a score that predicts"
     if has_routed_mlps(values):
         unread |= dict.fromkeys((*_OF_TOKENS, "gate", "mod_gate"), "model.routed_part is mlp: a token enters by itself")
-        return unread
+        learns = "model.routed_part is mlp: forecasts learn from the language model's loss alone"
+        return unread | dict.fromkeys(("explore", "forecast_loss_weight"), learns)
     if values["routed_part"] == "mlp":
         unread.setdefault("kv_tokens", "model.routed_part is mlp: attention is dense")
     return unread | dict.fromkeys(

@@ -54,10 +54,7 @@ class MLPRouter(nn.Module):
     def __init__(self, size: int, random: bool = False) -> None:
         super().__init__()
         self.random, weight = random, torch.empty(size, dtype=torch.float32)
-        if random:
-            self.register_buffer("weight", weight)
-        else:
-            self.weight = nn.Parameter(weight)
+        self.register_buffer("weight", weight) if random else self.register_parameter("weight", nn.Parameter(weight))
         self.register_buffer("shares", torch.empty(GRID + 1, dtype=torch.float32))
         self.register_buffer("thresholds", torch.empty(2, GRID + 1, dtype=torch.float32))
         self.register_buffer("cost_offset", torch.empty((), dtype=torch.float32))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dtfcli.models.configuration_fields import RoutingFields, unread_fields
+from dtfcli.models.configuration_fields import RoutingFields, has_routed_mlps, unread_fields, with_defaults
 from dtfcli.settings import describe
 from dtfcli.settings.sources import (
     environment_name,
@@ -42,6 +42,7 @@ _ROUTER_KEYS = ("training.learning_rates.router", "training.decay_router_scalars
 _OTHER_KEYS = ("training.capacity_schedule", "training.fit_tokens")
 _TOKEN_KEYS = ("training.calibration_tokens", "training.threshold_fraction")
 _NO_ROUTER = {"random": _ROUTER_KEYS, "layerdrop": (*_ROUTER_KEYS, *_TOKEN_KEYS)}
+_NO_BLOCKS = (*_ROUTER_KEYS, "training.threshold_fraction", "training.capacity_schedule")
 
 
 def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
@@ -52,14 +53,19 @@ def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
         rates = [f"training.learning_rates.{name}" for name in ("prior", "forecast")]
         keys = [*names, *rates, *_OTHER_KEYS, *_ROUTER_KEYS, *_TOKEN_KEYS]
         return dict.fromkeys(keys, "model.architecture is dense")
-    unread = {f"model.{name}": reason for name, reason in unread_fields(model).items()}
+    unread, mlps = {f"model.{name}": reason for name, reason in unread_fields(model).items()}, has_routed_mlps(model)
     if "model.prior_factor" in unread:
         unread["training.learning_rates.prior"] = unread["model.prior_factor"]
-    if model.get("bypass") != "forecast":
+    if with_defaults(model)["bypass"] != "forecast":
         unread["training.learning_rates.forecast"] = "model.bypass is identity"
         if "model.explore" in unread:
             unread["training.fit_tokens"] = "there is no forecast to fit, and no score that predicts"
     unread |= dict.fromkeys(_NO_ROUTER.get(architecture, ()), f"model.architecture is {architecture}")
+    if mlps:
+        reason = "model.routed_part is mlp: scores are fitted, and training routes by threshold at model.capacity"
+        unread |= dict.fromkeys(_NO_BLOCKS, reason)
+    if architecture == "mod" and model.get("routed_part") == "mlp":
+        unread["model.routed_part"] = "model.architecture is mod, which routes blocks"
     return unread
 
 
@@ -68,7 +74,8 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
 
     Those of the user are refused, those of a preset give way, and `Settings.to_toml` leaves them out.
     """
-    unread = _unread_of_model(lookup(values, "model") or {})
+    model = lookup(values, "model") or {}
+    unread = _unread_of_model(model)
 
     def when(condition: Any, reason: str, *keys: str) -> None:
         unread.update(dict.fromkeys(keys, reason) if condition else {})
@@ -76,10 +83,12 @@ def unread_keys(values: Mapping[str, Any]) -> dict[str, str]:
     base, tokenizer, steps = (lookup(values, key) for key in ("model.base", "data.tokenizer", "training.max_steps"))
     no_predictor = not lookup(values, "model.predictor_loss_weight")
     when(no_predictor, "model.predictor_loss_weight is 0", "training.learning_rates.predictor")
-    listed = isinstance(lookup(values, "model.routed_layers"), list)
-    when(listed, "model.routed_layers lists the layers", "model.dense_edges")
+    layers = with_defaults(model)["routed_layers"]
+    when(isinstance(layers, list), "model.routed_layers lists the layers", "model.dense_edges")
+    when(layers == "inner", "model.routed_layers is inner", "model.dense_edges")
     when(base, f"the model starts from model.base = {base}", "model.scratch")
-    when(not base, "model.base is empty", "model.revision", "model.trust_remote_code", "training.fit_tokens")
+    when(not base, "model.base is empty", "model.revision", "model.trust_remote_code")
+    when(not base and not has_routed_mlps(model), "model.base is empty", "training.fit_tokens")
     when(not base and tokenizer, f"data.tokenizer = {tokenizer} has its own", "model.scratch.vocab_size")
     sources = lookup(values, "data.sources") or ()
     streams = any(isinstance(source, Mapping) and source.get("streaming") for source in sources)

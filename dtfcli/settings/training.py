@@ -29,7 +29,7 @@ class LearningRates(Group):
     base: Rate = Field(1e-5, description="The backbone.")
     prior: Rate = Field(1e-3, description="PriorFFN of decision layers (dtf by surprise).")
     forecast: Rate = Field(3e-3, description="Forecasts of routed layers (model.bypass = forecast).")
-    router: Rate = Field(1e-2, description="Routers: DTF's score, MoD's linear score.")
+    router: Rate = Field(1e-2, description="Routers: DTF's score, MoD's linear score (routed blocks).")
     predictor: Rate = Field(1e-3, description="Routing predictors (model.predictor_loss_weight).")
 
 

@@ -351,7 +351,8 @@ class Sharded(Replicated):
     def _pass_once(self) -> None:
         """FSDP2 ties its groups together in the first forward of the outermost; calibration does not begin there."""
         objective = self.objective.eval()
-        with objective.model.routing_mode("topk") if objective.routed else nullcontext():
+        mode = ("topk",) if objective.blocks else ("threshold", 1.0)  # neither needs thresholds
+        with objective.model.routing_mode(*mode) if objective.routed else nullcontext():
             objective(torch.zeros(1, 8, dtype=torch.long, device=self.processes.device), 1)
         objective.reshard()
 

@@ -180,7 +180,7 @@ def finish(run: Run) -> TrainResult:
     metrics = validate_run(run)
     prompt, sample = write_sample(run)
     best = run.folder / BEST_MODEL
-    if run.objective.routed and 0 <= run.state.best_step < run.state.step:
+    if run.objective.blocks and 0 <= run.state.best_step < run.state.step:
         complete_best_model(run)
     _draw_curves(run, at_once=True)
     if run.settings.lora.enabled and run.settings.lora.merge:

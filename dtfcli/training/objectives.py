@@ -4,12 +4,16 @@ The wrapper is the module that `accelerate` prepares: one forward gives every lo
 and sharding cover all of them. Logits over the vocabulary are never held whole.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from dtfcli.models.configuration_routed_mlp import PREFIX
 from dtfcli.models.cost import cost_loss
+from dtfcli.models.families import FAMILIES
 from dtfcli.models.losses import IGNORE_INDEX, causal_lm_loss, embedded_with_head, for_head
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.pretrained import is_routed
 from dtfcli.models.routing import masked_mean
 from dtfcli.training.distillation import Distillation
@@ -52,6 +56,8 @@ class Objective(nn.Module):
     Attributes:
         model: a routed model, or a stock one.
         routed: which of the two.
+        blocks: whether it is routed by blocks: they train by top-K, and track their thresholds. MLPs do not.
+        scores: of routed MLPs in training, float32 [N] a pass, by layer; for whoever takes them.
         distillation: the dense parent that the model also learns from, or None.
     """
 
@@ -59,6 +65,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model: Any = model
         self.routed = is_routed(model)
+        self.blocks = self.routed and not isinstance(model, RoutedCausalLM)
+        self.scores: dict[int, list[Tensor]] = {}
         self.distillation = distillation
         self._last_hidden: Tensor | None = None
         if distillation is not None:
@@ -80,7 +88,7 @@ class Objective(nn.Module):
             labels: int64 [B, T], not shifted, -100 where there is no target; None: each token but the first of a row.
         """
         labels = input_ids if labels is None else labels
-        if self.routed:
+        if self.blocks:
             output = self.model(
                 input_ids=input_ids,
                 labels=labels,
@@ -90,14 +98,16 @@ class Objective(nn.Module):
                 use_cache=False,
             )
             losses = Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, output.forecast_loss)
-            if output_routing:
-                share = (labels[:, 1:] != IGNORE_INDEX).sum() / targets
-                losses = losses._replace(routing=routing_statistics(output.routing, share))
+            records = output.routing
         else:
-            embedded, head = embedded_with_head(self.model.model.embed_tokens, self.model.lm_head, input_ids)
-            hidden_states = self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            lm_loss = causal_lm_loss(for_head(hidden_states, self.model.config), head, labels, targets)
+            with self.model.recorded() if self.routed and self.training else nullcontext([]) as records:
+                lm_loss = self._stock_loss(input_ids, labels, targets)
+            for record in records:
+                self.scores.setdefault(record.layer, []).append(record.scores.flatten())
             losses = Losses(lm_loss, lm_loss)
+        if self.routed and output_routing:
+            share = (labels[:, 1:] != IGNORE_INDEX).sum() / targets
+            losses = losses._replace(routing=routing_statistics(records, share))
         last_hidden, self._last_hidden = self._last_hidden, None
         if self.distillation is None or last_hidden is None:
             return losses
@@ -105,12 +115,21 @@ class Objective(nn.Module):
         total, divergence, hidden = self.distillation(last_hidden, head, input_ids, labels, targets)
         return losses._replace(loss=losses.loss + total, distill_loss=divergence, hidden_loss=hidden)
 
+    def _stock_loss(self, input_ids: Tensor, labels: Tensor, targets: float) -> Tensor:
+        """The language-model loss of a stock forward pass; arguments as above."""
+        model = self.model
+        if model.config.model_type.removeprefix(PREFIX) not in FAMILIES:  # its logits may be more than a product
+            return model(input_ids=input_ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
+        embedded, head = embedded_with_head(model.model.embed_tokens, model.lm_head, input_ids)
+        hidden_states = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        return causal_lm_loss(for_head(hidden_states, model.config), head, labels, targets)
+
 
 def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]:
     """Means over the tokens of unpadded rows, times `share`, as 0-d tensors without gradient.
 
     Args:
-        records: a `RoutingRecord` for each routed layer.
+        records: a `RoutingRecord` or `MLPRecord` for each routed layer.
         share: the micro-batch's share of the step.
 
     Returns:
@@ -128,14 +147,14 @@ def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]
             values = getattr(record, field, None)
             if values is not None:
                 statistics[prefix + name] = values.detach().mean() * share
-        if record.weight is not None:
+        if getattr(record, "weight", None) is not None:
             for name, field in LEARNT.items():
                 values = getattr(record, field)
                 if values is not None:
                     statistics[prefix + name] = masked_mean(values.detach(), record.weight) * share
             if record.cost is not None:
                 statistics[prefix + "cost_error"] = cost_loss(scores, record.cost, record.weight) * share
-        if record.predictor_logits is not None:
+        if getattr(record, "predictor_logits", None) is not None:
             guessed, selected = record.predictor_logits.detach() > 0, record.selected
             both = (guessed & selected).sum()
             statistics[prefix + "predictor_accuracy"] = (guessed == selected).float().mean() * share

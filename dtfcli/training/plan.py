@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dtfcli.errors import ConfigError, DataError
+from dtfcli.models.configuration_fields import has_routed_mlps
 from dtfcli.settings import Settings
 
 _EVALUATIONS = 10
@@ -96,6 +97,7 @@ def _affordable_interval(settings: Settings) -> int:
 
     A token costs three forward passes in training, and one in each of the modes that are evaluated.
     """
-    modes = 1 if settings.model.architecture == "dense" else 2
+    one = settings.model.architecture == "dense" or has_routed_mlps(settings.model.model_dump())
+    modes = 1 if one else 2
     evaluation = modes * settings.data.validation_blocks * settings.data.seq_len
     return math.ceil(evaluation / (_EVALUATION_SHARE * 3 * settings.tokens_per_update))

@@ -16,6 +16,7 @@ from dtfcli.loading.adapters import adapt
 from dtfcli.loading.build import build_model, build_tokenizer
 from dtfcli.loading.devices import compute_dtype
 from dtfcli.loading.quantization import check_nf4, quantize_nf4
+from dtfcli.models.pretrained import is_routed
 from dtfcli.runs.files import MetricsLog, tidy_folders
 from dtfcli.runs.folder import CHECKPOINTS, FINAL_MODEL, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
@@ -60,7 +61,8 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     tokenizer, model, data = _materials(settings, accelerator, states, progress)
     plan = plan_run(settings, len(data.train))
     assert plan is not None, "known once the rows are"
-    if resume is None and states.needs_weights and hasattr(model, "fit_routing"):
+    usable = None if resume is None else _usable_checkpoint(folder, states, emit)
+    if usable is None and states.needs_weights and is_routed(model):
         fit_routing(settings, model, data.train, processes.device, progress)
 
     torch.manual_seed(settings.run.seed + processes.rank)  # each drops out other numbers
@@ -72,7 +74,7 @@ def setup(settings: Settings, resume: Path | None, rename: bool, emit: TrainList
     if resume is None:
         processes.from_main(lambda: create_run_folder(folder, settings))
     else:
-        state = _restore(folder, states, state, emit)
+        state = _restore(folder, usable, states, state, emit)
     trackers = Trackers(warn)
     processes.from_main(lambda: trackers.start(settings, folder, step=state.step, resumed=resume is not None))
     return Run(
@@ -136,15 +138,25 @@ def _objective(settings: Settings, model: Any, device: torch.device, warn: Calla
     return Objective(model, distillation)
 
 
-def _restore(folder: Path, states: Replicated, start: TrainingState, emit: TrainListener) -> TrainingState:
-    """Load the newest undamaged checkpoint; without any, the run begins again."""
+def _usable_checkpoint(folder: Path, states: Replicated, emit: TrainListener) -> tuple[Path, TrainingState] | None:
+    """The newest undamaged checkpoint."""
 
     def find() -> tuple[Path, TrainingState] | None:
         tidy_folders(folder)
         tidy_folders(folder / CHECKPOINTS)
         return find_checkpoint(folder, lambda message: emit(TrainEvent("warning", message)))
 
-    usable = states.processes.from_main(find)
+    return states.processes.from_main(find)
+
+
+def _restore(
+    folder: Path,
+    usable: tuple[Path, TrainingState] | None,
+    states: Replicated,
+    start: TrainingState,
+    emit: TrainListener,
+) -> TrainingState:
+    """Load a checkpoint; without any, the run begins again."""
     if usable is None:
         emit(TrainEvent("warning", f"{folder} has no usable checkpoint: starting from the beginning."))
         return start

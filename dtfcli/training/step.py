@@ -14,7 +14,7 @@ from torch import Tensor
 from dtfcli.data.targets import count_targets
 from dtfcli.errors import DTFError
 from dtfcli.runs.folder import list_checkpoints
-from dtfcli.training.calibrate import QUICK_CALIBRATION_TOKENS, calibrate
+from dtfcli.training.calibrate import QUICK_CALIBRATION_TOKENS, calibrate, follow_scores
 from dtfcli.training.curriculum import annealed_capacity, annealing_left, first_by_threshold
 from dtfcli.training.optim import GROUPS, schedule_factor, set_learning_rates
 from dtfcli.training.plan import TrainPlan
@@ -45,7 +45,7 @@ def train_step(run: Run) -> dict[str, Any]:
     run.optimizer.zero_grad(set_to_none=True)
     routers: list[Any] = []
     annealed: AbstractContextManager[float | None] = nullcontext()
-    if run.objective.routed:
+    if run.objective.blocks:
         routers = list(run.model.model.routers.values())
         _choose_training_routing(run)
         if training.capacity_schedule != "constant":
@@ -58,6 +58,8 @@ def train_step(run: Run) -> dict[str, Any]:
     metrics = {"train/loss": sums.pop("train/loss").item(), "train/grad_norm": _clip_gradients(run)}
     check_finite(run, metrics)
     run.optimizer.step()
+    if run.objective.routed and not run.objective.blocks:
+        follow_scores(run)
     if capacity is not None:
         metrics["train/capacity"] = capacity
     return metrics | sums | {f"lr/{name}": rate for name, rate in rates.items()}

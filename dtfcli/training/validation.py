@@ -62,7 +62,7 @@ def validate(run: Run) -> dict[str, float]:
     """The metrics of an evaluation on the held-out rows, under the names of metrics.jsonl.
 
     `val/loss` is in nats per target; a routed model's is in its causal mode, and `val/loss_topk` in the mode that it
-    trains in. Leaves the objective in eval mode.
+    trains in, if that is another. Leaves the objective in eval mode.
     """
     run.objective.eval()
     model, metrics = run.model, dict[str, float]()
@@ -78,8 +78,9 @@ def validate(run: Run) -> dict[str, float]:
         for counts in run.processes.all_gather(meter.counts()):
             whole.add_counts(counts)
         shares = whole.read()
-        metrics["val/loss_topk"] = loss_by("topk")
-        metrics["val/loss_gap"] = loss - metrics["val/loss_topk"]
+        if run.objective.blocks:
+            metrics["val/loss_topk"] = loss_by("topk")
+            metrics["val/loss_gap"] = loss - metrics["val/loss_topk"]
         if model.config.has_predictor:
             metrics["val/loss_predictor"] = loss_by("predictor")
         metrics["val/routed_share"] = shares.overall

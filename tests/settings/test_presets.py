@@ -6,10 +6,11 @@ import pytest
 
 from dtfcli.errors import ConfigError
 from dtfcli.loading.build import build_model
+from dtfcli.models.savings import saved_share
 from dtfcli.settings import load_settings
 from dtfcli.settings.resolve import ROUTING_NAMES, unread_keys
 from dtfcli.settings.schema import file_problems
-from dtfcli.settings.sources import copy_preset, preset_names, preset_path, preset_summary, read_preset
+from dtfcli.settings.sources import copy_preset, lookup, preset_names, preset_path, preset_summary, read_preset
 
 NEEDED = {
     *("quickstart", "thesis-dtf", "thesis-mod", "dtf-smollm2-135m", "dtf-qwen2.5-0.5b-lora"),
@@ -46,14 +47,26 @@ def test_thesis_presets_set_every_field() -> None:
     assert rates["router"] == rates["base"]
 
 
-def test_presets_of_the_comparison_differ_in_the_architecture_alone() -> None:
+def test_presets_of_the_comparison_differ_in_what_routes_alone() -> None:
+    """DTF's route MLPs, MoD's blocks; data, steps and rates are the same."""
     dtf, mod, dense = (read_preset(f"{name}-qwen2.5-0.5b") for name in ("dtf", "mod", "dense"))
     assert dtf["data"] == mod["data"] == dense["data"]
-    rates = "learning_rates"
-    assert dtf["training"][rates]["router"] == mod["training"][rates]["router"]
-    assert dtf["training"][rates]["base"] == mod["training"][rates]["base"] == dense["training"][rates]["base"]
-    for key in ("capacity", "bypass", "kv_tokens", "sink_tokens", "dense_edges"):
-        assert dtf["model"][key] == mod["model"][key]
+    rates = [preset["training"].pop("learning_rates") for preset in (dtf, mod, dense)]
+    assert rates[0]["base"] == rates[1]["base"] == rates[2]["base"]
+    assert dtf["training"] == mod["training"] == dense["training"]
+    assert dtf["model"]["base"] == mod["model"]["base"] == dense["model"]["base"]
+    assert dtf["model"]["bypass"] == mod["model"]["bypass"] == "forecast"
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("dtf-")])
+def test_adaptations_route_mlps_and_save_a_tenth(name: str) -> None:
+    settings = load_settings(name)
+    assert settings.model.routed_part == "mlp"
+    values = read_preset(name)
+    assert [key for key in unread_keys(values) if lookup(values, key) is not None] == []
+    model = build_model(settings, meta=True)
+    assert model.routed_layers == list(range(3, model.config.num_hidden_layers - 1))
+    assert saved_share(model) == pytest.approx(0.1, abs=0.003)
 
 
 def test_copying_never_overwrites(tmp_path: Path) -> None:
