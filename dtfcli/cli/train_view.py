@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from dtfcli.cli.render import err, note, warn
-from dtfcli.models.configuration_fields import RoutingFields
+from dtfcli.models.configuration_fields import has_routed_mlps, with_defaults
 
 if TYPE_CHECKING:
     from dtfcli.cost.accounting import Account
@@ -225,10 +225,12 @@ def _routing_row(model: "ModelSettings") -> list[tuple[str, str, str]]:
     """γ and the way of choosing, which a preset may leave to their defaults; nothing for a dense model."""
     if model.architecture == "dense":
         return []
-    given = model.routing_fields()
-    capacity, score = given.get("capacity", RoutingFields.capacity), given.get("score", RoutingFields.score)
+    given = with_defaults({"architecture": model.architecture, **model.routing_fields()})
+    capacity, score = given["capacity"], given["score"]
     entities = "layers" if model.architecture == "layerdrop" else "tokens"
     remark = f"{entities} are chosen by {score if model.architecture == 'dtf' else model.architecture}"
+    if "capacity" not in model.routing_fields() and has_routed_mlps(given):
+        return [("capacity γ", "–", f"what saves 10 % of a forward pass; {remark}")]
     return [("capacity γ", "by layer" if isinstance(capacity, list) else f"{capacity:g}", remark)]
 
 
