@@ -28,7 +28,8 @@ LINES = 25
 """Of a failed process's output: its end says what went wrong."""
 
 SMALL, LARGE = "dtf-qwen2.5-0.5b", "dtf-qwen2.5-7b"
-STATIC = ("--static", "--triton")
+BLOCKS = ("model.routed_part=block", "model.routed_layers=alternate", "model.kv_tokens=all")
+STATIC = ("--static", "--triton", *BLOCKS)
 COMPILED = "training.compile=true"
 TRAIN = (
     *("model.base=", "model.scratch.family=qwen2", "model.scratch.hidden_size=896", "model.scratch.vocab_size=8192"),
@@ -99,7 +100,7 @@ def rehearsal(scratch: Path) -> list[Stage]:
         environment(),
         tests(120, scratch, "tests/runs/test_files.py"),
         bench("toy", 120, SMALL, "train,prefill,decode", 64, 2, *toy),
-        bench("toy static", 120, SMALL, "decode", 32, 1, "--static", *toy),
+        bench("toy static", 120, SMALL, "decode", 32, 1, "--static", *BLOCKS, *toy),
         train("toy dtf", 120, scratch, "model=dtf", "run.device=cpu", *TOY_SHAPE, *TOY_TRAIN),
     ]
 

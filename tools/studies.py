@@ -67,6 +67,9 @@ ADAPTED = COMMON | {
     "training.weight_decay": 0.0,
     "lora.enabled": "true",
     "lora.dropout": 0.0,
+    "model.routed_part": "block",
+    "model.kv_tokens": "all",
+    "model.explore": 0.1,
     "model.routed_layers": "[7,9,11,13,15,17,19,21,23]",
     "model.capacity": 0.5,
 }

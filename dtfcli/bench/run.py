@@ -14,7 +14,7 @@ from dtfcli.bench.steps import bench_training
 from dtfcli.cost.peak import matmul_peak
 from dtfcli.errors import ConfigError
 from dtfcli.loading.devices import keep_freed_memory
-from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM, routed_mlps
 from dtfcli.models.pretrained import is_added, is_routed
 from dtfcli.models.router import CAPACITY_GRID
 
@@ -34,6 +34,7 @@ def bench(
         routed = _with_kernels(models(torch.float32), options)
         if routed["dense"].device.type == "cpu":
             keep_freed_memory()  # as `dtf train` does
+        _calibrate({name: model for name, model in routed.items() if isinstance(model, RoutedCausalLM)}, options)
         training = bench_training(routed.pop("dense"), routed, options, note)
     routed = _with_kernels(models(options.dtype), options)
     dense = routed.pop("dense")
@@ -75,13 +76,15 @@ def _calibrate(routed: dict[str, Any], options: BenchOptions) -> None:
     length = 2 * options.seq_len + options.new_tokens if "decode" in options.phases else options.seq_len
     length = min(length, options.calibration_tokens)
     rows = max(1, options.calibration_tokens // length)
-    vocabulary = next(iter(routed.values())).config.vocab_size
-    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
     grid = [share for share in CAPACITY_GRID if share in options.capacities]
     capacities = grid if len(grid) == len(options.capacities) else None
     for model in routed.values():
+        seed = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, model.config.vocab_size, (rows, length), generator=seed)
         if isinstance(model, RoutedCausalLM) and not model.is_fitted:
             for name, parameter in model.named_parameters():
                 if is_added(name):
                     torch.nn.init.normal_(parameter, std=0.02)
+            for mlp in routed_mlps(model).values():
+                mlp.router.keep(torch.zeros_like(mlp.router.shares))
         model.calibrate([{"input_ids": row.unsqueeze(0)} for row in ids], capacities=capacities)

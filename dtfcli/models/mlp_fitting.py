@@ -87,16 +87,13 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Tensor]], capacities: I
     One forward pass at the model's γ and at each of some others. Between them corrections are interpolated.
 
     Args:
-        model: as in `fit_routing`, fitted.
+        model: as in `fit_routing`, which fits it first where nothing has.
         batches: as in `RoutedCausalLM.pass_together`.
         capacities: γ besides the model's own; None: `CALIBRATED`.
-
-    Raises:
-        RuntimeError: the model is not fitted.
     """
     batches, shifts = list(batches), dict[RoutedMLP, dict[float, float]]()
     if not model.is_fitted:
-        raise RuntimeError("nothing to calibrate: forecasts and scores come first, by `fit_routing(model, batches)`")
+        return fit_routing(model, batches)
 
     def correct(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
         scores = mlp.router(flat := x.reshape(-1, x.shape[-1]))
