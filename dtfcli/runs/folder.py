@@ -2,7 +2,9 @@
 
 import datetime
 import json
+import os
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dtfcli.errors import CheckpointError, ConfigError, did_you_mean
-from dtfcli.runs.files import explained_write_errors, replaced_file
+from dtfcli.runs.files import explained_write_errors
 from dtfcli.settings import Settings
 from dtfcli.settings.describe import STRUCK, problems
 from dtfcli.settings.sources import lookup, remove
@@ -58,7 +60,7 @@ def new_run_folder(settings: Settings, *, rename: bool) -> Path:
 
 
 def create_run_folder(folder: Path, settings: Settings) -> None:
-    """Make a run folder with its resolved settings.
+    """Make a run folder with its resolved settings: both appear at once, whenever the process is killed.
 
     Raises:
         ConfigError: another run took the name meanwhile.
@@ -66,12 +68,17 @@ def create_run_folder(folder: Path, settings: Settings) -> None:
     """
     with explained_write_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = folder.parent.parent / f".{folder.name}.{os.getpid()}"
+        partial.mkdir()
         try:
-            folder.mkdir()
-        except FileExistsError as error:
-            raise ConfigError(f"{folder}: another run took this name just now; choose another run.name.") from error
-        with replaced_file(folder / SETTINGS_FILE) as partial:
-            partial.write_text(settings.to_toml(), encoding="utf-8")
+            (partial / SETTINGS_FILE).write_text(settings.to_toml(), encoding="utf-8")
+            partial.rename(folder)
+        except OSError as error:
+            if folder.exists():  # with another run's settings in it
+                raise ConfigError(f"{folder}: another run took this name just now; choose another run.name.") from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def run_settings(folder: Path) -> Settings:
