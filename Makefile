@@ -1,6 +1,6 @@
 # make quickstart   train a small model here, in minutes, and look at what it does
 # make test         the quick tests, while you work: about six minutes on two cores
-# make test-all     all tests, what CI runs: about half an hour on two cores; then test-lowest
+# make test-all     all tests, what CI runs: about a quarter of an hour on two cores; then test-lowest
 # make test-lowest  the promises on the lowest versions that pyproject.toml allows; makes .venv-lowest first
 # make test-vllm    routed models in vLLM on a CPU; makes .venv-vllm first (3 GB), and is no part of test-all
 # make check        lint, format, types, and who imports whom

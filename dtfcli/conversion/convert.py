@@ -228,7 +228,7 @@ class _Dial:
         self.capacity = 1.0
 
     def choose_capacity(self, options: ConversionOptions) -> None:
-        """γ of the fit; with `max_loss` that of the usual saving, until it has been measured.
+        """γ of the fit; with `max_loss` the γ of the usual saving, until losses are measured.
 
         Raises:
             ConfigError: the saving is out of reach.

@@ -106,7 +106,7 @@ def route_mlps(
 
 
 def _fit_layers(dense: PreTrainedModel, wanted: list[int]) -> list[int]:
-    """The layers whose MLPs can route, of those that are wanted; ValueError if there are none."""
+    """The wanted layers whose MLPs can route; ValueError if there are none."""
     unfit = unfit_layers(decoder_layers(dense), dense.config.hidden_size)
     if fit := [layer for layer in wanted if layer not in unfit]:
         return fit

@@ -56,7 +56,7 @@ def fit_routing(
     rest.
 
     Args:
-        model: any model with routed MLPs. Its γ is that of the fit: tokens that skip below are what a layer sees.
+        model: any model with routed MLPs. The fit takes place at its γ: a layer sees what tokens are after skipping below.
         batches: as in `RoutedCausalLM.pass_together`.
         on_layer: called with the number of MLPs that are fitted, and with the number of all.
         forecasts: False keeps forecasts, neurons, and how layers share γ: scores and thresholds alone are fitted.
@@ -112,7 +112,7 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Tensor]], capacities: I
 
 
 def _between(points: list[tuple[float, float]], at: float) -> float:
-    """The value at a place between points (place, value) in order; outside of them that of the nearest."""
+    """The value at a place between points (place, value) in order; outside of them the nearest point's value."""
     low = max((point for point in points if point[0] <= at), default=points[0])
     high = min((point for point in points if point[0] >= at), default=points[-1])
     return low[1] if low[0] == high[0] else low[1] + (high[1] - low[1]) * (at - low[0]) / (high[0] - low[0])

