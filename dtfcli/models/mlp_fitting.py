@@ -56,7 +56,7 @@ def fit_routing(
     rest.
 
     Args:
-        model: any model with routed MLPs. The fit takes place at its γ: a layer sees what tokens are after skipping below.
+        model: any model with routed MLPs. The fit uses its γ: a layer sees tokens that skipped below.
         batches: as in `RoutedCausalLM.pass_together`.
         on_layer: called with the number of MLPs that are fitted, and with the number of all.
         forecasts: False keeps forecasts, neurons, and how layers share γ: scores and thresholds alone are fitted.

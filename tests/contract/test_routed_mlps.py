@@ -220,7 +220,7 @@ def test_stock_generation(family: str) -> None:
 
 
 def test_stock_training() -> None:
-    """Gradient checkpointing changes no gradient; tokens that skip teach the forecast, tokens that enter teach the MLP."""
+    """Gradient checkpointing changes no gradient. Tokens that skip teach the forecast, and others the MLP."""
     model, ids = fitted(dense_model("llama")).train(), tokens(2, 24, seed=5)
     gradients = []
     for recomputed in (False, True):
