@@ -25,6 +25,7 @@ from dtfcli.cost.peak import matmul_peak, reset_resident_peak, resident, synchro
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.pretrained import is_routed
 from dtfcli.settings.training import TrainingSettings
+from dtfcli.shares import measured_shares
 from dtfcli.training.compiling import compile_layers
 from dtfcli.training.liger import check_liger, use_liger
 from dtfcli.training.objectives import Objective
@@ -111,7 +112,12 @@ def bench_training(
 def _measure_once(entry: _Entry, input_ids: Tensor, options: BenchOptions) -> None:
     """FLOPs, peak memory and the optimizer's time of one model."""
     _choose_capacity(entry.model, entry.capacity)
-    entry.flops = training_step_flops(entry.model.train(), options.seq_len)
+    shares = None
+    if isinstance(entry.model, RoutedCausalLM):  # of random weights another share enters than γ, in training, too
+        with measured_shares(entry.model) as meter, torch.no_grad():
+            entry.model(input_ids, logits_to_keep=1)
+        shares = meter.read().by_layer
+    entry.flops = training_step_flops(entry.model.train(), options.seq_len, shares)
     if options.compiled:
         _timed_step(entry.objective, input_ids, options.dtype)
     entry.peak_bytes = _peak_bytes(partial(_timed_step, entry.objective, input_ids, options.dtype), entry.objective)

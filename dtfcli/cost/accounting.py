@@ -132,7 +132,7 @@ def forward_flops_per_token(
     return flops + sum(each for _, each in _matrix_flops(model, shares, dense, training))
 
 
-def training_step_flops(model: Any, seq_len: int) -> float:
+def training_step_flops(model: Any, seq_len: int, measured: Mapping[int, float] | None = None) -> float:
     """FLOPs of forward and backward, per token of a sequence of `seq_len`: three times those of the forward pass.
 
     The backward pass multiplies each matrix twice, for its input and, if it is trained, for its weights: frozen ones
@@ -140,9 +140,14 @@ def training_step_flops(model: Any, seq_len: int) -> float:
     repeat the scores (2.5 times). With `kv_tokens` "all" routed tokens' own keys and values are computed and not used:
     they have no backward pass. A forecast is computed again for the tokens whose update is known, explored ones among
     them; these pass the routed part without a backward pass.
+
+    Args:
+        model: routed or dense.
+        seq_len: T.
+        measured: shares of routed tokens by layer; None: by the capacity.
     """
-    flops = 3.0 * forward_flops_per_token(model, seq_len, training=True)
-    shares = routed_shares(model.config, seq_len)
+    shares = measured or routed_shares(model.config, seq_len)
+    flops = 3.0 * forward_flops_per_token(model, seq_len, shares=shares, training=True)
     matrices = _matrix_flops(model, shares, training=True)
     flops -= sum(each for parameter, each in matrices if not parameter.requires_grad)
     if not model.lm_head.weight.requires_grad:

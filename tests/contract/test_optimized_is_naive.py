@@ -3,14 +3,17 @@
 Whole models are compared in `test_contract`.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtfcli.models import routing, routing_naive, surprise
-from dtfcli.models.conversion import convert
+from dtfcli.models.conversion import convert, route_mlps
 from dtfcli.models.losses import causal_lm_loss, embedded_with_head, reference_causal_lm_loss
+from dtfcli.models.modeling_routed_mlp import routed_mlps
 from dtfcli.models.slots import (
     assign_group,
     assign_slots,
@@ -299,3 +302,70 @@ def test_the_tied_gradient_is_the_same_every_time() -> None:
         assert all(torch.equal(gradient(), first) for _ in range(20))
     finally:
         torch.set_num_threads(threads)
+
+
+# Routed MLPs
+
+
+def naive_routed_mlp(mlp: Any, x: torch.Tensor, enters: torch.Tensor) -> torch.Tensor:
+    """The definition, token by token: [N, D], bool [N] → [N, D]."""
+    forecast, rows = mlp.forecast, []
+    for token, enter in zip(x.split(1), enters.tolist(), strict=True):
+        if enter:
+            rows.append(mlp.compute(token))
+            continue
+        row = forecast.linear(token)
+        if forecast.narrow is not None:
+            row = row + forecast.narrow(token)
+        if forecast.maps > 1:
+            j = (forecast.centers @ token[0]).argmax()
+            row = row + token @ forecast.down[j].t() @ forecast.up[j].t()
+        rows.append(row)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("maps", [1, 5])
+@pytest.mark.parametrize("correct", ["by_cluster", "together"])
+@given(data=st.data(), width=st.sampled_from([0.0, 0.1]))
+@settings(max_examples=examples(30))
+def test_routed_mlp(maps: int, correct: str, data: st.DataObject, width: float) -> None:
+    """Values, and gradients of x̃ and of every parameter; also where no token enters, or none skips."""
+    mlp: Any = routed_mlps(route_mlps(dense_model(), capacity=0.5, forecast_maps=maps, forecast_width=width))[3]
+    torch.manual_seed(data.draw(st.integers(0, 2**20)))
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    mlp.forecast.by_cluster = getattr(mlp.forecast, correct)
+    x = torch.randn(data.draw(st.integers(1, 70)), mlp.router.weight.numel(), requires_grad=True)
+    enters = torch.rand(len(x)) < data.draw(st.sampled_from([0.0, 0.2, 0.8, 1.0]))
+    weight, expected = torch.randn_like(x), naive_routed_mlp(mlp, x, enters)
+    learned = [x, *(p for name, p in mlp.named_parameters() if "router" not in name and "centers" not in name)]
+    gradients = torch.autograd.grad((expected * weight).sum(), learned, allow_unused=True, materialize_grads=True)
+    y = mlp.route(x, enters)
+    (y * weight).sum().backward()
+    torch.testing.assert_close(y, expected)
+    for parameter, gradient in zip(learned, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp.route(x, enters), expected)
+        torch.testing.assert_close(mlp.route(x, enters, mlp.compute(x)), expected)
+        low = mlp.to(torch.bfloat16).route(x.bfloat16(), enters).float()
+    assert ((low - expected).norm(dim=1) < 0.05 * expected.norm(dim=1)).float().mean() > 0.9, (
+        "rounding, or near clusters"
+    )
+
+
+def test_routed_mlp_under_autocast() -> None:
+    """Numbers of tokens are rounded up; float32 weights get their gradients, also of clusters without a token."""
+    mlp: Any = routed_mlps(route_mlps(dense_model(), capacity=0.5, forecast_maps=5))[3]
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, enters = torch.randn(50, mlp.router.weight.numel()), torch.rand(50) < 0.6
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mlp.route(x, enters)
+    y.float().square().sum().backward()
+    gradients = {name: p.grad for name, p in mlp.named_parameters()}
+    mlp.zero_grad()
+    mlp.route(x, enters).square().sum().backward()
+    for name, parameter in mlp.named_parameters():
+        if "router" not in name and "centers" not in name:
+            assert (gradients[name] - parameter.grad).norm() < 0.1 * parameter.grad.norm(), name
