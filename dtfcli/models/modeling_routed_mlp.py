@@ -70,8 +70,10 @@ class MLPRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] → scores, float32 [N], whatever autocast says; no gradient: they only choose."""
-        with torch.autocast(x.device.type, enabled=False):
-            return x.detach().float() @ self.weight.detach().float()
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):  # a decoded token does without contexts
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
+        return x.float() @ self.weight.float()
 
     def threshold(self, capacity: float) -> Tensor:
         """τ(γ), float32 0-d.
@@ -281,7 +283,7 @@ class RoutedMLP(nn.Module):
 
     def route(self, x: Tensor, enters: Tensor, computed: Tensor | None = None) -> Tensor:
         """The MLP where tokens enter, else the forecast; [N, D], bool [N] → [N, D]; `computed`: MLP(x), where known."""
-        count = int(enters.count_nonzero())  # the one synchronization
+        count = int(enters if len(x) == 1 else enters.count_nonzero())  # the one synchronization
         if not torch.is_grad_enabled():  # else both run, on no token too: processes count on every parameter's gradient
             if count == len(x):
                 return self.compute(x) if computed is None else computed
@@ -290,10 +292,8 @@ class RoutedMLP(nn.Module):
         order = enters.argsort(stable=True)  # tokens that skip come first
         skipping, entering = x.index_select(0, order).split([len(x) - count, count])
         forecast = rounded_up(self.forecast, skipping)
-        if computed is None:
-            entered = rounded_up(self.compute, entering)
-        else:
-            entered = computed.index_select(0, order[len(x) - count :])
+        known = None if computed is None else computed.index_select(0, order[len(skipping) :])
+        entered = rounded_up(self.compute, entering) if known is None else known
         return torch.cat([forecast, entered.to(forecast.dtype)]).index_select(0, order.argsort())
 
 
