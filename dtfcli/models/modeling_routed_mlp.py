@@ -16,7 +16,7 @@ hidden size, F neurons of the MLP, J maps, R their rank. Scores and thresholds a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,11 +76,7 @@ class MLPRouter(nn.Module):
         return x.float() @ self.weight.float()
 
     def threshold(self, capacity: float) -> Tensor:
-        """τ(γ), float32 0-d.
-
-        Raises:
-            ValueError: nothing was fitted.
-        """
+        """τ(γ), float32 0-d; ValueError if nothing was fitted."""
         if self.current is None or self.current[0] != capacity:
             threshold = interpolated(self.thresholds.float().sum(0), capacity)
             if bool(threshold.isnan()):
@@ -172,13 +168,11 @@ class MLPForecast(nn.Module):
     def by_cluster(self, x: Tensor, cluster: Tensor) -> Tensor:
         """A_j B_j x̃ of tokens [N, D] in clusters j, int64 [N]; one cluster after the other."""
         if len(x) == 1:
-            return self.up[j := int(cluster)].float() @ (self.down[j].float() @ x[0].float())
+            return x.float() @ self.down[j := int(cluster)].float().t() @ self.up[j].float().t()
         order, counts = cluster.argsort(), cluster.bincount(minlength=self.maps).tolist()
         parts = zip(x.index_select(0, order).split(counts), self.down, self.up, strict=True)
-        found = [
-            rounded_up(lambda x, a=a, b=b: x @ b.t() @ a.t(), x_j) for x_j, b, a in parts if len(x_j) or not len(x)
-        ]
-        return torch.cat(found).index_select(0, order.argsort())
+        y = [rounded_up(lambda x, a=a, b=b: x @ b.t() @ a.t(), x_j) for x_j, b, a in parts if len(x_j) or not len(x)]
+        return torch.cat(y).index_select(0, order.argsort())
 
     def together(self, x: Tensor, cluster: Tensor) -> Tensor:
         """The same by two products with all maps; of a GPU's time, starting kernels takes the most."""
@@ -201,8 +195,7 @@ def rounded_up(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def inner_linears(mlp: nn.Module, size: int) -> tuple[dict[str, nn.Linear], str]:
     """The linear maps of an MLP by name, and the name of the last, D ← F; the others are F ← D, or several F in one.
 
-    Raises:
-        ValueError: it has another form.
+    ValueError if it has another form.
     """
     linears = {name: child for name, child in mlp.named_children() if isinstance(child, nn.Linear)}
     last = next((name for name in reversed(linears) if linears[name].out_features == size), None)
@@ -298,15 +291,12 @@ class RoutedMLP(nn.Module):
 
 
 class MLPRecord(NamedTuple):
-    """How a routed MLP treated each token of a pass."""
+    """How a routed MLP treated each token of a pass: scores, float32 [B, T], who entered, bool, and τ(γ), float32."""
 
     layer: int
     scores: Tensor
-    """float32 [B, T]."""
     selected: Tensor
-    """bool [B, T], True where the token entered."""
     threshold: Tensor
-    """float32 0-d, τ(γ)."""
 
 
 # Models
@@ -318,11 +308,7 @@ def routed_mlps(model: nn.Module) -> dict[int, RoutedMLP]:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a stock model.
-
-    Raises:
-        ValueError: it has none that we find.
-    """
+    """The decoder layers of a stock model; ValueError if it has none that we find."""
     stack = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = getattr(stack, "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -408,14 +394,11 @@ class RoutedCausalLM(RoutedBase):
         return list(routed_mlps(self))
 
     def set_routing(self, mode: str = "threshold", capacity: float | None = None) -> None:
-        """Choose γ.
+        """Choose γ; ValueError if it is not in (0, 1], or the mode another one.
 
         Args:
             mode: "threshold", the only one: there are no rows to choose the top K of.
-            capacity: γ in (0, 1] of all routed MLPs; None: the model's own. Not saved.
-
-        Raises:
-            ValueError: another mode, or a capacity outside (0, 1].
+            capacity: γ of all routed MLPs; None: the model's own. Not saved.
         """
         if mode != "threshold":
             raise ValueError(f"routing = {mode!r}: routed MLPs route by 'threshold' alone")
@@ -435,18 +418,25 @@ class RoutedCausalLM(RoutedBase):
         finally:
             self.set_routing(mode, before)
 
-    @contextmanager
-    def recorded(self) -> Iterator[list[MLPRecord]]:
+    def recorded(self) -> AbstractContextManager[list[MLPRecord]]:
         """Every pass of every routed MLP inside of a `with` block."""
-        records: list[MLPRecord] = []
-        before = {mlp: mlp.records for mlp in routed_mlps(self).values()}
+        return self._with("records", [])
+
+    def replaced(self, instead: Callable[[RoutedMLP, Tensor], Tensor]) -> AbstractContextManager[Any]:
+        """Routed MLPs do something else inside of a `with` block: a function of the MLP and x̃, [..., D] → [..., D]."""
+        return self._with("instead", instead)
+
+    @contextmanager
+    def _with(self, name: str, value: Any) -> Iterator[Any]:
+        """An attribute of all routed MLPs has another value inside of a `with` block."""
+        before = {mlp: getattr(mlp, name) for mlp in routed_mlps(self).values()}
         for mlp in before:
-            mlp.records = records
+            setattr(mlp, name, value)
         try:
-            yield records
+            yield value
         finally:
-            for mlp, others in before.items():
-                mlp.records = others
+            for mlp, other in before.items():
+                setattr(mlp, name, other)
 
     def calibrate(self, batches: Iterable[Mapping[str, Tensor]], capacities: Iterable[float] | None = None) -> None:
         """Correct thresholds on text that nothing was fitted to; `mlp_fitting` does it, so dtf has to be installed."""
@@ -460,9 +450,6 @@ class RoutedCausalLM(RoutedBase):
             batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
             instead: takes an MLP, x̃ [B, T, D], which tokens are no padding and which come first in their text, bool
                 [B, T] each; returns what the MLP hands on, [B, T, D].
-
-        Raises:
-            ValueError: no batches.
         """
         if not (batches := list(batches)):
             raise ValueError("batches is empty: give it text, some thousand tokens of it")
@@ -482,17 +469,6 @@ class RoutedCausalLM(RoutedBase):
                 self.get_decoder()(input_ids=ids, use_cache=False, **padded)
         finally:
             self.train(was_training)
-
-    @contextmanager
-    def replaced(self, instead: Callable[[RoutedMLP, Tensor], Tensor]) -> Iterator[None]:
-        """Routed MLPs do something else inside of a `with` block: a function of the MLP and x̃, [..., D] → [..., D]."""
-        for mlp in routed_mlps(self).values():
-            mlp.instead = instead
-        try:
-            yield
-        finally:
-            for mlp in routed_mlps(self).values():
-                mlp.instead = None
 
 
 def routed_classes(stock: type[Any]) -> type[Any]:
