@@ -442,34 +442,6 @@ class RoutedCausalLM(RoutedBase):
         """Correct thresholds on text that nothing was fitted to; `mlp_fitting` does it, so dtf has to be installed."""
         import_module("dtfcli.models.mlp_fitting").calibrate(self, batches, capacities)
 
-    @torch.no_grad()
-    def pass_together(self, batches: Iterable[Mapping[str, Tensor]], instead: Callable[..., Tensor]) -> None:
-        """One pass of the stack over all batches together, in which routed MLPs do something else.
-
-        Args:
-            batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
-            instead: takes an MLP, x̃ [B, T, D], which tokens are no padding and which come first in their text, bool
-                [B, T] each; returns what the MLP hands on, [B, T, D].
-        """
-        if not (batches := list(batches)):
-            raise ValueError("batches is empty: give it text, some thousand tokens of it")
-        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
-        longest = max(mask.shape[1] for mask in masks)
-        ids, mask = (
-            torch.cat([F.pad(part.to(self.device), (0, longest - part.shape[1])) for part in parts])
-            for parts in ([batch["input_ids"] for batch in batches], masks)
-        )
-        mask = mask.bool()
-        first = mask & (mask.long().cumsum(1) == 1)
-        padded = {} if bool(mask.all()) else {"attention_mask": mask}
-        was_training = self.training
-        self.eval()
-        try:
-            with self.replaced(lambda mlp, x: instead(mlp, x, mask, first)):
-                self.get_decoder()(input_ids=ids, use_cache=False, **padded)
-        finally:
-            self.train(was_training)
-
 
 def routed_classes(stock: type[Any]) -> type[Any]:
     """The class of a stock one with routed MLPs, made when it is asked for."""

@@ -1,0 +1,266 @@
+"""What a fit of routed MLPs knows beforehand, from a few thousand tokens that all enter all MLPs.
+
+How much an error changes the loss; which neurons a forecast keeps; how layers share γ; and rough scores. Shape suffixes
+as in `modeling_routed_mlp`. Everything is float32.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .least_squares import Normal
+from .modeling_routed_mlp import GRID, RoutedMLP, inner_linears, routed_mlps
+
+RIDGE, EFFECT_RIDGE = 1e-2, 5e-2
+"""Added to the diagonals of normal equations, as shares of their means."""
+_EFFECT = 0.3
+"""β: how much a score heeds the effect of an error on the loss, beside its size. At 1, the square of a first-order
+estimate, single tokens are lost badly."""
+_ENTERING, _ENTERING_EVERY = 0.05, 8
+"""Weight, in a forecast's fit, of tokens that enter: γ may be another one tomorrow. One in so many stands for all."""
+_SURVEYED, _DIFFERENTIATED = 4096, 2048
+"""Tokens of the survey, and of the effects; at least two for each dimension."""
+_TOGETHER = 512
+"""Tokens that are differentiated together: their activations are kept for the backward pass."""
+CHUNK = 8192
+"""Tokens that go through an MLP together: its inner activations are many times larger than its output."""
+_TINY = 1e-9
+NOT_FINITE = (
+    "layer {}: its MLP gives numbers that are not finite on this text, so nothing can be fitted. "
+    "Open the model in another dtype (float32 or bfloat16), or fit it to another text"
+)
+
+
+class Text(NamedTuple):
+    """Rows of text, padded on the right."""
+
+    ids: Tensor
+    """int64 [B, T]."""
+    mask: Tensor
+    """bool [B, T]: which are no padding."""
+
+    @classmethod
+    def of(cls, batches: Iterable[Mapping[str, Tensor]]) -> "Text":
+        """Of batches, mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
+
+        Raises:
+            ValueError: no batches.
+        """
+        if not (batches := list(batches)):
+            raise ValueError("batches is empty: give it text, some thousand tokens of it")
+        ids = [batch["input_ids"] for batch in batches]
+        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+        longest = max(part.shape[1] for part in ids)
+        ids, masks = ([F.pad(part, (0, longest - part.shape[1])) for part in parts] for parts in (ids, masks))
+        return cls(torch.cat(ids), torch.cat(masks).bool())
+
+    def some(self, tokens: int) -> "Text":
+        """Rows of so many tokens, evenly spread."""
+        rows = min(len(self.ids), -(-tokens // self.ids.shape[1]))
+        chosen = torch.arange(rows) * len(self.ids) // rows
+        return Text(self.ids[chosen], self.mask[chosen])
+
+    def chunks(self, tokens: int) -> "list[Text]":
+        """Rows of so many tokens at a time."""
+        rows = max(1, tokens // self.ids.shape[1])
+        return [Text(*parts) for parts in zip(self.ids.split(rows), self.mask.split(rows), strict=True)]
+
+    def passed(self, model: Any) -> "tuple[Tensor, dict[str, Tensor]]":
+        """Token ids and the mask as a model takes them: none where nothing is padded."""
+        return self.ids.to(model.device), {} if bool(self.mask.all()) else {
+            "attention_mask": self.mask.to(model.device)
+        }
+
+
+@torch.no_grad()
+def pass_together(model: Any, text: Text, instead: Callable[[RoutedMLP, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """One pass of the stack over a whole text, in which routed MLPs do something else.
+
+    Args:
+        model: with routed MLPs.
+        text: of any number of tokens.
+        instead: takes an MLP, x̃ [B, T, D], which tokens are no padding and which come first in their text, bool [B, T]
+            each; returns what the MLP hands on, [B, T, D].
+    """
+    (ids, padded), mask = text.passed(model), text.mask.to(model.device)
+    first = mask & (mask.long().cumsum(1) == 1)
+    was_training = model.training
+    model.eval()
+    try:
+        with model.replaced(lambda mlp, x: instead(mlp, x, mask, first)):
+            model.get_decoder()(input_ids=ids, use_cache=False, **padded)
+    finally:
+        model.train(was_training)
+
+
+class Effect(NamedTuple):
+    """How much an error of what an MLP returns changes the loss; g_t is the loss's gradient with respect to it."""
+
+    square: Tensor
+    """E‖g‖², float32 0-d."""
+    direction: Tensor
+    """v, float32 [D]: v · x̃_t and a constant is the predicted ln ‖g_t‖²."""
+
+
+@torch.no_grad()
+def survey(model: Any, text: Text, effects: Mapping[int, Effect]) -> dict[int, Tensor]:
+    """Choose neurons, share γ among layers, and score tokens roughly; returns rough scores by layer, float32 [D].
+
+    Every token enters here. A forecast off by e_t raises the loss by about E[(g_t · e_t)²] / 2, an expectation over
+    g. Its estimate, ln ‖e_t‖² + ln E‖g‖² and a constant, has one unit in all layers. One threshold for all of them
+    together says which share of the tokens enters each: its γ at the model's γ.
+    """
+    mlps, rough, costs = routed_mlps(model), dict[int, Tensor](), dict[int, Tensor]()
+    if not mlps:
+        return rough
+    text = text.some(max(_SURVEYED, 2 * model.config.hidden_size))
+    for layer, (x, y) in _activations(model, text).items():
+        rough[layer], cost = _survey_mlp(mlps[layer], x.float(), y.float(), effects[layer])
+        costs[layer] = cost + (effects[layer].square + _TINY).log()
+    if model.config.architecture == "dtf" and not isinstance(model.config.capacity, list):
+        together = torch.cat(list(costs.values())).sort(descending=True).values
+        for place in range(1, GRID):
+            threshold = together[round(place / GRID * len(together))]
+            for layer, cost in costs.items():
+                mlps[layer].router.shares[place] = (cost > threshold).float().mean()
+    return rough
+
+
+def _survey_mlp(mlp: RoutedMLP, x: Tensor, y: Tensor, effect: Effect) -> tuple[Tensor, Tensor]:
+    """Choose the neurons of one MLP; returns a rough score, float32 [D], and the cost that it predicts, float32 [N].
+
+    Args:
+        mlp: the MLP.
+        x, y: x̃ and MLP(x̃), float32 [N, D].
+        effect: of its errors.
+    """
+    effects = x @ effect.direction
+    weight, everywhere = 1 / (y.square().mean(1) + _TINY), Normal(x, torch.ones_like(y[:, 0]))
+    kept, narrow, rest, rough = slice(None), mlp.forecast.narrow, y, mlp.router.weight
+    for last in (False, True):
+        if last:
+            scores = x @ rough
+            enters = scores > scores.quantile(1 - mlp.capacity)
+            kept, weight = kept_tokens(weight, enters)
+            if narrow is not None:
+                choose_neurons(mlp, x[kept], weight)
+                rest = y - narrow(x.to(mlp.forecast.linear.weight.dtype)).float()
+        error = rest - x @ Normal(x[kept], weight).solve(rest[kept], RIDGE)
+        cost = token_costs(error, effects - effects.mean())
+        rough = everywhere.solve((cost - cost.mean()).unsqueeze(1), RIDGE).squeeze(1)
+        if mlp.router.random:
+            rough = mlp.router.weight
+    return rough, x @ rough + cost.mean()
+
+
+def kept_tokens(weight: Tensor, enters: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens a forecast is fitted to, int64 [M], and their weights, [M].
+
+    All that skip, and a few of those that enter, at little weight in all: γ may be another one tomorrow.
+    """
+    few = torch.arange(len(weight), device=weight.device) % _ENTERING_EVERY == 0
+    kept = ((~enters | few) & (weight > 0)).nonzero().squeeze(1)
+    return kept, torch.where(enters, _ENTERING * _ENTERING_EVERY * weight, weight)[kept]
+
+
+def _activations(model: Any, text: Text) -> dict[int, tuple[Tensor, Tensor]]:
+    """x̃ and MLP(x̃) of the tokens that count, [N, D] each, by layer, with every token in every MLP."""
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in routed_mlps(model)}
+
+    def keep(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
+        y = mlp.compute(x)
+        if not bool(y.isfinite().all()):
+            raise ValueError(NOT_FINITE.format(mlp.layer_idx))
+        seen[mlp.layer_idx].append((x[counted & ~first], y[counted & ~first]))
+        return y
+
+    for chunk in text.chunks(CHUNK):
+        pass_together(model, chunk, keep)
+    return {layer: (torch.cat([x for x, _ in each]), torch.cat([y for _, y in each])) for layer, each in seen.items()}
+
+
+@torch.no_grad()
+def measure_effects(model: Any, text: Text) -> dict[int, Effect]:
+    """The effect of each MLP's errors, by layer, from some of a text; every token enters."""
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in routed_mlps(model)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        for chunk in text.some(max(_DIFFERENTIATED, 2 * model.config.hidden_size)).chunks(_TOGETHER):
+            for layer, pair in _gradients(model, chunk).items():
+                seen[layer].append(pair)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return {layer: _effect(*(torch.cat(parts) for parts in zip(*each, strict=True))) for layer, each in seen.items()}
+
+
+def _effect(x: Tensor, squares: Tensor) -> Effect:
+    """Of x̃ [N, D] and ‖g‖², float32 [N]."""
+    logs = (squares + _TINY).log()
+    logs = logs.clamp(min=logs.quantile(0.02).item())  # what the loss hardly notices is not made out
+    direction = Normal(x := x.float(), torch.ones_like(logs)).solve((logs - logs.mean()).unsqueeze(1), EFFECT_RIDGE)
+    return Effect(squares.mean(), direction.squeeze(1))
+
+
+def _gradients(model: Any, text: Text) -> dict[int, tuple[Tensor, Tensor]]:
+    """x̃ [N, D] and ‖g‖², float32 [N], by layer, of the tokens that count; the model draws the labels itself."""
+    usual = (text.mask & (text.mask.long().cumsum(1) > 1)).to(model.device)
+    outputs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(mlp: RoutedMLP, x: Tensor) -> Tensor:
+        outputs[mlp.layer_idx] = x.detach()[usual], mlp.compute(x)
+        return outputs[mlp.layer_idx][1]
+
+    with model.replaced(keep), torch.enable_grad():
+        ids, padded = text.passed(model)
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False, **padded).logits[usual].float()
+        generator = torch.Generator(logits.device).manual_seed(0)
+        probabilities = logits.detach().softmax(-1).nan_to_num()
+        labels = (probabilities + _TINY).multinomial(1, generator=generator).squeeze(1)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, [y for _, y in outputs.values()])
+    return {
+        layer: (x, g[usual].float().square().sum(1))
+        for (layer, (x, _)), g in zip(outputs.items(), gradients, strict=True)
+    }
+
+
+def token_costs(error: Tensor, effects: Tensor) -> Tensor:
+    """What a score predicts, c = ln(‖e‖² / D) + β v · x̃, float32 [N]: of a forecast's errors [N, D] and v · x̃ [N]."""
+    return (error.square().mean(1) + _TINY).log() + _EFFECT * effects
+
+
+def choose_neurons(mlp: RoutedMLP, x: Tensor, weight: Tensor) -> None:
+    """Give MLP' the neurons of the MLP that a linear map of x̃ explains least.
+
+    They have the largest Σ_t a_t (h_t − its linear estimate)² ‖its column of the last map‖².
+
+    Args:
+        mlp: the MLP, and MLP' in its forecast.
+        x: x̃ of some tokens, float32 [N, D].
+        weight: a, float32 [N].
+    """
+    linears, name = inner_linears(mlp, x.shape[1])
+    last, narrow = linears[name], mlp.forecast.narrow
+    inner: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda module, args: inner.append(args[0].float()))
+    mlp.compute(x.to(last.weight.dtype))
+    hook.remove()
+    with torch.autocast(x.device.type, enabled=False):
+        unexplained = inner[0] - x @ Normal(x, weight).solve(inner[0], RIDGE)
+        share = weight @ unexplained.square() * last.weight.float().square().sum(0)
+    chosen = share.topk(narrow.get_submodule(name).in_features).indices.sort().values
+    for each, linear in linears.items():
+        small: Any = narrow.get_submodule(each)
+        rows: Any = slice(None)
+        if each != name:
+            rows = torch.cat([chosen + start for start in range(0, linear.out_features, last.in_features)])
+        small.weight.copy_(linear.weight[:, chosen] if each == name else linear.weight[rows])
+        if linear.bias is not None:
+            small.bias.copy_(linear.bias[rows])
