@@ -139,7 +139,8 @@ def _survey_mlp(mlp: RoutedMLP, x: Tensor, y: Tensor, effect: Effect) -> tuple[T
     """
     effects = x @ effect.direction
     weight, everywhere = 1 / (y.square().mean(1) + _TINY), Normal(x, torch.ones_like(y[:, 0]))
-    kept, narrow, rest, rough = slice(None), mlp.forecast.narrow, y, mlp.router.weight
+    narrow, rest, rough = mlp.forecast.narrow, y, mlp.router.weight
+    kept: Any = slice(None)
     for last in (False, True):
         if last:
             scores = x @ rough
