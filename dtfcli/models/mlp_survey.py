@@ -21,9 +21,9 @@ _EFFECT = 0.3
 estimate, single tokens are lost badly."""
 _ENTERING, _ENTERING_EVERY = 0.05, 8
 """Weight, in a forecast's fit, of tokens that enter: γ may be another one tomorrow. One in so many stands for all."""
-_SURVEYED, _DIFFERENTIATED = 4096, 2048
+_SURVEYED, _DIFFERENTIATED = 4096, 1024
 """Tokens of the survey, and of the effects; at least two for each dimension."""
-_TOGETHER = 512
+_TOGETHER = 256
 """Tokens that are differentiated together: their activations are kept for the backward pass."""
 CHUNK = 8192
 """Tokens that go through an MLP together: its inner activations are many times larger than its output."""
