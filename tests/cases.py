@@ -5,7 +5,7 @@ A new way of choosing is one row of `WAYS`, a new backbone one of `tiny.BACKBONE
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -15,10 +15,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import DynamicCache
 
 from dtfcli.models.cache import CACHE_NAME, RoutedCache
 from dtfcli.models.configuration_fields import WAYS as FIELDS
 from dtfcli.models.configuration_fields import way_of
+from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from tests import near
 from tests.tiny import BACKBONES, pad, shared_routed_model, tokens
 
@@ -47,7 +49,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "layerdrop, forecast": {"architecture": "layerdrop", "bypass": "forecast"},
 }
 """What ranks tokens, which part they enter, whose keys they see, and what they take instead."""
-QUICK = ("surprise", "mod", "forecast error, every key", "mod of an MLP", "update size", "layerdrop")
+OF_MLPS: dict[str, dict[str, Any]] = {
+    "MLPs": {"routed_part": "mlp"},
+    "MLPs by chance": {"architecture": "random", "routed_part": "mlp"},
+    "MLPs, all or none": {"architecture": "layerdrop", "routed_part": "mlp"},
+}
+"""Routed MLPs: of stock models, with stock caches, by threshold alone."""
+QUICK = ("MLPs", "surprise", "mod", "forecast error, every key", "mod of an MLP", "update size", "layerdrop")
 """The ways that `make test` tries; `make test-all` tries the others, too."""
 CPU = torch.device("cpu")
 REHEARSED = os.environ.get("DTF_REHEARSE_GPU") == "1"  # read now: tests lose the variables that are no settings
@@ -88,12 +96,17 @@ class Case(NamedTuple):
     @property
     def fields(self) -> dict[str, Any]:
         """What `convert` is given."""
-        return {"architecture": "dtf"} | WAYS[self.way]
+        return {"architecture": "dtf"} | (WAYS | OF_MLPS)[self.way]
 
     @property
     def mode(self) -> str:
         """The causal mode."""
         return self.fields.get("routing", "threshold")
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those in which every token enters at γ = 1."""
+        return ("threshold",) if self.way in OF_MLPS else ("threshold", "topk")
 
     @property
     def chooses_tokens(self) -> bool:
@@ -121,12 +134,12 @@ def _on(case: Case, device: torch.device, **fields: Any) -> Any:
     return copy.deepcopy(case.on(**fields)).to(device)
 
 
-def _cases(offsets: tuple[int, ...]) -> list[tuple[Case, bool]]:
+def _cases(offsets: tuple[int, ...], ways: Iterable[str] = WAYS) -> list[tuple[Case, bool]]:
     """Each way on a few backbones, in turn, so that every backbone meets several ways; whether it is a quick one."""
     families = list(BACKBONES)
     return [
         (Case(way, families[(place + offset) % len(families)]), way in QUICK and offset == 0)
-        for place, way in enumerate(WAYS)
+        for place, way in enumerate(ways)
         for offset in offsets
     ]
 
@@ -154,8 +167,11 @@ every_way = on_cpu(_cases((0,)))
 every_case = on_cpu(_cases((0, 3, 6)))
 """Each way on three backbones."""
 ways_everywhere = on_devices(_cases((0,)), EVERY_WAY)
-everywhere = on_devices(_cases((0, 3, 6)), EVERY_WAY)
+blocks_everywhere = on_devices(_cases((0, 3, 6)), EVERY_WAY)
 """Each way on three backbones on a CPU, on one of them on a GPU."""
+CASES = _cases((0, 3, 6)) + _cases((0, 3, 6), OF_MLPS)
+everywhere = on_devices(CASES, [*EVERY_WAY, *(case for case, _ in _cases((0,), OF_MLPS))])
+"""The same, and routed MLPs."""
 every_family = pytest.mark.parametrize("family", BACKBONES)
 
 
@@ -195,9 +211,11 @@ def batches(draw: st.DrawFn) -> Batch:
 @torch.no_grad()
 def in_chunks(
     model: Any, ids: Tensor, mask: Tensor | None, cuts: list[int], length: int | None = None
-) -> tuple[Tensor, RoutedCache]:
+) -> tuple[Tensor, Any]:
     """Logits [B, T, V] with a cache, chunk by chunk, and the cache; `length`: of a static one."""
-    cache, logits = RoutedCache(model.config, length), []
+    stock = isinstance(model, RoutedCausalLM)
+    cache: Any = DynamicCache(config=model.config) if stock else RoutedCache(model.config, length)
+    logits = []
     for start, end in pairwise(sorted({0, ids.shape[1], *(cut % ids.shape[1] for cut in cuts)})):
         seen = None if mask is None else mask[:, :end]
         # A graph's logits are overwritten by its next replay.
@@ -208,7 +226,7 @@ def in_chunks(
 
 def decode(
     model: Any, ids: Tensor, prompt: int, mask: Tensor | None = None, length: int | None = None
-) -> tuple[Tensor, RoutedCache]:
+) -> tuple[Tensor, Any]:
     """Logits of the tokens after the prompt, one by one; and the cache, static if it has a length."""
     logits, cache = in_chunks(model, ids, mask, list(range(prompt, ids.shape[1])), length)
     return logits[:, prompt:], cache

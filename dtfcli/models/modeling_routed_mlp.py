@@ -2,7 +2,7 @@
 
 For x̃, which the MLP of a layer takes (behind its norm), one token at a time:
 
-    s = w · x̃                                       the score, float32: the predicted error of the forecast
+    s = w · x̃                                       the score, float32: predicts what skipping costs
     y = MLP(x̃)                    where s > τ(γ)    the token enters
     y = W x̃ + A_j B_j x̃ + MLP'(x̃)  elsewhere        the forecast; j is the cluster of the token's direction, and
                                                    MLP' has a few of the neurons of the MLP
@@ -42,7 +42,7 @@ class MLPRouter(nn.Module):
         shares: of the tokens that enter this layer at the γ of the grid, float32 [GRID + 1]. Layers share γ as the
             survey of `mlp_fitting` finds best; their mean is γ.
         thresholds: τ at the γ of the grid, each a sum of two numbers, float32 [2, GRID + 1]; NaN: not fitted.
-        cost_offset: float32 0-d: a score plus this is the predicted ln of the forecast's mean squared error.
+        cost_offset: float32 0-d: a score plus this is the predicted cost c of skipping (`mlp_survey.token_costs`).
         current: γ in use and its threshold, float32 0-d; None: to be looked up.
     """
 
