@@ -32,7 +32,7 @@ DEFAULT_TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
 LENGTH = 256
 """Tokens of a row."""
 FIT_TOKENS, MEASURE_TOKENS = 20_000, 8_000
-_FIT_PER_UNIT, _LEAST_PER_UNIT = 32, 8
+_FIT_PER_UNIT, _LEAST_PER_UNIT = 56, 8
 """Tokens to fit for each unit of the hidden size, where that is more: wanted, and at least."""
 _LEAST_ROWS = 4
 _CHARACTERS = 8

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from .least_squares import Normal
 from .modeling_routed_mlp import GRID, RoutedMLP, inner_linears, routed_mlps
 
-RIDGE, EFFECT_RIDGE = 1e-2, 5e-2
-"""Added to the diagonals of normal equations, as shares of their means."""
-_EFFECT = 0.3
+RIDGE, EFFECT_RIDGE = 1e-2, 0.6
+"""Added to the diagonals of normal equations, as shares of their means: in general, and for v, whose targets scatter."""
+_EFFECT = 0.5
 """β: how much a score heeds the effect of an error on the loss, beside its size. At 1, the square of a first-order
 estimate, single tokens are lost badly."""
 _ENTERING, _ENTERING_EVERY = 0.05, 8
 """Weight, in a forecast's fit, of tokens that enter: γ may be another one tomorrow. One in so many stands for all."""
-_SURVEYED, _DIFFERENTIATED = 4096, 1024
+_SURVEYED, _DIFFERENTIATED = 4096, 2048
 """Tokens of the survey, and of the effects; at least two for each dimension."""
 _TOGETHER = 256
 """Tokens that are differentiated together: their activations are kept for the backward pass."""
