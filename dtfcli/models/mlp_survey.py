@@ -15,10 +15,9 @@ from .least_squares import Normal
 from .modeling_routed_mlp import GRID, RoutedMLP, inner_linears, routed_mlps
 
 RIDGE, EFFECT_RIDGE = 1e-2, 0.6
-"""Added to the diagonals of normal equations, as shares of their means: in general, and for v, whose targets scatter."""
+"""Added to the diagonals of normal equations, as shares of their means: usually, and for v, whose targets scatter."""
 _EFFECT = 0.5
-"""β: how much a score heeds the effect of an error on the loss, beside its size. At 1, the square of a first-order
-estimate, single tokens are lost badly."""
+"""β: how much a score heeds the effect of an error on the loss, beside its size."""
 _ENTERING, _ENTERING_EVERY = 0.05, 8
 """Weight, in a forecast's fit, of tokens that enter: γ may be another one tomorrow. One in so many stands for all."""
 _SURVEYED, _DIFFERENTIATED = 4096, 2048
