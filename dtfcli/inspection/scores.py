@@ -39,7 +39,8 @@ READINGS = {
         "A layer computes a token where the predicted error of the token's forecast is above the layer's threshold.",
         {"predicted_cost": "predicted error", "true_cost": "true error"},
         "predicted_cost",
-        "Predicted error: how far the router expects a token's forecast to be off, root mean square per element.",
+        "Predicted error: how far the router expects a token's forecast to be off, root mean square per element; for "
+        "routed MLPs, where that changes the loss more it counts more.",
     ),
     "update_size": Reading(
         "A layer computes a token where the predicted size of the token's update is above the layer's threshold.",

@@ -152,7 +152,8 @@ def fit_mlp(mlp: RoutedMLP, x: Tensor, which: tuple[Tensor, Tensor], effect: Eff
             fit_forecast(mlp.forecast, tokens[kept], computed[kept], weight)
     rest = computed.float() - torch.cat([mlp.forecast(chunk) for chunk in tokens.split(CHUNK)]).float()
     with torch.autocast(x.device.type, enabled=False):
-        cost = token_costs(rest, flat @ effect.direction)
+        effects = flat @ effect.direction
+        cost = token_costs(rest, effects - effects[usual].mean())
         cost = torch.where(first, cost[usual].max(), cost)
         importance = usual + _FIRST * (first & counted)
         mean = (cost * importance).sum() / importance.sum()
