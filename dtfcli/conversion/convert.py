@@ -37,6 +37,8 @@ _DIAL_TOKENS = 1024
 _CALIBRATION_TOKENS = 8192
 _LEAST_SAVING = 0.01
 _MOST_TRIES = 4
+_NEAR = 0.1
+"""Two γ that one fit serves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +85,7 @@ def convert_model(
         text = read_text(options.text, tokenizer, dense.config, options.seed)
     dial = _Dial(dense, model, text, costs)
     dial.choose_capacity(options)
-    with costs.part("Fitting"):
-        _fit(model, text, dial.dtype, on_progress)
-    chosen, points = dial.measure(options)
+    chosen, points = _fitted_and_measured(model, text, dial, options)
     report = ConversionReport(
         model=_name(source),
         to=options.to,
@@ -116,6 +116,20 @@ def convert_model(
         tokenizer.save_pretrained(partial)
         write_report(report, partial)
     return report
+
+
+def _fitted_and_measured(
+    model: Any, text: ConversionText, dial: "_Dial", options: ConversionOptions
+) -> tuple[Point, list[Point]]:
+    """Fit and measure; once more at the γ that `max_loss` leads to, if it is another one: a fit is for its own γ."""
+    for part in ("Fitting", "Fitting again"):
+        capacity = dial.capacity
+        with dial.costs.part(part):
+            _fit(model, text, dial.dtype, dial.costs.on_progress)
+        measured = dial.measure(options)
+        if abs(dial.capacity - capacity) < _NEAR or model.config.routed_part != "mlp":
+            break
+    return measured
 
 
 _UNTRAINED = "Mixture-of-Depths needs training: its router is random until `dtf train` has trained it."
