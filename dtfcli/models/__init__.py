@@ -5,5 +5,5 @@ Files import the standard library, torch, transformers and their siblings, nothi
 Read in this order: `routing` (the idea as functions; `routing_naive` as loops), `configuration_fields` (all fields,
 and `WAYS` of choosing), `router` and a way of choosing (`cost` and `forecast`; then `mod`, `surprise`, `layerdrop`),
 `layers`, `stack`, `causal_lm`; then `cache`, `calibration` and `fitting`, `conversion` (dense ↔ routed), `families`.
-Routed MLPs stand alone: `modeling_routed_mlp` (any decoder of Transformers), then `mlp_survey`, `mlp_fitting` and `savings`.
+Routed MLPs stand alone: `modeling_routed_mlp` (any decoder of Transformers), `mlp_survey`, `mlp_fitting`, `savings`.
 """

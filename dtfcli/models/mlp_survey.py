@@ -186,14 +186,14 @@ def _activations(model: Any, text: Text) -> dict[int, tuple[Tensor, Tensor]]:
 def measure_effects(model: Any, text: Text) -> dict[int, Effect]:
     """The effect of each MLP's errors, by layer, from some of a text; every token enters."""
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in routed_mlps(model)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    trained, was_training = [parameter for parameter in model.parameters() if parameter.requires_grad], model.training
+    model.eval().requires_grad_(False)
     try:
         for chunk in text.some(max(_DIFFERENTIATED, 2 * model.config.hidden_size)).chunks(_TOGETHER):
             for layer, pair in _gradients(model, chunk).items():
                 seen[layer].append(pair)
     finally:
+        model.train(was_training)
         for parameter in trained:
             parameter.requires_grad_(True)
     return {layer: _effect(*(torch.cat(parts) for parts in zip(*each, strict=True))) for layer, each in seen.items()}
