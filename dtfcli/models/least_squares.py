@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-_TINY = 1e-9
+TINY = 1e-9
+"""Keeps a division or a logarithm finite."""
 
 
 class Normal:
@@ -15,7 +16,7 @@ class Normal:
     """
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
-        self.weighted = x * (weight / weight.sum().clamp(min=_TINY)).unsqueeze(1)
+        self.weighted = x * (weight / weight.sum().clamp(min=TINY)).unsqueeze(1)
         self.moments = self.weighted.t() @ x
 
     def solve(self, targets: Tensor, ridge: float) -> Tensor:
@@ -24,5 +25,5 @@ class Normal:
 
     def ridged(self, ridge: float) -> Tensor:
         """The moments with a share of their mean diagonal added to it."""
-        size = ridge * self.moments.diagonal().mean() + _TINY
+        size = ridge * self.moments.diagonal().mean() + TINY
         return self.moments + size * torch.eye(len(self.moments), device=self.moments.device)

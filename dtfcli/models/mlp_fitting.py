@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .least_squares import Normal
+from .least_squares import TINY, Normal
 from .mlp_survey import (
     CHUNK,
     NOT_FINITE,
@@ -34,7 +34,6 @@ _CORRECTED = 2048
 """Tokens by which thresholds of γ that are not the model's own are corrected after a fit."""
 CALIBRATED = (0.75, 0.5, 0.25)
 """γ besides the model's own at which thresholds are corrected."""
-_TINY = 1e-9
 
 
 def fit_routing(
@@ -148,7 +147,7 @@ def fit_mlp(mlp: RoutedMLP, x: Tensor, which: tuple[Tensor, Tensor], effect: Eff
         with torch.autocast(x.device.type, enabled=False):
             scores = flat @ rough
             enters = scores > scores[usual].quantile(1 - interpolated(router.shares, mlp.capacity).item())
-            kept, weight = kept_tokens(usual / (computed.float().square().mean(1) + _TINY), enters)
+            kept, weight = kept_tokens(usual / (computed.float().square().mean(1) + TINY), enters)
             fit_forecast(mlp.forecast, tokens[kept], computed[kept], weight)
     rest = computed.float() - torch.cat([mlp.forecast(chunk) for chunk in tokens.split(CHUNK)]).float()
     with torch.autocast(x.device.type, enabled=False):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .least_squares import Normal
+from .least_squares import TINY, Normal
 from .modeling_routed_mlp import GRID, RoutedMLP, inner_linears, routed_mlps
 
 RIDGE, EFFECT_RIDGE = 1e-2, 0.6
@@ -26,7 +26,6 @@ _TOGETHER = 256
 """Tokens that are differentiated together: their activations are kept for the backward pass."""
 CHUNK = 8192
 """Tokens that go through an MLP together: its inner activations are many times larger than its output."""
-_TINY = 1e-9
 NOT_FINITE = (
     "layer {}: its MLP gives numbers that are not finite on this text, so nothing can be fitted. "
     "Open the model in another dtype (float32 or bfloat16), or fit it to another text"
@@ -69,9 +68,8 @@ class Text(NamedTuple):
 
     def passed(self, model: Any) -> "tuple[Tensor, dict[str, Tensor]]":
         """Token ids and the mask as a model takes them: none where nothing is padded."""
-        return self.ids.to(model.device), {} if bool(self.mask.all()) else {
-            "attention_mask": self.mask.to(model.device)
-        }
+        padded = {} if bool(self.mask.all()) else {"attention_mask": self.mask.to(model.device)}
+        return self.ids.to(model.device), padded
 
 
 @torch.no_grad()
@@ -118,7 +116,7 @@ def survey(model: Any, text: Text, effects: Mapping[int, Effect]) -> dict[int, T
     text = text.some(max(_SURVEYED, 2 * model.config.hidden_size))
     for layer, (x, y) in _activations(model, text).items():
         rough[layer], cost = _survey_mlp(mlps[layer], x.float(), y.float(), effects[layer])
-        costs[layer] = cost + (effects[layer].square + _TINY).log()
+        costs[layer] = cost + (effects[layer].square + TINY).log()
     if model.config.architecture == "dtf" and not isinstance(model.config.capacity, list):
         together = torch.cat(list(costs.values())).sort(descending=True).values
         for place in range(1, GRID):
@@ -137,7 +135,7 @@ def _survey_mlp(mlp: RoutedMLP, x: Tensor, y: Tensor, effect: Effect) -> tuple[T
         effect: of its errors.
     """
     effects = x @ effect.direction
-    weight, everywhere = 1 / (y.square().mean(1) + _TINY), Normal(x, torch.ones_like(y[:, 0]))
+    weight, everywhere = 1 / (y.square().mean(1) + TINY), Normal(x, torch.ones_like(y[:, 0]))
     narrow, rest, rough = mlp.forecast.narrow, y, mlp.router.weight
     kept: Any = slice(None)
     for last in (False, True):
@@ -159,7 +157,7 @@ def _survey_mlp(mlp: RoutedMLP, x: Tensor, y: Tensor, effect: Effect) -> tuple[T
 def kept_tokens(weight: Tensor, enters: Tensor) -> tuple[Tensor, Tensor]:
     """Which tokens a forecast is fitted to, int64 [M], and their weights, [M].
 
-    All that skip, and a few of those that enter, at little weight in all: γ may be another one tomorrow.
+    All tokens that skip; and a few that enter, at little weight, because γ may be another one tomorrow.
     """
     few = torch.arange(len(weight), device=weight.device) % _ENTERING_EVERY == 0
     kept = ((~enters | few) & (weight > 0)).nonzero().squeeze(1)
@@ -201,7 +199,7 @@ def measure_effects(model: Any, text: Text) -> dict[int, Effect]:
 
 def _effect(x: Tensor, squares: Tensor) -> Effect:
     """Of x̃ [N, D] and ‖g‖², float32 [N]."""
-    logs = (squares + _TINY).log()
+    logs = (squares + TINY).log()
     logs = logs.clamp(min=logs.quantile(0.02).item())  # what the loss hardly notices is not made out
     direction = Normal(x := x.float(), torch.ones_like(logs)).solve((logs - logs.mean()).unsqueeze(1), EFFECT_RIDGE)
     return Effect(squares.mean(), direction.squeeze(1))
@@ -222,7 +220,7 @@ def _gradients(model: Any, text: Text) -> dict[int, tuple[Tensor, Tensor]]:
         logits = model(inputs_embeds=embedded, use_cache=False, **padded).logits[usual].float()
         generator = torch.Generator(logits.device).manual_seed(0)
         probabilities = logits.detach().softmax(-1).nan_to_num()
-        labels = (probabilities + _TINY).multinomial(1, generator=generator).squeeze(1)
+        labels = (probabilities + TINY).multinomial(1, generator=generator).squeeze(1)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         gradients = torch.autograd.grad(loss, [y for _, y in outputs.values()])
     return {
@@ -233,7 +231,7 @@ def _gradients(model: Any, text: Text) -> dict[int, tuple[Tensor, Tensor]]:
 
 def token_costs(error: Tensor, effects: Tensor) -> Tensor:
     """What a score predicts, c = ln(‖e‖² / D) + β v · x̃, float32 [N]: of a forecast's errors [N, D] and v · x̃ [N]."""
-    return (error.square().mean(1) + _TINY).log() + _EFFECT * effects
+    return (error.square().mean(1) + TINY).log() + _EFFECT * effects
 
 
 def choose_neurons(mlp: RoutedMLP, x: Tensor, weight: Tensor) -> None:
