@@ -212,3 +212,20 @@ def test_not_fitted(dtf: Callable[..., Outcome], tmp_path: Path) -> None:
     for command in ("generate", "inspect-routing"):
         refused = dtf(command, str(tmp_path), "a b c")
         assert (refused.code, "not fitted to text" in refused.stderr) == (2, True), refused.stderr
+
+
+def test_a_fit_reads_rows_of_any_length_and_leaves_the_model_as_it_was() -> None:
+    """At the γ of the fit the asked share of its text enters, in a model that is being trained, too."""
+    model: Any = dtfcli.route_mlps(dense_model(), capacity=0.6).train()
+    rows = [{"input_ids": tokens(16, 24)}, {"input_ids": tokens(16, 40, seed=1)}]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fit_routing(model, rows)
+    assert model.training
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    with torch.no_grad(), model.recorded() as records:
+        for batch in rows:
+            model.eval()(**batch)
+    counts = {
+        layer: torch.cat([r.selected.flatten() for r in records if r.layer == layer]) for layer in model.routed_layers
+    }
+    assert float(torch.stack([each.float().mean() for each in counts.values()]).mean()) == pytest.approx(0.6, abs=0.03)
