@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import asdict
+from json import dumps as quoted
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,22 @@ Arguments = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="A TOML file of settings, laid over the preset."),
+]
+Base = Annotated[
+    str,
+    typer.Option(
+        "--base", metavar="MODEL", help="The model to start from; the same as model.base=MODEL.", show_default=False
+    ),
+]
+Text = Annotated[
+    str,
+    typer.Option(
+        "--text",
+        metavar="FILE|FOLDER|DATASET",
+        help="Text to train on, in place of data.sources: a .txt, .md, .py, .jsonl or .parquet file, a folder of them, "
+        "python-stdlib, or OWNER/NAME or OWNER/NAME:CONFIG on the Hub.",
+        show_default=False,
+    ),
 ]
 Resume = Annotated[
     bool,
@@ -69,6 +86,8 @@ Accelerator = Annotated[
 def train(
     arguments: Arguments = None,
     config: Config = None,
+    base: Base = "",
+    text: Text = "",
     resume: Resume = False,
     num_processes: NumProcesses = None,
     dry_run: DryRun = False,
@@ -85,21 +104,24 @@ def train(
       dtf train quickstart
       dtf train quickstart model=mod run.name=mod-run1 training.max_steps=200
       dtf train dtf-smollm2-135m data.sources='[{path="novels.parquet"}]' data.seq_len=512
+      dtf train recover --base smollm2-routed --text novels.parquet
       dtf train thesis-dtf --dry-run
       dtf train dtf-qwen2.5-72b --dry-run --num-processes 64 --accelerator h200
       dtf train dtf-qwen2.5-0.5b --num-processes 8
       dtf train --resume outputs/2025-12-01/quickstart
     """
     if resume:
-        if dry_run or config is not None:
-            option = "--dry-run" if dry_run else "--config"
+        if dry_run or config is not None or base or text:
+            options_given = {"--dry-run": dry_run, "--config": config, "--base": base, "--text": text}
+            option = next(name for name, value in options_given.items() if value)
             raise ConfigError(f"{option}: a resumed run keeps the settings it began with; leave it out.")
         _resume(list(arguments or ()), num_processes, trust_remote_code, json)
         return
     from dtfcli.settings import load_settings
 
     preset, overrides = options.split_preset(arguments)
-    overrides = [*overrides, *(["model.trust_remote_code=true"] if trust_remote_code else [])]
+    overrides = [*_base_and_text(base, text), *overrides]
+    overrides += ["model.trust_remote_code=true"] if trust_remote_code else []
     settings = load_settings(preset, overrides, config)
     if dry_run:
         _dry_run(settings, num_processes, accelerator, json)
@@ -115,6 +137,20 @@ def train(
     chosen = lookup(Sources(type(settings), preset, overrides, config).user, "run.name")
     changed = any(item.startswith(("model.", "data.")) for item in overrides)  # the preset alone is another experiment
     _train(settings, None, None if changed else preset, rename=chosen is None, json=json)
+
+
+def _base_and_text(base: str, text: str) -> list[str]:
+    """--base and --text as settings."""
+    overrides = [f"model.base={quoted(base)}"] if base else []
+    if text:
+        from dtfcli.settings.data import Source
+
+        source = Source.named(text)
+        on_hub = not (Path(text).exists() or text == "python-stdlib")
+        overrides.append(
+            f"data.sources=[{{path={quoted(source.path)}, name={quoted(source.name)}, streaming={quoted(on_hub)}}}]"
+        )
+    return overrides
 
 
 def _launched(settings: "Settings", processes: int | None) -> bool:

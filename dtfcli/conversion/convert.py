@@ -15,6 +15,7 @@ import torch
 
 from dtfcli.conversion.dial import LEAST, SAVINGS, capacity_for, saved_share
 from dtfcli.conversion.measure import Compared, autocast, compare, decoding_times
+from dtfcli.conversion.recover import recover, recovery_folder
 from dtfcli.conversion.report import ConversionReport, Part, Point, write_report
 from dtfcli.conversion.text import ConversionText, read_text
 from dtfcli.cost.peak import reset_resident_peak, resident
@@ -51,6 +52,7 @@ class ConversionOptions:
         capacity: γ, instead.
         max_loss: instead, the largest saving whose loss gap stays below it, nats per token.
         text: see `read_text`.
+        recover: tokens that the converted model learns from afterwards; 0: none.
         seed: of documents, places in them, and random numbers.
         loading: device, dtype and attn_implementation of `load_model`.
     """
@@ -60,6 +62,7 @@ class ConversionOptions:
     capacity: float | None = None
     max_loss: float | None = None
     text: str | None = None
+    recover: int = 0
     seed: int = 42
     loading: Mapping[str, Any]
 
@@ -75,6 +78,7 @@ def convert_model(
         DTFError: the folder cannot be written, or the model computes no finite numbers.
     """
     _check_folder(folder)
+    work = recovery_folder(folder) if options.recover else None
     costs = _Costs(on_progress)
     with costs.part("Opening the model"):
         dense, tokenizer, saved_dtype = _open(source, options)
@@ -82,14 +86,20 @@ def convert_model(
         model, stays_dense = _route(dense, options)
         _check_space(folder, model)
     with costs.part("Reading text"):
-        text = read_text(options.text, tokenizer, dense.config, options.seed)
+        text = read_text(options.text, tokenizer, dense.config, options.seed, options.recover)
     dial = _Dial(dense, model, text, costs)
     dial.choose_capacity(options)
-    chosen, points = _fitted_and_measured(model, text, dial, options)
+    before, (chosen, points) = None, _fitted_and_measured(model, text, dial, options)
+    if work is not None:
+        before = chosen
+        with costs.part("Recovering"):
+            model = dial.model = recover(model, tokenizer, text.recover, work, options.seed, on_progress)
+        chosen, points = dial.measure(options)
     report = ConversionReport(
         model=_name(source),
         to=options.to,
         chosen=chosen,
+        before=before,
         dial=points,
         out_of_reach=[saving for saving in SAVINGS if capacity_for(model, saving) is None],
         largest_saving=saved_share(model, LEAST),
@@ -101,6 +111,7 @@ def convert_model(
             "documents": text.documents,
             "fit_tokens": text.fit.tokens,
             "measure_tokens": text.measure.tokens,
+            "recover_tokens": text.recover.tokens,
         },
         seed=options.seed,
         weights_bytes=_bytes(dense),

@@ -73,6 +73,7 @@ class ConversionReport:
         model: the dense model's name.
         to: dtf, mod, random or layerdrop.
         chosen: the point that the user got.
+        before: the same before the recovery; None: there was none.
         dial: at each saving, as far as it can be reached.
         out_of_reach: savings of the dial that cannot.
         largest_saving: that can be reached.
@@ -90,6 +91,7 @@ class ConversionReport:
     model: str
     to: str
     chosen: Point
+    before: Point | None
     dial: list[Point]
     out_of_reach: list[float]
     largest_saving: float
@@ -112,12 +114,20 @@ class ConversionReport:
         text = (
             f"At γ = {point.capacity:.3f} a forward pass does without {point.saving:.1%} of its FLOPs; the loss is "
             f"{point.gap} nats above dense, the likeliest token the same in {point.agreement:.0%} of places. "
-            "Turn the dial with `--capacity γ` of `dtf generate`, `dtf serve` and `dtf eval`"
+            f"{self._recovered}Turn the dial with `--capacity γ` of `dtf generate`, `dtf serve` and `dtf eval`"
         )
         others = [other for other in self.dial if abs(other.saving - point.saving) > 0.02 and other.saving > 0]
         if others:
-            text += f": γ = {others[-1].capacity:.3f} saves {others[-1].saving:.0%}, γ = 1 is the dense model"
+            text += f": γ = {others[-1].capacity:.3f} saves {others[-1].saving:.0%}, "
+            text += "γ = 1 is the dense model" if self.before is None else "at γ = 1 every token enters"
         return text + "."
+
+    @property
+    def _recovered(self) -> str:
+        if self.before is None:
+            return ""
+        tokens = self.text["recover_tokens"]
+        return f"Before {tokens:,} tokens of recovery they were {self.before.gap} and {self.before.agreement:.0%}. "
 
     @property
     def notes(self) -> list[str]:

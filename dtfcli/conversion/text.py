@@ -7,7 +7,6 @@ Notable choices:
 - A row begins as the tokenizer begins a text (a BOS token, if it adds one). Short documents share a row.
 """
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,8 @@ from dtfcli.settings.data import Source
 DEFAULT_TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
 LENGTH = 256
 """Tokens of a row."""
+RECOVERY_LENGTH = 512
+"""The same in a recovery."""
 FIT_TOKENS, MEASURE_TOKENS = 20_000, 8_000
 _FIT_PER_UNIT, _LEAST_PER_UNIT = 56, 8
 """Tokens to fit for each unit of the hidden size, where that is more: wanted, and at least."""
@@ -65,6 +66,7 @@ class ConversionText:
     Attributes:
         name: as the user gave it; of a file or folder without its place.
         fit, measure: rows of different documents.
+        recover: more rows, longer ones, of the documents that are not measured; none if no recovery is asked for.
         documents: read, of all rows.
         remark: what a reader of the report should know; empty: nothing.
     """
@@ -72,11 +74,12 @@ class ConversionText:
     name: str
     fit: Rows
     measure: Rows
+    recover: Rows
     documents: int
     remark: str
 
 
-def read_text(name: str | None, tokenizer: Any, config: Any, seed: int) -> ConversionText:
+def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover: int = 0) -> ConversionText:
     """Read text for a model.
 
     Args:
@@ -84,14 +87,17 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int) -> Conve
         tokenizer: the model's.
         config: the model's; its hidden size says how much is needed.
         seed: chooses documents and places in them.
+        recover: tokens of a recovery.
 
     Raises:
         DataError, ConfigError: it cannot be read, or is too short.
     """
-    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    longest = getattr(config, "max_position_embeddings", None) or RECOVERY_LENGTH
+    length, recovery_length = min(LENGTH, longest), min(RECOVERY_LENGTH, longest)
     wanted = (max(FIT_TOKENS, _FIT_PER_UNIT * config.hidden_size), MEASURE_TOKENS)
     with _in_words(name):
-        texts, digests = _some_documents(open_sources([_source(name or DEFAULT_TEXT)])[0], sum(wanted), seed)
+        source = Source.named(name or DEFAULT_TEXT, streaming=True)
+        texts, digests = _some_documents(open_sources([source])[0], sum(wanted) + recover, seed)
     remark = ""
     if len(set(digests)) == 1:
         cut = texts[0].rfind(" ", 0, len(texts[0]) * wanted[0] // sum(wanted)) + 1
@@ -114,14 +120,12 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int) -> Conve
         )
     if fit.tokens < wanted[0]:
         remark += f" {fit.tokens:,} tokens to fit are few for this model: {wanted[0]:,} were wanted."
+    learned = _Cutter(tokenizer, recovery_length, seed + 1).rows(sides[0], recover // recovery_length)
+    if learned.tokens < 0.9 * recover:
+        remark += f" {learned.tokens:,} tokens were there to recover with; {recover:,} were wanted."
     return ConversionText(
-        Path(shown).name if Path(shown).exists() else shown, fit, measure, len(set(digests)), remark.strip()
+        Path(shown).name if Path(shown).exists() else shown, fit, measure, learned, len(set(digests)), remark.strip()
     )
-
-
-def _source(name: str) -> Source:
-    path, _, config = name.partition(":") if re.fullmatch(r"[\w.-]+/[\w.-]+:[\w.-]+", name) else (name, "", "")
-    return Source(path=path, name=config, streaming=True)
 
 
 def _some_documents(reader: SourceReader, tokens: int, seed: int) -> tuple[list[str], list[bytes]]:

@@ -142,10 +142,10 @@ def _route(start: Any, settings: Settings) -> PreTrainedModel:
     """Make `start` a model of the architecture `model.architecture`; a routed base stays as it is."""
     architecture, fields = settings.model.architecture, settings.model.routing_fields()
     kind = start.config.model_type.removeprefix(PREFIX).removeprefix("dynamic_")
-    if settings.distill.enabled and kind not in FAMILIES:
+    if settings.distill.hidden_weight and kind not in FAMILIES:
         raise ConfigError(
-            f"distill.enabled = true: {settings.model.base} is a {kind} model; its logits may be more than a product "
-            f"with the head. Leave it out, or take a model of type {', '.join(sorted(FAMILIES))}."
+            f"distill.hidden_weight = {settings.distill.hidden_weight:g}: {settings.model.base} is a {kind} model, of "
+            "which only predictions are compared; leave it out."
         )
     if is_routed(start):
         return _learning(_go_on(start, settings))

@@ -82,7 +82,7 @@ def _cross_entropy_into_gradient(logits_NV: Tensor, labels_N: Tensor, with_gradi
     On a CPU a few rows at a time: the float32 copy of a slice, its maximum, exponentials and sum never leave the cache.
     """
     loss, cpu = logits_NV.new_zeros((), dtype=torch.float32), logits_NV.device.type == "cpu"
-    rows = max(1, (_SLICE_ELEMENTS if cpu else _SLICE_ELEMENTS_GPU) // logits_NV.shape[1])
+    rows = slice_rows(logits_NV)
     for logits, labels in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
         counted, targets = (labels != IGNORE_INDEX).float(), labels.clamp(min=0).unsqueeze(1)
         values = logits.float() if cpu else logits  # a copy in the cache makes the passes over it faster
@@ -94,6 +94,12 @@ def _cross_entropy_into_gradient(logits_NV: Tensor, labels_N: Tensor, with_gradi
             probabilities.scatter_add_(1, targets, probabilities.new_full(targets.shape, -1.0))
             logits.copy_(probabilities.mul_(counted.unsqueeze(1)))
     return loss
+
+
+def slice_rows(logits_NV: Tensor) -> int:
+    """How many rows of logits are normalized at once."""
+    elements = _SLICE_ELEMENTS if logits_NV.device.type == "cpu" else _SLICE_ELEMENTS_GPU
+    return max(1, elements // logits_NV.shape[1])
 
 
 class _TiedEmbedding(torch.autograd.Function):

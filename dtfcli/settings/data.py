@@ -1,6 +1,7 @@
 """`data.*`: the text to train on."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -25,6 +26,13 @@ class Source(Group):
         None, description="Relative rate of drawing documents from this source when streaming."
     )
     streaming: bool = Field(False, description="Read the source while training, not before; all sources or none.")
+
+    @classmethod
+    def named(cls, text: str, **fields: Any) -> "Source":
+        """Of a file, a folder, python-stdlib, or OWNER/NAME or OWNER/NAME:CONFIG on the Hub."""
+        configured = re.fullmatch(r"([\w.-]+/[\w.-]+):([\w.-]+)", text)
+        path, name = configured.groups() if configured else (text, "")
+        return cls(path=path, name=name, **fields)
 
     @model_validator(mode="after")
     def _check_reading(self) -> "Source":

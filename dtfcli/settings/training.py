@@ -139,7 +139,8 @@ class DistillSettings(Group):
     """`distill.*`: also learn from the dense parent, the base before it was routed."""
 
     enabled: bool = Field(False, description="Add the divergence from the dense parent's predictions to the loss.")
-    weight: Rate = Field(1.0, description="Weight of KL(parent ‖ model); the language-model loss has weight 1.")
+    weight: Rate = Field(1.0, description="Weight of KL(parent ‖ model).")
+    lm_weight: Rate = Field(1.0, description="Weight of the language-model loss; 0: the parent alone teaches.")
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="T: both distributions are softened by it, and the divergence is scaled by T²."
     )

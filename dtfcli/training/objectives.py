@@ -69,12 +69,12 @@ class Objective(nn.Module):
         self.scores: dict[int, list[Tensor]] = {}
         self.distillation = distillation
         self._last_hidden: Tensor | None = None
-        if distillation is not None:
+        if distillation is not None and self.blocks:
             model.model.register_forward_hook(self._keep_last_hidden)
 
     def _keep_last_hidden(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        """The language model does not return the input of its head."""
-        self._last_hidden = output.last_hidden_state if self.training else None
+        """A model routed by blocks does not return the input of its head."""
+        self._last_hidden = output.last_hidden_state
 
     def forward(
         self, input_ids: Tensor, targets: float, output_routing: bool = False, labels: Tensor | None = None
@@ -88,6 +88,7 @@ class Objective(nn.Module):
             labels: int64 [B, T], not shifted, -100 where there is no target; None: each token but the first of a row.
         """
         labels = input_ids if labels is None else labels
+        taught = self.distillation if self.training else None
         if self.blocks:
             output = self.model(
                 input_ids=input_ids,
@@ -98,31 +99,39 @@ class Objective(nn.Module):
                 use_cache=False,
             )
             losses = Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, output.forecast_loss)
-            records = output.routing
+            records, last_hidden, self._last_hidden = output.routing, self._last_hidden, None
+            if taught is not None and last_hidden is not None:
+                learned = taught(last_hidden, self.model.lm_head.weight, input_ids, labels, targets, lm_weight=0.0)
+                rest = output.loss + (taught.settings.lm_weight - 1.0) * output.lm_loss
+                losses = losses._replace(
+                    loss=rest + learned.loss, distill_loss=learned.divergence, hidden_loss=learned.hidden
+                )
         else:
             with self.model.recorded() if self.routed and self.training else nullcontext([]) as records:
-                lm_loss = self._stock_loss(input_ids, labels, targets)
+                losses = self._stock_losses(input_ids, labels, targets, taught)
             for record in records:
                 self.scores.setdefault(record.layer, []).append(record.scores.flatten())
-            losses = Losses(lm_loss, lm_loss)
         if self.routed and output_routing:
             share = (labels[:, 1:] != IGNORE_INDEX).sum() / targets
             losses = losses._replace(routing=routing_statistics(records, share))
-        last_hidden, self._last_hidden = self._last_hidden, None
-        if self.distillation is None or last_hidden is None:
-            return losses
-        head = self.model.lm_head.weight
-        total, divergence, hidden = self.distillation(last_hidden, head, input_ids, labels, targets)
-        return losses._replace(loss=losses.loss + total, distill_loss=divergence, hidden_loss=hidden)
+        return losses
 
-    def _stock_loss(self, input_ids: Tensor, labels: Tensor, targets: float) -> Tensor:
-        """The language-model loss of a stock forward pass; arguments as above."""
+    def _stock_losses(self, input_ids: Tensor, labels: Tensor, targets: float, taught: Distillation | None) -> Losses:
+        """Losses of a stock forward pass; arguments as above, and the parent that teaches, or None."""
         model = self.model
         if model.config.model_type.removeprefix(PREFIX) not in FAMILIES:  # its logits may be more than a product
-            return model(input_ids=input_ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
+            if taught is not None:
+                learned = taught.of_logits(model, input_ids, labels, targets)
+                return Losses(learned.loss, learned.lm_loss, distill_loss=learned.divergence)
+            lm_loss = model(input_ids=input_ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
+            return Losses(lm_loss, lm_loss)
         embedded, head = embedded_with_head(model.model.embed_tokens, model.lm_head, input_ids)
         hidden_states = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        return causal_lm_loss(for_head(hidden_states, model.config), head, labels, targets)
+        if taught is not None:
+            learned = taught(hidden_states, head, input_ids, labels, targets)
+            return Losses(learned.loss, learned.lm_loss, distill_loss=learned.divergence, hidden_loss=learned.hidden)
+        lm_loss = causal_lm_loss(for_head(hidden_states, model.config), head, labels, targets)
+        return Losses(lm_loss, lm_loss)
 
 
 def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]:

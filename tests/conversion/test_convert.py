@@ -104,6 +104,25 @@ def test_the_report(converted: Path) -> None:
     assert (converted / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_recovery_brings_the_model_nearer_to_dense(
+    dtf: Callable[..., Outcome], work: Path, converted: Path, tmp_path: Path
+) -> None:
+    """The folder has one plain model, the report what was before, and nothing else stays."""
+    out = tmp_path / "out"
+    options = ["--save", "20%", "--recover", "40k", "--text", str(work / "text.jsonl"), "--json"]
+    outcome = dtf("convert", str(work / "dense"), "-o", str(out), *options)
+    assert outcome.code == 0, outcome
+    report = json.loads(outcome.stdout)
+    assert report["text"]["recover_tokens"] == 40_000 // 512 * 512
+    assert report["chosen"]["capacity"] == report["before"]["capacity"]
+    assert report["chosen"]["kl"] < 0.9 * report["before"]["kl"]
+    assert "of recovery" in report["sentence"]
+    assert "Recovering" in [part["name"] for part in report["parts"]]
+    assert list(tmp_path.iterdir()) == [out]
+    names = {name for name, _ in load_model(out).named_parameters()}
+    assert names == {name for name, _ in load_model(converted).named_parameters()}
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -227,6 +246,9 @@ WRONG = [
     ("{w}/dense -o out --save 10% --capacity 0.5", 2, ["--save and --capacity", "one of them"]),
     ("{w}/dense -o out --capacity 0", 2, ["--capacity 0", "above 0"]),
     ("{w}/dense -o out --max-loss -1", 2, ["--max-loss -1", "above 0"]),
+    ("{w}/dense -o out --recover 1M --max-loss 1", 2, ["--max-loss", "--recover", "--save"]),
+    ("{w}/dense -o out --recover many", 2, ["--recover many", "300k"]),
+    ("{w}/dense -o out --recover 10", 2, ["--recover 10", "4,096"]),
     ("{w}/dense -o out --to mod --max-loss 1", 2, ["--max-loss", "mod", "--capacity"]),
     ("{w}/dense -o out --to dtff", 2, ["--to", "dtff"]),
     ("{w}/dense", 2, ["-o"]),
