@@ -31,31 +31,24 @@ WAYS: dict[str, dict[str, Any]] = {
     "mod": {"architecture": "mod"},
     "mod, every key, soft": {"architecture": "mod", "kv_tokens": "all", "gate": "soft"},
     "mod, forecast, no sinks": {"architecture": "mod", "bypass": "forecast", "sink_tokens": 0},
-    "mod of an MLP, forecast, soft": {
-        "architecture": "mod",
-        "bypass": "forecast",
-        "routed_part": "mlp",
-        "gate": "soft",
-    },
     "mod by a predictor": {"architecture": "mod", "predictor_loss_weight": 0.01, "routing": "predictor"},
     "update size": {"score": "update_size"},
     "update size, every key": {"score": "update_size", "kv_tokens": "all"},
     "forecast error": {"score": "forecast_error", "bypass": "forecast"},
     "forecast error, every key": {"score": "forecast_error", "bypass": "forecast", "kv_tokens": "all"},
-    "mod of an MLP": {"architecture": "mod", "routed_part": "mlp"},
     "random, three sinks": {"architecture": "random", "sink_tokens": 3},
     "random, every key": {"architecture": "random", "kv_tokens": "all"},
     "layerdrop": {"architecture": "layerdrop"},
     "layerdrop, forecast": {"architecture": "layerdrop", "bypass": "forecast"},
 }
-"""What ranks tokens, which part they enter, whose keys they see, and what they take instead."""
+"""What ranks tokens, whose keys they see, and what they take instead."""
 OF_MLPS: dict[str, dict[str, Any]] = {
     "MLPs": {"routed_part": "mlp"},
     "MLPs by chance": {"architecture": "random", "routed_part": "mlp"},
     "MLPs, all or none": {"architecture": "layerdrop", "routed_part": "mlp"},
 }
 """Routed MLPs: of stock models, with stock caches, by threshold alone."""
-QUICK = ("MLPs", "surprise", "mod", "forecast error, every key", "mod of an MLP", "update size", "layerdrop")
+QUICK = ("MLPs", "surprise", "mod", "forecast error, every key", "update size", "layerdrop")
 """The ways that `make test` tries; `make test-all` tries the others, too."""
 CPU = torch.device("cpu")
 REHEARSED = os.environ.get("DTF_REHEARSE_GPU") == "1"  # read now: tests lose the variables that are no settings

@@ -170,8 +170,7 @@ def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> fl
     """FLOPs of forecasts and predicted costs in training, besides the pass itself, per token of the sequence."""
     config, flops = model.config, 0.0
     explored = config.explore if config.learns_from_updates else 0.0
-    if config.routed_part != "mlp":
-        flops += _attention_flops(config, seq_len) * explored * sum(1.0 - share for share in shares.values())
+    flops += _attention_flops(config, seq_len) * explored * sum(1.0 - share for share in shares.values())
     for name, parameter in model.named_parameters():
         match = LAYER.search(name)
         if match is None or (layer := int(match.group(1))) not in shares or parameter.ndim < 2:
@@ -193,7 +192,7 @@ def in_routed_part(config: Any, name: str) -> bool:
 
 def _every_key(config: Any) -> bool:
     """Whether keys and values are computed for all tokens, and again for the routed ones."""
-    return getattr(config, "keeps_every_key", False) and config.routed_part != "mlp"
+    return getattr(config, "keeps_every_key", False)
 
 
 def _matrix_flops(

@@ -177,8 +177,8 @@ def way_of(values: Mapping[str, Any]) -> str:
 
 
 def has_routed_mlps(values: Mapping[str, Any]) -> bool:
-    """Whether models of these values are stock ones with routed MLPs; MoD routes an MLP as it does a block."""
-    return values.get("routed_part") == "mlp" and values.get("architecture") != "mod"
+    """Whether models of these values are stock ones with routed MLPs."""
+    return values.get("routed_part") == "mlp"
 
 
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,8 +214,6 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
         unread |= dict.fromkeys((*_OF_TOKENS, "gate", "mod_gate"), "model.routed_part is mlp: a token enters by itself")
         learns = "model.routed_part is mlp: forecasts learn from the language model's loss alone"
         return unread | dict.fromkeys(("explore", "forecast_loss_weight"), learns)
-    if values["routed_part"] == "mlp":
-        unread.setdefault("kv_tokens", "model.routed_part is mlp: attention is dense")
     return unread | dict.fromkeys(
         ("forecast_maps", "forecast_width"), "model.routed_part is block: one map is its forecast"
     )
@@ -341,6 +339,7 @@ def check_fields(values: Mapping[str, Any], num_layers: int | None = None) -> No
     for name, value in chosen.items():
         check_field(name, value)
     if has_routed_mlps(chosen):
+        _require(chosen["architecture"] != "mod", "routed_part", "mlp", "mod routes whole blocks; leave it out")
         for name, needed in (("score", "forecast_error"), ("bypass", "forecast"), ("routing", "threshold")):
             _require(chosen[name] == needed, name, chosen[name], f"routed MLPs take {needed!r} alone; leave it out")
     _require(
@@ -456,7 +455,7 @@ class RoutingConfigMixin(RoutingFields, StockConfig):
     @property
     def keeps_every_key(self) -> bool:
         """Whether routed layers offer the keys and values of all tokens, routed or not."""
-        return self.routed_part == "mlp" or (self.kv_tokens == "all" and self.architecture != "layerdrop")
+        return self.kv_tokens == "all" and self.architecture != "layerdrop" and self.routed_part == "block"
 
     def layer_kind(self, layer: int) -> str:
         """What Transformers calls the attention of a layer: "full_attention", or with a window "sliding_attention"."""

@@ -19,8 +19,8 @@ class Family(NamedTuple):
     """What our class names have in its place, if it is not the same: "Qwen" as in `DynamicQwenForCausalLM`."""
     text: str = ""
     """What the configuration and the stack have after it: "Text" as in `Gemma3TextConfig`."""
-    norms: tuple[str | None, ...] = ("input_layernorm", None, "post_attention_layernorm", None)
-    """Names of the norms before and after attention, before and after the MLP; None: there is none."""
+    first_norm: str | None = "input_layernorm"
+    """Name of the norm before attention; None: there is none."""
     rotary_by_kind: bool = False
     """Whether rotary embeddings differ with the kind of attention."""
 
@@ -54,21 +54,11 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
-    "gemma3_text": Family(
-        "Gemma3",
-        text="Text",
-        norms=(
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        ),
-        rotary_by_kind=True,
-    ),
+    "gemma3_text": Family("Gemma3", text="Text", rotary_by_kind=True),
     "granite": Family("Granite"),
     "llama": Family("Llama"),
     "mistral": Family("Mistral"),
-    "olmo2": Family("Olmo2", norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm")),
+    "olmo2": Family("Olmo2", first_norm=None),
     "qwen2": Family("Qwen2", ours="Qwen"),
     "qwen3": Family("Qwen3"),
     "smollm3": Family("SmolLM3"),

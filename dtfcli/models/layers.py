@@ -2,7 +2,7 @@
 
 Both are subclasses of the stock decoder layer, so that the backbone keeps its parameter names:
 
-    routed layer     router → slots → block or MLP on the routed tokens → gated update;
+    routed layer     router → slots → block on the routed tokens → gated update;
                      tokens that skip pass by, or take a forecast of the update
     decision layer   dense block, then PriorFFN: observes how surprising each token was (`surprise`)
 
@@ -58,20 +58,19 @@ class DecisionLayerMixin(StockLayer):
 
 
 class RoutedLayerMixin(StockLayer):
-    """A decoder layer, or a part of one, that only some tokens enter.
+    """A decoder layer that only some tokens enter.
 
     Attributes:
-        norms: names of the norms before and after attention, before and after the MLP; None: there is none.
+        first_norm: name of the norm before attention; None: there is none.
         window: positions that attention reaches back, its own included; None: all.
     """
 
-    norms: tuple[str | None, ...]
+    first_norm: str | None
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.config = config
         self.layer_idx = layer_idx
-        self.part = config.routed_part
         self.window = config.window(layer_idx)
         self.router = router_of(config, layer_idx)
         self.forecast = Forecast(config) if config.has_forecast else None
@@ -138,25 +137,6 @@ class RoutedLayerMixin(StockLayer):
         rows_together = row_groups(counts)
         return [(rows, assign_group(selected, rows, [counts[row] for row in rows])) for rows in rows_together], counts
 
-    def attend(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """The attention half of the block, [B, T, D] → [B, T, D]."""
-        attended = self.self_attn(hidden_states=self.norm(0, hidden_states), **kwargs)[0]
-        return self.add(hidden_states, self.norm(1, attended))
-
-    def feed(self, hidden_states: Tensor) -> Tensor:
-        """The MLP half of the block, [B, T, D] → [B, T, D]."""
-        return self.add(hidden_states, self.norm(3, self.mlp(self.norm(2, hidden_states))))
-
-    def norm(self, place: int, x: Tensor) -> Tensor:
-        """X behind one of the block's `norms`, if it has that one."""
-        name = self.norms[place]
-        return x if name is None else getattr(self, name)(x)
-
-    def add(self, hidden_states: Tensor, update: Tensor) -> Tensor:
-        """The residual sum; Granite scales what is added."""
-        scale = getattr(self, "residual_multiplier", None)
-        return hidden_states + (update if scale is None else update * scale)
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -173,7 +153,7 @@ class RoutedLayerMixin(StockLayer):
             below: what the decision layer below observed, float32 [B, T] each; none without one.
             context: of this pass.
             position_embeddings: cos, sin of the original positions, [B or 1, T, head dim].
-            attention_mask: for attention that is not routed; the slots have their own.
+            attention_mask: of the dense layers; slots have their own.
             kwargs: among them, as `CACHE_NAME`, the model's cache; this layer's own part of it grows.
 
         Returns:
@@ -181,20 +161,21 @@ class RoutedLayerMixin(StockLayer):
         """
         cache = kwargs.pop(CACHE_NAME, None)
         store = None if cache is None else cache.layers[self.layer_idx]
-        dense = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, CACHE_NAME: cache}
-        x = self.attend(hidden_states, **dense, **kwargs) if self.part == "mlp" else hidden_states
-        ranked, scores, logits = self.rank(x, below, context, store)
+        ranked, scores, logits = self.rank(hidden_states, below, context, store)
         selected, threshold = self.select(ranked, context)
         groups, counts = self.groups(selected, context)
         inputs = LayerInputs(
-            x, self._keys(x, position_embeddings, selected, counts, store), position_embeddings, kwargs
+            hidden_states,
+            self._keys(hidden_states, position_embeddings, selected, counts, store),
+            position_embeddings,
+            kwargs,
         )
-        updated = skipped = self.skip(x, selected, counts)
+        updated = skipped = self.skip(hidden_states, selected, counts)
         known = []
         for rows, slots in groups:
             x_RKD, processed = self._processed(rows, slots, inputs, context)
             gate_RK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
-            skipped_RKD = x_RKD if skipped is x else gather_tokens(skipped, slots)
+            skipped_RKD = x_RKD if skipped is hidden_states else gather_tokens(skipped, slots)
             y_RKD = gated_update(skipped_RKD, processed, gate_RK, self.config.gate)
             if slots.routed is not None:
                 y_RKD = torch.where(slots.routed.unsqueeze(-1), y_RKD, skipped_RKD)
@@ -203,7 +184,7 @@ class RoutedLayerMixin(StockLayer):
         learns = self.training and self.config.learns_from_updates
         targets = self._targets(known, selected, inputs, context) if learns else RegressionTargets()
         observed = [each.detach() for each in below] if below else [None, None]
-        shown = _of_all_tokens(x, known) if context.shows_updates else ()
+        shown = _of_all_tokens(hidden_states, known) if context.shows_updates else ()
         return updated, ranked, selected, threshold, *scores[1:], logits, *observed, *targets, *shown
 
     def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:
@@ -234,8 +215,6 @@ class RoutedLayerMixin(StockLayer):
         """What the tokens of some slots are before and after the routed part, [R, K, D] each."""
         x_RKD = gather_tokens(inputs.hidden_states, slots)
         with EnteredRows(slots.routed) if context.triton_kernels and slots.routed is not None else nullcontext():
-            if self.part == "mlp":
-                return x_RKD, self.feed(x_RKD)
             keys = inputs.keys.of_rows(rows, slots)
             cos, sin = (gather_tokens(part, slots) for part in inputs.position_embeddings)
             return x_RKD, super().forward(
@@ -266,7 +245,7 @@ class RoutedLayerMixin(StockLayer):
         self, slots: Slots, selected: Tensor, inputs: LayerInputs, context: RoutingContext
     ) -> KnownUpdates:
         """The update of tokens that skip: each attends to the tokens that entered and to itself."""
-        if self.part != "mlp" and not self.config.keeps_every_key:
+        if not self.config.keeps_every_key:
             keys = self._all_keys(inputs.hidden_states, inputs.position_embeddings)
             offered = selected if self.router.by_token else None
             inputs = inputs._replace(keys=EveryKey(*keys, offered, window=self.window))
@@ -274,7 +253,8 @@ class RoutedLayerMixin(StockLayer):
 
     def _all_keys(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, [B, H, T, E] each."""
-        attention, normed = self.self_attn, self.norm(0, x)
+        attention = self.self_attn
+        normed = x if self.first_norm is None else getattr(self, self.first_norm)(x)
         shape = (*normed.shape[:-1], -1, attention.head_dim)
         keys, values = attention.k_proj(normed), attention.v_proj(normed).view(shape).transpose(1, 2)
         norm = getattr(attention, "k_norm", None)
@@ -291,8 +271,6 @@ class RoutedLayerMixin(StockLayer):
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], selected: Tensor, counts: list[int], store: Any
     ) -> OwnKeys:
         """Whose keys and values the routed tokens attend to; what the cache keeps is kept here."""
-        if self.part == "mlp":
-            return OwnKeys()
         if self.config.keeps_every_key:
             keys, values = self._all_keys(x, position_embeddings)
             return EveryKey(*((keys, values) if store is None else store.update(keys, values)), window=self.window)

@@ -34,7 +34,7 @@ def _language_model(family: Family, config: type[Any]) -> type[Any]:
     name = family.name
     stock_layer = getattr(sys.modules[family.dense_stack.__module__], f"{family.stock}DecoderLayer")
     decision = _made(f"Decision{name}Layer", DecisionLayerMixin, stock_layer)
-    routed = _made(f"Routed{name}Layer", RoutedLayerMixin, stock_layer, norms=family.norms)
+    routed = _made(f"Routed{name}Layer", RoutedLayerMixin, stock_layer, first_norm=family.first_norm)
     common = {
         "config_class": config,
         "_no_split_modules": [layer.__name__ for layer in (stock_layer, decision, routed)],

@@ -113,18 +113,6 @@ def _share_parameters(model: Any, stock: Any) -> None:
             module._parameters[name] = ours[f"{path}.{name}"]
 
 
-class _Silent(nn.Module):
-    """A half of a layer that adds nothing."""
-
-    def __init__(self, attends: bool) -> None:
-        super().__init__()
-        self.attends = attends
-
-    def forward(self, x: Tensor | None = None, hidden_states: Tensor | None = None, **_: Any) -> Any:
-        zeros = torch.zeros_like(hidden_states if x is None else x)
-        return (zeros, None) if self.attends else zeros
-
-
 class _Decision(nn.Module):
     """A stock layer below a routed one, and how surprising each token was to it."""
 
@@ -146,23 +134,11 @@ class _Decision(nn.Module):
 
 
 class _Routed(nn.Module):
-    """A stock layer, or a part of it, that only some tokens enter."""
+    """A stock layer that only some tokens enter."""
 
     def __init__(self, whole: NaiveModel, stock: Any, ours: Any) -> None:
         super().__init__()
         self.whole, self.stock, self.ours = (whole,), stock, (ours,)
-
-    def part(self, name: str, x: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """The attention half, the MLP half or the whole of the stock layer; [T, D] → [T, D]."""
-        silenced = {"mlp": "self_attn", "attention": "mlp"}.get(name)
-        kept = None if silenced is None else getattr(self.stock, silenced)
-        if silenced is not None:
-            setattr(self.stock, silenced, _Silent(silenced == "self_attn"))
-        try:
-            return self.stock(x[None], attention_mask=mask, **kwargs)[0]
-        finally:
-            if silenced is not None:
-                setattr(self.stock, silenced, kept)
 
     def choose(self, ranked: list[Tensor]) -> list[int]:
         """The tokens that enter."""
@@ -180,8 +156,6 @@ class _Routed(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
         (whole,), (ours,) = self.whole, self.ours
         config, x = whole.config, hidden_states[0]
-        if config.routed_part == "mlp":
-            x = self.part("attention", x, attention_mask, **kwargs)
         scores, gates = TWINS[config.way](x, ours.router, whole)
         guesses = None if ours.predictor is None else list(ours.predictor(x))
         chosen = self.choose(guesses if whole.mode == "predictor" and guesses is not None else scores)
@@ -190,7 +164,7 @@ class _Routed(nn.Module):
         back = positions.unsqueeze(1) - positions
         window = config.window(ours.layer_idx)
         visible = (back == 0) | ((back > 0) & keys & (back < (window or len(x))))
-        updated = self.part(config.routed_part, x, visible[None, None], **kwargs)
+        updated = self.stock(hidden_states, attention_mask=visible[None, None], **kwargs)[0]
 
         def skip(token: Tensor) -> Tensor:
             return token if config.bypass == "identity" else token + ours.forecast(token[None])[0]

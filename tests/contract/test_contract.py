@@ -175,8 +175,7 @@ def test_reloaded_where_dtfcli_is_not_installed(tmp_path: Path, word_tokenizer: 
         fit_routing(model, [{"input_ids": ids}])
         model.save_pretrained(folders / name)
         torch.save(ids, folders / name / "ids.pt")
-    cases = [*EVERY_WAY[:2], *EVERY_WAY[-7:-1]]
-    assert {case.family for case in cases} == set(BACKBONES)
+    cases = [next(case for case in EVERY_WAY if case.family == family) for family in BACKBONES]
     for place, case in enumerate(cases):
         case.on().save_pretrained(folders / f"{place:02}")
         torch.save(ids, folders / f"{place:02}" / "ids.pt")

@@ -81,7 +81,7 @@ def test_static_is_dynamic(case: Case, device: torch.device, data: st.DataObject
     assert_static_is_dynamic(model_of(case, device), ids, prompt, mask, prompt + more + data.draw(st.integers(0, 9)))
 
 
-@on_devices([(EVERY_KEY, False), (Case("mod of an MLP", "qwen2"), False)], [EVERY_KEY])
+@on_devices([(EVERY_KEY, False), (Case("mod", "qwen2"), False)], [EVERY_KEY])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_with_triton_kernels(case: Case, device: torch.device, rows: int, replays: Callable[[int], None]) -> None:
     """The kernels that read who enters; in Triton's interpreter where there is no GPU."""
@@ -245,7 +245,7 @@ def test_what_cannot_be_static_is_refused() -> None:
             model(tokens(1, 1), **{CACHE_NAME: cache})
 
 
-@on_devices([(EVERY_KEY, False), (Case("mod of an MLP, forecast, soft", "llama"), False)], [EVERY_KEY])
+@on_devices([(EVERY_KEY, False), (Case("mod, every key, soft", "llama"), False)], [EVERY_KEY])
 def test_layers_compile_whole(case: Case, device: torch.device) -> None:
     """As for a GPU, where few operations matter; each kind of layer without a graph break."""
     model, ids = case.fresh(kv_tokens="all").to(device), tokens(1, 16).to(device)

@@ -46,7 +46,6 @@ CASES: list[tuple[str, float, dict[str, Any]]] = [
     ("dtf", 0.25, FORECAST),
     ("dtf", 0.25, FORECAST | {"kv_tokens": "all", "explore": 0.0}),
     ("dtf", 0.25, FORECAST | {"kv_tokens": "all", "explore": 0.5}),
-    ("mod", 0.25, {"routed_part": "mlp"}),
 ]
 WIDTH = {"hidden_size": 64, "intermediate_size": 96}
 

@@ -37,7 +37,7 @@ def test_the_routers_pass_and_that_of_every_token_are_the_models_own(
 
 @pytest.mark.parametrize(
     ("score", "fields"),
-    [("mod", {"sink_tokens": 2}), ("mod", {"routed_part": "mlp"}), ("forecast_error", {}), ("surprise", {})],
+    [("mod", {"sink_tokens": 2}), ("forecast_error", {}), ("surprise", {})],
     ids=str,
 )
 @torch.inference_mode()

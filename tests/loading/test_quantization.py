@@ -30,7 +30,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dtf": ("llama", {"architecture": "dtf"}),
     "dtf, forecast error": ("qwen2", {"architecture": "dtf", **FORECAST}),
     "mod": ("qwen2", {"architecture": "mod", "predictor_loss_weight": 0.1}),
-    "mod, MLP": ("qwen3", {"architecture": "mod", "routed_part": "mlp"}),
 }
 NEAR = {"int8": 0.1, "int4": 1.0}
 """Largest mean difference of logits whose standard deviation is about 1."""

@@ -1,0 +1,193 @@
+"""The frontier of docs/results.md: what each saving costs, converted and recovered, by `dtf convert` and `dtf eval`.
+
+python -m tools.frontier MODEL OUT --text TEXT [--also TEXT] [--recover 1M] [--savings 10 20 30] [--kinds dtf layerdrop]
+                         [--seeds 42 43] [--data-dir BENCHMARKS --limit 500]
+
+A row that is there already is not made again, so a stopped frontier continues when it is started again. OUT gets a
+folder for each row, frontier.json, frontier.md and frontier.svg.
+
+- TEXT is fitted, recovered and measured (other documents); texts of `--also` are measured alone.
+- `layerdrop` leaves out whole MLPs, those that the survey finds cheapest, and has the same forecasts and recovery.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from dtfcli.conversion.dial import saved_share
+from dtfcli.conversion.measure import compare
+from dtfcli.conversion.text import read_text
+from dtfcli.loading.devices import compute_dtype
+from dtfcli.loading.load import load_model, load_tokenizer
+
+TASKS = {"hellaswag": 0.25, "arc_easy": 0.25, "arc_challenge": 0.25, "sciq": 0.25, "winogrande": 0.5}
+"""Benchmarks, and what guessing scores."""
+COLORS = {"dtf": "#1f4e9c", "layerdrop": "#d9822b", "random": "#6a655c"}
+
+
+def main() -> None:
+    """Make what is missing, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--also", nargs="*", default=[])
+    parser.add_argument("--recover", help="tokens; without it rows are converted alone")
+    parser.add_argument("--savings", type=int, nargs="+", default=[10, 20, 30], help="in percent of the FLOPs")
+    parser.add_argument("--kinds", nargs="+", default=["dtf", "layerdrop"], choices=list(COLORS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--data-dir")
+    parser.add_argument("--limit", default="500")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in args.seeds:
+        for saving in args.savings:
+            for kind in args.kinds:
+                folder = args.out / f"{kind}-{saving}-s{seed}{'' if args.recover is None else '-' + args.recover}"
+                convert(args, folder, kind, saving, seed)
+                rows.append(row_of(args, folder, kind, saving, seed))
+    if args.data_dir:
+        dense = scores(args, args.model, args.out / "dense.json")
+        for row in rows:
+            row["accuracy"] = kept(dense, scores(args, row["folder"], Path(row["folder"], "scores.json")))
+    for row in rows:
+        row["folder"] = Path(row["folder"]).name
+    (args.out / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    (args.out / "frontier.md").write_text(table(rows), "utf-8")
+    draw(rows, args.out / "frontier.svg")
+    sys.stdout.write(table(rows))
+
+
+def dtf(*command: str) -> None:
+    """Run a command, with its progress on stderr."""
+    subprocess.run([sys.executable, "-m", "dtfcli", *command], check=True, stdout=subprocess.DEVNULL)
+
+
+def convert(args: argparse.Namespace, folder: Path, kind: str, saving: int, seed: int) -> None:
+    """A row's model."""
+    if not folder.exists():
+        recover = [] if args.recover is None else ["--recover", args.recover]
+        options = ["--to", kind, "--save", f"{saving}%", "--seed", str(seed), "--text", args.text]
+        dtf("convert", args.model, "-o", str(folder), *options, *recover)
+
+
+def row_of(args: argparse.Namespace, folder: Path, kind: str, saving: int, seed: int) -> dict[str, Any]:
+    """What was measured of a row's model, on the text that it was made for and on the other."""
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    file = folder / "also.json"
+    if not file.exists():
+        file.write_text(
+            json.dumps({Path(text).stem: measured(args.model, folder, text) for text in args.also}), "utf-8"
+        )
+    return {
+        "kind": kind,
+        "saving": saving,
+        "seed": seed,
+        "recovered": report["text"]["recover_tokens"],
+        "chosen": report["chosen"],
+        "before": report["before"],
+        "dial": report["dial"],
+        "also": json.loads(file.read_text("utf-8")),
+        "weights_bytes": report["weights_bytes"],
+        "added_bytes": report["added_bytes"],
+        "cpu_seconds": report["total"]["cpu_seconds"],
+        "folder": str(folder),
+    }
+
+
+def measured(dense_name: str, folder: Path, text: str) -> dict[str, float | None]:
+    """A row's model next to dense on another text."""
+    dense = load_model(dense_name)
+    model: Any = load_model(folder)
+    rows = read_text(text, load_tokenizer(folder), model.config, 42).measure
+    dtype = compute_dtype("auto", dense.device)
+    found = compare(dense, model, rows, {model.capacity: len(rows.ids)}, dtype, lambda share: None)[0]
+    each = found[model.capacity]
+    values = {"loss_gap": each.gap.value, "stderr": each.gap.stderr, "agreement": each.agreement, "kl": each.kl}
+    return values | {"saving": saved_share(model, each.routed_share), "tokens": each.tokens}
+
+
+def scores(args: argparse.Namespace, model: str, file: Path) -> dict[str, Any]:
+    """Accuracy of each benchmark and its standard error."""
+    if not file.exists():
+        options = ["--tasks", ",".join(TASKS), "--limit", args.limit, "--data-dir", args.data_dir]
+        dtf("eval", model, *options, "--output", str(file))
+    return json.loads(file.read_text("utf-8"))["results"]
+
+
+def kept(dense: dict[str, Any], routed: dict[str, Any]) -> dict[str, float]:
+    """The share of dense's accuracy above chance, by benchmark, and their mean."""
+    found = {
+        task: (routed[task]["acc,none"] - chance) / (dense[task]["acc,none"] - chance)
+        for task, chance in TASKS.items()
+        if dense[task]["acc,none"] > chance
+    }
+    return found | {"mean": sum(found.values()) / len(found)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    heads = [
+        "saved",
+        "made of",
+        "nats above dense",
+        "likeliest token",
+        "KL",
+        *(f"{text}: nats" for text in rows[0]["also"]),
+        "kept",
+        "prefill",
+    ]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        chosen = row["chosen"]
+        name = f"{row['kind']}, seed {row['seed']}" + (f", {row['recovered']:,} tokens" if row["recovered"] else "")
+        lines.append(
+            [
+                f"{row['saving']} %",
+                name,
+                f"{chosen['loss_gap']:+.3f} ± {chosen['stderr'] or math.nan:.3f}",
+                f"{chosen['agreement']:.3f}",
+                f"{chosen['kl']:.3f}",
+                *(f"{each['loss_gap']:+.3f} ± {each['stderr'] or math.nan:.3f}" for each in row["also"].values()),
+                f"{row['accuracy']['mean']:.2f}" if "accuracy" in row else "",
+                f"{chosen['prefill_time']:.3f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss gap against FLOPs, a curve for each kind; hollow: before the recovery."""
+    with rc_context({"svg.hashsalt": "dtf", "svg.fonttype": "path"}):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            for when, style in (("before", "o:"), ("chosen", "o-")):
+                points = sorted(
+                    (1 - row[when]["saving"], row[when]["loss_gap"], row[when]["stderr"] or 0)
+                    for row in rows
+                    if row["kind"] == kind and row[when] is not None
+                )
+                if points:
+                    label = f"{kind}, recovered" if when == "chosen" and rows[0]["recovered"] else kind
+                    face = "white" if when == "before" else None
+                    flops, gaps, errors = zip(*points, strict=True)
+                    axis.errorbar(flops, gaps, errors, fmt=style, color=COLORS[kind], mfc=face, label=label, capsize=3)
+        axis.set_xlabel("FLOPs of a forward pass / dense")
+        axis.set_ylabel("nats above dense")
+        axis.legend(fontsize=8, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Text of several kinds for conversion and recovery, with no item of a benchmark in it.
+
+python -m tools.mixed_text OUT --benchmarks FOLDER [--novels FILE.parquet] [--articles FILE.parquet]
+
+Novels and articles have a column `text`. Questions and sentences are the training splits of ARC and WinoGrande, twelve
+in a document. What shares thirteen words in a row with an item that is scored is left out; OUT-dropped.json counts it.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+WORDS = 13
+TOGETHER = 12
+"""Questions in a document."""
+SCORED = {
+    "Rowan/hellaswag": "*validation*",
+    "allenai/ai2_arc": "*/test*",
+    "allenai/sciq": "*validation*",
+    "allenai/winogrande": "*/validation*",
+}
+
+
+def main() -> None:
+    """Write a file of each kind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--benchmarks", type=Path, required=True)
+    parser.add_argument("--novels", type=Path)
+    parser.add_argument("--articles", type=Path)
+    parser.add_argument("--most-novels", type=int, default=60)
+    parser.add_argument("--most-articles", type=int)
+    parser.add_argument("--most-sentences", type=int, default=3600)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    scored = {
+        gram for name, files in SCORED.items() for row in rows(args.benchmarks / name, files) for gram in grams(row)
+    }
+    questions = [
+        question for row in rows(args.benchmarks / "allenai/ai2_arc", "*/train*") if (question := answered(row))
+    ]
+    sentences = [completed(row) for row in rows(args.benchmarks / "allenai/winogrande", "*/train*")]
+    kinds: dict[str, list[str]] = {"questions": questions, "sentences": sentences[: args.most_sentences]}
+    for name, file, most in (
+        ("novels", args.novels, args.most_novels),
+        ("articles", args.articles, args.most_articles),
+    ):
+        if file is not None:
+            kinds[name] = pyarrow.parquet.read_table(file)["text"].to_pylist()[:most]
+    dropped = {}
+    for name, texts in kinds.items():
+        clean = [text for text in texts if scored.isdisjoint(grams(text))]
+        dropped[name] = {"kept": len(clean), "dropped": len(texts) - len(clean)}
+        if name in ("questions", "sentences"):
+            random.Random(0).shuffle(clean)
+            clean = ["\n\n".join(clean[start : start + TOGETHER]) for start in range(0, len(clean), TOGETHER)]
+        (args.out / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in clean), "utf-8")
+    (args.out.parent / f"{args.out.name}-dropped.json").write_text(json.dumps(dropped, indent=1) + "\n", "utf-8")
+
+
+def rows(folder: Path, files: str) -> Iterator[dict[str, Any]]:
+    """The rows of some Parquet files of a data set."""
+    for path in sorted(folder.glob(f"{files}.parquet")):
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+
+
+def answered(row: dict[str, Any]) -> str:
+    """A question of ARC with its answer; empty if it has none."""
+    labels, texts = row["choices"]["label"], row["choices"]["text"]
+    if row["answerKey"] not in labels:
+        return ""
+    return f"Question: {row['question']}\nAnswer: {texts[labels.index(row['answerKey'])]}"
+
+
+def completed(row: dict[str, Any]) -> str:
+    """A sentence of WinoGrande with the right name in it."""
+    return str(row["sentence"]).replace("_", row[f"option{row['answer']}"])
+
+
+def grams(of: Any) -> set[str]:
+    """Every thirteen words in a row, in lower case, of a text or of all texts of a row."""
+    if not isinstance(of, str):
+        return {gram for text in _texts(of) for gram in grams(text)}
+    words = re.findall(r"[a-z0-9]+", of.lower())
+    return {" ".join(words[start : start + WORDS]) for start in range(len(words) - WORDS + 1)}
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for part in parts for text in _texts(part)]
+
+
+if __name__ == "__main__":
+    main()
