@@ -108,15 +108,22 @@ def survey(model: Any, text: Text, effects: Mapping[int, Effect]) -> dict[int, T
 
     Every token enters here. A forecast off by e_t raises the loss by about E[(g_t · e_t)²] / 2, an expectation over
     g. Its estimate, ln ‖e_t‖² + ln E‖g‖² and a constant, has one unit in all layers. One threshold for all of them
-    together says which share of the tokens enters each: its γ at the model's γ.
+    together says which share of the tokens enters each: its γ at the model's γ. `layerdrop` keeps the layers whose
+    estimates are the largest, unless its `layer_order` names others.
     """
     mlps, rough, costs = routed_mlps(model), dict[int, Tensor](), dict[int, Tensor]()
     if not mlps:
         return rough
-    text = text.some(max(_SURVEYED, 2 * model.config.hidden_size))
+    text, chooses_layers = text.some(max(_SURVEYED, 2 * model.config.hidden_size)), model.config.way == "layerdrop"
+    for mlp in mlps.values() if chooses_layers else ():
+        mlp.capacity = 0.0  # what a layer would cost that no token enters
     for layer, (x, y) in _activations(model, text).items():
         rough[layer], cost = _survey_mlp(mlps[layer], x.float(), y.float(), effects[layer])
         costs[layer] = cost + (effects[layer].square + TINY).log()
+    if chooses_layers:
+        if model.config.layer_order == "spread":
+            model.config.layer_order = sorted(costs, key=lambda layer: float(costs[layer].exp().mean()), reverse=True)
+        model.set_routing(capacity=model.capacity_override)
     if model.config.architecture == "dtf" and not isinstance(model.config.capacity, list):
         together = torch.cat(list(costs.values())).sort(descending=True).values
         for place in range(1, GRID):

@@ -138,7 +138,7 @@ def test_back_to_the_dense_model() -> None:
 
 @torch.no_grad()
 def test_controls() -> None:
-    """A random score stays as it was drawn; layerdrop leaves out whole MLPs, in the order asked for."""
+    """A random score stays as it was drawn; layerdrop leaves out whole MLPs: the cheapest, or in an order."""
     dense, ids = dense_model("llama"), tokens(400, 20)
     fields: dict[str, Any] = {"routed_part": "mlp", "routed_layers": [1, 2, 3, 4]}
     model: Any = dtfcli.convert(dense, "random", 0.6, **fields)
@@ -149,6 +149,12 @@ def test_controls() -> None:
     with model.recorded() as records:
         model(ids)
     assert all(record.selected.float().mean() == pytest.approx(0.6, abs=0.05) for record in records)
+    model = dtfcli.convert(dense, "layerdrop", 0.5, **fields)
+    fit_routing(model, [{"input_ids": ids}])
+    order, capacities = model.config.layer_order, model.config.layer_capacities()
+    assert sorted(order) == [1, 2, 3, 4]  # the survey's
+    assert {layer for layer, share in capacities.items() if share} == {*order[:2]}
+    assert {mlp.layer_idx: mlp.capacity for mlp in routed_mlps(model).values()} == capacities
     model = dtfcli.convert(dense, "layerdrop", 0.5, layer_order=[3, 1, 2, 4], **fields)
     fit_routing(model, [{"input_ids": ids}])
     with model.recorded() as records:
