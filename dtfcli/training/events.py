@@ -32,6 +32,26 @@ class TrainEvent:
 TrainListener = Callable[[TrainEvent], None]
 
 
+class PhaseTimes:
+    """A listener that notes how long each phase takes, and passes events on.
+
+    Attributes:
+        seconds: by the phase's message; of the first one from the beginning.
+    """
+
+    def __init__(self, listener: TrainListener) -> None:
+        self.listener, self.seconds = listener, dict[str, float]()
+        self._phase, self._since = "Starting", time.perf_counter()
+
+    def __call__(self, event: TrainEvent) -> None:
+        now = time.perf_counter()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._since = now
+        if event.kind == "phase":
+            self._phase = event.message
+        self.listener(event)
+
+
 class Stopwatch:
     """Tokens per second of training alone: evaluations and checkpoints are paused for."""
 

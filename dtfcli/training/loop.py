@@ -12,7 +12,7 @@ The notable choices:
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from dtfcli.training.checkpoint import checkpoint, save_merged, save_model
 from dtfcli.training.curriculum import phase_of
 from dtfcli.training.curves import draw_curves
 from dtfcli.training.distributed import Sharded, is_main_process
-from dtfcli.training.events import TrainEvent, TrainListener
+from dtfcli.training.events import PhaseTimes, TrainEvent, TrainListener
 from dtfcli.training.failures import explained_failures
 from dtfcli.training.interrupt import StopRequested, StopSignal
 from dtfcli.training.run import Run
@@ -60,6 +60,7 @@ class TrainResult:
         prompt, sample: a few tokens of validation text and the model's continuation.
         evaluation: the file with the scores of `eval.after`.
         hub_url: the repository that the final model was pushed to.
+        seconds: how long each phase took, by its name; of a resumed run since then.
     """
 
     run_dir: Path
@@ -73,10 +74,12 @@ class TrainResult:
     sample: str
     evaluation: Path | None = None
     hub_url: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def train_model(settings: Settings, *, resume: Path | None, rename: bool, emit: TrainListener) -> TrainResult:
     """Train a model as the settings say; `experiment.train` describes the arguments and the errors."""
+    emit = times = PhaseTimes(emit)
     stop = StopSignal(lambda: emit(TrainEvent("warning", "Stopping after this step; Ctrl-C again stops at once.")))
     with explained_failures(settings), ExitStack() as held:
         if resume is not None and is_main_process():
@@ -89,7 +92,7 @@ def train_model(settings: Settings, *, resume: Path | None, rename: bool, emit: 
             run.rows.close()
             result = finish(run)
         run.processes.disconnect()
-    return result
+    return replace(result, seconds=times.seconds)
 
 
 @contextmanager
