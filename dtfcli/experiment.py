@@ -136,7 +136,8 @@ def _push_final(hub: HubSettings, model: Path, emit: TrainListener) -> str | Non
     """Push a saved model where `hub.repo` says; returns the URL, None without `hub.repo` or where that failed."""
     if not hub.repo:
         return None
-    from dtfcli.hub.push import PushOptions, push
+    from dtfcli.hub.push import push
+    from dtfcli.hub.upload import PushOptions
 
     private = " --private" if hub.private else ""
     again = f"The model is saved. Push it with: dtf push {shlex.quote(str(model))} {hub.repo}{private}"

@@ -20,14 +20,11 @@ Arguments = Annotated[
         metavar="[PRESET] [KEY=VALUE]...",
         help="A preset, then settings of all runs. A point that does not read one goes without it.",
         autocompletion=options.complete_preset_or_setting,
-        show_default=False,
     ),
 ]
 Vary = Annotated[
     list[str] | None,
-    typer.Option(
-        "--vary", metavar="KEY=A,B,…", help="An axis of the grid; may be given several times.", show_default=False
-    ),
+    typer.Option("--vary", metavar="KEY=A,B,…", help="An axis of the grid; may be given several times."),
 ]
 PointOption = Annotated[
     list[str] | None,
@@ -36,23 +33,14 @@ PointOption = Annotated[
         metavar="'NAME: KEY=VALUE …'",
         help="A point by itself, instead of axes; give several. The first is the control, unless --against says "
         "otherwise.",
-        show_default=False,
     ),
 ]
 Seeds = Annotated[
     str | None,
-    typer.Option(
-        "--seeds",
-        metavar="N|A,B,…",
-        help="Seeds of each point: their number, or a list. Default: 3.",
-        show_default=False,
-    ),
+    typer.Option("--seeds", metavar="N|A,B,…", help="Seeds of each point: their number, or a list. Default: 3."),
 ]
 Plan = Annotated[bool, typer.Option("--plan", help="Show the runs, their tokens, time and disk, and stop.")]
-Parallel = Annotated[
-    int | None,
-    typer.Option("--parallel", min=1, help="Runs at once. Default: 1; all on a cluster.", show_default=False),
-]
+Parallel = Annotated[int | None, typer.Option("--parallel", min=1, help="Runs at once. Default: 1; all on a cluster.")]
 Cluster = Annotated[
     str | None,
     typer.Option(
@@ -60,7 +48,6 @@ Cluster = Annotated[
         metavar="slurm|local",
         help="Submit the runs as jobs and leave; the same command asks again, and reports when all are finished. "
         "local: processes of this machine.",
-        show_default=False,
     ),
 ]
 ClusterOption = Annotated[
@@ -69,7 +56,6 @@ ClusterOption = Annotated[
         "--cluster-option",
         metavar="KEY=VALUE",
         help="partition, account, qos, constraint, gpus (of a run), cpus, memory (GB), time (H:MM:SS).",
-        show_default=False,
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the runs and of the report.")]
@@ -80,12 +66,10 @@ Against = Annotated[
         metavar="POINT",
         help="Control of the differences: a point, or a value such as random, which stands for the point that has it "
         "and is like the other in the rest. May be given several times. Default: random, else dense.",
-        show_default=False,
     ),
 ]
 From = Annotated[
-    list[Path] | None,
-    typer.Option("--from", metavar="RUN", help="Report on runs that exist, instead of a grid.", show_default=False),
+    list[Path] | None, typer.Option("--from", metavar="RUN", help="Report on runs that exist, instead of a grid.")
 ]
 NoBench = Annotated[bool, typer.Option("--no-bench", help="Do not measure the time of the trained models.")]
 
@@ -120,6 +104,7 @@ def compare(
       dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm --cluster-option partition=gpu
     """
     from dtfcli.cli import compare_view, render
+    from dtfcli.studies.cluster import parse_options
     from dtfcli.studies.measure import finished_runs
     from dtfcli.studies.pairs import pair_up
     from dtfcli.studies.write import write_report
@@ -133,7 +118,7 @@ def compare(
         report = _report(finished_runs(from_runs), against, no_bench)
         output.mkdir(parents=True, exist_ok=True)
     else:
-        job_options = _job_options(cluster, cluster_option)
+        job_options = parse_options(cluster, cluster_option or [])
         runs = _planned(arguments, vary, point, seeds or "3", output)
         pair_up(_different(run.point for run in runs), against or ())
         if plan:
@@ -148,18 +133,6 @@ def compare(
         return
     compare_view.show_report(report)
     render.emit(str(files[-1]))
-
-
-def _job_options(cluster: str | None, options: list[str] | None) -> dict[str, Any]:
-    if cluster is None:
-        if options:
-            raise ConfigError(
-                f"--cluster-option {options[0]}: without --cluster nothing reads it; add --cluster slurm."
-            )
-        return {}
-    from dtfcli.studies.cluster import parse_options
-
-    return parse_options(cluster, options or [])
 
 
 def _planned(

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dtfcli.cli import render
@@ -31,9 +30,7 @@ class StudyProgress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live.is_started:
             self._live.stop()
 
@@ -56,39 +53,34 @@ class StudyProgress:
         return _states("study" if left is None else f"study, about {left / 60:.0f} min left", self._runs.values())
 
 
+def _entry(progress: "Progress") -> dict[str, Any]:
+    return {
+        "point": progress.run.point.name,
+        "seed": progress.run.seed,
+        "run": progress.run.settings.run.name,
+        "state": "finished" if progress.state == "reused" else progress.state,
+        "step": progress.step,
+        "total_steps": progress.total_steps,
+        "loss": progress.loss,
+    }
+
+
 def _states(title: str, runs: "Iterable[Progress]") -> Any:
     """A table of runs and their progress."""
-    rows = [
-        [
-            run.run.point.name,
-            run.run.seed,
-            "finished" if run.state == "reused" else run.state,
-            f"{run.step}/{run.total_steps}" if run.step else "",
-            "" if run.loss is None else f"{run.loss:.3f}",
-        ]
-        for run in runs
-    ]
+    rows = []
+    for entry in map(_entry, runs):
+        step = f"{entry['step']}/{entry['total_steps']}" if entry["step"] else ""
+        loss = "" if entry["loss"] is None else f"{entry['loss']:.3f}"
+        rows.append([entry["point"], entry["seed"], entry["state"], step, loss])
     return render.table(["point", "seed", "", "step", "loss"], rows, title=title)
 
 
 def show_jobs(runs: "list[Progress]", json: bool) -> None:
     """Print the progress of the runs of a study that train as jobs."""
-    if not json:
+    if json:
+        render.emit_json({"runs": [_entry(run) for run in runs]})
+    else:
         render.out.print(_states(f"{len(runs)} runs", runs))
-        return
-    entries = [
-        {
-            "point": run.run.point.name,
-            "seed": run.run.seed,
-            "run": run.run.settings.run.name,
-            "state": "finished" if run.state == "reused" else run.state,
-            "step": run.step,
-            "total_steps": run.total_steps,
-            "loss": run.loss,
-        }
-        for run in runs
-    ]
-    render.emit_json({"runs": entries})
 
 
 def show_plan(runs: "list[PlannedRun]", json: bool) -> None:

@@ -18,7 +18,6 @@ Models = Annotated[
     typer.Argument(
         metavar="MODEL...",
         help="Model folders, run folders (their final models), .gguf files or Hub ids; several are compared.",
-        show_default=False,
     ),
 ]
 Tasks = Annotated[
@@ -30,17 +29,11 @@ Tasks = Annotated[
         help="Suites (general, math, code, quick_test, perplexity), lm-eval tasks and groups, separated by commas.",
     ),
 ]
-Limit = Annotated[
-    int | None,
-    typer.Option("--limit", help="Score only the first N items of each task.", metavar="N", show_default=False),
-]
+Limit = Annotated[int | None, typer.Option("--limit", help="Score only the first N items of each task.", metavar="N")]
 NumFewshot = Annotated[
     int | None,
     typer.Option(
-        "--num-fewshot",
-        help="Examples in each prompt. Default: the number of the suite or task.",
-        metavar="N",
-        show_default=False,
+        "--num-fewshot", help="Examples in each prompt. Default: the number of the suite or task.", metavar="N"
     ),
 ]
 BatchSize = Annotated[
@@ -52,17 +45,13 @@ BatchSize = Annotated[
     ),
 ]
 DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir", help="A folder of datasets as OWNER/NAME/…, used instead of the Hub.", show_default=False
-    ),
+    Path | None, typer.Option("--data-dir", help="A folder of datasets as OWNER/NAME/…, used instead of the Hub.")
 ]
 IncludePath = Annotated[
     Path | None,
     typer.Option(
         "--include-path",
         help="A folder with your own lm-eval task files (.yaml); Python code in them needs --trust-remote-code.",
-        show_default=False,
     ),
 ]
 Output = Annotated[Path | None, options.new_file("--output", "Write the results to this file, not beside the model.")]

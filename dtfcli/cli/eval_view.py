@@ -70,11 +70,8 @@ def _in_short(score: "TaskScore") -> str:
 
 
 def _main_metric(score: "TaskScore") -> str | None:
-    for wanted in _MAIN_METRICS:
-        for metric in score.metrics:
-            if metric.partition(",")[0] == wanted:
-                return metric
-    return next(iter(score.metrics), None)
+    by_name = {metric.partition(",")[0]: metric for metric in reversed(score.metrics)}
+    return next((by_name[name] for name in _MAIN_METRICS if name in by_name), next(iter(score.metrics), None))
 
 
 def _figure(score: "TaskScore", metric: str) -> str:
@@ -89,9 +86,7 @@ def _number(value: float, sign: str = "") -> str:
 
 def _top_level(report: "EvalReport") -> list[str]:
     """Names of the results that are not members of another result."""
-    members: set[str] = set()
-    for score in report.results.values():
-        members |= set(score.subtasks)
+    members = {member for score in report.results.values() for member in score.subtasks}
     return [name for name in report.results if name not in members]
 
 
@@ -111,21 +106,12 @@ def show_report(report: "EvalReport") -> None:
     rows = []
     for name in _top_level(report):
         score = report.results[name]
-        for metric in score.metrics or [None]:
-            share = f"{score.routed_share['overall']:.2f}" if score.routed_share else ""
-            shots = "" if score.shots is None else str(score.shots)
-            of = f" of {score.n_total}" if score.n_total and score.n_total > score.n else ""
-            first = metric == next(iter(score.metrics), None)
-            rows.append(
-                [
-                    name if first else "",
-                    metric or "",
-                    _figure(score, metric) if metric else "",
-                    f"{score.n}{of}" if first else "",
-                    shots if first else "",
-                    share if first else "",
-                ]
-            )
+        of = f" of {score.n_total}" if score.n_total and score.n_total > score.n else ""
+        share = f"{score.routed_share['overall']:.2f}" if score.routed_share else ""
+        cells = [f"{score.n}{of}", "" if score.shots is None else str(score.shots), share]
+        for place, metric in enumerate(score.metrics or [""]):
+            figure = _figure(score, metric) if metric else ""
+            rows.append([name, metric, figure, *cells] if place == 0 else ["", metric, figure, "", "", ""])
     routed = report.routed_share is not None
     columns = ["task", "metric", "score", "items", "shots", *(["routed"] if routed else [])]
     render.out.print(_heading(report), markup=False, soft_wrap=True)

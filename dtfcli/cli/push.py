@@ -8,15 +8,9 @@ import typer
 from dtfcli.cli import options
 
 Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A model or adapter folder, or a run folder (its final model).", show_default=False
-    ),
+    str, typer.Argument(metavar="MODEL", help="A model or adapter folder, or a run folder (its final model).")
 ]
-Repo = Annotated[
-    str,
-    typer.Argument(metavar="REPO", help="Repository on the Hub: owner/name, or a bare name.", show_default=False),
-]
+Repo = Annotated[str, typer.Argument(metavar="REPO", help="Repository on the Hub: owner/name, or a bare name.")]
 HfUsername = Annotated[
     str | None,
     typer.Option("--hf-username", metavar="USER", help="Owner of a bare name: you, or an organization of yours."),
@@ -69,8 +63,9 @@ def push(
       dtf push MODEL my-group/dtf-0.5b --eval-results eval/latest.json --revision v2
     """
     from dtfcli.cli import render
-    from dtfcli.hub.push import PushOptions, preview
+    from dtfcli.hub.push import preview
     from dtfcli.hub.push import push as push_model
+    from dtfcli.hub.upload import PushOptions
 
     push_options = PushOptions(
         username=hf_username,

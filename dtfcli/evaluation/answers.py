@@ -26,7 +26,6 @@ class AnsweredBatch:
         answers: in the order of its requests.
         counts: routed tokens (`ShareMeter.counts`).
         truncated: requests that exceeded the model's positions and lost their beginning.
-        seconds: time spent on it.
     """
 
     answers: list[Any]

@@ -151,11 +151,6 @@ def _fewshot_from(task: Any) -> str:
     return f"{split} (item excluded)" if split == evaluated_split(task) else split
 
 
-def _metric_name(key: str) -> str:
-    """`acc,none` → `acc`; other filters stay."""
-    return key.removesuffix(",none")
-
-
 def _metrics(outcome: dict[str, Any], directions: dict[str, Any], items: Items | None) -> dict[str, Metric]:
     """lm-eval's figures. Where it has no standard error (perplexities), the jackknife gives one over the items."""
     scores = {}
@@ -164,7 +159,7 @@ def _metrics(outcome: dict[str, Any], directions: dict[str, Any], items: Items |
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         stderr: Any = outcome.get(f"{metric}_stderr,{filtered}")
-        name = _metric_name(key)
+        name = key.removesuffix(",none")
         if not isinstance(stderr, (int, float)):
             stderr = None
             if items is not None and name in items.values:
@@ -182,7 +177,7 @@ def _items(samples: list[dict[str, Any]], task: Any) -> Items | None:
     for sample in samples:
         hashes.setdefault(sample["filter"], []).append(f"{sample['doc_id']} {sample['doc_hash']}")
         for metric in sample["metrics"]:
-            values.setdefault(_metric_name(f"{metric},{sample['filter']}"), []).append(sample[metric])
+            values.setdefault(f"{metric},{sample['filter']}".removesuffix(",none"), []).append(sample[metric])
     if not hashes:
         return None
     order = next(iter(hashes.values()))

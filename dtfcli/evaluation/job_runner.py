@@ -37,7 +37,6 @@ class EvalEvent:
         kind: "model" (a model is loaded next), "phase", "job" (a job begins), "answers" (requests were answered),
             "done" (a job ends), or "warning".
         message: the text, or the name of the model or job.
-        count: requests.
         scores: by task, when a job ends.
     """
 
@@ -56,7 +55,6 @@ class JobRunner:
     Attributes:
         hash: sha256 over the model's weights.
         meter: routed shares over all jobs.
-        results, items: by task and group.
         skipped: optional jobs without data, with the reason.
         reused: requests answered by an earlier run.
     """

@@ -38,7 +38,6 @@ class RoutedLM(HFLM):
         store: holds the answers; each job has its own.
         meter: routed shares over the answers in `store`.
         truncated: requests in `store` that lost their beginning.
-        seconds: spent on the answers in `store`.
         shortened: generation lengths that exceeded the model's positions, with the lengths used instead.
         on_answers: called with the number of new answers.
     """

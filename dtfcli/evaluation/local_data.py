@@ -26,8 +26,7 @@ class Origin:
     """The source of a task's data.
 
     Attributes:
-        dataset: its Hub id.
-        config: configuration of the dataset.
+        dataset, config: its Hub id and configuration.
         source: "data-dir", "hub" (or its cache), or "task" for data that the task makes itself.
         missing_splits: splits that the task names and the local copy lacks.
         scored_instead: whether the scored split is missing, so that another one is scored.

@@ -18,8 +18,7 @@ class EvalOptions:
     """How to evaluate.
 
     Attributes:
-        limit: items of each task; None: each task's own number.
-        num_fewshot: examples in each prompt; None: each task's own number.
+        limit, num_fewshot: items of each task, examples in each prompt; None: each task's own number.
         batch_size: rows of a forward pass, or "auto" for what fits into memory.
         data_dir: a folder of datasets (`<owner>/<name>/…`), used instead of the Hub.
         include_path: a folder of lm-eval task files.
@@ -44,11 +43,7 @@ class EvalPlan:
 
     Attributes:
         names: of suites and tasks, as the user typed them.
-        jobs: in order.
-        index: all known tasks.
         rows: of a batch; None: as many as fit into memory.
-        data_dir: datasets on this machine.
-        options: as the user asked for them.
     """
 
     names: tuple[str, ...]
@@ -72,9 +67,11 @@ def make_plan(tasks: str | Sequence[str] = "quick_test", options: EvalOptions | 
     if not names:
         raise ConfigError(f"--tasks: names no task; give suites ({', '.join(SUITES)}) or lm-eval tasks with commas.")
     for option, value, least in (("--limit", options.limit, 1), ("--num-fewshot", options.num_fewshot, 0)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ConfigError(f"{option} {value}: give a whole number of at least {least}.")
-    rows = _rows(options.batch_size)
+        if value is not None:
+            _whole(option, value, least)
+    size = options.batch_size
+    size = int(size) if isinstance(size, str) and size.isdecimal() else size
+    rows = None if size == "auto" else _whole("--batch-size", size, 1, ", or auto")
     folder = Path(options.data_dir).expanduser() if options.data_dir is not None else None
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--data-dir {options.data_dir}: no such folder; it holds datasets as OWNER/NAME/….")
@@ -91,14 +88,12 @@ def make_plan(tasks: str | Sequence[str] = "quick_test", options: EvalOptions | 
     return EvalPlan(tuple(names), tuple(jobs), index, rows, folder, options)
 
 
-def _rows(batch_size: int | str) -> int | None:
-    """Rows of a batch; None for "auto"."""
-    if batch_size == "auto":
-        return None
-    try:
-        rows = int(batch_size)
-    except ValueError:
-        rows = 0
-    if rows < 1 or isinstance(batch_size, bool):
-        raise ConfigError(f"--batch-size {batch_size}: give a whole number of at least 1, or auto.")
-    return rows
+def _whole(option: str, value: int | str, least: int, otherwise: str = "") -> int:
+    """A number that is whole and large enough.
+
+    Raises:
+        ConfigError: it is not whole, or less than `least`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{option} {value}: give a whole number of at least {least}{otherwise}.")
+    return value

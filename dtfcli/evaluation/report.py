@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dtfcli.errors import ConfigError, DTFError, reason_of
+from dtfcli.errors import ConfigError, DTFError, read_json_object, reading
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.loading.quantization import plain_tensors
 from dtfcli.loading.source import ModelSource
@@ -144,31 +144,33 @@ class EvalReport:
         return plain({name: value for name, value in self.__dict__.items() if name != "items"})
 
     @classmethod
-    def read(cls, path: Path, label: str) -> "EvalReport":
+    def read(cls, path: Path) -> "EvalReport":
         """Read a document that `dtf eval` or lm-eval wrote; figures that are not finite are left out.
-
-        Args:
-            path: of the JSON file.
-            label: names the file in messages, such as "--eval-results FILE".
 
         Raises:
             ConfigError: the file is missing, not JSON, or without results.
         """
-        document = _read_json(path, label)
-        if not any(isinstance(entry, dict) and "metrics" in entry for entry in document["results"].values()):
-            document = _from_lm_eval(document)
-        results = {Path(name).name: _finite(entry) for name, entry in document["results"].items()}
-        document = _without_none(document | {"results": results, "items": None})
+        remedy = "give the JSON that `dtf eval` wrote"
+        with reading(path, remedy, ConfigError):
+            if not path.exists():
+                raise ConfigError(f"{path}: no such file; `dtf eval MODEL` writes one (eval/latest.json).")
+            document = plain(read_json_object(path, remedy, ConfigError))
+            if not isinstance(document.get("results"), dict):
+                raise ConfigError(f'{path}: has no "results"; {remedy}.')
+            if not any("metrics" in _table(entry) for entry in document["results"].values()):
+                document = _from_lm_eval(document)
+            results = {Path(name).name: _finite(entry) for name, entry in document["results"].items()}
+            share = document.get("routed_share")
+            share = share if isinstance(share, dict) else None
+            document = _without_none(document | {"results": results, "routed_share": share, "items": None})
         if not document["results"]:
-            raise ConfigError(f'{label}: its "results" hold no figure; run `dtf eval` again.')
-        if not isinstance(document.get("routed_share"), dict):
-            document.pop("routed_share", None)
+            raise ConfigError(f'{path}: its "results" hold no figure; run `dtf eval` again.')
         try:
             report = TypeAdapter(cls).validate_python(document)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"{label}: {place}: {first['msg']}; run `dtf eval` again.") from error
+            raise ConfigError(f"{path}: {place}: {first['msg']}; run `dtf eval` again.") from error
         return replace(report, causal=report.causal and is_causal(report.routing))
 
 
@@ -177,26 +179,6 @@ def _without_none(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {name: _without_none(item) for name, item in value.items() if item is not None}
-
-
-def _read_json(path: Path, label: str) -> dict[str, Any]:
-    """A document with a table of results.
-
-    Raises:
-        ConfigError: it is not one.
-    """
-    remedy = "give the JSON that `dtf eval` wrote"
-    try:
-        document = json.loads(path.read_text("utf-8"), parse_constant=lambda name: None)
-    except FileNotFoundError:
-        raise ConfigError(f"{label}: there is no such file; `dtf eval MODEL` writes one (eval/latest.json).") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{label}: cannot be read ({error}); {remedy}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{label}: not valid JSON ({reason_of(error)}); {remedy}.") from error
-    if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
-        raise ConfigError(f'{label}: has no "results"; {remedy}.')
-    return document
 
 
 def _finite(entry: Any) -> dict[str, Any] | None:
@@ -284,10 +266,7 @@ def model_hash(model: Any, source: ModelSource | None) -> str:
 
 def run_folder_of(path: Path) -> Path | None:
     """The run folder that a model lies in or is."""
-    for folder in (path, path.parent):
-        if (folder / SETTINGS_FILE).is_file():
-            return folder
-    return None
+    return next((folder for folder in (path, path.parent) if (folder / SETTINGS_FILE).is_file()), None)
 
 
 def results_folder(model: str, source: ModelSource) -> Path:

@@ -27,13 +27,7 @@ UNFINISHED = "unfinished"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to score.
-
-    Attributes:
-        name: as the user named it.
-        source: its files; None for a model made in memory.
-        load: returns the model and its tokenizer.
-    """
+    """A model to score, from `source` (None: made in memory); `load` returns the model and its tokenizer."""
 
     name: str
     source: ModelSource | None

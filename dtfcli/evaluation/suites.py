@@ -26,7 +26,6 @@ class Job:
     """A task, group or tag to run in one go.
 
     Attributes:
-        name: of the task, group or tag.
         shots: few-shot examples; None: the task's own number.
         limit: items of each task; None: all.
         optional: leave it out, with a warning, if its data is not available.
@@ -40,11 +39,8 @@ class Job:
 
 SUITES: dict[str, tuple[Job, ...]] = {
     "general": (
-        Job("arc_challenge", 25),
-        Job("hellaswag", 10),
-        Job("mmlu", 5),
-        Job("winogrande", 5),
-        Job("truthfulqa_mc2", 0),
+        *(Job("arc_challenge", 25), Job("hellaswag", 10), Job("mmlu", 5)),
+        *(Job("winogrande", 5), Job("truthfulqa_mc2", 0)),
     ),
     "math": (Job("gsm8k", 5), Job("mathqa", 0, optional=True)),
     "code": (Job("humaneval", 0), Job("mbpp", 3)),

@@ -10,29 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dtfcli.evaluation.report import EvalReport
+from dtfcli.evaluation.report import EvalReport, TaskScore
 from dtfcli.hub.facts import ModelFacts
-from dtfcli.hub.metadata import card_metadata, check_metadata, shown_metric
+from dtfcli.loading.base_configs import base_license
 from dtfcli.models.configuration_fields import RoutingFields, unread_fields
 from dtfcli.runs.folder import CURVES_FILE
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _FEW_TOKENS = 1_000_000_000
+_DATASETS: dict[str, tuple[str, str | None]] = {"mmlu": ("cais/mmlu", "all")}
+"""Data sets of groups, for which lm-eval names none."""
+_TAGS = {"dtf": ["dtf", "dynamic-transformer"], "mod": ["mod"], "random": ["mod"], "layerdrop": ["layerdrop"]}
+_DATASET = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?: \(([\w.-]+)\))?")
+"""owner/name (configuration), as reports name a data set of the Hub."""
 
 Rows = list[tuple[Any, ...]]
 """Of a table of the card."""
 
 
 def model_card(facts: ModelFacts) -> ModelCard:
-    """The card, metadata first.
-
-    Raises:
-        ValueError: the metadata would not be valid.
-    """
-    data, seen = card_metadata(facts), facts.evaluation.get("tokens")
-    card = ModelCard.from_template(
+    """The card, metadata first."""
+    data, seen = _metadata(facts), facts.evaluation.get("tokens")
+    return ModelCard.from_template(
         data,
         str(_TEMPLATE),
         facts=facts,
@@ -59,8 +60,6 @@ def model_card(facts: ModelFacts) -> ModelCard:
         few_tokens=seen if facts.base == "" and seen and seen < _FEW_TOKENS else None,
         license=data.license,
     )
-    check_metadata(card, data)
-    return card
 
 
 def _rounded(number: int) -> str:
@@ -196,5 +195,73 @@ def _score_rows(report: EvalReport) -> Rows:
         for name, metric in score.metrics.items():
             error = f" ± {metric.stderr:.4f}" if metric.stderr is not None else ""
             value = f"{metric.value:.4f}{error}"
-            rows.append((task, shown_metric(name) + mark, value, n, shots, "–" if share is None else f"{share:.3f}"))
+            rows.append((task, _shown_metric(name) + mark, value, n, shots, "–" if share is None else f"{share:.3f}"))
     return rows
+
+
+def _metadata(facts: ModelFacts) -> ModelCardData:
+    """The header: base model, license, data sets, tags and results, as far as they are known."""
+    on_hub = facts.base if facts.base_on_hub else None
+    tags = [*_TAGS.get(facts.architecture, [])]
+    if facts.routed_layers:
+        tags += ["mixture-of-depths", "conditional-computation"]
+    if facts.is_adapter:
+        tags.append("lora")
+    if "auto_map" in facts.config:
+        tags.append("custom_code")
+    return ModelCardData(
+        base_model=on_hub,
+        base_model_relation=("adapter" if facts.is_adapter else "finetune") if on_hub else None,
+        datasets=list(dict.fromkeys(name for name, _, _, hub in facts.datasets if hub)) or None,
+        eval_results=_model_index(facts) or None,
+        library_name="peft" if facts.is_adapter else "transformers",
+        license=base_license(on_hub) if on_hub else None,
+        model_name=facts.name if facts.results is not None else None,
+        pipeline_tag="text-generation",
+        tags=tags or None,
+    )
+
+
+def _model_index(facts: ModelFacts) -> list[EvalResult]:
+    """Every figure of the evaluation; the names of figures that are not causal say so."""
+    report = facts.results
+    if report is None:
+        return []
+    entries = []
+    for task, score in report.results.items():
+        # A task without a data set on the Hub stands for its data set.
+        match = _DATASET.fullmatch(score.dataset or "")
+        dataset, configuration = match.groups() if match else _DATASETS.get(task, (task, None))
+        for name, metric in score.metrics.items():
+            entries.append(
+                EvalResult(
+                    task_type="text-generation",
+                    task_name="Text Generation",
+                    dataset_type=dataset,
+                    dataset_name=task,
+                    dataset_config=configuration,
+                    dataset_split=score.split,
+                    dataset_args={"num_few_shot": score.shots} if score.shots is not None else None,
+                    metric_type=name.partition(",")[0],
+                    metric_value=metric.value,
+                    metric_name=", ".join([_shown_metric(name), *_figure_conditions(score, report, facts)]),
+                    metric_config=None if report.causal else "not causal (top-k routing)",
+                )
+            )
+    return entries
+
+
+def _figure_conditions(score: TaskScore, report: EvalReport, facts: ModelFacts) -> list[str]:
+    """How a figure was measured, as far as it is not a matter of course."""
+    notes = [f"{score.shots}-shot"] if score.shots is not None else []
+    if score.n_total is not None and 0 < score.n < score.n_total:
+        notes.append(f"{score.n} of {score.n_total} items")
+    if isinstance(report.capacity, float) and report.capacity != facts.config.get("capacity"):
+        notes.append(f"γ = {report.capacity:g}")
+    return notes if report.causal else [*notes, "not causal: top-k routing"]
+
+
+def _shown_metric(metric: str) -> str:
+    """`exact_match,strict` → `exact_match (strict)`."""
+    name, comma, kind = metric.partition(",")
+    return f"{name} ({kind})" if comma else name

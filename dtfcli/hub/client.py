@@ -29,8 +29,6 @@ class Target:
     """The destination of a push.
 
     Attributes:
-        repo: owner/name.
-        branch: its name.
         exists: whether the repository exists.
         head: commit of the branch; None if the branch does not exist.
         names: files in that commit.

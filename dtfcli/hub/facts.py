@@ -36,7 +36,6 @@ class LocalModel:
         run: the run folder of `named`; None if it lies in none.
         base: Hub id of the base of an adapter; None for a plain model.
         config: content of config.json.
-        weights: safetensors files.
     """
 
     named: Path
@@ -52,9 +51,7 @@ class ModelFacts:
     """The content of a model card, without paths and secrets.
 
     Attributes:
-        repo: owner/name.
         config: the model's config.json.
-        parameters: of all parts.
         added_parameters: of the parts that routing adds.
         weights_sha256: of each weight file.
         revision: branch; None for the default branch.
@@ -170,7 +167,7 @@ def choose_results(source: LocalModel, given: Path | None) -> tuple[EvalReport |
     reports = []
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(ConfigError):  # a damaged or foreign file does not stop a push
-            report = EvalReport.read(path, str(path))
+            report = EvalReport.read(path)
             reports += [report] if _digest(report) in digests and not report.quantize else []
     if files and not reports:
         return None, [f"{files[0].parent} has no results of these weights; {remedy} would add them to the card."]
@@ -178,8 +175,7 @@ def choose_results(source: LocalModel, given: Path | None) -> tuple[EvalReport |
 
 
 def _given_results(path: Path, digests: list[str], remedy: str) -> tuple[EvalReport, list[str]]:
-    label = f"--eval-results {path}"
-    report = EvalReport.read(path, label)
+    report, label = EvalReport.read(path), f"--eval-results {path}"
     if report.quantize:
         raise ConfigError(
             f"{label}: measured the model with weights in {report.quantize}, and plain ones are pushed; run {remedy} "

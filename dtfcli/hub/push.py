@@ -19,32 +19,11 @@ from huggingface_hub import get_token
 from dtfcli.errors import ConfigError, DTFError
 from dtfcli.hub.client import MAIN, HubClient, repo_id
 from dtfcli.hub.errors import HubAccessError
-from dtfcli.hub.upload import OnProgress, Upload, model_folder, prepare_upload
+from dtfcli.hub.upload import OnProgress, PushOptions, Upload, model_folder, prepare_upload
 from dtfcli.quiet import quiet_libraries
 
 _BRANCH = re.compile(r"(?!refs/|.*(\.\.|//|@\{))\w[^\s~^:?*\[\\]*(?<!/)(?<!\.)(?<!\.lock)")
 """What git takes as the name of a branch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushOptions:
-    """How to push.
-
-    Attributes:
-        username: owner of a bare repository name; None: the user.
-        eval_results: JSON of an evaluation for the card; None: the newest in eval/ of the model.
-        private: make a new repository private.
-        revision: branch, created if it is missing; None: main.
-        commit_message: first line of the commit; None: a line with the architecture and the version.
-        merge: publish an adapter as a plain model, merged into its base.
-    """
-
-    username: str | None = None
-    eval_results: Path | None = None
-    private: bool = False
-    revision: str | None = None
-    commit_message: str | None = None
-    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +31,6 @@ class PushResult:
     """A finished push.
 
     Attributes:
-        upload: its files.
         url: of the repository's page, or of the branch.
         commit: hash of the commit; of the present head if nothing had changed.
     """
@@ -90,7 +68,7 @@ def push(
         hub = HubClient(on_progress)
         on_progress("asking the Hub who you are")
         target = hub.find(hub.owned_id(repo, options.username), options.revision or MAIN, private=options.private)
-        upload = _prepare(model, target.repo, options, Path(scratch), on_progress)
+        upload = prepare_upload(model, target.repo, options, Path(scratch), on_progress)
         hub.check_card(upload)
         message = options.commit_message or f"Upload {upload.architecture} model with dtf {metadata.version('dtfcli')}"
         created = hub.create(target, private=options.private)
@@ -113,7 +91,7 @@ def preview(
     model: str | Path,
     repo: str,
     folder: Path,
-    options: PushOptions | None = None,
+    options: PushOptions,
     on_progress: OnProgress = lambda message: None,
 ) -> Upload:
     """Write the files of a push into a folder, without a network.
@@ -122,26 +100,14 @@ def preview(
         ConfigError, CheckpointError: as for `push`, or the folder has content.
         DTFError: the folder cannot be written.
     """
-    options = options or PushOptions()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--dry-run {folder}: exists and is not empty; name another folder.")
     full = _check(repo, options)
     with tempfile.TemporaryDirectory() as scratch:
-        upload = _prepare(model, full, options, Path(scratch), on_progress)
+        upload = prepare_upload(model, full, options, Path(scratch), on_progress)
         upload.write(folder)
         on_progress(f"{len(upload.files)} files, {upload.size() / 2**20:.1f} MiB; nothing was uploaded")
     return upload
-
-
-def _prepare(model: str | Path, repo: str, options: PushOptions, scratch: Path, tell: OnProgress) -> Upload:
-    return prepare_upload(
-        model,
-        repo,
-        revision=options.revision,
-        eval_results=options.eval_results,
-        merge_into=scratch if options.merge else None,
-        on_progress=tell,
-    )
 
 
 def _check(repo: str, options: PushOptions) -> str:

@@ -44,16 +44,34 @@ _UNKNOWN_OWNER = "YOUR-NAME"
 _AGAIN = "save the model again"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """How to push.
+
+    Attributes:
+        username: owner of a bare repository name; None: the user.
+        eval_results: JSON of an evaluation for the card; None: the newest in eval/ of the model.
+        revision: branch, created if it is missing; None: main.
+        commit_message: first line of the commit; None: a line with the architecture and the version.
+        merge: publish an adapter as a plain model, merged into its base.
+    """
+
+    username: str | None = None
+    eval_results: Path | None = None
+    private: bool = False
+    revision: str | None = None
+    commit_message: str | None = None
+    merge: bool = False
+
+
 @dataclass(frozen=True)
 class Upload:
     """The files of one push.
 
     Attributes:
         repo: owner/name; the name alone in a dry run without an owner.
-        architecture: dtf, mod or dense.
         files: by name in the repository: content, or path of the file.
         left_out: files of the model folder that are not uploaded.
-        warnings: for the user.
     """
 
     repo: str
@@ -91,10 +109,8 @@ def is_replaced_by_a_push(name: str) -> bool:
 def prepare_upload(
     model: str | Path,
     repo: str,
-    *,
-    revision: str | None = None,
-    eval_results: Path | None = None,
-    merge_into: Path | None = None,
+    options: PushOptions = PushOptions(),
+    scratch: Path | None = None,
     on_progress: OnProgress = lambda message: None,
 ) -> Upload:
     """Gather, clean, describe and check the files of a push.
@@ -102,29 +118,23 @@ def prepare_upload(
     Args:
         model: model folder, adapter folder or run folder (its final model).
         repo: owner/name.
-        revision: the branch of the push.
-        eval_results: JSON of an evaluation; None: the newest of these weights in eval/ of the model, a causal one if
-            there is any.
-        merge_into: an empty folder, to upload an adapter as a plain model. It must exist until the upload is done.
+        options: how to push.
+        scratch: an empty folder for a merged model; it must exist until the upload is done.
         on_progress: called with each step.
 
     Raises:
         CheckpointError: the model is missing, incomplete, not a folder, or holds what must not be published.
         ConfigError: the evaluation cannot be used, or there is nothing to merge.
     """
-    source = _open(model_folder(model), merge_into, on_progress)
+    source = _open(model_folder(model), scratch if options.merge else None, on_progress)
     files = _files(source)
     on_progress("hashing the weights")
-    results, warnings = choose_results(source, eval_results)
+    results, warnings = choose_results(source, options.eval_results)
     if not files.keys() & {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"}:
         warnings.insert(0, f"{source.folder} has no tokenizer; users of the model will miss it.")
     full = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
-    facts = gather_facts(source, full, revision, results, CURVES_FILE in files)
-    try:
-        files[CARD_FILE] = str(model_card(facts)).encode("utf-8")
-    except ValueError as error:
-        raise ConfigError(f"{source.folder}: {error}.") from error
-
+    facts = gather_facts(source, full, options.revision, results, CURVES_FILE in files)
+    files[CARD_FILE] = str(model_card(facts)).encode("utf-8")
     on_progress("checking for secrets and local paths")
     _check_leaks(files, source)
     left_out = sorted(path.name for path in source.folder.iterdir() if path.name not in files)

@@ -10,7 +10,7 @@ from dtfcli.errors import CheckpointError
 from dtfcli.runs.folder import BEST_MODEL, SETTINGS_FILE
 
 _TEXT_KINDS = {"", ".txt", ".md", ".py", ".jsonl", ".json", ".parquet"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def run_settings_table(run: Path) -> dict[str, Any]:

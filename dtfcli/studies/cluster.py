@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -105,12 +105,16 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
 
 
-def parse_options(cluster: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Submitit's parameters from `KEY=VALUE`.
+def parse_options(cluster: str | None, texts: Sequence[str]) -> dict[str, Any]:
+    """Submitit's parameters from `KEY=VALUE`; none without a cluster.
 
     Raises:
         ConfigError: an unknown cluster or key, a value of another kind, or a key given twice.
     """
+    if cluster is None and texts:
+        raise ConfigError(f"--cluster-option {texts[0]}: without --cluster nothing reads it; add --cluster slurm.")
+    if cluster is None:
+        return {}
     if cluster not in get_args(Cluster):
         raise ConfigError(f"--cluster {cluster}: choose from {', '.join(get_args(Cluster))}.")
     given: dict[str, str] = {}
@@ -144,14 +148,7 @@ def _read(key: str, value: str) -> Any:
 
 @dataclass(frozen=True)
 class _Job:
-    """A job that was submitted.
-
-    Attributes:
-        name: of its run.
-        cluster: where it went.
-        number: there; of a local one that of its process.
-        submitted: seconds since 1970.
-    """
+    """A job: its number on the cluster (locally of its process), and when it was submitted, in seconds since 1970."""
 
     name: str
     cluster: str
@@ -199,42 +196,35 @@ def submit(
     if cluster == "local" and at_once is not None:
         raise ConfigError("--parallel: local jobs start at once; leave --cluster local out to train a few at a time.")
     folder = (output / "jobs").absolute()
-    lock = folder / "lock"
+    lock, file = folder / "lock", folder / "jobs.json"
     folder.mkdir(parents=True, exist_ok=True)
     lock.touch()
     with locked_file(lock, f"{folder}: another `dtf compare` uses these jobs; try again when it has ended."):
-        return _poll_and_submit(runs, folder, lambda missing: _submit_all(missing, cluster, options, folder, at_once))
-
-
-def _poll_and_submit(
-    runs: Sequence[PlannedRun], folder: Path, submit_all: Callable[[Sequence[PlannedRun]], dict[str, _Job]]
-) -> list[Progress]:
-    file = folder / "jobs.json"
-    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    jobs = {key: _Job(**job) for key, job in known.items()}
-    states, missing, failed = [], [], []
-    for run in runs:
-        job = jobs.get(run.key)
-        alive = job is not None and job.is_alive(folder)
-        if is_finished(run):  # after the state of its job: it may have finished in between
-            states.append(Progress(run, "reused"))
-        elif job is None:
-            missing.append(run)
-            states.append(Progress(run, "submitted"))
-        elif alive:
-            progress = progress_of(run)
-            states.append(progress if progress.step else replace(progress, state="waiting"))
-        else:
-            failed.append(f"{job.name} (log: {job.handle(folder).paths.stderr})")
-            del jobs[run.key]
-    try:
-        if missing:
-            jobs |= submit_all(missing)
-    finally:
-        file.write_text(json.dumps({key: asdict(job) for key, job in jobs.items()}, indent=1) + "\n", "utf-8")
+        stored = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        jobs = {key: _Job(**job) for key, job in stored.items()}
+        states = [_state(run, jobs.get(run.key), folder) for run in runs]
+        missing = [state.run for state in states if state is not None and state.state == "submitted"]
+        failed = [jobs.pop(run.key) for run, state in zip(runs, states, strict=True) if state is None]
+        try:
+            if missing:
+                jobs |= _submit_all(missing, cluster, options, folder, at_once)
+        finally:
+            file.write_text(json.dumps({key: asdict(job) for key, job in jobs.items()}, indent=1) + "\n", "utf-8")
     if failed:
-        raise DTFError(f"{', '.join(failed)}: ended before it was finished. Start the study again to submit it again.")
-    return states
+        names = ", ".join(f"{job.name} (log: {job.handle(folder).paths.stderr})" for job in failed)
+        raise DTFError(f"{names}: ended before it was finished. Start the study again to submit it again.")
+    return [state for state in states if state is not None]
+
+
+def _state(run: PlannedRun, job: _Job | None, folder: Path) -> Progress | None:
+    """The progress of a run; None if its job ended before the run was finished."""
+    alive = job is not None and job.is_alive(folder)
+    if is_finished(run):  # after the state of its job: it may have finished in between
+        return Progress(run, "reused")
+    if job is None:
+        return Progress(run, "submitted")
+    progress = progress_of(run)
+    return (progress if progress.step else replace(progress, state="waiting")) if alive else None
 
 
 def _submit_all(

@@ -24,7 +24,6 @@ class PointDifference:
     """The loss of one point of the grid minus that of the control, nats per token.
 
     Attributes:
-        name, control: of the two points.
         value: mean over seeds of the paired differences.
         sd: their standard deviation over seeds; None with one seed.
         by_seed: t-interval of the mean; None with one seed.

@@ -51,8 +51,8 @@ def is_finished(run: PlannedRun) -> bool:
     return folder is not None and (folder / FINAL_MODEL).is_dir()
 
 
-def execute(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgress) -> dict[str, Path]:
-    """Train every run that is not finished; returns the folder of each by its name.
+def execute(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgress) -> None:
+    """Train every run that is not finished.
 
     Args:
         runs: in the order in which they start.
@@ -73,15 +73,10 @@ def execute(runs: Sequence[PlannedRun], parallel: int, on_progress: OnProgress) 
             _train_here(run, on_progress)
     else:
         _train_apart(missing, parallel, on_progress)
-    folders = {run.settings.run.name: folder_of(run.settings) for run in runs}
-    return {name: folder for name, folder in folders.items() if folder is not None}
 
 
 def _started(settings: Settings) -> Path | None:
-    """The folder of a run that can go on, if only from its beginning; None: it has none.
-
-    Whether another process trains it is for `--resume` to see, which locks it.
-    """
+    """The folder of a run that `--resume` takes (which refuses one that another process trains); None: it has none."""
     folder = folder_of(settings)
     return folder if folder is not None and (folder / SETTINGS_FILE).is_file() else None
 

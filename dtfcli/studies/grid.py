@@ -29,19 +29,11 @@ _RUN_KEYS = ("run.name", "run.output_dir", "run.seed")
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One thing that varies: a key of the settings and its values, as typed."""
-
-    key: str
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Point:
     """A point of the grid.
 
     Attributes:
-        name: for tables, such as "dtf 0.25".
+        name: such as "dtf 0.25".
         choices: its value on each axis that it reads; of a point with a name of its own, that name as `POINT`.
         overrides: all KEY=VALUE of its runs but the seed's.
     """
@@ -53,14 +45,7 @@ class Point:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the study.
-
-    Attributes:
-        point: the point of the grid.
-        seed: run.seed.
-        settings: resolved.
-        key: hash of the settings, wherever and under whatever name they run.
-    """
+    """One run of the study; `key` is a hash of its settings, wherever and under whatever name they run."""
 
     point: Point
     seed: int
@@ -68,13 +53,13 @@ class PlannedRun:
     key: str
 
 
-def parse_axes(texts: Iterable[str]) -> list[Axis]:
-    """Axes from `KEY=A,B,…`.
+def parse_axes(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Axes, key → values as typed, from `KEY=A,B,…`.
 
     Raises:
         ConfigError: not of that form, a key that does not exist, fewer than two values, or one of them twice.
     """
-    axes: list[Axis] = []
+    axes: dict[str, tuple[str, ...]] = {}
     known = [key for key, _ in walk(Settings) if "[]" not in key]
     for text in texts:
         key, equals, values = text.partition("=")
@@ -91,9 +76,9 @@ def parse_axes(texts: Iterable[str]) -> list[Axis]:
             raise ConfigError(f"--vary {text}: one value is nothing to compare; give two or more, with commas.")
         if len(set(parts)) < len(parts):
             raise ConfigError(f"--vary {text}: a value is named twice; name each once.")
-        if key in [axis.key for axis in axes]:
+        if key in axes:
             raise ConfigError(f"--vary {text}: {key} is an axis already; give all its values in one --vary.")
-        axes.append(Axis(key, tuple(parts)))
+        axes[key] = tuple(parts)
     if not axes:
         remedy = "such as --vary model=dtf,mod,random,layerdrop,dense, or points one by one with --point"
         raise ConfigError(f"--vary: name at least one axis, {remedy}.")
@@ -154,13 +139,17 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def plan_grid(
-    preset: str, axes: Sequence[Axis], seeds: Sequence[int], overrides: Sequence[str] = (), output: Path | None = None
+    preset: str,
+    axes: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
 ) -> list[PlannedRun]:
     """The runs of a study: for each seed, each point of the grid.
 
     Args:
         preset: name of a preset.
-        axes: what varies.
+        axes: the settings that vary, each with its values.
         seeds: a run of each point for each.
         overrides: KEY=VALUE for all runs. A point that does not read one goes without it.
         output: folder of the runs; None: that of the settings.
@@ -169,20 +158,16 @@ def plan_grid(
         ConfigError: settings are wrong, no run reads one of the overrides, or runs differ in more than the axes.
     """
     points: dict[str, Point] = {}
-    unread: dict[str, str] = {}
-    for values in itertools.product(*(axis.values for axis in axes)):
-        choices = dict(zip((axis.key for axis in axes), values, strict=True))
-        point, left_out = _point(preset, choices, overrides)
-        unread = left_out if not points else {item: why for item, why in unread.items() if item in left_out}
-        points.setdefault(json.dumps(sorted(point.overrides)), point)
-    if unread:
-        item, reason = next(iter(unread.items()))
-        raise ConfigError(f"{item}: no run of this study reads it, since {reason}. Leave it out.")
+    unread: list[dict[str, str]] = []
+    for values in itertools.product(*axes.values()):
+        choices = dict(zip(axes, values, strict=True))
+        read, left_out = _read_by(preset, [*overrides, *(f"{key}={value}" for key, value in choices.items())])
+        kept = {key: value for key, value in choices.items() if f"{key}={value}" not in left_out}
+        points.setdefault(json.dumps(sorted(read)), Point(" ".join(kept.values()) or preset, kept, read))
+        unread.append(left_out)
     if len(points) < 2:
         raise ConfigError("--vary: all points of this grid are the same run; nothing that varies is read.")
-    runs = [_run(preset, point, seed, output) for seed in seeds for point in points.values()]
-    check_equal_terms([run.settings for run in runs], [axis.key for axis in axes])
-    return runs
+    return _planned(preset, list(points.values()), seeds, overrides, unread, output)
 
 
 def plan_points(
@@ -193,38 +178,52 @@ def plan_points(
     output: Path | None = None,
 ) -> list[PlannedRun]:
     """The runs of a study whose points are named one by one; arguments and errors as of `plan_grid`."""
-    runs: dict[str, PlannedRun] = {}
-    unread: list[set[str]] = []
+    planned: list[Point] = []
+    unread: list[dict[str, str]] = []
     for name, settings in points.items():
-        point, left_out = _point(preset, {}, [*overrides, *settings])
+        read, left_out = _read_by(preset, [*overrides, *settings])
         for item in (item for item in settings if item in left_out):
             raise ConfigError(f"--point {name}: nothing reads {item}, since {left_out[item]}. Leave it out.")
-        unread.append(set(left_out))
-        for seed in seeds:
-            run = _run(preset, Point(name, {POINT: name}, point.overrides), seed, output)
-            other = runs.setdefault(run.key, run)
-            if other is not run:
-                raise ConfigError(f"--point: {other.point.name} and {name} are the same run; leave one out.")
-    for item in set.intersection(*unread):
-        raise ConfigError(f"{item}: no run of this study reads it. Leave it out.")
-    varied = [_key_of(item) for settings in points.values() for item in settings]
+        planned.append(Point(name, {POINT: name}, read))
+        unread.append(left_out)
+    return _planned(preset, planned, seeds, overrides, unread, output)
+
+
+def _planned(
+    preset: str,
+    points: Sequence[Point],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    unread: Sequence[Mapping[str, str]],
+    output: Path | None,
+) -> list[PlannedRun]:
+    """The runs of different points; `unread` holds the settings that each point goes without, and why."""
+    for item in overrides:
+        if all(item in left_out for left_out in unread):
+            raise ConfigError(f"{item}: no run of this study reads it, since {unread[0][item]}. Leave it out.")
+    runs: dict[str, PlannedRun] = {}
+    for seed, point in itertools.product(seeds, points):
+        run = _run(preset, point, seed, output)
+        other = runs.setdefault(run.key, run)
+        if other is not run:
+            raise ConfigError(f"{other.point.name} and {point.name} are the same run; leave one out.")
+    varied = [_key_of(item) for point in points for item in point.overrides if item not in overrides]
     check_equal_terms([run.settings for run in runs.values()], varied)
-    return sorted(runs.values(), key=lambda run: seeds.index(run.seed))
+    return list(runs.values())
 
 
-def _point(preset: str, choices: Mapping[str, str], overrides: Sequence[str]) -> tuple[Point, dict[str, str]]:
-    """A point with what it reads; and the overrides that it does not read, with the reason."""
-    everything = [*overrides, *(f"{key}={value}" for key, value in choices.items())]
-    unread = unread_keys(Sources(Settings, preset, everything, None).merged())
-    left_out = {}
-    for item in everything:
-        key = _key_of(item)
-        reason = next((why for name, why in unread.items() if key == name or key.startswith(f"{name}.")), None)
-        if reason is not None:
-            left_out[item] = reason
-    kept = {key: value for key, value in choices.items() if f"{key}={value}" not in left_out}
-    read = tuple(item for item in everything if item not in left_out)
-    return Point(" ".join(kept.values()) or preset, kept, read), {i: w for i, w in left_out.items() if i in overrides}
+def _read_by(preset: str, overrides: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The overrides that a run with all of them reads, and the others with the reason."""
+    unread = unread_keys(Sources(Settings, preset, overrides, None).merged())
+    left_out = {
+        item: reason for item in overrides for name, reason in unread.items() if _is_within(_key_of(item), name)
+    }
+    return tuple(item for item in overrides if item not in left_out), left_out
+
+
+def _is_within(key: str, name: str) -> bool:
+    """Whether a key is `name`, or a key of that group."""
+    return key == name or key.startswith(f"{name}.")
 
 
 def _key_of(override: str) -> str:
@@ -253,7 +252,7 @@ def settings_key(settings: Settings) -> str:
     kept = {
         key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
         for key, value in flat_settings(values).items()
-        if value is not None and not any(key == name or key.startswith(f"{name}.") for name in unread)
+        if value is not None and not any(_is_within(key, name) for name in unread)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -277,7 +276,7 @@ def check_equal_terms(runs: Sequence[Settings], varied: Sequence[str]) -> None:
     for run in runs:
         unread = (*excused, *unread_keys(run.model_dump(exclude_none=True)))
         for key, value in flat_settings(resolved(run)).items():
-            if any(key == name or key.startswith(f"{name}.") for name in unread):
+            if any(_is_within(key, name) for name in unread):
                 continue
             other, its = first.setdefault(key, (run.run.name, value))
             if value != its:

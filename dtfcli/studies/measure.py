@@ -27,11 +27,11 @@ from dtfcli.settings import Settings
 from dtfcli.statistics import TextLosses
 from dtfcli.studies.grid import Point, check_equal_terms, resolved
 
-_FILE, _ROUTED_FILE = "measured.json", "measured-routed.npz"
+_FILE = "measured.npz"
 _VARY = ("model.architecture", "model.capacity")
 """The settings in which runs that exist may differ."""
 _VERSION = 1
-"""Of what is kept; raise it whenever the meaning or the fields of `Measured` change."""
+"""Of the file; raise it whenever the meaning or the fields of `Measured` change."""
 
 Curve = list[tuple[int, float]]
 """(step, value)."""
@@ -165,27 +165,26 @@ def measure(run: Path) -> Measured:
 
 
 def _write(run: Path, measured: Measured) -> None:
-    """Keep a measurement; the file that `_read` needs comes last, so that half a measurement is none."""
+    """Keep a measurement: everything as JSON, and who was routed as bits."""
     layers, selected = list(measured.routed), np.array(list(measured.routed.values()), dtype=bool)
-    count = selected.shape[-1]
-    with replaced_file(run / _ROUTED_FILE) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, layers=layers, count=count, packed=np.packbits(selected, axis=-1))
-    with replaced_file(run / _FILE) as partial:
-        partial.write_text(json.dumps({"version": _VERSION, **asdict(replace(measured, routed={}))}), "utf-8")
+    document = json.dumps({"version": _VERSION, **asdict(replace(measured, routed={}))})
+    bits = {"layers": layers, "count": selected.shape[-1], "packed": np.packbits(selected, axis=-1)}
+    with replaced_file(run / _FILE) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, document=document, **bits)
 
 
 def _read(run: Path) -> Measured | None:
-    """What was measured before; None: nothing, or by another version of this file."""
-    if not (run / _FILE).is_file() or not (run / _ROUTED_FILE).is_file():
+    """An earlier measurement; None: there is none, or it is of another version of this file."""
+    if not (run / _FILE).is_file():
         return None
-    values = json.loads((run / _FILE).read_text("utf-8"))
-    if values.pop("version", None) != _VERSION:
-        return None
+    with np.load(run / _FILE) as file:
+        values = json.loads(str(file["document"]))
+        if values.pop("version") != _VERSION:
+            return None
+        selected = np.unpackbits(file["packed"], axis=-1, count=int(file["count"])).astype(bool)
+        values["routed"] = dict(zip(file["layers"].tolist(), selected, strict=True))
     for name in ("curve", "share_curve", "spread_curve"):
         values[name] = [tuple(point) for point in values[name]]
-    with np.load(run / _ROUTED_FILE) as packed:
-        selected = np.unpackbits(packed["packed"], axis=-1, count=int(packed["count"])).astype(bool)
-        values["routed"] = dict(zip(packed["layers"].tolist(), selected, strict=True))
     return Measured(**values)
 
 

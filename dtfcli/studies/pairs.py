@@ -61,5 +61,4 @@ def _pairs_of(control: str, points: Sequence[Point]) -> list[Pair]:
 
 def _alike(point: Point, control: Point, axis: str) -> bool:
     """Whether two points agree on every axis that both read, but this one."""
-    common = (point.choices.keys() & control.choices.keys()) - {axis}
-    return all(point.choices[key] == control.choices[key] for key in common)
+    return all(control.choices.get(key, value) == value for key, value in point.choices.items() if key != axis)

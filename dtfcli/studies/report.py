@@ -38,8 +38,6 @@ class Row:
     """A point of the grid, over its seeds.
 
     Attributes:
-        name: of the point.
-        seeds: how many.
         loss, sd: mean and standard deviation of the causal validation loss, nats per token.
         accuracy, accuracy_sd: the same of the share of held-out tokens that were the likeliest one.
         routed_share: mean; None for dense.
@@ -86,7 +84,6 @@ class Agreed:
     """How far two points route the same tokens of the same held-out text.
 
     Attributes:
-        first, second: of the two points.
         kappa: Cohen's κ, mean over layers and seeds: 1 the same tokens, 0 as many as by chance; None: not defined.
         jaccard: tokens routed by both over tokens routed by either, over all layers and seeds.
     """
@@ -102,13 +99,11 @@ class StudyReport:
     """The results of a study.
 
     Attributes:
-        title: what was compared.
         rows: one for each point, in the order of the grid.
-        differences: of points to their controls.
         agreement: of any two points in the tokens that they route.
         curves: point → list over seeds of causal validation losses during the run.
         share_curves, spread_curves: the same of the routed share, and of the standard deviation of a router's scores.
-        runs: folder of each run, by point and seed.
+        runs: "point, seed N" → folder.
     """
 
     title: str
@@ -158,13 +153,7 @@ def _with_spread(mean: float, sd: float | None, digits: int) -> str:
 def make_report(
     title: str, runs: Sequence[Finished], pairs: Sequence[Pair], timings: dict[str, Timing] | None = None
 ) -> StudyReport:
-    """Put a report together.
-
-    Args:
-        title: what was compared.
-        runs: all finished.
-        pairs: points and their controls, by name.
-        timings: by point.
+    """Put a report of finished runs together; `pairs` and `timings` are by the names of points.
 
     Raises:
         ConfigError: two points have no seed, or not the same held-out documents.

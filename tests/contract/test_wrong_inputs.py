@@ -381,7 +381,10 @@ PUSH = [
     ("push base.gguf me/new --dry-run out", ["base.gguf", "dense base model", "train it first"]),
     ("push pickled me/new --dry-run out", ["pytorch_model.bin", "never uploaded", "save_pretrained"]),
     ("push {model} me/new --dry-run out --eval-results missing.json", ["missing.json", "no such file", "dtf eval"]),
-    ("push {model} me/new --dry-run out --eval-results taken.toml", ["taken.toml", "not valid JSON", "dtf eval"]),
+    (
+        "push {model} me/new --dry-run out --eval-results taken.toml",
+        ["taken.toml", "read as JSON", "dtf eval"],
+    ),
     ("push {model} me/new --dry-run out --eval-results folder", ["folder", "cannot be read"]),
     ("push {model} me/new --dry-run out --eval-results other.json", ["other.json", "other weights", "dtf eval"]),
     ("push {model} me/new --dry-run out --eval-results fewer.json", ["fewer.json", "int8", "without --quantize"]),

@@ -140,7 +140,7 @@ def test_a_group_is_one_job_and_the_document_reads_back(evaluate: Evaluate, tmp_
     assert group.routed_share is not None
     assert report.results["toy_choice"].routed_share is None
     write_document(report.to_dict(), tmp_path / "report.json")
-    again = EvalReport.read(tmp_path / "report.json", "report")
+    again = EvalReport.read(tmp_path / "report.json")
     assert again.to_dict() == report.to_dict()
     assert isinstance(again.results["toy_group"].metrics["acc"], Metric)
 

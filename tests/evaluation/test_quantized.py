@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 import dtfcli
 from dtfcli.errors import ConfigError
 from dtfcli.evaluation.answers import AnswerStore
-from dtfcli.hub.upload import prepare_upload
+from dtfcli.hub.upload import PushOptions, prepare_upload
 from tests.conftest import Outcome
 
 pytest.importorskip("torchao")
@@ -48,7 +48,7 @@ def test_told_apart(
     assert json.loads(latest.read_text())["quantize"] == "int8"
     assert "toy_choice" not in bytes(prepare_upload(model, "me/new").files["README.md"]).decode()
     with pytest.raises(ConfigError, match=r"weights in int8, and plain ones are pushed.*without --quantize"):
-        prepare_upload(model, "me/new", eval_results=latest)
+        prepare_upload(model, "me/new", PushOptions(eval_results=latest))
 
     loaded = dtfcli.load_model(model, device="cpu", quantize="int8")
     report = dtfcli.evaluate(loaded, "toy_choice", tokenizer=tokenizer, **toy)

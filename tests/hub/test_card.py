@@ -13,7 +13,7 @@ from dtfcli.errors import ConfigError
 from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.card import model_card
 from dtfcli.hub.facts import ModelFacts
-from dtfcli.hub.upload import prepare_upload
+from dtfcli.hub.upload import PushOptions, prepare_upload
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.runs.public import public_name
 from tests.hub.standin import card_errors
@@ -93,7 +93,7 @@ def _facts(**changes: Any) -> ModelFacts:
 def _results(document: dict[str, Any], tmp_path: Path) -> Any:
     path = tmp_path / "results.json"
     path.write_text(json.dumps(document))
-    return EvalReport.read(path, "--eval-results results.json")
+    return EvalReport.read(path)
 
 
 def _metadata(card: ModelCard) -> dict[str, Any]:
@@ -208,7 +208,8 @@ def test_how_results_were_measured_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[]", ['no "results"']),
+        ("[]", ["holds no JSON object", "dtf eval"]),
+        ('{"result": {}}', ['no "results"']),
         ('{"results": {"a": {"alias": "a"}}}', ["hold no figure"]),
         ('{"results": {"a": {"metrics": {"acc": {"value": 1}}, "n": "all"}}}', ["results.a.n", "dtf eval"]),
     ],
@@ -216,8 +217,8 @@ def test_how_results_were_measured_is_named(tmp_path: Path) -> None:
 def test_what_is_no_evaluation(content: str, words: list[str], tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ConfigError) as caught:
-        EvalReport.read(tmp_path / "results.json", "--eval-results results.json")
-    assert all(word in str(caught.value) for word in ["--eval-results results.json", *words])
+        EvalReport.read(tmp_path / "results.json")
+    assert all(word in str(caught.value) for word in ["results.json: ", *words])
 
 
 def test_results_beside_the_model_are_shown_if_they_are_its_own_and_causal_ones_first(
@@ -227,7 +228,7 @@ def test_results_beside_the_model_are_shown_if_they_are_its_own_and_causal_ones_
         (model / "eval" / f"{name}.json").write_text(json.dumps(OWN | changes))
 
     def pushed(**options: Any) -> tuple[str, list[str]]:
-        upload = prepare_upload(model, "me/new", **options)
+        upload = prepare_upload(model, "me/new", PushOptions(**options))
         return bytes(upload.files["README.md"]).decode(), upload.warnings
 
     digest = weights_hash(model)
@@ -259,6 +260,7 @@ def test_results_beside_the_model_are_shown_if_they_are_its_own_and_causal_ones_
         ("novels", "a local folder", False),
         ("here/novels", "a local folder", False),
         ("beside/novels", "a local folder", False),
+        ("gone/my--novels", "a local folder", False),  # no valid id, so never in the metadata
         ("models/Small-Q4.gguf", "Small-Q4.gguf (a local file)", False),
         (r"C:\Users\jane\novels", "a local folder", False),
         ("python-stdlib", "Python standard library", False),

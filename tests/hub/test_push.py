@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dtfcli.errors import ConfigError, DTFError, HubError
 from dtfcli.hub.errors import HubAccessError
-from dtfcli.hub.push import PushOptions, push
+from dtfcli.hub.push import push
+from dtfcli.hub.upload import PushOptions
 from tests.conftest import Outcome
 from tests.hub.standin import Fault, Hub
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtfcli.errors import DTFError
-from dtfcli.hub.push import PushOptions, push
+from dtfcli.hub.push import push
+from dtfcli.hub.upload import PushOptions
 from tests.budget import examples
 from tests.hub.standin import Answer, Handler, Hub
 from tests.strangers.damage import DEEP, changed

@@ -60,7 +60,7 @@ def _generation(folder: Path) -> Any:
 
 
 def _evaluation(folder: Path) -> Any:
-    return json.dumps(EvalReport.read(folder / "eval" / "latest.json", str(folder)).to_dict())
+    return json.dumps(EvalReport.read(folder / "eval" / "latest.json").to_dict())
 
 
 def _dry_run(folder: Path) -> Any:
