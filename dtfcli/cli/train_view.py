@@ -13,13 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from dtfcli.cli.render import err, note, warn
-from dtfcli.models.configuration_fields import has_routed_mlps, with_defaults
 
 if TYPE_CHECKING:
     from dtfcli.cost.accounting import Account
     from dtfcli.cost.scaling import Scaling
     from dtfcli.settings import Settings
-    from dtfcli.settings.model import ModelSettings
     from dtfcli.training.events import TrainEvent
     from dtfcli.training.loop import TrainResult
     from dtfcli.training.plan import TrainPlan
@@ -210,7 +208,7 @@ def account_rows(
         steps, tokens, remark = f"{plan.total_steps:,}", _count(plan.total_steps * plan.tokens_per_step), ""
     micro_batches = f"{settings.accumulation_steps(processes)} micro-batches"
     return [
-        *_routing_row(settings.model),
+        *_routing_row(account),
         ("parameters", _count(account.parameters), f"{account.parameters:,}"),
         ("new", _count(account.new_parameters), "what routing adds"),
         ("trainable", _count(account.trainable_parameters), f"{account.trainable_parameters:,}"),
@@ -223,17 +221,13 @@ def account_rows(
     ]
 
 
-def _routing_row(model: "ModelSettings") -> list[tuple[str, str, str]]:
-    """γ and the way of choosing, which a preset may leave to their defaults; nothing for a dense model."""
-    if model.architecture == "dense":
+def _routing_row(account: "Account") -> list[tuple[str, str, str]]:
+    """γ and the way of choosing; nothing for a dense model."""
+    if account.capacity is None:
         return []
-    given = with_defaults({"architecture": model.architecture, **model.routing_fields()})
-    capacity, score = given["capacity"], given["score"]
-    entities = "layers" if model.architecture == "layerdrop" else "tokens"
-    remark = f"{entities} are chosen by {score if model.architecture == 'dtf' else model.architecture}"
-    if "capacity" not in model.routing_fields() and has_routed_mlps(given):
-        return [("capacity γ", "–", f"what saves 10 % of a forward pass; {remark}")]
-    return [("capacity γ", "by layer" if isinstance(capacity, list) else f"{capacity:g}", remark)]
+    capacity = "by layer" if isinstance(account.capacity, list) else f"{account.capacity:.3g}"
+    entities = "layers" if account.way == "layerdrop" else "tokens"
+    return [("capacity γ", capacity, f"{entities} are chosen by {account.way}")]
 
 
 def scaling_rows(scaling: "Scaling") -> list[tuple[str, str, str]]:

@@ -44,6 +44,8 @@ class Account:
         flops_per_token: of a forward pass.
         share_of_dense: `flops_per_token` over that of the dense backbone.
         training_bytes: estimate of the peak while training.
+        capacity: γ, one number or one for each routed layer; None: a dense model.
+        way: how tokens are chosen, a name in `WAYS`; empty: a dense model.
     """
 
     parameters: int
@@ -52,6 +54,8 @@ class Account:
     flops_per_token: float
     share_of_dense: float
     training_bytes: int
+    capacity: float | list[float] | None
+    way: str
 
 
 def describe(
@@ -86,6 +90,8 @@ def describe(
         training_bytes=_training_bytes(model, seq_len, micro_batch_size, BYTES[dtype], checkpointing)
         + (BYTES[dtype] * sum(p.numel() for name, p in named if not is_added(name)) if parent else 0)
         - (int(sum(nf4_savings(model, BYTES[dtype]))) if nf4 else 0),
+        capacity=getattr(model.config, "capacity", None),
+        way=getattr(model.config, "way", ""),
     )
 
 
