@@ -123,12 +123,18 @@ def scores(args: argparse.Namespace, model: str, file: Path) -> dict[str, Any]:
     return json.loads(file.read_text("utf-8"))["results"]
 
 
+def accuracy(results: dict[str, Any], task: str) -> float:
+    """Of one benchmark."""
+    value: float = results[task]["metrics"]["acc"]["value"]
+    return value
+
+
 def kept(dense: dict[str, Any], routed: dict[str, Any]) -> dict[str, float]:
     """The share of dense's accuracy above chance, by benchmark, and their mean."""
     found = {
-        task: (routed[task]["acc,none"] - chance) / (dense[task]["acc,none"] - chance)
+        task: (accuracy(routed, task) - chance) / (accuracy(dense, task) - chance)
         for task, chance in TASKS.items()
-        if dense[task]["acc,none"] > chance
+        if accuracy(dense, task) > chance
     }
     return found | {"mean": sum(found.values()) / len(found)}
 

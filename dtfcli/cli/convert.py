@@ -1,4 +1,4 @@
-"""`dtf convert`: a dense model → a routed one, without training, and what each saving costs."""
+"""`dtf convert`: a dense model → a routed one, and what each saving costs."""
 
 import re
 from pathlib import Path

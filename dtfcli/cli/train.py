@@ -3,7 +3,7 @@
 import os
 import sys
 from dataclasses import asdict
-from json import dumps as quoted
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,7 +120,7 @@ def train(
     from dtfcli.settings import load_settings
 
     preset, overrides = options.split_preset(arguments)
-    overrides = [*_base_and_text(base, text), *overrides]
+    overrides = [*overrides, *_base_and_text(base, text, overrides)]
     overrides += ["model.trust_remote_code=true"] if trust_remote_code else []
     settings = load_settings(preset, overrides, config)
     if dry_run:
@@ -139,18 +139,19 @@ def train(
     _train(settings, None, None if changed else preset, rename=chosen is None, json=json)
 
 
-def _base_and_text(base: str, text: str) -> list[str]:
-    """--base and --text as settings."""
-    overrides = [f"model.base={quoted(base)}"] if base else []
-    if text:
-        from dtfcli.settings.data import Source
+def _base_and_text(base: str, text: str, overrides: list[str]) -> list[str]:
+    """--base and --text as settings; a data set on the Hub is read while training."""
+    from dtfcli.settings.data import Source
 
-        source = Source.named(text)
-        on_hub = not (Path(text).exists() or text == "python-stdlib")
-        overrides.append(
-            f"data.sources=[{{path={quoted(source.path)}, name={quoted(source.name)}, streaming={quoted(on_hub)}}}]"
-        )
-    return overrides
+    for option, given, key in (("--base", base, "model.base"), ("--text", text, "data.sources")):
+        if given and any(item.startswith((f"{key}=", f"{key}[", f"{key}.")) for item in overrides):
+            raise ConfigError(f"{option} and {key}=… say the same; give one of them.")
+    here = Path(text).exists() or text == "python-stdlib"
+    sources = [Source.named(text, streaming=not here).model_dump(exclude_none=True)] if text else []
+    return [
+        *([f"model.base={dumps(base, ensure_ascii=False)}"] if base else []),
+        *([f"data.sources={dumps(sources, ensure_ascii=False)}"] if text else []),
+    ]
 
 
 def _launched(settings: "Settings", processes: int | None) -> bool:

@@ -173,7 +173,8 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
     for name, figure, remark in rows:
         err.print(f"{name:<16} [bold]{figure:>6}[/]  [dim]{remark}[/]")
     longest = sorted(result.seconds.items(), key=lambda phase: -phase[1])
-    note("Time: " + ", ".join(f"{name.lower()} {seconds:.0f} s" for name, seconds in longest if seconds >= 1))
+    if shown := [f"{name} {seconds:.0f} s" for name, seconds in longest if seconds >= 1]:
+        note(f"Time: {', '.join(shown)}")
     note(f"Curves: {result.run_dir / 'curves.png'}")
     if result.evaluation is not None:
         note(f"Benchmarks: {result.evaluation}")

@@ -1,4 +1,4 @@
-"""The conversion: open, route, read, fit, measure, save."""
+"""The conversion: open, route, read, fit, recover if asked, measure, save."""
 
 import importlib.metadata
 import math
@@ -7,15 +7,15 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from dtfcli.conversion.dial import LEAST, SAVINGS, capacity_for, saved_share
 from dtfcli.conversion.measure import Compared, autocast, compare, decoding_times
-from dtfcli.conversion.recover import recover, recovery_folder
+from dtfcli.conversion.recover import Recovery
 from dtfcli.conversion.report import ConversionReport, Part, Point, write_report
 from dtfcli.conversion.text import ConversionText, read_text
 from dtfcli.cost.peak import reset_resident_peak, resident
@@ -27,6 +27,7 @@ from dtfcli.loading.source import ModelSource
 from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.models.conversion import convert, route_mlps, unfit_layers
 from dtfcli.models.mlp_fitting import fit_routing
+from dtfcli.models.mlp_survey import rank_layers
 from dtfcli.models.modeling_routed_mlp import decoder_layers
 from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import replaced_folder
@@ -78,7 +79,8 @@ def convert_model(
         DTFError: the folder cannot be written, or the model computes no finite numbers.
     """
     _check_folder(folder)
-    work = recovery_folder(folder) if options.recover else None
+    asked = asdict(options) | {"model": _name(source), "loading": {name: str(x) for name, x in options.loading.items()}}
+    recovery = Recovery(folder, asked) if options.recover else None
     costs = _Costs(on_progress)
     with costs.part("Opening the model"):
         dense, tokenizer, saved_dtype = _open(source, options)
@@ -89,18 +91,46 @@ def convert_model(
         text = read_text(options.text, tokenizer, dense.config, options.seed, options.recover)
     dial = _Dial(dense, model, text, costs)
     dial.choose_capacity(options)
-    before, (chosen, points) = None, _fitted_and_measured(model, text, dial, options)
-    if work is not None:
-        before = chosen
+    before = None
+    if recovery is None:
+        chosen, points = _fitted_and_measured(model, text, dial, options)
+    else:
+        with costs.part("Fitting"):
+            _fit(model, text, dial.dtype, on_progress)
+        before = dial.measure_chosen()
         with costs.part("Recovering"):
-            model = dial.model = recover(model, tokenizer, text.recover, work, options.seed, on_progress)
+            model = dial.model = recovery.recover(model, tokenizer, text.excerpts, options.recover, on_progress)
         chosen, points = dial.measure(options)
-    report = ConversionReport(
-        model=_name(source),
+    results = _Results(before, chosen, points)
+    report = _report(_name(source), options, dial, results, stays_dense)
+    with costs.part("Saving"), quiet_libraries(), replaced_folder(folder, "choose another folder") as partial:
+        _cast(model, saved_dtype)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_report(report, partial)
+    if recovery is not None:
+        recovery.remove()
+    return report
+
+
+class _Results(NamedTuple):
+    """The measured points."""
+
+    before: Point | None
+    chosen: Point
+    dial: list[Point]
+
+
+def _report(
+    name: str, options: ConversionOptions, dial: "_Dial", results: _Results, stays_dense: dict[int, str]
+) -> ConversionReport:
+    model, text = dial.model, dial.text
+    return ConversionReport(
+        model=name,
         to=options.to,
-        chosen=chosen,
-        before=before,
-        dial=points,
+        chosen=results.chosen,
+        before=results.before,
+        dial=results.dial,
         out_of_reach=[saving for saving in SAVINGS if capacity_for(model, saving) is None],
         largest_saving=saved_share(model, LEAST),
         dense_loss=dial.dense_loss,
@@ -111,22 +141,18 @@ def convert_model(
             "documents": text.documents,
             "fit_tokens": text.fit.tokens,
             "measure_tokens": text.measure.tokens,
-            "recover_tokens": text.recover.tokens,
+            "recover_tokens": options.recover,
         },
         seed=options.seed,
-        weights_bytes=_bytes(dense),
-        added_bytes=_bytes(model) - _bytes(dense),
+        weights_bytes=_bytes(dial.dense),
+        added_bytes=_bytes(model) - _bytes(dial.dense),
         precision=str(dial.dtype).removeprefix("torch."),
-        parts=costs.parts,
-        remarks=[remark for remark in (text.remark, _UNTRAINED if options.to == "mod" else "") if remark],
+        parts=dial.costs.parts,
+        remarks=[
+            remark for remark in (text.remark, "" if options.to != "mod" or options.recover else _UNTRAINED) if remark
+        ],
         versions={name: importlib.metadata.version(name) for name in ("dtfcli", "torch", "transformers")},
     )
-    with costs.part("Saving"), quiet_libraries(), replaced_folder(folder, "choose another folder") as partial:
-        _cast(model, saved_dtype)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_report(report, partial)
-    return report
 
 
 def _fitted_and_measured(
@@ -233,6 +259,9 @@ def _fit(model: Any, text: ConversionText, dtype: torch.dtype, on_progress: OnPr
             model.calibrate([{"input_ids": part} for part in rows.split(8)])
             return
         try:
+            if model.config.architecture == "layerdrop":  # an honest control leaves out the cheapest
+                model.config.layer_order = rank_layers(model, [{"input_ids": text.fit.ids}])
+                model.set_routing()
             fit_routing(
                 model,
                 [{"input_ids": text.fit.ids}],
@@ -246,7 +275,7 @@ class _Dial:
     """Measures points, and chooses one."""
 
     def __init__(self, dense: Any, model: Any, text: ConversionText, costs: _Costs) -> None:
-        self.dense, self.model, self.rows, self.costs = dense, model, text.measure, costs
+        self.dense, self.model, self.text, self.rows, self.costs = dense, model, text, text.measure, costs
         self.length = self.rows.ids.shape[1]
         self.dtype = compute_dtype("auto", dense.device)
         self.dense_loss = float("nan")
@@ -271,6 +300,12 @@ class _Dial:
         """Make it the model's own γ."""
         self.capacity = self.model.config.capacity = capacity
         self.model.set_routing("threshold")
+
+    def measure_chosen(self) -> Point:
+        """The chosen point on all rows."""
+        found = self._compare({self.capacity: len(self.rows.ids)})
+        times = decoding_times(self.dense, self.model, self.rows, [self.capacity])
+        return self._point(self.capacity, found[self.capacity], times[self.capacity])
 
     def measure(self, options: ConversionOptions) -> tuple[Point, list[Point]]:
         """The chosen point on all rows, and the dial on some.

@@ -30,12 +30,12 @@ from dtfcli.settings.data import Source
 DEFAULT_TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
 LENGTH = 256
 """Tokens of a row."""
-RECOVERY_LENGTH = 512
-"""The same in a recovery."""
 FIT_TOKENS, MEASURE_TOKENS = 20_000, 8_000
 _FIT_PER_UNIT, _LEAST_PER_UNIT = 56, 8
 """Tokens to fit for each unit of the hidden size, where that is more: wanted, and at least."""
 _LEAST_ROWS = 4
+_EXCERPT = 8192
+"""Characters of a stretch of text that a recovery reads."""
 _CHARACTERS = 8
 """Of a token, at most, in nearly all text."""
 _OURS = "data.sources[0]"
@@ -66,7 +66,7 @@ class ConversionText:
     Attributes:
         name: as the user gave it; of a file or folder without its place.
         fit, measure: rows of different documents.
-        recover: more rows, longer ones, of the documents that are not measured; none if no recovery is asked for.
+        excerpts: of the documents that are not measured, for a recovery; none if none is asked for.
         documents: read, of all rows.
         remark: what a reader of the report should know; empty: nothing.
     """
@@ -74,7 +74,7 @@ class ConversionText:
     name: str
     fit: Rows
     measure: Rows
-    recover: Rows
+    excerpts: list[str]
     documents: int
     remark: str
 
@@ -92,8 +92,7 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover:
     Raises:
         DataError, ConfigError: it cannot be read, or is too short.
     """
-    longest = getattr(config, "max_position_embeddings", None) or RECOVERY_LENGTH
-    length, recovery_length = min(LENGTH, longest), min(RECOVERY_LENGTH, longest)
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     wanted = (max(FIT_TOKENS, _FIT_PER_UNIT * config.hidden_size), MEASURE_TOKENS)
     with _in_words(name):
         source = Source.named(name or DEFAULT_TEXT, streaming=True)
@@ -120,11 +119,11 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover:
         )
     if fit.tokens < wanted[0]:
         remark += f" {fit.tokens:,} tokens to fit are few for this model: {wanted[0]:,} were wanted."
-    learned = _Cutter(tokenizer, recovery_length, seed + 1).rows(sides[0], recover // recovery_length)
-    if learned.tokens < 0.9 * recover:
-        remark += f" {learned.tokens:,} tokens were there to recover with; {recover:,} were wanted."
+    excerpts = _excerpts(sides[0], recover * _CHARACTERS, seed)
+    if sum(map(len, excerpts)) < 2 * recover:
+        remark += " The recovery read its text more than once; give more."
     return ConversionText(
-        Path(shown).name if Path(shown).exists() else shown, fit, measure, learned, len(set(digests)), remark.strip()
+        Path(shown).name if Path(shown).exists() else shown, fit, measure, excerpts, len(set(digests)), remark.strip()
     )
 
 
@@ -152,6 +151,30 @@ def _some_documents(reader: SourceReader, tokens: int, seed: int) -> tuple[list[
 
 
 _END = object()
+
+
+def _excerpts(texts: Sequence[str], characters: int, seed: int) -> list[str]:
+    """Stretches of texts in random order, short texts whole, with so many characters; as few as possible of each."""
+    quota, random, longest = 1, np.random.RandomState(seed), max(map(len, texts), default=0)
+    found: list[str] = []
+    while characters and sum(map(len, found)) < characters:
+        found = [part for text in texts for part in _stretches(text, quota, _EXCERPT, random)]
+        if quota * _EXCERPT >= longest:
+            break
+        quota *= 2
+    return [found[place] for place in random.permutation(len(found))]
+
+
+def _stretches(text: str, quota: int, room: int, random: np.random.RandomState) -> Iterator[str]:
+    """Of a long text one stretch from each of `quota` equal parts, each from the beginning of a word; a short one."""
+    if len(text) <= quota * room:
+        yield text
+        return
+    part = (len(text) - room) / quota
+    for number in range(quota):
+        start = int((number + random.random_sample()) * part)
+        space = text.find(" ", start, start + room // 4)
+        yield text[max(start, space) : start + room]
 
 
 class _Cutter:
@@ -183,7 +206,7 @@ class _Cutter:
         pending: list[int] = []
         for unit, text in enumerate(texts):
             if len(text) > quota * room:
-                for ids in self._encode(list(self._windows(text, quota, room))):
+                for ids in self._encode(list(_stretches(text, quota, room, self._random))):
                     if len(ids) >= self._body:
                         yield unit, ids[: self._body]
                 continue
@@ -195,14 +218,6 @@ class _Cutter:
             if len(pending) >= self._body:
                 yield unit, pending[: self._body]
                 pending = []
-
-    def _windows(self, text: str, quota: int, room: int) -> Iterator[str]:
-        """Stretches of a text, one from each of `quota` equal parts, each from the beginning of a word."""
-        part = (len(text) - room) / quota
-        for number in range(quota):
-            start = int((number + self._random.random_sample()) * part)
-            space = text.find(" ", start, start + room // 4)
-            yield text[max(start, space) : start + room]
 
 
 @contextmanager

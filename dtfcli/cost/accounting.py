@@ -132,7 +132,7 @@ def forward_flops_per_token(
     for layer in range(config.num_hidden_layers):
         share = shares.get(layer, 1.0)
         if getattr(config, "routed_part", "block") != "mlp":
-            flops += attention * share * (1.0 if _every_key(config) else share)
+            flops += attention * share * (1.0 if getattr(config, "keeps_every_key", False) else share)
         else:
             flops += attention
     return flops + sum(each for _, each in _matrix_flops(model, shares, dense, training))
@@ -158,7 +158,7 @@ def training_step_flops(model: Any, seq_len: int, measured: Mapping[int, float] 
     flops -= sum(each for parameter, each in matrices if not parameter.requires_grad)
     if not model.lm_head.weight.requires_grad:
         flops -= 2.0 * model.config.vocab_size * model.config.hidden_size
-    if _every_key(model.config):
+    if getattr(model.config, "keeps_every_key", False):
         for layer, share in shares.items():
             attention = model.model.layers[layer].self_attn
             for weight in (attention.k_proj.weight, attention.v_proj.weight):
@@ -196,11 +196,6 @@ def in_routed_part(config: Any, name: str) -> bool:
     return not is_added(name) and (".mlp." in name or getattr(config, "routed_part", "block") != "mlp")
 
 
-def _every_key(config: Any) -> bool:
-    """Whether keys and values are computed for all tokens, and again for the routed ones."""
-    return getattr(config, "keeps_every_key", False)
-
-
 def _matrix_flops(
     model: Any, shares: Mapping[int, float], dense: bool = False, training: bool = False
 ) -> Iterator[tuple[nn.Parameter, float]]:
@@ -221,7 +216,7 @@ def _matrix_flops(
                 yield parameter, 2.0 * met_numbers(model, name, parameter) * skipping
         elif parameter.ndim == 2:
             share = shares.get(layer, 1.0) if in_routed_part(config, name) else 1.0
-            if _every_key(config) and layer in shares and ("k_proj" in name or "v_proj" in name):
+            if getattr(config, "keeps_every_key", False) and layer in shares and ("k_proj" in name or "v_proj" in name):
                 share += 1.0  # keys and values of all tokens, and again of the routed ones
             yield parameter, 2.0 * numel(parameter) * share
         elif parameter.ndim == 3:

@@ -126,6 +126,7 @@ def prepare_upload(
         CheckpointError: the model is missing, incomplete, not a folder, or holds what must not be published.
         ConfigError: the evaluation cannot be used, or there is nothing to merge.
     """
+    assert scratch is not None or not options.merge, "a merged model needs a folder"
     source = _open(model_folder(model), scratch if options.merge else None, on_progress)
     files = _files(source)
     on_progress("hashing the weights")

@@ -177,8 +177,8 @@ def way_of(values: Mapping[str, Any]) -> str:
 
 
 def has_routed_mlps(values: Mapping[str, Any]) -> bool:
-    """Whether models of these values are stock ones with routed MLPs."""
-    return values.get("routed_part") == "mlp"
+    """Whether models of these values are stock ones with routed MLPs; MoD routes blocks, whatever the part is."""
+    return values.get("routed_part") == "mlp" and values.get("architecture") != "mod"
 
 
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,6 +214,8 @@ def unread_fields(values: Mapping[str, Any]) -> dict[str, str]:
         unread |= dict.fromkeys((*_OF_TOKENS, "gate", "mod_gate"), "model.routed_part is mlp: a token enters by itself")
         learns = "model.routed_part is mlp: forecasts learn from the language model's loss alone"
         return unread | dict.fromkeys(("explore", "forecast_loss_weight"), learns)
+    if way.architecture == "mod":
+        unread["routed_part"] = "model.architecture is mod, which routes blocks"
     return unread | dict.fromkeys(
         ("forecast_maps", "forecast_width"), "model.routed_part is block: one map is its forecast"
     )
@@ -338,8 +340,9 @@ def check_fields(values: Mapping[str, Any], num_layers: int | None = None) -> No
     chosen = with_defaults(values)
     for name, value in chosen.items():
         check_field(name, value)
+    part, of_blocks = chosen["routed_part"], chosen["architecture"] == "mod"
+    _require(part == "block" or not of_blocks, "routed_part", part, "mod routes whole blocks; leave it out")
     if has_routed_mlps(chosen):
-        _require(chosen["architecture"] != "mod", "routed_part", "mlp", "mod routes whole blocks; leave it out")
         for name, needed in (("score", "forecast_error"), ("bypass", "forecast"), ("routing", "threshold")):
             _require(chosen[name] == needed, name, chosen[name], f"routed MLPs take {needed!r} alone; leave it out")
     _require(

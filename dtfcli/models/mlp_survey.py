@@ -108,29 +108,38 @@ def survey(model: Any, text: Text, effects: Mapping[int, Effect]) -> dict[int, T
 
     Every token enters here. A forecast off by e_t raises the loss by about E[(g_t · e_t)²] / 2, an expectation over
     g. Its estimate, ln ‖e_t‖² + ln E‖g‖² and a constant, has one unit in all layers. One threshold for all of them
-    together says which share of the tokens enters each: its γ at the model's γ. `layerdrop` keeps the layers whose
-    estimates are the largest, unless its `layer_order` names others.
+    together says which share of the tokens enters each: its γ at the model's γ.
     """
-    mlps, rough, costs = routed_mlps(model), dict[int, Tensor](), dict[int, Tensor]()
-    if not mlps:
-        return rough
-    text, chooses_layers = text.some(max(_SURVEYED, 2 * model.config.hidden_size)), model.config.way == "layerdrop"
-    for mlp in mlps.values() if chooses_layers else ():
-        mlp.capacity = 0.0  # what a layer would cost that no token enters
-    for layer, (x, y) in _activations(model, text).items():
-        rough[layer], cost = _survey_mlp(mlps[layer], x.float(), y.float(), effects[layer])
-        costs[layer] = cost + (effects[layer].square + TINY).log()
-    if chooses_layers:
-        if model.config.layer_order == "spread":
-            model.config.layer_order = sorted(costs, key=lambda layer: float(costs[layer].exp().mean()), reverse=True)
-        model.set_routing(capacity=model.capacity_override)
-    if model.config.architecture == "dtf" and not isinstance(model.config.capacity, list):
+    mlps = routed_mlps(model)
+    rough, costs = _surveyed(model, text, effects)
+    if mlps and model.config.architecture == "dtf" and not isinstance(model.config.capacity, list):
         together = torch.cat(list(costs.values())).sort(descending=True).values
         for place in range(1, GRID):
             threshold = together[round(place / GRID * len(together))]
             for layer, cost in costs.items():
                 mlps[layer].router.shares[place] = (cost > threshold).float().mean()
     return rough
+
+
+def _surveyed(model: Any, text: Text, effects: Mapping[int, Effect]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Rough scores, float32 [D], and the costs that they predict, float32 [N], by layer; neurons are chosen."""
+    mlps, rough, costs = routed_mlps(model), dict[int, Tensor](), dict[int, Tensor]()
+    if not mlps:
+        return rough, costs
+    for layer, (x, y) in _activations(model, text.some(max(_SURVEYED, 2 * model.config.hidden_size))).items():
+        rough[layer], cost = _survey_mlp(mlps[layer], x.float(), y.float(), effects[layer])
+        costs[layer] = cost + (effects[layer].square + TINY).log()
+    return rough, costs
+
+
+def rank_layers(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> list[int]:
+    """Routed layers, the one first that costs most if no token enters its MLP: an order for `layerdrop`."""
+    text = Text.of(batches)
+    for mlp in routed_mlps(model).values():
+        mlp.capacity = 0.0  # so the forecast is fitted to all tokens
+    _, costs = _surveyed(model, text, measure_effects(model, text))
+    model.set_routing(capacity=model.capacity_override)
+    return sorted(costs, key=lambda layer: float(costs[layer].exp().mean()), reverse=True)
 
 
 def _survey_mlp(mlp: RoutedMLP, x: Tensor, y: Tensor, effect: Effect) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ ROUTING_NAMES = tuple(f.name for f in fields(RoutingFields) if f.name != "archit
 
 _SWITCHED = {
     "lora": ("r", "alpha", "dropout", "targets", "quantize", "merge"),
-    "distill": ("weight", "temperature", "hidden_weight"),
+    "distill": ("weight", "lm_weight", "temperature", "hidden_weight"),
     "logging.wandb": ("project",),
 }
 """Groups with a switch, `enabled`, and the keys that are read only while it is on."""
@@ -64,8 +64,6 @@ def _unread_of_model(model: Mapping[str, Any]) -> dict[str, str]:
     if mlps:
         reason = "model.routed_part is mlp: scores are fitted, and training routes by threshold at model.capacity"
         unread |= dict.fromkeys(_NO_BLOCKS, reason)
-    if architecture == "mod" and model.get("routed_part") == "mlp":
-        unread["model.routed_part"] = "model.architecture is mod, which routes blocks"
     return unread
 
 

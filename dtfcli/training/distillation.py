@@ -1,7 +1,7 @@
 """Distillation from the dense parent: the divergence from the predictions of the base before it was routed.
 
-Logits of neither model are ever whole: as in the language-model loss, a few rows are formed, compared, turned into
-gradients and dropped. Shapes: N tokens with a target, D hidden size, V vocabulary.
+Logits of backbones that we know are never whole: as in the language-model loss, a few rows are formed, compared,
+turned into gradients and dropped. Shapes: N tokens with a target, D hidden size, V vocabulary.
 """
 
 import copy
@@ -24,7 +24,7 @@ class Distilled(NamedTuple):
     """What one micro-batch gives; sums over its targets, divided by the targets of the whole step."""
 
     loss: Tensor
-    """The term to add to the loss: the next three, weighted."""
+    """The next three, weighted."""
     lm_loss: Tensor
     """Next-token cross-entropy, nats."""
     divergence: Tensor

@@ -36,7 +36,7 @@ class PhaseTimes:
     """A listener that notes how long each phase takes, and passes events on.
 
     Attributes:
-        seconds: by the phase's message; of the first one from the beginning.
+        seconds: by the phase's message; "Starting" is the time before the first phase.
     """
 
     def __init__(self, listener: TrainListener) -> None:

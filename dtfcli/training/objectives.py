@@ -1,7 +1,7 @@
 """The losses of a training step, the same for routed and dense models.
 
 The wrapper is the module that `accelerate` prepares: one forward gives every loss, so that autocast, gradient reduction
-and sharding cover all of them. Logits over the vocabulary are never held whole.
+and sharding cover all of them. Logits of backbones that we know are never held whole.
 """
 
 from contextlib import nullcontext
@@ -74,7 +74,7 @@ class Objective(nn.Module):
 
     def _keep_last_hidden(self, module: nn.Module, arguments: Any, output: Any) -> None:
         """A model routed by blocks does not return the input of its head."""
-        self._last_hidden = output.last_hidden_state
+        self._last_hidden = output.last_hidden_state if self.training else None
 
     def forward(
         self, input_ids: Tensor, targets: float, output_routing: bool = False, labels: Tensor | None = None
@@ -100,7 +100,8 @@ class Objective(nn.Module):
             )
             losses = Losses(output.loss, output.lm_loss, output.prior_loss, output.router_loss, output.forecast_loss)
             records, last_hidden, self._last_hidden = output.routing, self._last_hidden, None
-            if taught is not None and last_hidden is not None:
+            if taught is not None:
+                assert last_hidden is not None, "the hook has seen it"
                 learned = taught(last_hidden, self.model.lm_head.weight, input_ids, labels, targets, lm_weight=0.0)
                 rest = output.loss + (taught.settings.lm_weight - 1.0) * output.lm_loss
                 losses = losses._replace(

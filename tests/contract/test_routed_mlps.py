@@ -13,6 +13,7 @@ from dtfcli.models import savings
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.conversion import route_mlps
 from dtfcli.models.mlp_fitting import fit_routing
+from dtfcli.models.mlp_survey import rank_layers
 from dtfcli.models.modeling_routed_mlp import interpolated, routed_mlps
 from tests.tiny import SHAPE, tokens
 
@@ -138,7 +139,7 @@ def test_back_to_the_dense_model() -> None:
 
 @torch.no_grad()
 def test_controls() -> None:
-    """A random score stays as it was drawn; layerdrop leaves out whole MLPs: the cheapest, or in an order."""
+    """A random score stays as it was drawn; layerdrop leaves out whole MLPs, in the order asked for."""
     dense, ids = dense_model("llama"), tokens(400, 20)
     fields: dict[str, Any] = {"routed_part": "mlp", "routed_layers": [1, 2, 3, 4]}
     model: Any = dtfcli.convert(dense, "random", 0.6, **fields)
@@ -150,11 +151,13 @@ def test_controls() -> None:
         model(ids)
     assert all(record.selected.float().mean() == pytest.approx(0.6, abs=0.05) for record in records)
     model = dtfcli.convert(dense, "layerdrop", 0.5, **fields)
-    fit_routing(model, [{"input_ids": ids}])
-    order, capacities = model.config.layer_order, model.config.layer_capacities()
-    assert sorted(order) == [1, 2, 3, 4]  # the survey's
-    assert {layer for layer, share in capacities.items() if share} == {*order[:2]}
-    assert {mlp.layer_idx: mlp.capacity for mlp in routed_mlps(model).values()} == capacities
+    before = {mlp.layer_idx: mlp.capacity for mlp in routed_mlps(model).values()}
+    torch.nn.init.zeros_(model.model.layers[3].mlp.down_proj.weight)  # costs nothing to leave out
+    order = rank_layers(model, [{"input_ids": ids}])
+    assert sorted(order) == [1, 2, 3, 4]
+    assert order[-1] == 3
+    assert {mlp.layer_idx: mlp.capacity for mlp in routed_mlps(model).values()} == before
+    dense = dense_model("llama")
     model = dtfcli.convert(dense, "layerdrop", 0.5, layer_order=[3, 1, 2, 4], **fields)
     fit_routing(model, [{"input_ids": ids}])
     with model.recorded() as records:

@@ -17,6 +17,7 @@ from dtfcli.data.documents import Document
 from dtfcli.data.tokenizer import train_tokenizer
 from dtfcli.loading.load import load_model
 from dtfcli.statistics import Difference
+from dtfcli.training import loop
 from tests.conftest import Outcome
 from tests.tiny import SHAPE, dense_model
 
@@ -113,7 +114,7 @@ def test_recovery_brings_the_model_nearer_to_dense(
     outcome = dtf("convert", str(work / "dense"), "-o", str(out), *options)
     assert outcome.code == 0, outcome
     report = json.loads(outcome.stdout)
-    assert report["text"]["recover_tokens"] == 40_000 // 512 * 512
+    assert report["text"]["recover_tokens"] == 40_000
     assert report["chosen"]["capacity"] == report["before"]["capacity"]
     assert report["chosen"]["kl"] < 0.9 * report["before"]["kl"]
     assert "of recovery" in report["sentence"]
@@ -121,6 +122,34 @@ def test_recovery_brings_the_model_nearer_to_dense(
     assert list(tmp_path.iterdir()) == [out]
     names = {name for name, _ in load_model(out).named_parameters()}
     assert names == {name for name, _ in load_model(converted).named_parameters()}
+
+
+def test_a_stopped_recovery_goes_on(
+    dtf: Callable[..., Outcome], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command, from the last checkpoint; another command is refused, and nothing is lost."""
+    seen: list[int] = []
+
+    def stopping(run: Any) -> dict[str, Any]:
+        seen.append(run.state.step)
+        if len(seen) == 5:
+            raise loop.StopRequested
+        return loop_step(run)
+
+    loop_step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", stopping)
+    out, left = tmp_path / "out", tmp_path / "out-recovery"
+    command = ["convert", str(work / "dense"), "-o", str(out), "--recover", "20k", "--text", str(work / "text.jsonl")]
+    stopped = dtf(*command)
+    assert stopped.code == 130
+    assert "same command goes on" in stopped.stderr
+    assert [*tmp_path.iterdir()] == [left]
+    other = dtf(*command, "--save", "5%")
+    assert other.code == 2
+    assert "of another conversion" in other.stderr
+    assert dtf(*command).code == 0
+    assert seen == [0, 1, 2, 3, 4, *range(4, 20_000 // 2048)]
+    assert [*tmp_path.iterdir()] == [out]
 
 
 @pytest.mark.parametrize(
