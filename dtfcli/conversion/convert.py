@@ -100,6 +100,8 @@ def convert_model(
         before = dial.measure_chosen()
         with costs.part("Recovering"):
             model = dial.model = recovery.recover(model, tokenizer, text.excerpts, options.recover, on_progress)
+        with costs.part("Fitting scores again"):  # to text of the kind that is measured
+            _fit(model, text, dial.dtype, on_progress, forecasts=False)
         chosen, points = dial.measure(options)
     results = _Results(before, chosen, points)
     report = _report(_name(source), options, dial, results, stays_dense)
@@ -251,21 +253,24 @@ def _route(dense: Any, options: ConversionOptions) -> tuple[Any, dict[int, str]]
     return model, {layer: unfit[layer] for layer in wanted if layer not in model.routed_layers}
 
 
-def _fit(model: Any, text: ConversionText, dtype: torch.dtype, on_progress: OnProgress) -> None:
-    """Forecasts, scores and thresholds; of a model that routes blocks the thresholds alone."""
+def _fit(
+    model: Any, text: ConversionText, dtype: torch.dtype, on_progress: OnProgress, *, forecasts: bool = True
+) -> None:
+    """Scores and thresholds, and forecasts if they are not to stay; of a model that routes blocks thresholds alone."""
     with torch.no_grad(), autocast(model.device, dtype):
         if model.config.routed_part != "mlp":
             rows = text.fit.ids[: max(1, _CALIBRATION_TOKENS // text.fit.ids.shape[1])]
             model.calibrate([{"input_ids": part} for part in rows.split(8)])
             return
         try:
-            if model.config.architecture == "layerdrop":  # an honest control leaves out the cheapest
+            if model.config.architecture == "layerdrop" and forecasts:  # an honest control leaves out the cheapest
                 model.config.layer_order = rank_layers(model, [{"input_ids": text.fit.ids}])
                 model.set_routing()
             fit_routing(
                 model,
                 [{"input_ids": text.fit.ids}],
                 lambda done, layers: on_progress("Fitting", done / layers),
+                forecasts=forecasts,
             )
         except ValueError as error:
             raise DTFError(f"{error}.") from error
