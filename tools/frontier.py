@@ -23,12 +23,14 @@ from matplotlib.figure import Figure
 
 from dtfcli.conversion.dial import saved_share
 from dtfcli.conversion.measure import compare
-from dtfcli.conversion.text import read_text
+from dtfcli.conversion.text import Rows, read_text
 from dtfcli.loading.devices import compute_dtype
 from dtfcli.loading.load import load_model, load_tokenizer
 
 TASKS = {"hellaswag": 0.25, "arc_easy": 0.25, "arc_challenge": 0.25, "sciq": 0.25, "winogrande": 0.5}
 """Benchmarks, and what guessing scores."""
+MEASURED = 48
+"""Rows of another text."""
 COLORS = {"dtf": "#1f4e9c", "layerdrop": "#d9822b", "random": "#6a655c"}
 
 
@@ -107,7 +109,8 @@ def measured(dense_name: str, folder: Path, text: str) -> dict[str, float | None
     """A row's model next to dense on another text."""
     dense = load_model(dense_name)
     model: Any = load_model(folder)
-    rows = read_text(text, load_tokenizer(folder), model.config, 42).measure
+    rows = read_text(text, load_tokenizer(folder), model.config, 42).fit  # all of this text is new to the model
+    rows = Rows(rows.ids[:MEASURED], rows.units[:MEASURED])
     dtype = compute_dtype("auto", dense.device)
     found = compare(dense, model, rows, {model.capacity: len(rows.ids)}, dtype, lambda share: None)[0]
     each = found[model.capacity]
