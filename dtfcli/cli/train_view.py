@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from dtfcli.cli.render import err, note, warn
+from dtfcli.runs.folder import MERGED_MODEL
 
 if TYPE_CHECKING:
     from dtfcli.cost.accounting import Account
@@ -183,7 +184,8 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
     err.print("\nA sample, its prompt in bold:", style="dim")
     err.print(Text(result.prompt, style="bold").append(result.sample, style="not bold"))
     err.print("\nNext:", style="dim")
-    for command in next_commands(result.final_model_path, settings, preset):
+    merged = result.run_dir / MERGED_MODEL
+    for command in next_commands(merged if merged.exists() else result.final_model_path, settings, preset):
         err.print(f"  {command}", markup=False, soft_wrap=True)
 
 
