@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from dtfcli.cli.render import err, note, warn
-from dtfcli.runs.folder import MERGED_MODEL
 
 if TYPE_CHECKING:
     from dtfcli.cost.accounting import Account
@@ -184,6 +183,8 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
     err.print("\nA sample, its prompt in bold:", style="dim")
     err.print(Text(result.prompt, style="bold").append(result.sample, style="not bold"))
     err.print("\nNext:", style="dim")
+    from dtfcli.runs.folder import MERGED_MODEL
+
     merged = result.run_dir / MERGED_MODEL
     for command in next_commands(merged if merged.exists() else result.final_model_path, settings, preset):
         err.print(f"  {command}", markup=False, soft_wrap=True)
