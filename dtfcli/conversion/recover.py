@@ -19,7 +19,7 @@ from dtfcli.training.loop import TrainingInterrupted, train_model
 
 PRESET = "recover"
 _CONVERTED, _TEXT, _ASKED = "converted", "text.jsonl", "conversion.json"
-_AS_CONVERTED = ("architecture", "routed_part", "routed_layers", "bypass")
+_AS_CONVERTED = ("architecture", "routed_layers", "bypass")
 """Settings that the converted model decides."""
 _json = partial(json.dumps, ensure_ascii=False)
 
