@@ -7,7 +7,7 @@ A row that is there already is not made again, so a stopped frontier continues w
 folder for each row, frontier.json, frontier.md and frontier.svg.
 
 - TEXT is fitted, recovered and measured (other documents); texts of `--also` are measured alone.
-- `layerdrop` leaves out whole MLPs, those that the survey finds cheapest, and has the same forecasts and recovery.
+- `layerdrop` leaves out whole MLPs, the cheapest by the survey, and has the same forecasts and recovery.
 """
 
 import argparse

@@ -32,7 +32,15 @@ class Recovery:
     """
 
     def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
-        """Args: the folder of the model, and the options of the conversion; ConfigError if others lie there."""
+        """Look whether it has begun.
+
+        Args:
+            folder: of the model to write.
+            asked: the options of the conversion.
+
+        Raises:
+            ConfigError: a recovery with other options lies there.
+        """
         self.work, self.asked = folder.with_name(f"{folder.name}-recovery"), json.loads(_json(asked))
         file = self.work / _ASKED
         if not self.work.exists():
