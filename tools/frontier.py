@@ -57,9 +57,8 @@ def main() -> None:
                 convert(args, folder, kind, saving, seed)
                 rows.append(row_of(args, folder, kind, saving, seed))
     if args.data_dir:
-        dense = scores(args, args.model, args.out / "dense.json")
-        for row in rows:
-            row["accuracy"] = kept(dense, scores(args, row["folder"], Path(row["folder"], "scores.json")))
+        for row, accuracy in zip(rows, accuracies(args, [row["folder"] for row in rows]), strict=True):
+            row["accuracy"] = accuracy
     for row in rows:
         row["folder"] = Path(row["folder"]).name
     (args.out / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
@@ -118,28 +117,30 @@ def measured(dense_name: str, folder: Path, text: str) -> dict[str, float | None
     return values | {"saving": saved_share(model, each.routed_share), "tokens": each.tokens}
 
 
-def scores(args: argparse.Namespace, model: str, file: Path) -> dict[str, Any]:
-    """Accuracy of each benchmark and its standard error."""
+def accuracies(args: argparse.Namespace, folders: list[str]) -> list[dict[str, Any]]:
+    """What each model keeps of dense's accuracy above chance: by benchmark and their mean, with standard errors.
+
+    All models in one `dtf eval`: it takes differences item by item, and continues after a kill.
+    """
+    file = args.out / "scores.json"
     if not file.exists():
         options = ["--tasks", ",".join(TASKS), "--limit", args.limit, "--data-dir", args.data_dir]
-        dtf("eval", model, *options, "--output", str(file))
-    return json.loads(file.read_text("utf-8"))["results"]
+        dtf("eval", args.model, *folders, *options, "--output", str(file))
+    found = json.loads(file.read_text("utf-8"))
+    dense = {task: score["metrics"]["acc"]["value"] for task, score in found["models"][0]["results"].items()}
+    return [kept(dense, [each for each in found["comparison"] if each["model"] == folder]) for folder in folders]
 
 
-def accuracy(results: dict[str, Any], task: str) -> float:
-    """Of one benchmark."""
-    value: float = results[task]["metrics"]["acc"]["value"]
-    return value
-
-
-def kept(dense: dict[str, Any], routed: dict[str, Any]) -> dict[str, float]:
-    """The share of dense's accuracy above chance, by benchmark, and their mean."""
-    found = {
-        task: (accuracy(routed, task) - chance) / (accuracy(dense, task) - chance)
-        for task, chance in TASKS.items()
-        if accuracy(dense, task) > chance
+def kept(dense: dict[str, float], differences: list[dict[str, Any]]) -> dict[str, Any]:
+    """The share of dense's accuracy above chance that is left, where dense is above chance by 0.05."""
+    above = {task: accuracy - TASKS[task] for task, accuracy in dense.items() if accuracy - TASKS[task] > 0.05}
+    shares = {
+        each["task"]: {"kept": 1 + each["value"] / above[each["task"]], "stderr": each["stderr"] / above[each["task"]]}
+        for each in differences
+        if each["metric"] == "acc" and each["task"] in above
     }
-    return found | {"mean": sum(found.values()) / len(found)}
+    values, errors = zip(*(each.values() for each in shares.values()), strict=True)
+    return shares | {"mean": {"kept": sum(values) / len(values), "stderr": math.hypot(*errors) / len(values)}}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -166,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{chosen['agreement']:.3f}",
                 f"{chosen['kl']:.3f}",
                 *(f"{each['loss_gap']:+.3f} ± {each['stderr'] or math.nan:.3f}" for each in row["also"].values()),
-                f"{row['accuracy']['mean']:.2f}" if "accuracy" in row else "",
+                "{kept:.2f} ± {stderr:.2f}".format(**row["accuracy"]["mean"]) if "accuracy" in row else "",
                 f"{chosen['prefill_time']:.3f}",
             ]
         )

@@ -122,6 +122,7 @@ class Recovery:
                 f"data.seq_len={length}",
                 "data.validation_fraction=0",
                 f"training.tokens_per_update={preset.accumulation_steps() * preset.training.micro_batch_size * length}",
+                f"training.calibration_tokens={2 * model.config.hidden_size}",  # the conversion fits them afterwards
                 f"training.max_steps={max(1, tokens // preset.tokens_per_update)}",
                 f"run.output_dir={_json(str(self.work))}",
                 f"run.seed={self.asked['seed']}",

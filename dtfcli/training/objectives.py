@@ -121,18 +121,18 @@ class Objective(nn.Module):
         """Losses of a stock forward pass; arguments as above, and the parent that teaches, or None."""
         model = self.model
         if model.config.model_type.removeprefix(PREFIX) not in FAMILIES:  # its logits may be more than a product
-            if taught is not None:
-                learned = taught.of_logits(model, input_ids, labels, targets)
-                return Losses(learned.loss, learned.lm_loss, distill_loss=learned.divergence)
-            lm_loss = model(input_ids=input_ids, labels=labels, num_items_in_batch=targets, use_cache=False).loss
-            return Losses(lm_loss, lm_loss)
-        embedded, head = embedded_with_head(model.model.embed_tokens, model.lm_head, input_ids)
-        hidden_states = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        if taught is not None:
+            if taught is None:
+                output = model(input_ids=input_ids, labels=labels, num_items_in_batch=targets, use_cache=False)
+                return Losses(output.loss, output.loss)
+            learned = taught.of_logits(model, input_ids, labels, targets)
+        else:
+            embedded, head = embedded_with_head(model.model.embed_tokens, model.lm_head, input_ids)
+            hidden_states = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            if taught is None:
+                lm_loss = causal_lm_loss(for_head(hidden_states, model.config), head, labels, targets)
+                return Losses(lm_loss, lm_loss)
             learned = taught(hidden_states, head, input_ids, labels, targets)
-            return Losses(learned.loss, learned.lm_loss, distill_loss=learned.divergence, hidden_loss=learned.hidden)
-        lm_loss = causal_lm_loss(for_head(hidden_states, model.config), head, labels, targets)
-        return Losses(lm_loss, lm_loss)
+        return Losses(learned.loss, learned.lm_loss, distill_loss=learned.divergence, hidden_loss=learned.hidden)
 
 
 def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]:
