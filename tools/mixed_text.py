@@ -1,9 +1,11 @@
 """Text of several kinds for conversion and recovery, with no item of a benchmark in it.
 
-python -m tools.mixed_text OUT --benchmarks FOLDER [--novels FILE.parquet] [--articles FILE.parquet]
+python -m tools.mixed_text OUT --benchmarks FOLDER [--novels FILE.parquet] [--articles FILE.parquet] [--chat MODEL]
 
 Novels and articles have a column `text`. Questions and sentences are the training splits of ARC and WinoGrande, twelve
-in a document. What shares thirteen words in a row with an item that is scored is left out; OUT-dropped.json counts it.
+in a document. Conversations are written by a chat model after nothing but the beginning of a user's turn ("Magpie", Xu
+et al. 2024, arXiv:2406.08464): text of the kind that this model is for, without any data. What shares thirteen words in
+a row with an item that is scored is left out; OUT-dropped.json counts it.
 """
 
 import argparse
@@ -12,13 +14,18 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet
+import torch
+
+from dtfcli.loading.load import load_model_and_tokenizer, open_source
 
 WORDS = 13
 TOGETHER = 12
 """Questions in a document."""
+BATCH, LENGTH = 64, 320
+"""Conversations that are written together, and their tokens."""
 SCORED = {
     "Rowan/hellaswag": "*validation*",
     "allenai/ai2_arc": "*/test*",
@@ -37,6 +44,8 @@ def main() -> None:
     parser.add_argument("--most-novels", type=int, default=60)
     parser.add_argument("--most-articles", type=int)
     parser.add_argument("--most-sentences", type=int, default=3600)
+    parser.add_argument("--chat", help="a chat model")
+    parser.add_argument("--most-conversations", type=int, default=320)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     scored = {
@@ -53,6 +62,8 @@ def main() -> None:
     ):
         if file is not None:
             kinds[name] = pyarrow.parquet.read_table(file)["text"].to_pylist()[:most]
+    if args.chat is not None:
+        kinds["conversations"] = conversations(args.chat, args.most_conversations)
     dropped = {}
     for name, texts in kinds.items():
         clean = [text for text in texts if scored.isdisjoint(grams(text))]
@@ -81,6 +92,22 @@ def answered(row: dict[str, Any]) -> str:
 def completed(row: dict[str, Any]) -> str:
     """A sentence of WinoGrande with the right name in it."""
     return str(row["sentence"]).replace("_", row[f"option{row['answer']}"])
+
+
+@torch.inference_mode()
+def conversations(name: str, most: int) -> list[str]:
+    """Text that a chat model writes after the beginning of a user's turn."""
+    loaded = load_model_and_tokenizer(open_source(name), dtype="bfloat16")
+    model, tokenizer = cast(tuple[Any, Any], loaded)
+    begin = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False).split("\0")[0]
+    ids = tokenizer(begin, add_special_tokens=False, return_tensors="pt").input_ids.expand(BATCH, -1)
+    torch.manual_seed(0)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 50, "eos_token_id": None, "pad_token_id": 0}
+    written: list[str] = []
+    while len(written) < most:
+        rows = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, **sampling)
+        written += tokenizer.batch_decode(rows)
+    return written[:most]
 
 
 def grams(of: Any) -> set[str]:
