@@ -2,13 +2,16 @@
 
 A message names the field or file, its value, and the remedy. The exit codes are those of the command line: 1 failed
 while running, 2 the user's input is wrong. `reading` turns the errors of a damaged file into such ones.
+JSON is read and made plain here, too, because every room needs it.
 """
 
 import difflib
 import json
+import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +124,18 @@ def read_json_object(path: Path, remedy: str, error: type[DTFError] = Checkpoint
     if not isinstance(document, dict):
         raise error(f"{path}: holds no JSON object but {type(document).__name__}; {remedy}.")
     return document
+
+
+def plain(value: Any) -> Any:
+    """As JSON takes it: dataclasses and mappings as objects, sequences as lists, NaN and infinity null, else text."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

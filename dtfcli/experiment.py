@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtfcli.cost.accounting import Account, describe
-from dtfcli.cost.scaling import Scaling, estimate, find_accelerator
 from dtfcli.errors import ConfigError, DTFError
 from dtfcli.loading.adapters import adapt
 from dtfcli.loading.build import build_model, build_tokenizer
@@ -162,38 +161,28 @@ class Preview:
         settings: resolved; `training.tokens_per_update` is that of all processes.
         account: parameters, FLOPs and memory of the model.
         plan: sizes of the run; None where the number of steps follows from text that was not read.
-        scaling: memory and time of each device; None where no number of processes was given.
     """
 
     settings: Settings
     account: Account
     plan: TrainPlan | None
-    scaling: Scaling | None
 
 
-def preview(settings: Settings, processes: int | None = None, accelerator: str = "") -> Preview:
+def preview(settings: Settings, processes: int | None = None) -> Preview:
     """Check the settings, build the model on the meta device, and count the cost of a run.
 
     Args:
         settings: of the run.
-        processes: devices to estimate for; None: no estimate.
-        accelerator: a name of `cost.scaling.ACCELERATORS`, "here", or "" for a choice by the machine.
+        processes: that share the work; None: one.
 
     Raises:
-        ConfigError: a setting is wrong, or an accelerator without a number of processes.
+        ConfigError: a setting is wrong.
     """
-    if accelerator and processes is None:
-        raise ConfigError(f"--accelerator {accelerator}: how many of them? Add --num-processes N.")
-    scaling = None
     dtype = str(compute_dtype(settings.run.dtype, resolve_device(settings.run.device))).removeprefix("torch.")
     tokenizer = None if settings.model.base or not settings.data.tokenizer else build_tokenizer(settings)
     model = adapt(build_model(settings, meta=True, tokenizer=tokenizer), settings)
     if processes is not None:
         settings = for_processes(settings, processes)
-        device = find_accelerator(accelerator, settings)
-        # Data sheets give the peak of bfloat16, which "auto" means there.
-        foreign = settings.run.dtype == "auto" and not device.name.endswith("measured")
-        scaling = estimate(model, settings, processes, device, "bfloat16" if foreign else dtype)
     account = describe(
         model,
         seq_len=settings.data.seq_len,
@@ -203,4 +192,4 @@ def preview(settings: Settings, processes: int | None = None, accelerator: str =
         parent=settings.distill.enabled and not settings.shares_parent,
         nf4=settings.lora.quantize == "nf4",
     )
-    return Preview(settings, account, plan_run(settings, None), scaling)
+    return Preview(settings, account, plan_run(settings, None))

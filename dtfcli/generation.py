@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from dtfcli.errors import ConfigError
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
-from dtfcli.models.observed import observed_passes
 from dtfcli.models.stock import head_size
+from dtfcli.shares import measured_shares
 
 
 @dataclass(frozen=True)
@@ -102,23 +102,6 @@ class _Stopwatch(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _Entered:
-    """Counts tokens that entered routed MLPs; the device is waited for when it is read."""
-
-    def __init__(self) -> None:
-        self.passes: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-
-    def note(self, output: Any) -> None:
-        """Keep one pass."""
-        self.passes.append((torch.stack([record.selected for record in output.routing]), output.is_token))
-
-    def share(self) -> float | None:
-        """Over all routed MLPs; None: nothing was counted."""
-        counted = [entered if real is None else entered[:, real] for entered, real in self.passes]
-        tokens = sum(each.numel() for each in counted)
-        return sum(int(each.sum()) for each in counted) / tokens if tokens else None
 
 
 class _CallbackStreamer(TextStreamer):
@@ -256,9 +239,10 @@ def _run(
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (_start_token(tokenizer) or 0)
     ids = [[filler] * (width - len(row)) + row for _, row in batch]
     mask = [[0] * (width - len(row)) + [1] * len(row) for _, row in batch]
-    stopwatch, entered = _Stopwatch(), _Entered()
-    watch = observed_passes(model, entered.note) if isinstance(model, RoutedCausalLM) else nullcontext()
-    with torch.inference_mode(), watch:
+    stopwatch = _Stopwatch()
+    # A cache of ours counts what it stores; routed MLPs have a stock one.
+    watch = measured_shares(model) if isinstance(model, RoutedCausalLM) else nullcontext()
+    with torch.inference_mode(), watch as meter:
         out = model.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
@@ -274,13 +258,13 @@ def _run(
     started, first, *_ = stopwatch.times
     last, later = stopwatch.times[-1], new.numel() - len(new)
     cache = out.get(CACHE_NAME)
-    shares = list(getattr(cache, "routed_shares", {}).values())
+    shares = list(getattr(cache, "routed_shares", {}).values() if meter is None else meter.read().by_layer.values())
     stats = GenerationStats(
         prefill_tokens_per_second=sum(len(row) for _, row in batch) / (first - started),
         decode_tokens_per_second=later / (last - first) if later else None,
         cache_bytes=cache_bytes(cache) if use_cache else None,
         dense_cache_bytes=dense_cache_bytes(model, out.sequences.numel() - len(new)),
-        routed_share=sum(shares) / len(shares) if use_cache and shares else entered.share(),
+        routed_share=sum(shares) / len(shares) if shares else None,
     )
     results = []
     for (prompt, row), written in zip(batch, new.tolist(), strict=True):

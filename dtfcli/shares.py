@@ -42,14 +42,14 @@ class ShareMeter:
         """Count the tokens of one forward pass of a stack."""
         assert output.routing is not None
         assert output.positions is not None
-        records = output.routing
-        like = records[0].selected
+        selected = torch.stack([record.selected for record in output.routing])
+        like = selected[0]
         buckets = torch.bucketize(output.positions, output.positions.new_tensor(POSITION_STARTS), right=True)
         one_hot = torch.nn.functional.one_hot(buckets.expand_as(like), len(POSITION_STARTS) + 1)
         real = torch.ones_like(like) if output.is_token is None else output.is_token
         self._real = self._real + _count(real, one_hot)
-        for record in records:
-            self._routed[record.layer] = self._routed.get(record.layer, 0.0) + _count(record.selected, one_hot)
+        for record, counts in zip(output.routing, _count(selected, one_hot), strict=True):
+            self._routed[record.layer] = self._routed.get(record.layer, 0.0) + counts
 
     def counts(self) -> dict[str, Any]:
         """The counts as plain numbers for `add_counts`: real tokens by position, routed ones by layer too."""
@@ -80,8 +80,8 @@ class ShareMeter:
 
 
 def _count(mask: Tensor, one_hot: Tensor) -> Tensor:
-    """Tokens of a [B, T] mask in each bucket; float64, because float32 stops counting at 16 million."""
-    return (mask.unsqueeze(-1) & one_hot.bool()).sum((0, 1)).double()
+    """Tokens of masks [..., B, T] in each bucket; float64, because float32 stops counting at 16 million."""
+    return (mask.unsqueeze(-1) & one_hot.bool()).sum((-3, -2)).double()
 
 
 @contextmanager

@@ -19,9 +19,9 @@ LEVELS = [
     level.split()
     for level in (
         "errors models quiet",
-        "registration settings generation shares statistics",
-        "data runs serving",
-        "loading inspection",
+        "registration settings shares statistics",
+        "data generation runs",
+        "loading inspection serving",
         "cost",
         "training",
         "evaluation bench",

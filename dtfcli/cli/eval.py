@@ -122,7 +122,7 @@ def evaluate(
 def _finish(reports: list["EvalReport"], files: list[Path], output: Path | None, json: bool) -> None:
     """Write `output` and show the reports."""
     from dtfcli.cli import eval_view, render
-    from dtfcli.evaluation.report import plain, write_document
+    from dtfcli.evaluation.report import write_document
     from dtfcli.evaluation.side_by_side import score_differences
 
     differences = score_differences(reports)
@@ -130,7 +130,7 @@ def _finish(reports: list["EvalReport"], files: list[Path], output: Path | None,
     if output is not None:
         write_document(document, output)
     if json:
-        render.emit_json(plain(document))
+        render.emit_json(document)
     elif len(reports) > 1:
         eval_view.show_side_by_side(reports, differences)
     else:

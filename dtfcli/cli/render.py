@@ -4,16 +4,16 @@ The consoles respect NO_COLOR, COLUMNS and pipes (rich sees to it). Results that
 `emit` and `emit_json`, which never wrap, color or interpret them.
 """
 
-import dataclasses
 import json
-import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+from dtfcli.errors import plain
 
 T = TypeVar("T")
 
@@ -35,19 +35,7 @@ def write(piece: str) -> None:
 
 def emit_json(document: Any) -> None:
     """Write one JSON document to stdout: dataclasses and paths become plain, NaN and infinity null."""
-    emit(json.dumps(_plain(document), ensure_ascii=False, indent=2))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    emit(json.dumps(plain(document), ensure_ascii=False, indent=2))
 
 
 def note(text: str) -> None:
@@ -79,7 +67,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], *, title: str |
 
 def write_json(document: Any, path: Path) -> None:
     """As `emit_json`, to a file."""
-    path.write_text(json.dumps(_plain(document), ensure_ascii=False, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(plain(document), ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:

@@ -2,10 +2,9 @@
 
 import os
 import sys
-from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -72,15 +71,6 @@ TrustRemoteCode = Annotated[
         help="Run code that comes with the base model (model.trust_remote_code=true); --resume asks for it anew.",
     ),
 ]
-Accelerator = Annotated[
-    str,
-    typer.Option(
-        "--accelerator",
-        metavar="NAME",
-        help="For --dry-run: a100, h100, h200, or here (measured). Unset: here, or h100 without a GPU.",
-        show_default=False,
-    ),
-]
 
 
 def train(
@@ -91,7 +81,6 @@ def train(
     resume: Resume = False,
     num_processes: NumProcesses = None,
     dry_run: DryRun = False,
-    accelerator: Accelerator = "",
     trust_remote_code: TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -106,7 +95,6 @@ def train(
       dtf train dtf-smollm2-135m data.sources='[{path="novels.parquet"}]' data.seq_len=512
       dtf train recover --base smollm2-routed --text novels.parquet
       dtf train thesis-dtf --dry-run
-      dtf train dtf-qwen2.5-72b --dry-run --num-processes 64 --accelerator h200
       dtf train dtf-qwen2.5-0.5b --num-processes 8
       dtf train --resume outputs/2025-12-01/quickstart
     """
@@ -124,10 +112,8 @@ def train(
     overrides += ["model.trust_remote_code=true"] if trust_remote_code else []
     settings = load_settings(preset, overrides, config)
     if dry_run:
-        _dry_run(settings, num_processes, accelerator, json)
+        _dry_run(settings, num_processes, json)
         return
-    if accelerator:
-        raise ConfigError(f"--accelerator {accelerator}: it is for estimates; add --dry-run, or leave it out.")
     if _launched(settings, num_processes):
         return
     from dtfcli.settings.resolve import Sources
@@ -228,25 +214,20 @@ def _run_training(
     return train(settings, resume=resume, rename=rename, on_event=view)
 
 
-def _dry_run(settings: "Settings", processes: int | None, accelerator: str, json: bool) -> None:
+def _dry_run(settings: "Settings", processes: int | None, json: bool) -> None:
     from dtfcli.cli import render, train_view
     from dtfcli.experiment import preview
 
-    dry_run = preview(settings, processes, accelerator)
+    dry_run = preview(settings, processes)
     if json:
-        document: dict[str, Any] = {
+        document = {
             "settings": dry_run.settings.model_dump(exclude_none=True),
             "account": dry_run.account,
             "tokens_per_update": dry_run.settings.tokens_per_update,
             "updates": dry_run.plan.total_steps if dry_run.plan else None,
         }
-        if (scaling := dry_run.scaling) is not None:
-            totals = {"bytes_per_device": scaling.bytes_per_device, "seconds_per_update": scaling.seconds_per_update}
-            document["scaling"] = {**asdict(scaling), **totals}
         render.emit_json(document)
         return
     render.emit(dry_run.settings.to_toml())
     rows = train_view.account_rows(dry_run.account, dry_run.plan, dry_run.settings, processes or 1)
     render.out.print(render.table(["Cost", "", ""], rows))
-    if dry_run.scaling is not None:
-        render.out.print(render.table(["On each device", "", ""], train_view.scaling_rows(dry_run.scaling)))

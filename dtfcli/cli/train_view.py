@@ -16,7 +16,6 @@ from dtfcli.cli.render import err, note, warn
 
 if TYPE_CHECKING:
     from dtfcli.cost.accounting import Account
-    from dtfcli.cost.scaling import Scaling
     from dtfcli.settings import Settings
     from dtfcli.training.events import TrainEvent
     from dtfcli.training.loop import TrainResult
@@ -232,30 +231,6 @@ def _routing_row(account: "Account") -> list[tuple[str, str, str]]:
     capacity = "by layer" if isinstance(account.capacity, list) else f"{account.capacity:.3g}"
     entities = "layers" if account.way == "layerdrop" else "tokens"
     return [("capacity γ", capacity, f"{entities} are chosen by {account.way}")]
-
-
-def scaling_rows(scaling: "Scaling") -> list[tuple[str, str, str]]:
-    """The rows of a dry run for several processes: memory and time of each device."""
-    device = scaling.accelerator
-    peaks = f"{device.flops / 1e12:.1f} TFLOP/s, {device.bandwidth / 1e12:.2f} TB/s"
-    parts = {
-        "weights": scaling.weights,
-        "gradients": scaling.gradients,
-        "AdamW": scaling.optimizer,
-        "gathered" if scaling.sharding == "fsdp2" else "copies": scaling.copies,
-        "activations": scaling.activations,
-    }
-    memory = ", ".join(f"{name} {part / 2**30:.1f}" for name, part in parts.items() if part)
-    if device.memory is not None:
-        memory += f"; {'fits' if scaling.fits else 'does not fit'} in {device.memory / 1e9:.0f} GB"
-    exchange = scaling.exchange_seconds
-    seconds = f"compute {scaling.compute_seconds:.3g}, memory {scaling.traffic_seconds:.3g}, exchange "
-    seconds += "not counted" if exchange is None else f"{exchange:.3g}"
-    return [
-        ("devices", str(scaling.processes), f"{device.name}: {peaks}; {scaling.sharding}"),
-        ("memory", f"{scaling.bytes_per_device / 2**30:.1f} GiB", memory),
-        ("step", f"{scaling.seconds_per_update:.3g} s", f"at best, the largest of {seconds}"),
-    ]
 
 
 def _count(number: float) -> str:

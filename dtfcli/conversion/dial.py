@@ -1,15 +1,12 @@
 """Savings and capacities: which γ leaves out which share of a forward pass's FLOPs."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from dtfcli.conversion.text import LENGTH
 from dtfcli.cost.accounting import forward_flops_per_token
 from dtfcli.models import savings
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
-from dtfcli.shares import measured_shares
 
 SAVINGS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.30, 0.40)
 """Of the dial in a report."""
@@ -35,14 +32,3 @@ def capacity_for(model: Any, saving: float) -> float | None:
         middle = (low + high) / 2
         low, high = (middle, high) if saved_share(model, middle) >= saving else (low, middle)
     return math.floor(low * 1e4) / 1e4
-
-
-@contextmanager
-def routed_shares(model: Any) -> Iterator[Callable[[], float]]:
-    """Measure the share of tokens that enter, mean over routed layers, of the passes inside a `with` block."""
-    if isinstance(model, RoutedCausalLM):
-        with model.recorded() as records:
-            yield lambda: sum(float(each.selected.float().mean()) for each in records) / len(records)
-    else:
-        with measured_shares(model) as meter:
-            yield lambda: meter.read().overall

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtfcli.conversion.dial import routed_shares
 from dtfcli.conversion.text import Rows
 from dtfcli.cost.peak import synchronize
 from dtfcli.models.cache import CACHE_NAME
+from dtfcli.shares import measured_shares
 from dtfcli.statistics import Difference, paired_difference
 
 _LOGITS = 2**25
@@ -96,11 +96,11 @@ def compare(
                 part = ids[: max(0, count - start)]
                 if not len(part):
                     continue
-                with routed.routing_mode("threshold", capacity), routed_shares(routed) as shares:
+                with routed.routing_mode("threshold", capacity), measured_shares(routed) as meter:
                     seconds, logits = _timed(routed, part)
                 if len(part) == len(ids):
                     sums[capacity].times.append(seconds / dense_seconds)
-                sums[capacity].shares.append(shares())
+                sums[capacity].shares.append(meter.read().overall)
                 reference.add(sums[capacity], logits, part)
                 done += len(part)
                 on_progress((done + start) / work)

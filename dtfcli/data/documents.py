@@ -24,8 +24,8 @@ from typing import Any
 
 from dtfcli.data.files import STDLIB, SUFFIXES, FileReader, FolderReader, StdlibReader
 from dtfcli.data.hub import HubReader
-from dtfcli.data.sources import SourceReader, SourceReport, first_line, similar_path
-from dtfcli.errors import DataError
+from dtfcli.data.sources import SourceReader, SourceReport, similar_path
+from dtfcli.errors import DataError, reason_of
 from dtfcli.settings.data import Source
 
 OnProgress = Callable[[str, float | None], None]
@@ -217,7 +217,7 @@ def _open(where: str, source: Source, on_progress: OnProgress | None) -> SourceR
             return FileReader(where, source, path)
         exists = path.exists()
     except (OSError, RuntimeError) as error:  # no permission to look, a name too long, an unknown ~user
-        raise DataError(f"{where}.path = '{source.path}': {first_line(error)}.") from error
+        raise DataError(f"{where}.path = '{source.path}': {reason_of(error)}.") from error
     if exists:
         raise DataError(f"{where}.path = '{source.path}': neither a file nor a folder.")
     _check_not_a_lost_path(where, source.path, path)

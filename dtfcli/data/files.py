@@ -23,8 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtfcli.data.sources import DEFAULT_FIELD, Shard, SourceReader, SourceReport, first_line
-from dtfcli.errors import DataError, leads_out
+from dtfcli.data.sources import DEFAULT_FIELD, Shard, SourceReader, SourceReport
+from dtfcli.errors import DataError, leads_out, reason_of
 from dtfcli.settings.data import Source
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -133,7 +133,7 @@ class _LocalReader(SourceReader):
                         raise DataError(f"{file}, line {number}: the {field} field '{column}' {problem}.")
                     yield read / size, text
         except OSError as error:
-            raise _Unusable("unreadable", first_line(error)) from error
+            raise _Unusable("unreadable", reason_of(error)) from error
         if not column:
             raise _Unusable("empty", 'expected one JSON object per line, e.g. {"text": "…"}')
 
@@ -162,8 +162,8 @@ class _LocalReader(SourceReader):
                         yield read / total, value.as_py()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and not os.access(file, os.R_OK):
-                raise _Unusable("unreadable", first_line(error)) from error
-            raise DataError(f"{file}: not a readable Parquet file ({first_line(error)}).") from error
+                raise _Unusable("unreadable", reason_of(error)) from error
+            raise DataError(f"{file}: not a readable Parquet file ({reason_of(error)}).") from error
 
 
 class FileReader(_LocalReader):
@@ -310,7 +310,7 @@ def read_text(file: Path) -> str:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise _Unusable("unreadable", first_line(error)) from error
+        raise _Unusable("unreadable", reason_of(error)) from error
     if not content.strip():
         raise _Unusable("empty", "name a file with text")
     if b"\0" in content:
@@ -327,7 +327,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line).") from error
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else reason_of(error)
         raise DataError(f"{where}: broken JSON ({reason}); fix or remove the line.") from error
     if not isinstance(record, dict):
         raise DataError(f'{where}: expected an object such as {{"text": "…"}}, found {type(record).__name__}.')

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dtfcli.data.sources import Shard, SourceReader, SourceReport, first_line, similar_path
-from dtfcli.errors import ConfigError, DataError
+from dtfcli.data.sources import Shard, SourceReader, SourceReport, similar_path
+from dtfcli.errors import ConfigError, DataError, reason_of
 from dtfcli.quiet import quiet_libraries
 from dtfcli.settings.data import Source
 
@@ -85,7 +85,7 @@ class HubReader(SourceReader):
                     read += 1
                     yield read / total, text
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.label}: reading row {read} failed ({first_line(error)}).") from error
+            raise DataError(f"{self.label}: reading row {read} failed ({reason_of(error)}).") from error
 
 
 def _holds_text(feature: Any) -> bool:
@@ -125,11 +125,11 @@ class _HubShard(Shard):
                 raise
             except Exception as error:  # the libraries beneath raise dozens of types
                 if not _is_passing(error):
-                    raise DataError(f"{self._label}: a row cannot be read ({first_line(error)}).") from error
+                    raise DataError(f"{self._label}: a row cannot be read ({reason_of(error)}).") from error
                 wait = next(waits, None)
                 if wait is None:
                     raise SourceLost(
-                        f"{self._label}: the Hub cannot be reached any more ({first_line(error)}), after "
+                        f"{self._label}: the Hub cannot be reached any more ({reason_of(error)}), after "
                         f"{len(RETRY_WAITS) + 1} tries."
                     ) from error
                 self._sleep(wait)
@@ -169,10 +169,10 @@ def _explain_hub_error(error: Exception, label: str, where: str, source: Source)
             f"{similar_path(Path(source.path))} Remedy: name a local folder or file."
         )
     if isinstance(error, ValueError) and "split" in str(error):
-        return ConfigError(f"{where}.split = '{source.split}' of '{source.path}': {first_line(error)}.")
+        return ConfigError(f"{where}.split = '{source.split}' of '{source.path}': {reason_of(error)}.")
     if isinstance(error, ValueError) and "onfig" in str(error):
         listed = re.search(r"(available configs|Available): \[.*?\]", str(error), re.DOTALL)
-        detail = listed.group(0) if listed else first_line(error)
+        detail = listed.group(0) if listed else reason_of(error)
         shown = f"'{source.name}'" if source.name else "(none)"
         return ConfigError(f"{where}.name = {shown} of '{source.path}': {detail}.")
-    return DataError(f"{label}: the Hub data set cannot be opened: {first_line(error)}.")
+    return DataError(f"{label}: the Hub data set cannot be opened: {reason_of(error)}.")

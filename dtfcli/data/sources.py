@@ -115,12 +115,6 @@ class Shard:
         return self._done
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, without the file name that the message has already."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.strip().split("\n")[0].rstrip(".") or type(error).__name__
-
-
 def similar_path(path: Path) -> str:
     """A "did you mean" drawn from what lies beside the missing path, or ""."""
     while path.parent != path and not path.parent.is_dir():

@@ -9,14 +9,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dtfcli.errors import ConfigError, DTFError, read_json_object, reading
+from dtfcli.errors import ConfigError, DTFError, plain, read_json_object, reading
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.loading.quantization import plain_tensors
 from dtfcli.loading.source import ModelSource
@@ -223,21 +223,6 @@ def _from_lm_eval(document: dict[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> float | None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if number else None
-
-
-def plain(value: Any) -> Any:
-    """A value that JSON takes: dataclasses and mappings as objects, sequences as lists, NaN and infinity null."""
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def shares_of(meter: ShareMeter) -> dict[str, Any] | None:

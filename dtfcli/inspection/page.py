@@ -14,6 +14,7 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
+from dtfcli.errors import plain
 from dtfcli.inspection.corpus import CorpusRouting
 from dtfcli.inspection.palette import LEVELS, SEQUENTIAL, readable_on, shades
 from dtfcli.inspection.statistics import Summary
@@ -57,7 +58,7 @@ def page_data(report: TextRouting | CorpusRouting, summary: Summary) -> dict[str
     }
     if isinstance(report, TextRouting):
         data["text"] = _text_data(report)
-    return _finite(data)
+    return plain(data)
 
 
 def _text_data(report: TextRouting) -> dict[str, Any]:
@@ -102,15 +103,6 @@ def embed_json(data: Any) -> str:
 
 def _rounded(values: Iterable[float]) -> list[float | None]:
     return [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in map(float, values)]
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _palette_css() -> str:

@@ -10,7 +10,7 @@ Notable choices:
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,7 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """The parts of the JSON document that are sums: "summary", "agreement" and, if there is one, "oracle"."""
         document = {
-            "summary": replace(self, agreement=None, oracle=None),
+            "summary": asdict(replace(self, agreement=None, oracle=None)),
             "agreement": None if self.agreement is None else self.agreement.to_dict(),
         }
         return document if self.oracle is None else document | {"oracle": self.oracle.to_dict()}

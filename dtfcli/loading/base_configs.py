@@ -13,28 +13,17 @@ _NAMES = (
 )
 
 
-def _config(*values: Any, **others: Any) -> dict[str, Any]:
+def _config(*values: Any) -> dict[str, Any]:
     """A configuration; `values` in the order of `_NAMES`."""
-    return dict(zip(_NAMES, values, strict=True)) | others
+    return dict(zip(_NAMES, values, strict=True))
 
 
-_END, _ENDS, _LONG, _WIDE = (151643, 151643), (128000, 128001), 131072, 152064
+_END, _LONG = (151643, 151643), 131072
 BASE_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-0.5B": _config("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, 1e6, 1e-6, *_END, True),
     "Qwen/Qwen2.5-1.5B": _config("qwen2", 1536, 8960, 28, 12, 2, 151936, _LONG, 1e6, 1e-6, *_END, True),
-    "Qwen/Qwen2.5-3B": _config("qwen2", 2048, 11008, 36, 16, 2, 151936, 32768, 1e6, 1e-6, *_END, True),
-    "Qwen/Qwen2.5-7B": _config("qwen2", 3584, 18944, 28, 28, 4, _WIDE, _LONG, 1e6, 1e-6, *_END, False),
-    "Qwen/Qwen2.5-14B": _config("qwen2", 5120, 13824, 48, 40, 8, _WIDE, _LONG, 1e6, 1e-5, *_END, False),
-    "Qwen/Qwen2.5-32B": _config("qwen2", 5120, 27648, 64, 40, 8, _WIDE, _LONG, 1e6, 1e-5, *_END, False),
-    "Qwen/Qwen2.5-72B": _config("qwen2", 8192, 29568, 80, 64, 8, _WIDE, _LONG, 1e6, 1e-5, *_END, False),
+    "Qwen/Qwen2.5-7B": _config("qwen2", 3584, 18944, 28, 28, 4, 152064, _LONG, 1e6, 1e-6, *_END, False),
     "HuggingFaceTB/SmolLM2-135M": _config("llama", 576, 1536, 30, 9, 3, 49152, 8192, 1e5, 1e-5, 0, 0, True),
-    "Qwen/Qwen3-0.6B-Base": _config(
-        "qwen3", 1024, 3072, 28, 16, 8, 151936, 32768, 1e6, 1e-6, *_END, True, head_dim=128
-    ),
-    "meta-llama/Llama-3.2-1B": _config("llama", 2048, 8192, 16, 32, 8, 128256, _LONG, 5e5, 1e-5, *_ENDS, True),
-    "HuggingFaceTB/SmolLM3-3B-Base": _config(
-        "smollm3", 2048, 11008, 36, 16, 4, 128256, 65536, 5e6, 1e-6, *_ENDS, True, no_rope_layer_interval=4
-    ),
 }
 
 _APACHE = re.compile(

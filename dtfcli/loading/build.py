@@ -19,7 +19,6 @@ from dtfcli.loading.base_configs import BASE_CONFIGS
 from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weights
 from dtfcli.loading.source import ModelSource, open_source
 from dtfcli.models.configuration_fields import unread_fields
-from dtfcli.models.configuration_routed_mlp import PREFIX
 from dtfcli.models.conversion import convert, routed_config
 from dtfcli.models.families import FAMILIES
 from dtfcli.models.modeling_routed_mlp import routed_mlps
@@ -141,12 +140,6 @@ def _scratch_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | Non
 def _route(start: Any, settings: Settings) -> PreTrainedModel:
     """Make `start` a model of the architecture `model.architecture`; a routed base stays as it is."""
     architecture, fields = settings.model.architecture, settings.model.routing_fields()
-    kind = start.config.model_type.removeprefix(PREFIX).removeprefix("dynamic_")
-    if settings.distill.hidden_weight and kind not in FAMILIES:
-        raise ConfigError(
-            f"distill.hidden_weight = {settings.distill.hidden_weight:g}: {settings.model.base} is a {kind} model, of "
-            "which only predictions are compared; leave it out."
-        )
     if is_routed(start):
         return _learning(_go_on(start, settings))
     try:

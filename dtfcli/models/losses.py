@@ -5,7 +5,7 @@ The cross-entropy never holds the vocabulary logits of a whole batch.
 Shapes: N tokens with a target, D hidden size, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,44 +28,41 @@ _SLICE_ELEMENTS_GPU = 2**26
 """The same on other devices: 256 MiB of probabilities in float32."""
 
 
-class _LinearCrossEntropySum(torch.autograd.Function):
-    """sum_n −log softmax(hidden_n · weightᵀ)[label_n], a few rows of logits at a time.
+class _LinearLosses(torch.autograd.Function):
+    """Sums over tokens of losses of the logits hidden_n · weightᵀ; see `linear_losses`.
 
-    The gradient of a cross-entropy is known as soon as its logits are (softmax − one-hot), so both gradients
-    are formed in the forward pass and the logits are dropped: no recomputation, three matrix products in all.
+    Their gradient with respect to the logits is known as soon as the logits are. So the gradients of both factors are
+    formed in the forward pass and the logits are dropped: no recomputation, three matrix products in all.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-        device_type = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_ND.dtype
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        weight = weight_VD.to(dtype)
-        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, into_gradient: Callable[..., Tensor], elements: int
+    ) -> Tensor:
+        dtype = product_dtype(hidden_ND)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        weight, sums, grad_weight = weight_VD.to(dtype), list[Tensor](), None
         grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
-        grad_weight = None
-        rows = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
-        with torch.autocast(device_type, enabled=False):
-            for start in range(0, hidden_ND.shape[0], rows):
+        rows = max(1, elements // weight_VD.shape[0])
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for start in range(0, max(1, hidden_ND.shape[0]), rows):
                 chunk = slice(start, start + rows)
                 hidden = hidden_ND[chunk].to(dtype)
                 logits = hidden @ weight.t()
-                loss += _cross_entropy_into_gradient(logits, labels_N[chunk], needs_hidden or needs_weight)
+                sums.append(into_gradient(logits, chunk, needs_hidden or needs_weight))
                 if grad_hidden is not None:
                     grad_hidden[chunk] = logits @ weight
                 if needs_weight:
                     # One chunk's product keeps its type; several are summed in float32.
                     product = logits.t() @ hidden
                     grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
-        if needs_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight_VD)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
-        return loss
+        return torch.stack(sums).sum(0)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad_hidden, grad_weight), grad_loss = ctx.saved_tensors, grad_sums[0]
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
@@ -73,15 +70,43 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             # The head's gradient is as large as all logits of a small batch: a fresh copy is scaled in place.
             scaled = whole * grad_loss if whole is grad_weight else whole.mul_(grad_loss)
             grad_weight = scaled.to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
+
+
+def linear_losses(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    into_gradient: Callable[[Tensor, slice, bool], Tensor],
+    elements: int | None = None,
+) -> Tensor:
+    """Sums over tokens of losses of the logits hidden_n · weightᵀ, a few rows of logits at a time.
+
+    Args:
+        hidden_ND: [N, D].
+        weight_VD: [V, D], of the language-model head.
+        into_gradient: takes logits, their rows, and whether a gradient is needed; returns the sums, float32 [K], and
+            overwrites the logits with the gradient of the first.
+        elements: of logits held at once; None: `CHUNK_ELEMENTS`.
+
+    Returns:
+        float32 [K]; gradients flow through the first alone.
+    """
+    sums: Tensor = _LinearLosses.apply(hidden_ND, weight_VD, into_gradient, elements or CHUNK_ELEMENTS)
+    return sums
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision of a product with it: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _cross_entropy_into_gradient(logits_NV: Tensor, labels_N: Tensor, with_gradient: bool) -> Tensor:
-    """Sum of the cross-entropies in float32; overwrites the logits with their gradient, softmax − one-hot.
+    """Sum of the cross-entropies, float32 [1]; overwrites the logits with their gradient, softmax − one-hot.
 
     On a CPU a few rows at a time: the float32 copy of a slice, its maximum, exponentials and sum never leave the cache.
     """
-    loss, cpu = logits_NV.new_zeros((), dtype=torch.float32), logits_NV.device.type == "cpu"
+    loss, cpu = logits_NV.new_zeros(1, dtype=torch.float32), logits_NV.device.type == "cpu"
     rows = slice_rows(logits_NV)
     for logits, labels in zip(logits_NV.split(rows), labels_N.split(rows), strict=True):
         counted, targets = (labels != IGNORE_INDEX).float(), labels.clamp(min=0).unsqueeze(1)
@@ -171,7 +196,11 @@ def causal_lm_loss(
     """
     hidden = hidden_states[:, :-1].flatten(0, 1)
     targets = labels[:, 1:].flatten().to(hidden.device)
-    total = _LinearCrossEntropySum.apply(hidden, weight, targets)
+    (total,) = linear_losses(
+        hidden,
+        weight,
+        lambda logits, rows, with_gradient: _cross_entropy_into_gradient(logits, targets[rows], with_gradient),
+    )
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp(min=1)
     elif isinstance(num_items_in_batch, Tensor):

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dtfcli.errors import DTFError, reading
+from dtfcli.errors import DTFError, plain, reading
 
 
 @contextmanager
@@ -141,7 +141,7 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Append one line and return it: None takes the place of NaN and infinity, for which JSON has no number."""
-        line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
+        line = plain(metrics)
         if self.writes:
             with explained_write_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

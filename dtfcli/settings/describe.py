@@ -23,6 +23,7 @@ STRUCK: dict[str, tuple[Any, str]] = {
         None,
         "list layers in model.routed_layers; `dtf inspect-routing MODEL --sensitivity` measures what each one costs",
     ),
+    "distill.hidden_weight": (0, "it won nothing beside the divergence"),
     "training.router_warmup_steps": (0, "it made models worse; all parameters are trained from the first step"),
 }
 """Settings that earlier versions had: the value that meant nothing, and the remedy for every other."""

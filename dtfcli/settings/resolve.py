@@ -31,7 +31,7 @@ ROUTING_NAMES = tuple(f.name for f in fields(RoutingFields) if f.name != "archit
 
 _SWITCHED = {
     "lora": ("r", "alpha", "dropout", "targets", "quantize", "merge"),
-    "distill": ("weight", "lm_weight", "temperature", "hidden_weight"),
+    "distill": ("weight", "lm_weight", "temperature"),
     "logging.wandb": ("project",),
 }
 """Groups with a switch, `enabled`, and the keys that are read only while it is on."""

@@ -144,6 +144,3 @@ class DistillSettings(Group):
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="T: both distributions are softened by it, and the divergence is scaled by T²."
     )
-    hidden_weight: Rate = Field(
-        0.0, description="Weight of the mean squared difference of the final hidden states; 0: not computed."
-    )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtfcli.models.conversion import to_dense
-from dtfcli.models.losses import IGNORE_INDEX, for_head, slice_rows
+from dtfcli.models.losses import IGNORE_INDEX, for_head, linear_losses, product_dtype, slice_rows
 from dtfcli.models.pretrained import is_routed
 from dtfcli.settings.training import DistillSettings
 
@@ -24,13 +24,11 @@ class Distilled(NamedTuple):
     """What one micro-batch gives; sums over its targets, divided by the targets of the whole step."""
 
     loss: Tensor
-    """The next three, weighted."""
+    """The next two, weighted."""
     lm_loss: Tensor
     """Next-token cross-entropy, nats."""
     divergence: Tensor
     """T² · KL(parent ‖ model), nats."""
-    hidden: Tensor | None
-    """Mean squared difference of the final hidden states; None where it is not computed."""
 
 
 class Distillation:
@@ -67,20 +65,19 @@ class Distillation:
             parents = self.parent.model(input_ids=input_ids, use_cache=False).last_hidden_state
         targets_N = labels[:, 1:].flatten()
         ours, theirs = (states[:, :-1].flatten(0, 1) for states in (hidden_states, parents))
-        config = self.parent.config
+        config, parents_head = self.parent.config, self.parent.lm_head.weight.to(product_dtype(ours))
         weights = (settings.lm_weight if lm_weight is None else lm_weight, settings.weight, settings.temperature)
-        total, lm_loss, divergence = _LinearLosses.apply(
-            for_head(ours, config), head, for_head(theirs, config), self.parent.lm_head.weight, targets_N, weights
-        )
-        total, hidden = total / targets, None
-        if settings.hidden_weight:
-            squares = F.mse_loss(ours.float(), theirs.float(), reduction="none").mean(1)
-            hidden = (squares * (targets_N != IGNORE_INDEX)).sum() / targets
-            total = total + settings.hidden_weight * hidden
-        return Distilled(total, lm_loss / targets, divergence / targets, hidden)
+        ours, theirs = for_head(ours, config), for_head(theirs, config)
+
+        def into_gradient(logits: Tensor, rows: slice, with_gradient: bool) -> Tensor:
+            parents_logits = theirs[rows].to(logits.dtype) @ parents_head.t()
+            return _losses_into_gradient(logits, parents_logits, targets_N[rows], weights)
+
+        total, lm_loss, divergence = linear_losses(ours, head, into_gradient, _CHUNK_ELEMENTS)
+        return Distilled(total / targets, lm_loss.detach() / targets, divergence.detach() / targets)
 
     def of_logits(self, model: Any, input_ids: Tensor, labels: Tensor, targets: Tensor | float) -> Distilled:
-        """The same for any language model, with whole logits; final hidden states are not compared."""
+        """The same for any language model, with whole logits."""
         settings = self.settings
         with torch.no_grad():
             parents = self.parent(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
@@ -89,7 +86,7 @@ class Distillation:
         lm_loss = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum") / targets
         log_model, log_parent = (F.log_softmax(x[targets_BT != IGNORE_INDEX] / soft, -1) for x in (logits, parents))
         divergence = soft**2 * F.kl_div(log_model, log_parent, log_target=True, reduction="sum") / targets
-        return Distilled(settings.lm_weight * lm_loss + settings.weight * divergence, lm_loss, divergence, None)
+        return Distilled(settings.lm_weight * lm_loss + settings.weight * divergence, lm_loss, divergence)
 
 
 def dense_parent(model: Any, *, share: bool, dtype: torch.dtype) -> Any:
@@ -114,71 +111,23 @@ def dense_parent(model: Any, *, share: bool, dtype: torch.dtype) -> Any:
     return parent.eval()
 
 
-class _LinearLosses(torch.autograd.Function):
-    """Sums over tokens n of the two losses of logits s_n, t_n being the parent's; and both together, weighted.
-
-        lm          = Σ −ln softmax(s_n)[label_n]
-        divergence  = Σ T² · KL(softmax(t_n / T) ‖ softmax(s_n / T))
-
-    Their gradients with respect to s_n, softmax(s_n) − one-hot and T · (softmax(s_n / T) − softmax(t_n / T)), are known
-    in the forward pass. The products with hidden states and head are taken there, and the logits dropped. Gradients
-    flow through the weighted sum alone.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        parents_ND: Tensor,
-        parents_head_VD: Tensor,
-        labels_N: Tensor,
-        weights: tuple[float, float, float],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        device_type = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_ND.dtype
-        head, parents_head = head_VD.to(dtype), parents_head_VD.to(dtype)
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden_ND) if needs_hidden else None
-        grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if needs_head else None
-        sums = hidden_ND.new_zeros(2, dtype=torch.float32)
-        rows = max(1, _CHUNK_ELEMENTS // head_VD.shape[0])
-        with torch.autocast(device_type, enabled=False):
-            for start in range(0, hidden_ND.shape[0], rows):
-                chunk = slice(start, start + rows)
-                hidden = hidden_ND[chunk].to(dtype)
-                logits, parents = hidden @ head.t(), parents_ND[chunk].to(dtype) @ parents_head.t()
-                sums += _losses_into_gradient(logits, parents, labels_N[chunk], weights)
-                if grad_hidden is not None:
-                    grad_hidden[chunk] = (logits @ head).to(grad_hidden.dtype)
-                if grad_head is not None:
-                    grad_head += logits.t() @ hidden
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = head_VD.dtype
-        lm_loss, divergence = sums.unbind()
-        total = weights[0] * lm_loss + weights[1] * divergence
-        ctx.mark_non_differentiable(lm_loss, divergence)
-        return total, lm_loss, divergence
-
-    @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
-        if grad_head is not None:
-            grad_head = (grad_head * grad_total).to(ctx.head_dtype)
-        return grad_hidden, grad_head, None, None, None, None
-
-
 def _losses_into_gradient(
     logits_NV: Tensor, parents_NV: Tensor, labels_N: Tensor, weights: tuple[float, float, float]
 ) -> Tensor:
-    """Both sums, float32 [2]; overwrites the logits with the gradient of their weighted sum.
+    """Sums of the losses of logits s_n, the parent's being t_n; overwrites s_n with the gradient of the first.
 
-    On a CPU a few rows at a time, whose passes stay in its cache.
+        total       = lm_weight · lm + weight · divergence
+        lm          = Σ −ln softmax(s_n)[label_n]
+        divergence  = Σ T² · KL(softmax(t_n / T) ‖ softmax(s_n / T))
+
+    The gradients with respect to s_n are softmax(s_n) − one-hot, and T · (softmax(s_n / T) − softmax(t_n / T)). On a
+    CPU a few rows at a time, whose passes stay in its cache.
+
+    Returns:
+        The three, float32 [3].
     """
     lm_weight, weight, temperature = weights
-    sums = logits_NV.new_zeros(2, dtype=torch.float32)
+    lm_loss = divergence = logits_NV.new_zeros((), dtype=torch.float32)
     slices = (each.split(slice_rows(logits_NV)) for each in (logits_NV, parents_NV, labels_N))
     for logits, parents, labels in zip(*slices, strict=True):
         counted, targets = (labels != IGNORE_INDEX).float().unsqueeze(1), labels.clamp(min=0).unsqueeze(1)
@@ -187,11 +136,11 @@ def _losses_into_gradient(
         log_soft = log_model if temperature == 1.0 else F.log_softmax(values / temperature, dim=1)
         log_parent = F.log_softmax(parents.float().div_(temperature), dim=1)
         parent = log_parent.exp()
-        sums[0] -= (log_model.gather(1, targets) * counted).sum()
-        sums[1] += temperature**2 * (parent * log_parent.sub_(log_soft) * counted).sum()
+        lm_loss = lm_loss - (log_model.gather(1, targets) * counted).sum()
+        divergence = divergence + temperature**2 * (parent * log_parent.sub_(log_soft) * counted).sum()
         gradient = log_soft.exp().sub_(parent).mul_(weight * temperature)
         if lm_weight:
             one_hot = torch.zeros_like(gradient).scatter_(1, targets, 1.0)
             gradient += lm_weight * log_model.exp().sub_(one_hot)
         logits.copy_(gradient.mul_(counted))
-    return sums
+    return torch.stack([lm_weight * lm_loss + weight * divergence, lm_loss, divergence])

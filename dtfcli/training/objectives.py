@@ -39,8 +39,6 @@ class Losses(NamedTuple):
     """Unweighted relative squared error of the forecasts."""
     distill_loss: Tensor | None = None
     """Unweighted divergence from the dense parent, while training with distillation."""
-    hidden_loss: Tensor | None = None
-    """Unweighted squared difference of the final hidden states, likewise."""
     routing: dict[str, Tensor] | None = None
     """`router/<layer>/<statistic>`, where asked for."""
 
@@ -104,9 +102,7 @@ class Objective(nn.Module):
                 assert last_hidden is not None, "the hook has seen it"
                 learned = taught(last_hidden, self.model.lm_head.weight, input_ids, labels, targets, lm_weight=0.0)
                 rest = output.loss + (taught.settings.lm_weight - 1.0) * output.lm_loss
-                losses = losses._replace(
-                    loss=rest + learned.loss, distill_loss=learned.divergence, hidden_loss=learned.hidden
-                )
+                losses = losses._replace(loss=rest + learned.loss, distill_loss=learned.divergence)
         else:
             with self.model.recorded() if self.routed and self.training else nullcontext([]) as records:
                 losses = self._stock_losses(input_ids, labels, targets, taught)
@@ -132,7 +128,7 @@ class Objective(nn.Module):
                 lm_loss = causal_lm_loss(for_head(hidden_states, model.config), head, labels, targets)
                 return Losses(lm_loss, lm_loss)
             learned = taught(hidden_states, head, input_ids, labels, targets)
-        return Losses(learned.loss, learned.lm_loss, distill_loss=learned.divergence, hidden_loss=learned.hidden)
+        return Losses(learned.loss, learned.lm_loss, distill_loss=learned.divergence)
 
 
 def routing_statistics(records: Any, share: float | Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dtfcli.settings.sources import copy_preset, lookup, preset_names, preset_pa
 NEEDED = {
     *("quickstart", "thesis-dtf", "thesis-mod", "dtf-smollm2-135m", "dtf-qwen2.5-0.5b-lora"),
     *(f"{architecture}-qwen2.5-0.5b" for architecture in ("dtf", "mod", "dense")),
-    *(f"dtf-qwen2.5-{size}" for size in ("1.5b", "3b", "7b", "14b", "32b", "72b")),
+    *(f"dtf-qwen2.5-{size}" for size in ("1.5b", "7b")),
 }
 
 

@@ -47,9 +47,7 @@ def test_trains_on_four_bits(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(loop, "finish", keep)
     before = weights_hash(base)
-    settings = settings_of(
-        tmp_path, base, model=FORECAST, lora={"merge": True}, distill={"enabled": True, "hidden_weight": 1.0}
-    )
+    settings = settings_of(tmp_path, base, model=FORECAST, lora={"merge": True}, distill={"enabled": True})
     result = train(settings)
     assert weights_hash(base) == before
     model, parent = runs[0].model, runs[0].objective.distillation.parent

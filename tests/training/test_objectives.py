@@ -17,7 +17,7 @@ def build(architecture: str, **fields: float) -> Objective:
 def test_micro_batches_add_up_to_one_large_batch(architecture: str) -> None:
     """1 × 4 rows and 4 × 1 rows: the same losses and gradients to 1e-6, auxiliary and distilled terms included."""
     weights = {"router_aux_loss_weight": 0.3, "router_z_loss_weight": 0.1} if architecture == "mod" else {}
-    distillation = Distillation(dense_model(seed=3), DistillSettings(enabled=True, hidden_weight=0.5))
+    distillation = Distillation(dense_model(seed=3), DistillSettings(enabled=True))
     batch = tokens(4, 24)
 
     def run(parts: list[torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:

@@ -77,7 +77,7 @@ def test_forecasts_are_fitted_and_then_learn(
 ) -> None:
     """The run begins with what it has fitted to its text; then forecasts learn by gradient, scores by least squares."""
     started = watched_starts(monkeypatch)
-    distill = {} if lora else {"enabled": True, "hidden_weight": 0.1}
+    distill = {} if lora else {"enabled": True}
     messages: list[str] = []
     result = train(
         mlp_settings(tmp_path, base, lora={"enabled": lora, "merge": lora}, distill=distill),
