@@ -20,6 +20,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from dtfcli.conversion.dial import saved_share
 from dtfcli.conversion.measure import compare
@@ -31,6 +32,8 @@ TASKS = {"hellaswag": 0.25, "arc_easy": 0.25, "arc_challenge": 0.25, "sciq": 0.2
 """Benchmarks, and what guessing scores."""
 MEASURED = 48
 """Rows of another text."""
+NAMES = {"dtf": "tokens skip MLPs", "layerdrop": "whole MLPs left out", "random": "random tokens skip MLPs"}
+STYLES = {10: "--", 20: "-", 30: "-."}
 COLORS = {"dtf": "#1f4e9c", "layerdrop": "#d9822b", "random": "#6a655c"}
 
 
@@ -175,24 +178,35 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss gap against FLOPs, a curve for each kind; hollow: before the recovery."""
+    """Loss gap against saving: each model's dial, and its own point with an error bar; hollow: before the recovery."""
     with rc_context({"svg.hashsalt": "dtf", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        figure = Figure(figsize=(7, 3.8), layout="constrained")
         axis = figure.subplots()
-        for kind in dict.fromkeys(row["kind"] for row in rows):
-            for when, style in (("before", "o:"), ("chosen", "o-")):
-                points = sorted(
-                    (1 - row[when]["saving"], row[when]["loss_gap"], row[when]["stderr"] or 0)
-                    for row in rows
-                    if row["kind"] == kind and row[when] is not None
-                )
-                if points:
-                    label = f"{kind}, recovered" if when == "chosen" and rows[0]["recovered"] else kind
-                    face = "white" if when == "before" else None
-                    flops, gaps, errors = zip(*points, strict=True)
-                    axis.errorbar(flops, gaps, errors, fmt=style, color=COLORS[kind], mfc=face, label=label, capsize=3)
-        axis.set_xlabel("FLOPs of a forward pass / dense")
-        axis.set_ylabel("nats above dense")
+        for row in rows:
+            name, color = NAMES[row["kind"]], COLORS[row["kind"]]
+            name += f", recovered for a saving of {row['saving']} %" if row["recovered"] else ""
+            style = STYLES[row["saving"]]
+            points = sorted((point["saving"], point["loss_gap"]) for point in row["dial"])
+            axis.plot(*zip(*points, strict=True), style, color=color, label=name, lw=1.5)
+            for when, face in (("before", "white"), ("chosen", color)):
+                if (point := row[when]) is not None:
+                    axis.errorbar(
+                        1 - point["flop_ratio"],
+                        point["loss_gap"],
+                        point["stderr"],
+                        fmt="o",
+                        color=color,
+                        mfc=face,
+                        capsize=3,
+                    )
+        axis.axhline(0, color="#6a655c", lw=0.8)
+        axis.set(
+            xlabel="share of a forward pass's FLOPs left out",
+            ylabel="nats above dense",
+            xlim=(0, 0.32),
+            ylim=(-0.06, 0.55),
+        )
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
