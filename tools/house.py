@@ -23,7 +23,7 @@ LEVELS = [
         "data runs serving",
         "loading inspection",
         "cost",
-        "training",
+        "training demo",
         "evaluation bench",
         "hub conversion",
         "experiment",

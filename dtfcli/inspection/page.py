@@ -26,7 +26,7 @@ _DIGITS = 4
 
 def render_page(report: TextRouting | CorpusRouting, summary: Summary) -> str:
     """The page, ready to be written to a file."""
-    style = _part("page.css").replace("/*palette*/", _palette_css())
+    style = view_style() + _part("page.css")
     script = _part("page.js")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
     policy += "; base-uri 'none'; form-action 'none'"
@@ -111,6 +111,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def view_style() -> str:
+    """Colors, and the rules of tokens, legend and figures: all that draws them shares it."""
+    return _part("view.css").replace("/*palette*/", _palette_css())
 
 
 def _palette_css() -> str:
