@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +26,14 @@ from tests.tiny import dense_model, routed_model, tokens, word_tokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROMPT, LENGTH = "a b c w5 w6", 24
+POSITIONS = 4096
+"""Enough for an answer that is still written when somebody presses Stop."""
 SECONDS = 60
 """Until the page must be there: importing takes most of it, on a machine that is busy."""
 
 
-def with_routed_mlps() -> Any:
-    model = dtfcli.route_mlps(dense_model(), capacity=0.6)
+def with_routed_mlps(positions: int = 512) -> Any:
+    model = dtfcli.route_mlps(dense_model(max_position_embeddings=positions), capacity=0.6)
     fit_routing(model, [{"input_ids": tokens(8, 40)}])
     return model
 
@@ -126,8 +127,8 @@ def test_without_gradio(dtf: Callable[..., Outcome], monkeypatch: pytest.MonkeyP
     result = dtf("demo", "no-such-model")
     assert (result.code, len(result.stderr.splitlines())) == (2, 1)
     assert "pip install 'dtfcli[demo]'" in result.stderr
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match="no such address"):
-        monkeypatch.undo()
         demo_page.require_demo("no host", 0)
 
 
@@ -136,7 +137,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `dtf demo` shows a model with routed MLPs; ended by Ctrl-C."""
     pytest.importorskip("gradio")
     folder, log = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("log") / "stderr"
-    with_routed_mlps().save_pretrained(folder)
+    with_routed_mlps(POSITIONS).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     command = [sys.executable, "-m", "dtfcli", "demo", str(folder), "--host", "127.0.0.1", "--port", "0"]
     with log.open("w") as stderr:
@@ -225,9 +226,9 @@ def test_the_page_by_keyboard(browser: Any, url: str) -> None:
     page.get_by_role("button", name="Write").press("Enter")
     page.locator(".answer.done:nth-child(2)").wait_for()
     assert page.locator(".answer").nth(1).locator("h2").inner_text().startswith("dense")
-    page.get_by_label("Max new tokens").fill("600")
+    page.get_by_label("Max new tokens").fill(str(POSITIONS))
     page.get_by_role("button", name="Write").press("Enter")
-    assert "512 positions" in page.get_by_role("alert").inner_text()
+    assert f"{POSITIONS} positions" in page.get_by_role("alert").inner_text()
     assert not errors
     assert not [address for address in requests if not address.startswith((url, "data:", "blob:"))]
 
@@ -235,13 +236,13 @@ def test_the_page_by_keyboard(browser: Any, url: str) -> None:
 @pytest.mark.slow
 def test_a_narrow_dark_page_and_stop(browser: Any, url: str) -> None:
     page, _, errors = opened(browser, url, 360, "dark")
-    page.get_by_label("Max new tokens").fill("480")
+    page.get_by_label("Max new tokens").fill("4000")
     page.get_by_label("Prompt").fill(PROMPT)
     page.get_by_label("Prompt").press("Enter")
     page.locator(".answer.writing .t").first.wait_for()
     page.get_by_role("button", name="Stop").click()
     page.locator(".answer.stopped").wait_for()
-    assert page.locator(".t").count() < 480
+    assert page.locator(".t").count() < 4000
     assert page.evaluate("[document.documentElement.scrollWidth, document.documentElement.dataset.theme]") == [
         360,
         "dark",

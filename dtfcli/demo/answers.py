@@ -93,6 +93,7 @@ class Answer(BaseStreamer):
             thread.join()
         for error in failures:
             raise error
+        yield self
 
     def figures(self) -> dict[str, str]:
         """Speed after the first token; of a routed model its FLOPs over the dense model's, and who entered."""

@@ -65,7 +65,7 @@ class Demo:
     def answer(
         self, turns: Turns, prompt: str, gamma: float, length: float | None, temperature: float | None, *checked: bool
     ) -> Iterator[str]:
-        """The drawing, again and again while the model writes; checked: a chat message, the dense model's answer too."""
+        """The drawing, again and again while the model writes; checked: a chat message, the dense answer too."""
         if turns.begun == turns.asked:
             return
         turn = turns.begun = turns.asked
@@ -100,10 +100,14 @@ class Demo:
                 gr.HTML(head, apply_default_css=False)
                 prompt = gr.Textbox(label="Prompt", placeholder="The beginning of a text", lines=1, max_lines=12)
                 gamma = gr.Slider(
-                    *(min(_LEAST, self.gamma), 1.0, self.gamma),
+                    minimum=min(_LEAST, self.gamma),
+                    maximum=1.0,
+                    value=self.gamma,
+                    step=0.01,
                     label="γ: share of tokens that enter a routed layer",
                     info="The others take a cheap way around it. At 1 every token takes all layers.",
-                    **{"step": 0.01, "interactive": self.routed > 0, "buttons": ["reset"]},
+                    interactive=self.routed > 0,
+                    buttons=["reset"],
                 )
                 with gr.Row():
                     length = gr.Number(64, label="Max new tokens", precision=0, min_width=110)
@@ -134,14 +138,13 @@ class Demo:
         style, theme = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js"))
         options: dict[str, Any] = {"footer_links": [], "run_history": False, "ssr_mode": False, "server_name": host}
         options["head"] = f"<style>{view_style()}{style}</style><script>{theme}</script>"
-        blocks = self.blocks()
 
         class Server(uvicorn.Server):
             async def shutdown(self, sockets: Any = None) -> None:
-                blocks.app.stop_event.set()  # else open pages would hold it up
+                app.routes[-1].app.stop_event.set()  # Gradio's; else open pages would hold it up
                 await super().shutdown(sockets)
 
-        app = gr.mount_gradio_app(FastAPI(), blocks, "/", server_port=port, **options)
+        app: Any = gr.mount_gradio_app(FastAPI(), self.blocks(), "/", server_port=port, **options)
         Server(uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=1)).run()
 
 
