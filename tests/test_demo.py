@@ -94,21 +94,30 @@ def test_the_drawing_escapes_text_and_colors_depth() -> None:
     ]
 
 
-def test_a_later_press_ends_an_answer_and_gives_the_model_back() -> None:
+def answered(demo: Demo, turns: Turns) -> str:
+    """The last drawing; "" if there is none."""
+    last = [drawing for drawing in demo.answer(turns) if isinstance(drawing, str)]
+    return last[-1] if last else ""
+
+
+def test_a_later_press_ends_an_answer_and_has_the_last_word() -> None:
     demo, turns = Demo("tiny", with_routed_mlps(), word_tokenizer()), Turns()
-    assert list(demo.answer(turns, PROMPT, 0.3, 8, 0.0, False, False)) == []  # nobody asked
-    turns.ask_again()
-    assert list(demo.answer(turns, PROMPT, 0.3, 8, 0.0, False, False)) == []  # nothing was asked before
-    turns.ask()
-    drawings = demo.answer(turns, PROMPT, 0.3, 400, 0.0, False, True)
+    assert answered(demo, turns) == ""  # nobody asked
+    turns.ask_again(PROMPT, 0.3, 8, 0.0, False, False)
+    assert answered(demo, turns) == ""  # nothing was asked before
+    turns.ask(PROMPT, 0.3, 400, 0.0, False, True)
+    drawings = demo.answer(turns)
     assert "writing" in next(drawings)
-    turns.ask_again()
+    turns.ask_again(PROMPT, 0.4, 400, 0.0, False, True)
+    turns.ask_again(PROMPT, 0.5, 8, 0.0, False, True)
     assert 'class="answer stopped"' in list(drawings)[-1]
-    *_, last = demo.answer(turns, PROMPT, 0.3, 8, 0.0, False, True)
+    last = answered(demo, turns)
     assert last.count('class="answer done"') == 2
-    turns.ask()
+    assert "γ = 0.5" in last
+    assert answered(demo, turns) == ""
+    turns.ask(PROMPT, 0.3, 8, 0.0, False, False)
     turns.end()
-    assert list(demo.answer(turns, PROMPT, 0.3, 8, 0.0, False, False)) == []
+    assert answered(demo, turns) == ""
 
 
 @pytest.mark.parametrize(
@@ -116,10 +125,10 @@ def test_a_later_press_ends_an_answer_and_gives_the_model_back() -> None:
     [(None, 0.0, "“max new tokens” 0: ask for 1"), (600, 0.0, "512 positions"), (8, -1.0, "“temperature” -1.0")],
 )
 def test_what_cannot_be_written_is_said_on_the_page(length: int | None, temperature: float, words: str) -> None:
-    turns = Turns(asked=1)
-    shown = list(Demo("tiny", dense_model(), word_tokenizer()).answer(turns, "a", 1.0, length, temperature, False))
-    assert 'role="alert"' in shown[-1]
-    assert words in shown[-1]
+    turns = Turns(asked=1, wanted=("a", 1.0, length, temperature, False, False))
+    shown = answered(Demo("tiny", dense_model(), word_tokenizer()), turns)
+    assert 'role="alert"' in shown
+    assert words in shown
 
 
 def test_without_gradio(dtf: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +195,7 @@ def opened(browser: Any, url: str, width: int = 1200, scheme: str = "light") -> 
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(url)
-    page.get_by_label("Prompt").wait_for()
+    page.get_by_label("Prompt", exact=True).wait_for()
     return page, requests, errors
 
 
@@ -206,7 +215,7 @@ def shown(page: Any, heading: str) -> tuple[str, list[str], str]:
 def test_the_page_by_keyboard(browser: Any, url: str) -> None:
     page, requests, errors = opened(browser, url)
     page.keyboard.press("Tab")
-    prompt = page.get_by_label("Prompt")
+    prompt = page.get_by_label("Prompt", exact=True)
     for _ in range(5):
         if prompt.evaluate("box => box === document.activeElement"):
             break
@@ -218,7 +227,8 @@ def test_the_page_by_keyboard(browser: Any, url: str) -> None:
     assert len(set(first[1])) > 2  # depths have colors
     slider = page.get_by_role("slider")
     slider.focus()
-    page.keyboard.press("Home")
+    for key in ("ArrowRight", "ArrowRight", "End", "Home"):  # the last one counts
+        page.keyboard.press(key)
     second = shown(page, "γ = 0.05")
     assert all(a != b for a, b in zip(first, second, strict=True)), "text, colors and FLOPs follow the slider"
     assert float(second[2].strip("%")) < float(first[2].strip("%"))
@@ -237,8 +247,8 @@ def test_the_page_by_keyboard(browser: Any, url: str) -> None:
 def test_a_narrow_dark_page_and_stop(browser: Any, url: str) -> None:
     page, _, errors = opened(browser, url, 360, "dark")
     page.get_by_label("Max new tokens").fill("4000")
-    page.get_by_label("Prompt").fill(PROMPT)
-    page.get_by_label("Prompt").press("Enter")
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Prompt", exact=True).press("Enter")
     page.locator(".answer.writing .t").first.wait_for()
     page.get_by_role("button", name="Stop").click()
     page.locator(".answer.stopped").wait_for()

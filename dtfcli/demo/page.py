@@ -34,18 +34,20 @@ def require_demo(host: str, port: int) -> None:
 
 @dataclass
 class Turns:
-    """Of one browser window: an answer whose turn is over ends, and one that comes too late does not begin."""
+    """Of one browser window: what it asked for last; an answer to anything before that ends, or does not begin."""
 
     asked: int = 0
     begun: int = 0
+    wanted: tuple[Any, ...] = ()
 
-    def ask(self) -> None:
+    def ask(self, *wanted: Any) -> None:
         """Want a new answer."""
-        self.asked += 1
+        self.asked, self.wanted = self.asked + 1, wanted
 
-    def ask_again(self) -> None:
+    def ask_again(self, *wanted: Any) -> None:
         """Want a new answer if there was one."""
-        self.asked += self.begun > 0
+        if self.begun:
+            self.ask(*wanted)
 
     def end(self) -> None:
         """Want no answer."""
@@ -62,22 +64,24 @@ class Demo:
         gamma: Any = model.capacity if self.routed else 1.0
         self.gamma = round(sum(gamma) / len(gamma) if isinstance(gamma, (list, tuple)) else gamma, 2)
 
-    def answer(
-        self, turns: Turns, prompt: str, gamma: float, length: float | None, temperature: float | None, *checked: bool
-    ) -> Iterator[str]:
-        """The drawing, again and again while the model writes; checked: a chat message, the dense answer too."""
+    def answer(self, turns: Turns) -> Iterator[Any]:
+        """The drawing of what is wanted, again and again while the model writes."""
+        import gradio as gr
+
         if turns.begun == turns.asked:
+            yield gr.skip()
             return
         turn = turns.begun = turns.asked
+        prompt, gamma, length, temperature, is_chat, beside = turns.wanted
         try:
             sampling, answers = Sampling(int(length or 0), float(temperature or 0.0)), dict[str, Answer]()
             models = {f"γ = {gamma:g}" if self.routed else "dense": self.model}
             if self.routed:
                 self.model.set_routing(self.model.routing, self.capacity if gamma == self.gamma else float(gamma))
-                models |= {"dense": to_dense(self.model)} if checked[1] else {}
+                models |= {"dense": to_dense(self.model)} if beside else {}
             for heading, model in models.items():
                 answers[heading] = Answer(model, self.tokenizer)
-                for answer in answers[heading].write(prompt, sampling, checked[0]):
+                for answer in answers[heading].write(prompt, sampling, is_chat):
                     answer.is_stopped |= turns.asked != turn
                     yield draw(answers)
                 if turns.asked != turn:
@@ -122,11 +126,11 @@ class Demo:
                 drawing = gr.HTML(_legend(self.routed) + hint, apply_default_css=False)
             turns = gr.State(Turns())
             stop.click(Turns.end, turns, None, queue=False, **quiet)
-            inputs = [turns, prompt, gamma, length, temperature, chat, beside]
-            one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
+            wanted = [turns, prompt, gamma, length, temperature, chat, beside]
+            quiet["trigger_mode"] = "multiple"
             for triggers, ask in (([write.click, prompt.submit], Turns.ask), ([gamma.input], Turns.ask_again)):
-                asked = gr.on(triggers, ask, turns, None, queue=False, **quiet)
-                asked.then(self.answer, inputs, drawing, **one, **quiet)
+                asked = gr.on(triggers, ask, wanted, None, queue=False, **quiet)
+                asked.then(self.answer, turns, drawing, concurrency_limit=1, concurrency_id="model", **quiet)
         return page
 
     def serve(self, host: str, port: int) -> None:

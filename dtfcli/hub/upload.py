@@ -54,6 +54,7 @@ class PushOptions:
         revision: branch, created if it is missing; None: main.
         commit_message: first line of the commit; None: a line with the architecture and the version.
         merge: publish an adapter as a plain model, merged into its base.
+        space: owner/name of a Space that shows the model; None: no Space.
     """
 
     username: str | None = None
@@ -62,6 +63,7 @@ class PushOptions:
     revision: str | None = None
     commit_message: str | None = None
     merge: bool = False
+    space: str | None = None
 
 
 @dataclass(frozen=True)
