@@ -1,7 +1,7 @@
 """The picture of docs/serving.md: what `dtf demo` shows, by Chromium without a window.
 
 dtf demo MODEL --port 7861 &
-python -m tools.demo_picture http://localhost:7861 "The keeper of the lighthouse climbed the stairs, and" docs/images/demo.png
+python -m tools.demo_picture http://localhost:7861 docs/images/demo.png
 """
 
 import shutil
@@ -9,15 +9,17 @@ import sys
 
 from playwright.sync_api import sync_playwright
 
+PROMPT = "The keeper of the lighthouse climbed the stairs, and"
 
-def main(url: str, prompt: str, picture: str) -> None:
+
+def main(url: str, picture: str) -> None:
     """Write a continuation next to the dense model's, and keep the page as a PNG."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1200, "height": 600})
         page.goto(url)
         page.get_by_label("beside it").check()
-        page.get_by_label("Prompt", exact=True).fill(prompt)
+        page.get_by_label("Prompt", exact=True).fill(PROMPT)
         page.get_by_label("Prompt", exact=True).press("Enter")
         page.locator(".answer.done:nth-child(2)").wait_for(timeout=300_000)
         page.screenshot(path=picture)

@@ -94,9 +94,7 @@ def push(
         document = {"repo": upload.repo, "url": result.url, "commit": result.commit, "files": list(upload.files)}
         line = result.url
         render.note(f"{len(upload.files)} files in commit {result.commit[:8]}")
-        if result.space:
-            document["space"] = result.space
-            render.note(f"the Space: {result.space}")
+        document |= {"space": result.space} if result.space else {}
     if upload.left_out:
         render.note(f"not uploaded: {', '.join(upload.left_out)}")
     for warning in upload.warnings:

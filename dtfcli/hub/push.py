@@ -127,8 +127,8 @@ def _check(repo: str, options: PushOptions) -> str:
         ConfigError: names the option and the remedy.
     """
     full = repo_id(repo, options.username)
-    if options.space is not None and "/" not in repo_id(options.space):
-        raise ConfigError(f"--space '{options.space}': has no owner; give OWNER/NAME.")
+    if options.space is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.space):
+        raise ConfigError(f"--space '{options.space}': not the id of a Space; give OWNER/NAME.")
     branch, message = options.revision, options.commit_message
     if branch is not None and not _BRANCH.fullmatch(branch):
         raise ConfigError(f"--revision '{branch}': not a branch name; use letters, digits and - _ . / such as v1.0.")

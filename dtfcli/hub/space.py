@@ -43,4 +43,6 @@ def push_space(hub: HubClient, space: str, files: dict[str, bytes], *, private: 
         api.create_repo(space, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         api.create_commit(space, additions, commit_message="Show the model with dtf demo", repo_type="space")
-    return f"{api.endpoint}/spaces/{space}"
+    url = f"{api.endpoint}/spaces/{space}"
+    hub.tell(f"the Space: {url}")
+    return url
