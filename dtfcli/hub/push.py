@@ -20,7 +20,7 @@ from dtfcli.errors import ConfigError, DTFError
 from dtfcli.hub.client import MAIN, HubClient, repo_id
 from dtfcli.hub.errors import HubAccessError
 from dtfcli.hub.space import FOLDER, push_space, space_files
-from dtfcli.hub.upload import OnProgress, PushOptions, Upload, model_folder, prepare_upload
+from dtfcli.hub.upload import UNKNOWN_OWNER, OnProgress, PushOptions, Upload, model_folder, prepare_upload
 from dtfcli.quiet import quiet_libraries
 
 _BRANCH = re.compile(r"(?!refs/|.*(\.\.|//|@\{))\w[^\s~^:?*\[\\]*(?<!/)(?<!\.)(?<!\.lock)")
@@ -114,7 +114,8 @@ def preview(
         upload.write(folder)
         if options.space:
             (folder / FOLDER).mkdir()
-            for name, content in space_files(full, options.revision).items():
+            opened = full if "/" in full else f"{UNKNOWN_OWNER}/{full}"
+            for name, content in space_files(opened, options.revision).items():
                 (folder / FOLDER / name).write_bytes(content)
         on_progress(f"{len(upload.files)} files, {upload.size() / 2**20:.1f} MiB; nothing was uploaded")
     return upload
