@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, TextStreamer, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 from dtfcli.errors import ConfigError
 from dtfcli.models.cache import CACHE_NAME
@@ -124,7 +125,7 @@ def generate(
     *,
     chat: bool = False,
     use_cache: bool = True,
-    on_text: Callable[[str], None] | None = None,
+    on_text: Callable[[str], None] | BaseStreamer | None = None,
 ) -> Generated:
     """Continue one prompt.
 
@@ -135,14 +136,14 @@ def generate(
         sampling: how tokens are chosen; greedy by default.
         chat: treat the prompt as a user's message and apply the tokenizer's chat template.
         use_cache: keep keys and values; False recomputes the prefix for every token.
-        on_text: called with each piece of the continuation as it appears.
+        on_text: called with each piece of the continuation as it appears; a streamer of Transformers gets the tokens.
 
     Raises:
         ConfigError: the prompt does not fit the model, there is no chat template, or `topk` routing.
     """
     sampling = sampling or Sampling()
     rows = _token_rows(model, tokenizer, [prompt], sampling, chat)
-    streamer = _CallbackStreamer(tokenizer, on_text) if on_text else None
+    streamer = _CallbackStreamer(tokenizer, on_text) if callable(on_text) else on_text
     return _run(model, tokenizer, [(prompt, rows[0])], sampling, streamer, use_cache)[0]
 
 
@@ -230,7 +231,7 @@ def _run(
     tokenizer: PreTrainedTokenizerBase,
     batch: list[tuple[str, list[int]]],
     sampling: Sampling,
-    streamer: TextStreamer | None,
+    streamer: BaseStreamer | None,
     use_cache: bool,
 ) -> list[Generated]:
     """Continuations of prompts with their token ids, padded on the left."""

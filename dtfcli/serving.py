@@ -25,12 +25,14 @@ _PAGE = 256
 
 
 def require_server(host: str, port: int) -> None:
-    """Raise a ConfigError, before a model is loaded, if packages are missing or the address cannot be listened on.
-
-    Port 0 stands for any free one.
-    """
+    """Raise a ConfigError, before a model is loaded, if packages are missing or the address cannot be listened on."""
     if not is_serve_available():
         raise ConfigError("dtf serve needs the packages of the server: pip install 'dtfcli[serve]'.")
+    require_address(host, port)
+
+
+def require_address(host: str, port: int) -> None:
+    """Raise a ConfigError if nobody can listen on the address; port 0 stands for any free one."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:

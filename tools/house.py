@@ -23,7 +23,7 @@ LEVELS = [
         "data generation runs",
         "loading inspection serving",
         "cost",
-        "training",
+        "training demo",
         "evaluation bench",
         "hub conversion",
         "experiment",

@@ -16,6 +16,7 @@ from dtfcli.cli import env, presets
 from dtfcli.cli.bench import bench
 from dtfcli.cli.compare import compare
 from dtfcli.cli.convert import convert
+from dtfcli.cli.demo import demo
 from dtfcli.cli.eval import evaluate
 from dtfcli.cli.generate import generate
 from dtfcli.cli.inspect_routing import inspect_routing
@@ -67,6 +68,7 @@ app.command("compare")(compare)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("serve")(serve)
+app.command("demo")(demo)
 app.command("inspect-routing")(inspect_routing)
 app.command("bench")(bench)
 app.command("push")(push)

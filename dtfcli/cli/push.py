@@ -32,6 +32,12 @@ CommitMessage = Annotated[
     str | None, typer.Option("--commit-message", "-m", metavar="M", help="First line of the commit.")
 ]
 Merge = Annotated[bool, typer.Option("--merge", help="Publish an adapter as a plain model, merged into its base.")]
+Space = Annotated[
+    str | None,
+    typer.Option(
+        "--space", metavar="OWNER/NAME", help="Write a Space, too: it shows the model with the page of `dtf demo`."
+    ),
+]
 DryRun = Annotated[
     Path | None,
     typer.Option("--dry-run", metavar="DIR", help="Write the files to this folder instead, without a network."),
@@ -47,6 +53,7 @@ def push(
     revision: Revision = None,
     commit_message: CommitMessage = None,
     merge: Merge = False,
+    space: Space = None,
     dry_run: DryRun = None,
     json: options.Json = False,
 ) -> None:
@@ -61,6 +68,7 @@ def push(
       dtf push outputs/2026-01-31/quickstart my-first-dtf --private
       dtf push outputs/2026-01-31/lora my-dtf --merge
       dtf push MODEL my-group/dtf-0.5b --eval-results eval/latest.json --revision v2
+      dtf push MODEL me/my-dtf --space me/my-dtf-demo      # and a Space with a slider for γ
     """
     from dtfcli.cli import render
     from dtfcli.hub.push import preview
@@ -74,10 +82,11 @@ def push(
         revision=revision,
         commit_message=commit_message,
         merge=merge,
+        space=space,
     )
     if dry_run is not None:
         upload = preview(model, repo, dry_run, push_options, render.note)
-        document = {"repo": upload.repo, "folder": dry_run, "files": list(upload.files)}
+        document: dict[str, object] = {"repo": upload.repo, "folder": dry_run, "files": list(upload.files)}
         line = str(dry_run)
     else:
         result = push_model(model, repo, push_options, render.note)
@@ -85,6 +94,7 @@ def push(
         document = {"repo": upload.repo, "url": result.url, "commit": result.commit, "files": list(upload.files)}
         line = result.url
         render.note(f"{len(upload.files)} files in commit {result.commit[:8]}")
+        document |= {"space": result.space} if result.space else {}
     if upload.left_out:
         render.note(f"not uploaded: {', '.join(upload.left_out)}")
     for warning in upload.warnings:

@@ -19,7 +19,8 @@ from huggingface_hub import get_token
 from dtfcli.errors import ConfigError, DTFError
 from dtfcli.hub.client import MAIN, HubClient, repo_id
 from dtfcli.hub.errors import HubAccessError
-from dtfcli.hub.upload import OnProgress, PushOptions, Upload, model_folder, prepare_upload
+from dtfcli.hub.space import FOLDER, push_space, space_files
+from dtfcli.hub.upload import UNKNOWN_OWNER, OnProgress, PushOptions, Upload, model_folder, prepare_upload
 from dtfcli.quiet import quiet_libraries
 
 _BRANCH = re.compile(r"(?!refs/|.*(\.\.|//|@\{))\w[^\s~^:?*\[\\]*(?<!/)(?<!\.)(?<!\.lock)")
@@ -33,11 +34,13 @@ class PushResult:
     Attributes:
         url: of the repository's page, or of the branch.
         commit: hash of the commit; of the present head if nothing had changed.
+        space: address of the Space, if one was asked for.
     """
 
     upload: Upload
     url: str
     commit: str
+    space: str | None = None
 
 
 def push(
@@ -67,6 +70,7 @@ def push(
     with quiet_libraries(bars=sys.stderr.isatty(), prints=True), tempfile.TemporaryDirectory() as scratch:
         hub = HubClient(on_progress)
         on_progress("asking the Hub who you are")
+        space = hub.owned_id(options.space, None) if options.space else None
         target = hub.find(hub.owned_id(repo, options.username), options.revision or MAIN, private=options.private)
         upload = prepare_upload(model, target.repo, options, Path(scratch), on_progress)
         hub.check_card(upload)
@@ -83,8 +87,10 @@ def push(
             if not target.exists:
                 on_progress(left)
             raise
+        if space is not None:
+            space = push_space(hub, space, space_files(target.repo, options.revision), private=options.private)
     url = f"{hub.api.endpoint}/{target.repo}" + (f"/tree/{target.branch}" if target.branch != MAIN else "")
-    return PushResult(upload, url, commit)
+    return PushResult(upload, url, commit, space)
 
 
 def preview(
@@ -106,6 +112,11 @@ def preview(
     with tempfile.TemporaryDirectory() as scratch:
         upload = prepare_upload(model, full, options, Path(scratch), on_progress)
         upload.write(folder)
+        if options.space:
+            (folder / FOLDER).mkdir()
+            opened = full if "/" in full else f"{UNKNOWN_OWNER}/{full}"
+            for name, content in space_files(opened, options.revision).items():
+                (folder / FOLDER / name).write_bytes(content)
         on_progress(f"{len(upload.files)} files, {upload.size() / 2**20:.1f} MiB; nothing was uploaded")
     return upload
 
@@ -117,6 +128,8 @@ def _check(repo: str, options: PushOptions) -> str:
         ConfigError: names the option and the remedy.
     """
     full = repo_id(repo, options.username)
+    if options.space is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.space):
+        raise ConfigError(f"--space '{options.space}': not the id of a Space; give OWNER/NAME.")
     branch, message = options.revision, options.commit_message
     if branch is not None and not _BRANCH.fullmatch(branch):
         raise ConfigError(f"--revision '{branch}': not a branch name; use letters, digits and - _ . / such as v1.0.")

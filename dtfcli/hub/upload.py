@@ -40,7 +40,7 @@ _TOKENIZER = (
 _CONFIGS = ("config.json", "generation_config.json")
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _STALE_WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
-_UNKNOWN_OWNER = "YOUR-NAME"
+UNKNOWN_OWNER = "YOUR-NAME"
 _AGAIN = "save the model again"
 
 
@@ -54,6 +54,7 @@ class PushOptions:
         revision: branch, created if it is missing; None: main.
         commit_message: first line of the commit; None: a line with the architecture and the version.
         merge: publish an adapter as a plain model, merged into its base.
+        space: owner/name of a Space that shows the model; None: no Space.
     """
 
     username: str | None = None
@@ -62,6 +63,7 @@ class PushOptions:
     revision: str | None = None
     commit_message: str | None = None
     merge: bool = False
+    space: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def prepare_upload(
     results, warnings = choose_results(source, options.eval_results)
     if not files.keys() & {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"}:
         warnings.insert(0, f"{source.folder} has no tokenizer; users of the model will miss it.")
-    full = repo if "/" in repo else f"{_UNKNOWN_OWNER}/{repo}"
+    full = repo if "/" in repo else f"{UNKNOWN_OWNER}/{repo}"
     facts = gather_facts(source, full, options.revision, results, CURVES_FILE in files)
     files[CARD_FILE] = str(model_card(facts)).encode("utf-8")
     on_progress("checking for secrets and local paths")

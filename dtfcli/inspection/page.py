@@ -27,7 +27,7 @@ _DIGITS = 4
 
 def render_page(report: TextRouting | CorpusRouting, summary: Summary) -> str:
     """The page, ready to be written to a file."""
-    style = _part("page.css").replace("/*palette*/", _palette_css())
+    style = view_style() + _part("page.css")
     script = _part("page.js")
     policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
     policy += "; base-uri 'none'; form-action 'none'"
@@ -103,6 +103,11 @@ def embed_json(data: Any) -> str:
 
 def _rounded(values: Iterable[float]) -> list[float | None]:
     return [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in map(float, values)]
+
+
+def view_style() -> str:
+    """Colors, and the rules of tokens, legend and figures: all that draws them shares it."""
+    return _part("view.css").replace("/*palette*/", _palette_css())
 
 
 def _palette_css() -> str:

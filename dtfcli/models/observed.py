@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .modeling_routed_mlp import RoutedCausalLM
+from .modeling_routed_mlp import RoutedCausalLM, routed_mlps
 
 
 @contextmanager
 def observed_passes(model: Any, note: Callable[[Any], None]) -> Iterator[None]:
     """Call `note` with the output of each pass of a routed model's stack, a `RoutedModelOutput`, inside a `with` block.
 
-    The stack of a model with routed MLPs is a stock one; its output gets the attributes.
+    The stack of a model with routed MLPs is a stock one; its output gets the attributes. Blocks may nest.
     """
 
     def add(stack: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
-        if has_mlps:
+        if has_mlps and not hasattr(output, "routing"):
             length, mask, positions = output[0].shape[1], named.get("attention_mask"), named.get("position_ids")
             is_token = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
             if positions is None and isinstance(mask, Tensor) and is_token is not None:
@@ -31,7 +31,8 @@ def observed_passes(model: Any, note: Callable[[Any], None]) -> Iterator[None]:
         note(output)
 
     has_mlps = isinstance(model, RoutedCausalLM)
-    with model.recorded() if has_mlps else nullcontext([]) as records:
+    active = [mlp.records for mlp in routed_mlps(model).values() if mlp.records is not None]
+    with model.recorded() if has_mlps and not active else nullcontext(active[0] if active else []) as records:
         hook = model.get_decoder().register_forward_hook(add, with_kwargs=True)
         try:
             yield

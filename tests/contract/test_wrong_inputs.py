@@ -283,6 +283,11 @@ SERVE = [
     ("serve {model} --port 70000", ["--port", "70000", "65535"]),
     ("serve {model} --host not.an.address.invalid --port 0", ["--host not.an.address.invalid", "localhost"]),
     ("serve {model} --host 192.0.2.1 --port 0", ["--host 192.0.2.1", "not an address of this machine", "localhost"]),
+    ("demo", ["MODEL", "--help"]),
+    ("demo nowhere/at/all --port 0", ["nowhere/at/all", "no such file or folder"]),
+    ("demo {model} --port 0 --routing topk", ["topk", "--routing threshold"]),
+    ("demo {model} --host not.an.address.invalid --port 0", ["--host not.an.address.invalid", "localhost"]),
+    ("demo {model} --port 70000", ["--port", "70000", "65535"]),
     ("serve {model} --continuous-batching", ["--continuous-batching", "paged cache", "Leave it out"]),
 ]
 
@@ -354,6 +359,8 @@ PUSH = [
     ("push {model} a/b/c", ["REPO 'a/b/c'", "owner/name"]),
     ("push {model} 'not good'", ["REPO 'not good'", "owner/name"]),
     ("push {model} /new", ["REPO '/new'", "owner/name"]),
+    ("push {model} me/new --space page", ["--space 'page'", "OWNER/NAME"]),
+    ("push {model} me/new --space a/b/c", ["--space 'a/b/c'", "OWNER/NAME"]),
     ("push {model} me/new --hf-username other", ["REPO 'me/new'", "--hf-username says other", "give one"]),
     ("push {model} me/new --revision 'a b'", ["--revision 'a b'", "branch"]),
     ("push {model} me/new --revision ../x", ["--revision '../x'", "branch"]),

@@ -148,13 +148,13 @@ class Handler(BaseHTTPRequestHandler):
         ("whoami", "GET", r"/api/whoami-v2"),
         ("validate", "POST", r"/api/validate-yaml"),
         ("create", "POST", r"/api/repos/create"),
-        ("info", "GET", rf"/api/models/{_repo}(/revision/(?P<revision>[^/]+))?"),
+        ("info", "GET", rf"/api/(?:models|spaces)/{_repo}(/revision/(?P<revision>[^/]+))?"),
         ("refs", "GET", rf"/api/models/{_repo}/refs"),
         ("branch", "POST", rf"/api/models/{_repo}/branch/(?P<revision>[^/]+)"),
-        ("preupload", "POST", rf"/api/models/{_repo}/preupload/(?P<revision>[^/]+)"),
+        ("preupload", "POST", rf"/api/(?:models|spaces)/{_repo}/preupload/(?P<revision>[^/]+)"),
         ("batch", "POST", rf"/{_repo}\.git/info/lfs/objects/batch"),
         ("store", "PUT", r"/lfs/(?P<oid>[0-9a-f]{64})"),
-        ("commit", "POST", rf"/api/models/{_repo}/commit/(?P<revision>[^/]+)"),
+        ("commit", "POST", rf"/api/(?:models|spaces)/{_repo}/commit/(?P<revision>[^/]+)"),
     )
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -225,6 +225,8 @@ class Handler(BaseHTTPRequestHandler):
     def on_create(self, body: bytes) -> Answer:
         values = json.loads(body)
         repo = f"{values.get('organization') or self.on_whoami(b'').body['name']}/{values['name']}"
+        if repo in self.hub.repositories:
+            return Answer(409, {"error": "You already created this repository", "url": f"{self.hub.url}/{repo}"})
         self.hub.create(repo, values.get("visibility") == "private" or bool(values.get("private")))
         return Answer(200, {"url": f"{self.hub.url}/{repo}", "name": repo})
 

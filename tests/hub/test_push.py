@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from dtfcli.errors import ConfigError, DTFError, HubError
 from dtfcli.hub.errors import HubAccessError
 from dtfcli.hub.push import push
+from dtfcli.hub.space import SDK_VERSION
 from dtfcli.hub.upload import PushOptions
 from tests.conftest import Outcome
 from tests.hub.standin import Fault, Hub
@@ -258,3 +260,41 @@ def test_there_is_no_network(
     assert result.code == 1
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_space_shows_the_model(
+    hub: Hub, saved: dict[str, Path], tmp_path: Path, dtf: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, command = tmp_path / "preview", ["push", str(saved["dtf"]), NEW, "--space", "me/page"]
+    assert dtf(*command, "--dry-run", str(folder)).code == 0
+    assert hub.requests == []
+    for _ in range(2):  # a Space that is there is written again
+        result = dtf(*command, "--private", "--json")
+        assert result.code == 0, result.stderr
+        assert json.loads(result.stdout)["space"] == f"{hub.url}/spaces/me/page"
+    files = hub.files("me/page")
+    assert {path.name: path.read_bytes() for path in (folder / "space").iterdir()} == files
+    assert "space" not in hub.files(NEW)
+    assert hub.repositories["me/page"].private
+    header = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert (header["sdk"], header["app_file"], header["models"]) == ("gradio", "app.py", [NEW])
+    assert header["sdk_version"] == SDK_VERSION
+    assert files["requirements.txt"] == b"dtfcli[demo]\n"
+    monkeypatch.setattr("dtfcli.cli.app.run", " ".join)
+    with pytest.raises(SystemExit, match=f"^demo {NEW} --host 0.0.0.0 --port 7860$"):
+        exec(files["app.py"].decode())
+
+
+@pytest.mark.parametrize(("space", "words"), [("page", "OWNER/NAME"), ("other/page", "logged in as me")])
+def test_a_space_that_cannot_be_is_refused_first(hub: Hub, saved: dict[str, Path], space: str, words: str) -> None:
+    with pytest.raises(DTFError, match=words):
+        push(saved["dense"], NEW, PushOptions(space=space))
+    assert hub.repositories == {}
+
+
+def test_a_space_that_fails_says_that_the_model_is_there(hub: Hub, saved: dict[str, Path]) -> None:
+    hub.create("me/page")
+    hub.repositories["me/page"].branches["main"].clear()
+    with pytest.raises(HubError, match=r"the model is on the Hub, the Space me/page is not finished"):
+        push(saved["dense"], NEW, PushOptions(space="me/page"))
+    assert "model.safetensors" in hub.files(NEW)

@@ -36,7 +36,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     own = {path for path in (ROOT / "dtfcli").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert package == beside | {path.relative_to(ROOT).as_posix() for path in own}
     assert {"dtfcli/py.typed", "dtfcli/presets/quickstart.toml", "dtfcli/evaluation/tasks/humaneval.yaml"} <= package
-    assert {f"dtfcli/inspection/page.{kind}" for kind in ("css", "html", "js")} <= package
+    assert {f"dtfcli/inspection/page.{kind}" for kind in ("css", "html", "js")} | {"dtfcli/demo/page.css"} <= package
 
 
 def test_the_source_archive_builds_the_same_wheel(built: Built) -> None:
