@@ -35,14 +35,23 @@ def test_the_last_line_is_the_final_model(dtf: Dtf, config: str) -> None:
     model = Path(result.stdout.strip())
     assert model.name == "final_model"
     assert model.parent.name == "mine"
-    for shown in ("step 3/3", "validation loss", "unigram", "routed share", "A sample", f"dtf generate {model}"):
+    for shown in ("step 3/3", "validation loss", "unigram", "routed share", "A sample", str(model.parent)):
         assert shown in result.stderr
+    assert result.stderr.strip().splitlines()[-2:] == ["Next:", f"  dtf inspect-routing {model}"]
     assert "\x1b" not in result.stderr
 
     again = dtf("train", "--config", config, "run.name=mine")
     assert again.code == 2
     assert "run.name=mine-2" in again.stderr
     assert len(again.stderr.strip().splitlines()) <= 2
+
+
+def test_after_a_dense_model_comes_its_conversion(dtf: Dtf, config: str) -> None:
+    result = dtf("train", "--config", config, "model=dense")
+    assert result.code == 0, result.stderr
+    model = Path(result.stdout.strip())
+    command = result.stderr.strip().splitlines()[-1].strip()
+    assert command.startswith(f"dtf convert {model} -o {model.parent / 'routed'}")
 
 
 def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
