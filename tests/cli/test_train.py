@@ -46,8 +46,10 @@ def test_the_last_line_is_the_final_model(dtf: Dtf, config: str) -> None:
     assert len(again.stderr.strip().splitlines()) <= 2
 
 
-def test_after_a_dense_model_comes_its_conversion(dtf: Dtf, config: str) -> None:
-    result = dtf("train", "--config", config, "model=dense")
+def test_after_a_dense_model_comes_its_conversion(dtf: Dtf, tmp_path: Path) -> None:
+    settings = small_settings(tmp_path, "dense", training={"max_steps": 2, "learning_rates": {"base": 1e-2}})
+    (tmp_path / "dense.toml").write_text(settings.to_toml())
+    result = dtf("train", "--config", str(tmp_path / "dense.toml"))
     assert result.code == 0, result.stderr
     model = Path(result.stdout.strip())
     command = result.stderr.strip().splitlines()[-1].strip()
