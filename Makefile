@@ -1,4 +1,4 @@
-# make quickstart   train a small model here, convert it, let it write, see what is routed: about three minutes on two cores
+# make quickstart   train a small model here, convert it, let it write, see what is routed: under four minutes on two cores
 # make test         the quick tests, while you work: about six minutes on two cores
 # make test-all     all tests, what CI runs: about a quarter of an hour on two cores; then test-lowest
 # make test-lowest  the promises on the lowest versions that pyproject.toml allows; makes .venv-lowest first

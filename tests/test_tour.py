@@ -67,8 +67,8 @@ def test_a_model_of_ones_own_is_not_trained(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "outputs" / "SmolLM2-135M-routed").mkdir(parents=True)
     _, ran = journey(monkeypatch, "HuggingFaceTB/SmolLM2-135M")
     assert ran[0] == "convert HuggingFaceTB/SmolLM2-135M -o outputs/SmolLM2-135M-routed-2"
-    _, ran = journey(monkeypatch, "models/own.gguf", "--text", "my notes")
-    assert ran[0] == "convert models/own.gguf -o outputs/own-routed --text my notes"
+    _, ran = journey(monkeypatch, "models/own-1.7B.gguf", "--text", "my notes")
+    assert ran[0] == "convert models/own-1.7B.gguf -o outputs/own-1.7B-routed --text my notes"
 
 
 def test_a_step_that_fails_ends_the_journey(

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ CONVERT = Step(
     ("dtf convert {DENSE} -o {ROUTED} --text {TEXT}",),
 )
 WRITE = Step(
-    "Continue a prompt twice: at γ = 1, where every token enters every MLP, then at the saving of step 2.",
+    "Continue a prompt twice: at γ = 1, where every token enters every MLP, then at the saving that was kept.",
     "Look for the place where the two texts part. --capacity sets γ.",
     (
         'dtf generate {ROUTED} "{PROMPT}" --max-new-tokens 40 --capacity 1',
@@ -73,11 +74,12 @@ def main() -> int:
     steps = [CONVERT, WRITE, LOOK] if arguments.model else [TRAIN, CONVERT, WRITE, LOOK]
     began, words = time.monotonic(), {}
     if arguments.model:
-        words = places(arguments.model, _free(Path("outputs") / f"{Path(arguments.model).stem}-routed"))
+        name = Path(arguments.model).name.removesuffix(".gguf")
+        words = places(arguments.model, _free(Path("outputs") / f"{name}-routed"))
         words |= {"PROMPT": "The old man looked up and", "TEXT": arguments.text or ""}
     for number, step in enumerate(steps, 1):
-        _say(f"\nStep {number} of {len(steps)}. {step.title}", bold=True)
-        _say(step.look)
+        _say(_filled(f"\nStep {number} of {len(steps)}. {step.title}"), bold=True)
+        _say(_filled(step.look))
         step_began = time.monotonic()
         for command in step.commands:
             typed = arguments_of(command, words)
@@ -142,11 +144,17 @@ def _end(words: Mapping[str, str], seconds: float, *, small: bool) -> None:
     for name, place in (rows | {"picture": words["PAGE"]}).items():
         _say(f"  {name:<13} {place}")
     if small:
-        _say(SMALL)
+        _say(_filled(SMALL))
         _say("\nNext, with a network (270 MB): the same on a pretrained model.\n")
         _say("  make quickstart MODEL=HuggingFaceTB/SmolLM2-135M", bold=True)
     else:
         _say("\nNext: open the picture in a browser. docs/conversion.md has the other savings.")
+
+
+def _filled(text: str) -> str:
+    """Text in lines that fit the terminal, 100 characters at most."""
+    blank = "\n" if text.startswith("\n") else ""
+    return blank + textwrap.fill(text.strip(), min(100, shutil.get_terminal_size().columns))
 
 
 def _say(text: str, *, bold: bool = False) -> None:
