@@ -186,7 +186,7 @@ def show_summary(result: "TrainResult", settings: "Settings") -> None:
 
     merged = result.run_dir / MERGED_MODEL
     err.print("\nNext:", style="dim")
-    command = next_command(result.run_dir, merged if merged.exists() else result.final_model_path, settings)
+    command = next_command(result.run_dir, merged if merged.exists() else result.run_dir, settings)
     err.print(f"  {command}", markup=False, soft_wrap=True)
 
 
@@ -195,9 +195,8 @@ def next_command(run_dir: Path, model: Path, settings: "Settings") -> str:
     if settings.model.architecture != "dense":
         return f"dtf inspect-routing {shlex.quote(str(model))}"
     command = f"dtf convert {shlex.quote(str(model))} -o {shlex.quote(str(run_dir / 'routed'))}"
-    local = [
-        source.path for source in settings.data.sources if source.path == "python-stdlib" or Path(source.path).exists()
-    ]
+    texts = [source.path for source in settings.data.sources]
+    local = [text for text in texts if text == "python-stdlib" or Path(text).exists()]
     return f"{command} --text {shlex.quote(local[0])}" if local else command
 
 
