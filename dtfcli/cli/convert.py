@@ -122,7 +122,7 @@ def convert(
     if json:
         render.emit_json(report.to_dict() | {"folder": output})
     else:
-        convert_view.show(report)
+        convert_view.show(report, output)
         render.emit(str(output))
 
 

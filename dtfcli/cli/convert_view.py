@@ -1,7 +1,9 @@
 """The display of `dtf convert`: a progress bar on stderr in a terminal, and the table of the dial."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtfcli.cli import render
@@ -23,9 +25,9 @@ def progress() -> Iterator[Callable[[str, float | None], None]]:
         )
 
 
-def show(report: "ConversionReport") -> None:
-    """Print the dial, the sentence and the remarks."""
-    from dtfcli.conversion.report import COLUMNS, LEGEND
+def show(report: "ConversionReport", folder: Path) -> None:
+    """Print the dial, the sentence and the remarks, where things are and what to do next."""
+    from dtfcli.conversion.report import COLUMNS, LEGEND, MARKDOWN_FILE
 
     render.out.print(render.table(COLUMNS, report.rows, title=f"{report.model}, converted"))
     render.out.print(LEGEND, style="dim", markup=False)
@@ -35,3 +37,9 @@ def show(report: "ConversionReport") -> None:
     seconds = sum(part.cpu_seconds for part in report.parts)
     peak = max((part.peak_bytes for part in report.parts if part.peak_bytes), default=None)
     render.note(f"{seconds:.0f} s of processor time" + ("" if peak is None else f", at most {peak / 1e9:.1f} GB"))
+    render.note(f"Report: {folder / MARKDOWN_FILE}")
+    if report.to != "mod":  # its remark says what it needs first
+        prompt = "def main(" if report.text["name"] == "python-stdlib" else "Once upon a time"
+        render.err.print("\nNext:", style="dim")
+        command = f"dtf generate {shlex.quote(str(folder))} {shlex.quote(prompt)}"
+        render.err.print(f"  {command}", markup=False, soft_wrap=True)

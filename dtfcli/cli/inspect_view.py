@@ -173,7 +173,8 @@ def _extremes(report: "TextRouting", width: int) -> "Text":
             if line.cell_len + entry.cell_len <= width:
                 line.append(entry)
         lines.append(line).append("\n")
-    return lines.append("mean depth (times that the token occurs); · before a word is a space", "dim")
+    legend = "number: routed layers that computed the token, on average (times that it occurs); "
+    return lines.append(legend + "· before a word is a space", "dim")
 
 
 def _show_tables(report: "TextRouting | CorpusRouting", summary: "Summary") -> None:
@@ -183,8 +184,9 @@ def _show_tables(report: "TextRouting | CorpusRouting", summary: "Summary") -> N
         _show_table(data)
     if summary.depth_with_loss is not None:
         following = summary.depth_with_next_loss
-        line = f"\ncorrelation of depth with the token's loss r = {summary.depth_with_loss:+.2f}"
-        line += "" if following is None else f", with the next token's loss r = {following:+.2f}"
+        line = "\nthe number of layers that computed a token correlates with its loss with r = "
+        line += f"{summary.depth_with_loss:+.2f}"
+        line += "" if following is None else f", with the next token's with {following:+.2f}"
         render.out.print(line, markup=False)
 
 

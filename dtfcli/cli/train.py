@@ -121,8 +121,7 @@ def train(
 
     # A name that the user chose is never changed, even if it is taken.
     chosen = lookup(Sources(type(settings), preset, overrides, config).user, "run.name")
-    changed = any(item.startswith(("model.", "data.")) for item in overrides)  # the preset alone is another experiment
-    _train(settings, None, None if changed else preset, rename=chosen is None, json=json)
+    _train(settings, None, rename=chosen is None, json=json)
 
 
 def _base_and_text(base: str, text: str, overrides: list[str]) -> list[str]:
@@ -184,10 +183,10 @@ def _resume(arguments: list[str], processes: int | None, trusted: bool, json: bo
         with locked(folder):
             pass  # an error before any process is started
     if not _launched(settings, processes or processes_of(folder)):
-        _train(settings, folder, None, rename=False, json=json)
+        _train(settings, folder, rename=False, json=json)
 
 
-def _train(settings: "Settings", resume: Path | None, preset: str | None, *, rename: bool, json: bool) -> None:
+def _train(settings: "Settings", resume: Path | None, *, rename: bool, json: bool) -> None:
     from dtfcli.cli import render, train_view
 
     if int(os.environ.get("RANK") or 0):  # one of several, which has nothing to say
@@ -198,7 +197,7 @@ def _train(settings: "Settings", resume: Path | None, preset: str | None, *, ren
     if json:
         render.emit_json(result)
         return
-    train_view.show_summary(result, settings, preset)
+    train_view.show_summary(result, settings)
     render.emit(str(result.final_model_path))
 
 

@@ -150,8 +150,8 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def show_summary(result: "TrainResult", settings: "Settings", preset: str | None) -> None:
-    """Losses, a sample and the next commands, on stderr."""
+def show_summary(result: "TrainResult", settings: "Settings") -> None:
+    """Losses, a sample, where things are and the next command, on stderr."""
     metrics, rows = result.metrics, []
     if metrics:
         below = metrics["val/unigram"] - metrics["val/loss"]
@@ -174,32 +174,29 @@ def show_summary(result: "TrainResult", settings: "Settings", preset: str | None
     longest = sorted(result.seconds.items(), key=lambda phase: -phase[1])
     if shown := [f"{name} {seconds:.0f} s" for name, seconds in longest if seconds >= 1]:
         note(f"Time: {', '.join(shown)}")
-    note(f"Curves: {result.run_dir / 'curves.png'}")
+    note(f"Models, curves.png, settings and metrics: {result.run_dir}")
     if result.evaluation is not None:
         note(f"Benchmarks: {result.evaluation}")
     if result.hub_url is not None:
         note(f"Pushed to {result.hub_url}")
     err.print("\nA sample, its prompt in bold:", style="dim")
     err.print(Text(result.prompt, style="bold").append(result.sample, style="not bold"))
-    err.print("\nNext:", style="dim")
     from dtfcli.runs.folder import MERGED_MODEL
 
     merged = result.run_dir / MERGED_MODEL
-    for command in next_commands(merged if merged.exists() else result.final_model_path, settings, preset):
-        err.print(f"  {command}", markup=False, soft_wrap=True)
+    err.print("\nNext:", style="dim")
+    command = next_command(result.run_dir, merged if merged.exists() else result.run_dir, settings)
+    err.print(f"  {command}", markup=False, soft_wrap=True)
 
 
-def next_commands(model: Path, settings: "Settings", preset: str | None) -> list[str]:
-    """The commands to type after a run."""
-    path = shlex.quote(str(model))
-    python = any(source.path == "python-stdlib" for source in settings.data.sources)
-    commands = [f"dtf generate {path} {shlex.quote('def main(' if python else 'Once upon a time')}"]
+def next_command(run_dir: Path, model: Path, settings: "Settings") -> str:
+    """What to type after a run: of a dense model its conversion, of a routed one what it routes."""
     if settings.model.architecture != "dense":
-        commands.append(f"dtf inspect-routing {path}")
-    if preset is not None:
-        other = "mod" if settings.model.architecture == "dtf" else "dtf"
-        commands.append(f"dtf train {preset} model={other}")
-    return commands
+        return f"dtf inspect-routing {shlex.quote(str(model))}"
+    command = f"dtf convert {shlex.quote(str(model))} -o {shlex.quote(str(run_dir / 'routed'))}"
+    texts = [source.path for source in settings.data.sources]
+    local = [text for text in texts if text == "python-stdlib" or Path(text).exists()]
+    return f"{command} --text {shlex.quote(local[0])}" if local else command
 
 
 def account_rows(

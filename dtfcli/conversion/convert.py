@@ -31,6 +31,7 @@ from dtfcli.models.mlp_survey import rank_layers
 from dtfcli.models.modeling_routed_mlp import decoder_layers
 from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import replaced_folder
+from dtfcli.runs.folder import BEST_MODEL, FINAL_MODEL, MERGED_MODEL
 
 Kind = Literal["dtf", "mod", "random", "layerdrop"]
 DEFAULT_SAVING = 0.10
@@ -402,5 +403,9 @@ def _bytes(model: Any) -> int:
 
 
 def _name(source: ModelSource) -> str:
-    """For people; of a model on this machine without its place."""
-    return source.path if source.kind == "hub" else Path(source.path).resolve().name.removesuffix(".gguf")
+    """For people; of a model on this machine without its place, of a run's model the run's name."""
+    if source.kind == "hub":
+        return source.path
+    path = Path(source.path).resolve()
+    in_run = path.name in (FINAL_MODEL, BEST_MODEL, MERGED_MODEL)
+    return (path.parent if in_run else path).name.removesuffix(".gguf")

@@ -36,7 +36,8 @@ class Reading:
 
 READINGS = {
     "forecast_error": Reading(
-        "A layer computes a token where the predicted error of the token's forecast is above the layer's threshold.",
+        "A layer computes a token where the forecast, a cheap guess of what the layer would give, is predicted to be "
+        "off by more than the layer's threshold.",
         {"predicted_cost": "predicted error", "true_cost": "true error"},
         "predicted_cost",
         "Predicted error: how far the router expects a token's forecast to be off, root mean square per element; for "

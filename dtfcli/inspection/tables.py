@@ -63,7 +63,7 @@ def key_figures(report: Inspected, summary: Summary) -> list[KeyFigure]:
         figures.append(KeyFigure("Forecast", f"{1 - summary.routed_share:.1%}", "take a layer's forecast instead"))
     if summary.oracle is not None and summary.oracle.missed is not None:
         figures.append(KeyFigure("Forecast misses", f"{summary.oracle.missed:.1%}", "of a skipping token's update"))
-    sinks = f"{summary.sinks} sink{'' if summary.sinks == 1 else 's'}"
+    sinks = f"{summary.sinks} sink{'' if summary.sinks == 1 else 's'}" if summary.sinks else ""
     texts = f"{summary.texts:,} documents" if summary.texts > 1 else sinks
     figures.append(KeyFigure("Tokens", f"{summary.tokens:,}", texts))
     if summary.loss is not None:

@@ -35,14 +35,24 @@ def test_the_last_line_is_the_final_model(dtf: Dtf, config: str) -> None:
     model = Path(result.stdout.strip())
     assert model.name == "final_model"
     assert model.parent.name == "mine"
-    for shown in ("step 3/3", "validation loss", "unigram", "routed share", "A sample", f"dtf generate {model}"):
+    for shown in ("step 3/3", "validation loss", "unigram", "routed share", "A sample", str(model.parent)):
         assert shown in result.stderr
+    assert result.stderr.strip().splitlines()[-2:] == ["Next:", f"  dtf inspect-routing {model.parent}"]
     assert "\x1b" not in result.stderr
 
     again = dtf("train", "--config", config, "run.name=mine")
     assert again.code == 2
     assert "run.name=mine-2" in again.stderr
     assert len(again.stderr.strip().splitlines()) <= 2
+
+
+def test_after_a_dense_model_comes_its_conversion(dtf: Dtf, tmp_path: Path) -> None:
+    settings = small_settings(tmp_path, "dense", training={"max_steps": 2, "learning_rates": {"base": 1e-2}})
+    (tmp_path / "dense.toml").write_text(settings.to_toml())
+    result = dtf("train", "--config", str(tmp_path / "dense.toml"))
+    assert result.code == 0, result.stderr
+    run, text = Path(result.stdout.strip()).parent, tmp_path / "text.jsonl"
+    assert result.stderr.strip().splitlines()[-1] == f"  dtf convert {run} -o {run}/routed --text {text}"
 
 
 def test_interrupted_and_resumed(dtf: Dtf, config: str, monkeypatch: pytest.MonkeyPatch) -> None:

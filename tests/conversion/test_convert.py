@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from dtfcli.cli import convert_view
 from dtfcli.conversion import convert as conversion
 from dtfcli.conversion.dial import saved_share
+from dtfcli.conversion.report import ConversionReport, Part, Point
 from dtfcli.conversion.text import read_text
 from dtfcli.data.documents import Document
 from dtfcli.data.tokenizer import train_tokenizer
@@ -103,6 +105,18 @@ def test_the_report(converted: Path) -> None:
     assert report["sentence"] in page
     assert "`--capacity γ`" in page
     assert (converted / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_conversion_ends_with_what_to_do_next(capsys: pytest.CaptureFixture[str], converted: Path) -> None:
+    data = json.loads((converted / "report.json").read_text("utf-8"))
+    data["parts"] = [Part(**part) for part in data["parts"]]
+    for name in ("sentence", "total"):
+        del data[name]
+    data |= {"chosen": Point(**data["chosen"]), "dial": [Point(**point) for point in data["dial"]]}
+    convert_view.show(ConversionReport(**data), converted)
+    report, _, following, command = capsys.readouterr().err.splitlines()[-4:]
+    assert report == f"Report: {converted / 'report.md'}"
+    assert (following, command) == ("Next:", f"  dtf generate {converted} 'Once upon a time'")
 
 
 def test_recovery_brings_the_model_nearer_to_dense(
