@@ -41,7 +41,7 @@ MaxLoss = Annotated[
     typer.Option(
         "--max-loss",
         metavar="NATS",
-        help="Instead: the largest saving whose loss, measured, lies at most so far above the dense model's.",
+        help="Instead: the largest saving whose measured loss is at most NATS above the dense model's.",
         show_default=False,
     ),
 ]
