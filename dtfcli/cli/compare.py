@@ -64,8 +64,9 @@ Against = Annotated[
     typer.Option(
         "--against",
         metavar="POINT",
-        help="Control of the differences: a point, or a value such as random, which stands for the point that has it "
-        "and is like the other in the rest. May be given several times. Default: random, else dense.",
+        help="Control of the differences: a point's name, or one value of an axis: with random, each point is compared "
+        "with the random point whose other settings are the same. May be given several times. Default: random, else "
+        "dense.",
     ),
 ]
 From = Annotated[
