@@ -20,10 +20,11 @@ import pytest
 from transformers.cli.serving.model_manager import ModelManager
 
 import dtfcli
-from dtfcli import load_model, load_tokenizer, serving
+from dtfcli import load_model, load_tokenizer
 from dtfcli.cli.app import run
 from dtfcli.generation import Sampling, generate
 from dtfcli.models.mlp_fitting import fit_routing
+from dtfcli.serving import server as serving
 from tests.conftest import Outcome
 from tests.tiny import dense_model, routed_model, tokens, word_tokenizer
 
@@ -43,6 +44,7 @@ class Server:
     name: str  # of its model
     client: openai.OpenAI
     folder: Path  # of the model
+    pid: int
 
     def chat(self, question: str, **options: Any) -> Any:
         create: Any = self.client.chat.completions.create
@@ -77,8 +79,8 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @contextmanager
-def serving_run(model_folder: Path, log: Path, *options: str) -> Iterator[Server]:
-    """`dtf serve RUN` on a free port; ended by Ctrl-C."""
+def serving_run(model_folder: Path, log: Path, *options: str, ends: int = signal.SIGINT) -> Iterator[Server]:
+    """`dtf serve RUN` on a free port; ended by Ctrl-C or by another signal."""
     command = [sys.executable, "-m", "dtfcli", "serve", str(model_folder.parent), *options]
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -94,11 +96,11 @@ def serving_run(model_folder: Path, log: Path, *options: str) -> Iterator[Server
         url = _address(process, log)
         http = openai.DefaultHttpxClient(trust_env=False)  # no proxy between us and loopback
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60, http_client=http)
-        yield Server(str(model_folder.parent), client, model_folder)
+        yield Server(str(model_folder.parent), client, model_folder, process.pid)
         client.close()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ends)
         printed, _ = process.communicate(timeout=60)
-        assert process.returncode == 130, log.read_text()
+        assert process.returncode == (130 if ends == signal.SIGINT else -ends), log.read_text()
         assert printed == ""  # logs go to stderr
     finally:
         process.kill()
