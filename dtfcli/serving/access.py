@@ -17,7 +17,7 @@ from dtfcli.settings.sources import API_KEY
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 def require_access(host: str, key: str | None, no_api_key: bool) -> None:
@@ -76,7 +76,7 @@ class Access:
         """The app behind a gate; its health and the question of a browser whether it may ask need no key."""
         from starlette.middleware.cors import CORSMiddleware
 
-        gate = app if self.key is None else KeyGate(app, self.key, open_paths=("/health",))
+        gate: Any = app if self.key is None else KeyGate(app, self.key, open_paths=("/health",))
         shared: Any = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         return CORSMiddleware(gate, allow_origins=self.origins, **shared) if self.origins else gate
 

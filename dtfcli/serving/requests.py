@@ -29,6 +29,7 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "/v1/responses": _EVERY | _CHAT | {"input": (str, list), "instructions": _TEXT, "max_output_tokens": _COUNT},
 }
 """By endpoint: the fields of a request and their types in JSON."""
+_STOPS, _STOP = 16, 200
 _READ_ONLY = ("/health", "/v1/models")
 _KINDS = {"text", "input_text", "output_text", "reasoning_text", "message", "reasoning", "function"}
 _KINDS |= {"function_call", "function_call_output"}
@@ -168,6 +169,10 @@ class RequestGate:
             _only_text(fields[name], name)
         if (model := fields.get("model")) not in (None, self.model):
             raise RefusedError(400, f"model = {model[:100]!r}: this server has one model, {self.model!r}.")
+        stops = fields.get("stop") or ()
+        stops = [stops] if isinstance(stops, str) else stops
+        if len(stops) > _STOPS or any(type(stop) is not str or len(stop) > _STOP for stop in stops):
+            raise RefusedError(400, f"stop: at most {_STOPS} texts of at most {_STOP} characters.")
         if any(type(tool) is not dict or tool.get("type") != "function" for tool in fields.get("tools") or ()):
             raise RefusedError(400, "tools: each should be an object of the type 'function'.")
         for name, value in (fields.get("chat_template_kwargs") or {}).items():

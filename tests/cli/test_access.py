@@ -9,11 +9,12 @@ import sys
 from base64 import b64encode
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import torch
 import uvicorn
 
 from dtfcli.demo.page import Demo
@@ -22,10 +23,10 @@ from dtfcli.serving import server
 from dtfcli.serving.access import Access, KeyGate, hide_key, require_access, without_key
 from dtfcli.serving.requests import FIELDS, Limits, RequestGate
 from dtfcli.settings.sources import parse_environment
-from tests.cli.test_serve import TEMPLATE, serving_run
+from tests.cli.test_serve import KEY, TEMPLATE
 from tests.tiny import dense_model, word_tokenizer
 
-KEY, NAME, POSITIONS = "correct-horse", "tiny", 64
+NAME, POSITIONS = "tiny", 64
 CHAT, COMPLETION, RESPONSE = FIELDS
 BEARER = {"authorization": f"Bearer {KEY}"}
 
@@ -310,6 +311,8 @@ def test_clients_of_openai_may_say_what_they_say(app: Any) -> None:
         ({"prompt": "a", "temperature": "hot"}, "temperature: should be int or float"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens: should be int"),
         ({"prompt": "a", "max_tokens": POSITIONS + 1}, f"should be 1 to {POSITIONS}"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "stop: at most 16"),
+        ({"prompt": "a", "stop": "x" * 201}, "of at most 200 characters"),
         ({"prompt": "a", "max_tokens": 0}, f"should be 1 to {POSITIONS}"),
     ],
 )
@@ -401,6 +404,28 @@ def test_who_is_gone_is_not_computed_for() -> None:
     asyncio.run(run())
 
 
+def test_an_answer_that_nobody_waits_for_stops_at_its_next_token() -> None:
+    seen: list[Any] = []
+
+    async def stock(model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> None:
+        seen.append(inputs["stopping_criteria"][0])
+        await asyncio.sleep(0.2)
+
+    async def run() -> None:
+        inputs, ids = {"input_ids": [1, 2]}, torch.ones(3, 5)
+        config = SimpleNamespace(max_new_tokens=1024)
+        given = MethodType(lambda _, *rest, **more: stock(*rest, **more), object())
+        answer = asyncio.ensure_future(server._whole(given, POSITIONS, None, None, inputs, config, request_id="1"))
+        await asyncio.sleep(0.05)
+        assert config.max_new_tokens == POSITIONS - 2
+        assert seen[0](ids, None).tolist() == [False] * 3
+        answer.cancel()
+        await asyncio.gather(answer, return_exceptions=True)
+        assert seen[0](ids, None).tolist() == [True] * 3
+
+    asyncio.run(run())
+
+
 def test_a_second_signal_ends_at_once() -> None:
     stock = SimpleNamespace(should_exit=False, force_exit=False, ended=0)
 
@@ -427,29 +452,3 @@ def test_a_second_signal_ends_at_once() -> None:
         assert stock.ended == 1
 
     asyncio.run(run())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="no list of processes in files")
-def test_a_process_shows_no_key_and_ends_in_order(tmp_path: Path) -> None:
-    folder, log = tmp_path / "mine" / "final_model", tmp_path / "stderr"
-    dense_model(max_position_embeddings=8192).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    with serving_run(folder, log, "--api-key", KEY, ends=signal.SIGTERM) as running:
-        shown = Path(f"/proc/{running.pid}/cmdline").read_bytes().split(b"\0")
-        assert b"serve" in shown
-        assert not [part for part in shown if KEY.encode() in part or b"api" in part]
-        with httpx.Client(base_url=str(running.client.base_url), trust_env=False, timeout=60) as client:
-            body: dict[str, Any] = {"prompt": "a b", "max_tokens": 2}
-            assert client.post("completions", json=body).status_code == 401
-            assert client.post("completions", json=body, headers=BEARER).status_code == 200
-            assert client.get(f"models?key={KEY[:3]}", headers=BEARER).status_code == 200
-            body |= {"max_tokens": 700, "stream": True, "temperature": 0}
-            with client.stream("POST", "completions", json=body, headers=BEARER) as answer:
-                lines = answer.iter_lines()
-                next(lines)
-                os.kill(running.pid, signal.SIGTERM)
-                statuses = [client.get("models", headers=BEARER).status_code for _ in range(20)]
-                assert statuses[-1] == 503
-                assert '"finish_reason":"length"' in [line for line in lines if line][-1]
-    assert KEY not in log.read_text()
