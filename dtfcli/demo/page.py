@@ -142,6 +142,7 @@ class Demo:
 
         style, theme = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js"))
         options: dict[str, Any] = {"footer_links": [], "run_history": False, "ssr_mode": False, "server_name": host}
+        options["max_file_size"] = 1  # bytes: the page uploads nothing
         options["head"] = f"<style>{view_style()}{style}</style><script>{theme}</script>"
 
         class Server(uvicorn.Server):

@@ -128,6 +128,9 @@ def test_the_demo_asks_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in ("/", "/config", "/gradio_api/queue/data"):
         assert asked(apps[0], path, method="GET").status_code == 401
     assert "dtf demo" in asked(apps[0], "/", method="GET", authorization=password).text
+    file = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\ntext\r\n--x--\r\n'
+    upload = {"content-type": "multipart/form-data; boundary=x", "authorization": password}
+    assert asked(apps[0], "/gradio_api/upload", file, **upload).status_code == 413
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.2", "example.org", "127.0.0.1.example.org", ""])
