@@ -6,11 +6,28 @@ import typer
 
 from dtfcli.cli import options
 from dtfcli.errors import ConfigError
+from dtfcli.settings.sources import API_KEY
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0: reachable from other machines.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")]
 ContinuousBatching = Annotated[
     bool, typer.Option("--continuous-batching", help="Answer many requests at once. Not with routed blocks.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", metavar="K", envvar=API_KEY, help="Answer only requests with this key.", show_default=False
+    ),
+]
+NoApiKey = Annotated[bool, typer.Option("--no-api-key", help="Let everybody in who reaches the address.")]
+CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors-origin",
+        metavar="URL",
+        help="Let scripts of this web page ask, such as https://me.example; give it again for more.",
+        show_default=False,
+    ),
 ]
 
 
@@ -20,6 +37,9 @@ def serve(
     host: Host = "localhost",
     port: Port = 8000,
     continuous_batching: ContinuousBatching = False,
+    api_key: ApiKey = None,
+    no_api_key: NoApiKey = False,
+    cors_origin: CorsOrigin = None,
     *,
     loading: options.Loading,
 ) -> None:
@@ -30,16 +50,20 @@ def serve(
     \b
     Examples:
       dtf serve outputs/2026-01-31/quickstart
-      dtf serve MODEL --host 0.0.0.0 --port 8080
+      DTF_API_KEY=… dtf serve MODEL --host 0.0.0.0 --port 8080
       dtf serve MODEL --capacity 0.25      # route fewer tokens
     """
-    from dtfcli import serving
+    from dtfcli.serving.access import Access, hide_key, require_access
+
+    hide_key(api_key)
     from dtfcli.cli import render
     from dtfcli.generation import require_causal
     from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
     from dtfcli.models.pretrained import is_routed
+    from dtfcli.serving import server
 
-    serving.require_server(host, port)
+    server.require_server(host, port)
+    require_access(host, api_key, no_api_key)
     loaded, tokenizer = loading.open(model)
     if continuous_batching and is_routed(loaded) and not isinstance(loaded, RoutedCausalLM):
         raise ConfigError(
@@ -50,4 +74,5 @@ def serve(
     if not tokenizer.chat_template:
         render.warn(f"{model}: no chat template: /v1/completions answers, chats and responses do not.")
     render.note(f"clients call the model {model}")
-    serving.serve(model, loaded, tokenizer, host=host, port=port, continuous_batching=continuous_batching)
+    access = Access(api_key, tuple(cors_origin or ()))
+    server.serve(model, loaded, tokenizer, host=host, port=port, continuous_batching=continuous_batching, access=access)

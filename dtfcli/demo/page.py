@@ -19,7 +19,8 @@ from dtfcli.inspection.palette import LEVELS
 from dtfcli.inspection.tokens import visible
 from dtfcli.models.conversion import to_dense
 from dtfcli.models.pretrained import is_routed
-from dtfcli.serving import require_address
+from dtfcli.serving.access import KeyGate
+from dtfcli.serving.server import require_address
 
 _LEAST = 0.05
 """The left end of the slider."""
@@ -133,14 +134,15 @@ class Demo:
                 asked.then(self.answer, turns, drawing, concurrency_limit=1, concurrency_id="model", **quiet)
         return page
 
-    def serve(self, host: str, port: int) -> None:
-        """Answer browsers until SIGINT or SIGTERM. Logs go to stderr."""
+    def serve(self, host: str, port: int, api_key: str | None = None) -> None:
+        """Answer browsers until SIGINT or SIGTERM; a key is the password that they ask for. Logs go to stderr."""
         import gradio as gr
         import uvicorn
         from fastapi import FastAPI
 
         style, theme = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js"))
         options: dict[str, Any] = {"footer_links": [], "run_history": False, "ssr_mode": False, "server_name": host}
+        options["max_file_size"] = 1  # bytes: the page uploads nothing
         options["head"] = f"<style>{view_style()}{style}</style><script>{theme}</script>"
 
         class Server(uvicorn.Server):
@@ -149,7 +151,8 @@ class Demo:
                 await super().shutdown(sockets)
 
         app: Any = gr.mount_gradio_app(FastAPI(), self.blocks(), "/", server_port=port, **options)
-        Server(uvicorn.Config(app, host, port, access_log=False, timeout_graceful_shutdown=1)).run()
+        gate = app if api_key is None else KeyGate(app, api_key, "Basic")
+        Server(uvicorn.Config(gate, host, port, access_log=False, timeout_graceful_shutdown=1)).run()
 
 
 def draw(answers: dict[str, Answer]) -> str:

@@ -21,7 +21,7 @@ def space_files(model: str, revision: str | None = None) -> dict[str, bytes]:
     program = f"""# The page of `dtf demo`, for everybody who can see this Space.
 from dtfcli.cli.app import run
 
-raise SystemExit(run(["demo", "{opened}", "--host", "0.0.0.0", "--port", "7860"]))
+raise SystemExit(run(["demo", "{opened}", "--host", "0.0.0.0", "--port", "7860", "--no-api-key"]))
 """
     text = {
         "README.md": card.render(model=model, opened=opened, name=model.rpartition("/")[2], sdk_version=SDK_VERSION),

@@ -19,6 +19,8 @@ from typing import Any
 from dtfcli.errors import ConfigError, did_you_mean, reason_of
 
 ENVIRONMENT_PREFIX = "DTF_"
+API_KEY = "DTF_API_KEY"
+"""The one such variable that is no setting: the key of `dtf serve` and `dtf demo`."""
 
 WantsText = Callable[[list[str]], bool]
 """Whether the schema expects text at a key."""
@@ -106,7 +108,7 @@ def parse_environment(wants_text: WantsText) -> dict[str, Any]:
     """Turn `DTF_TRAINING__MAX_STEPS=200` and so on into a nested table; misspelled ones are kept, to be refused."""
     values: dict[str, Any] = {}
     for name, text in sorted(os.environ.items()):
-        if name.upper().startswith(ENVIRONMENT_PREFIX):
+        if name.upper().startswith(ENVIRONMENT_PREFIX) and name != API_KEY:
             parts = name[len(ENVIRONMENT_PREFIX) :].lower().split("__")
             _set_typed(values, parts, text, wants_text)
     return values

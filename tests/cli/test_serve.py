@@ -20,10 +20,11 @@ import pytest
 from transformers.cli.serving.model_manager import ModelManager
 
 import dtfcli
-from dtfcli import load_model, load_tokenizer, serving
+from dtfcli import load_model, load_tokenizer
 from dtfcli.cli.app import run
 from dtfcli.generation import Sampling, generate
 from dtfcli.models.mlp_fitting import fit_routing
+from dtfcli.serving import server as serving
 from tests.conftest import Outcome
 from tests.tiny import dense_model, routed_model, tokens, word_tokenizer
 
@@ -32,6 +33,7 @@ TEMPLATE = (
 )
 QUESTIONS = ["a b c", "d e f g h i j", "w5 w6"]
 LENGTH = 12
+KEY = "correct-horse"
 SECONDS = 180
 """Until the server must be there: importing takes most of it, on a machine that is busy."""
 
@@ -43,6 +45,8 @@ class Server:
     name: str  # of its model
     client: openai.OpenAI
     folder: Path  # of the model
+    pid: int
+    log: Path
 
     def chat(self, question: str, **options: Any) -> Any:
         create: Any = self.client.chat.completions.create
@@ -77,9 +81,9 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @contextmanager
-def serving_run(model_folder: Path, log: Path, *options: str) -> Iterator[Server]:
-    """`dtf serve RUN` on a free port; ended by Ctrl-C."""
-    command = [sys.executable, "-m", "dtfcli", "serve", str(model_folder.parent), *options]
+def serving_run(model_folder: Path, log: Path, *options: str, ends: int = signal.SIGINT) -> Iterator[Server]:
+    """`dtf serve RUN` with a key on a free port; ended by Ctrl-C or by another signal."""
+    command = [sys.executable, "-m", "dtfcli", "serve", str(model_folder.parent), "--api-key", KEY, *options]
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", "0", "--device", "cpu"],
@@ -93,12 +97,12 @@ def serving_run(model_folder: Path, log: Path, *options: str) -> Iterator[Server
     try:
         url = _address(process, log)
         http = openai.DefaultHttpxClient(trust_env=False)  # no proxy between us and loopback
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60, http_client=http)
-        yield Server(str(model_folder.parent), client, model_folder)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=http)
+        yield Server(str(model_folder.parent), client, model_folder, process.pid, log)
         client.close()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ends)
         printed, _ = process.communicate(timeout=60)
-        assert process.returncode == 130, log.read_text()
+        assert process.returncode == (130 if ends == signal.SIGINT else -ends), log.read_text()
         assert printed == ""  # logs go to stderr
     finally:
         process.kill()
@@ -136,14 +140,31 @@ def test_requests_at_once_are_answered_as_the_model_generates(server: Server) ->
 
 
 @pytest.mark.slow
-def test_routed_mlps_are_served_in_continuous_batches(tmp_path: Path) -> None:
+def test_routed_mlps_are_served_in_continuous_batches_and_finished_after_sigterm(tmp_path: Path) -> None:
     model, folder = dtfcli.route_mlps(dense_model(), capacity=0.6), tmp_path / "mine" / "final_model"
     fit_routing(model, [{"input_ids": tokens(8, 40)}])
     _saved(model, folder)
-    with serving_run(folder, tmp_path / "stderr", "--continuous-batching") as server:
+    with serving_run(folder, tmp_path / "stderr", "--continuous-batching", ends=signal.SIGTERM) as server:
         with ThreadPoolExecutor(len(QUESTIONS)) as pool:
             answers = list(pool.map(server.chat, QUESTIONS))
         assert [answer.choices[0].message.content for answer in answers] == [server.expected(q) for q in QUESTIONS]
+        stream = server.chat(QUESTIONS[0], max_tokens=400, stream=True)
+        next(stream)
+        os.kill(server.pid, signal.SIGTERM)
+        assert _refusal(server).status_code == 503
+        *_, last = stream
+        assert (last.choices[0].finish_reason, last.usage.completion_tokens) == ("length", 400)
+
+
+def _refusal(server: Server) -> openai.APIStatusError:
+    """The first refused request of those that follow each other."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            server.client.models.list()
+        except openai.APIStatusError as error:
+            return error
+    pytest.fail("every request is answered")
 
 
 @pytest.mark.slow
@@ -158,6 +179,19 @@ def test_completions_and_responses(server: Server) -> None:
     assert client.responses.create(**given, stream=False).output_text == expected
     events = [event for event in client.responses.create(**given, stream=True) if event.type.endswith(".delta")]
     assert "".join(event.delta for event in events) == expected
+
+
+@pytest.mark.slow
+def test_the_key_is_asked_for_and_shown_nowhere(server: Server) -> None:
+    for key in ("none", KEY + "x", KEY[:-1]):
+        with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+            server.client.with_options(api_key=key).models.list()
+    assert server.client.models.list().data
+    assert KEY not in server.log.read_text()
+    if (processes := Path("/proc")).is_dir():
+        shown = (processes / str(server.pid) / "cmdline").read_bytes().split(b"\0")
+        assert b"serve" in shown
+        assert not [part for part in shown if KEY.encode() in part or b"--api" in part]
 
 
 @pytest.mark.slow

@@ -281,7 +281,7 @@ def test_a_space_shows_the_model(
     assert header["sdk_version"] == SDK_VERSION
     assert files["requirements.txt"] == b"dtfcli[demo]\n"
     monkeypatch.setattr("dtfcli.cli.app.run", " ".join)
-    with pytest.raises(SystemExit, match=f"^demo {NEW} --host 0.0.0.0 --port 7860$"):
+    with pytest.raises(SystemExit, match=f"^demo {NEW} --host 0.0.0.0 --port 7860 --no-api-key$"):
         exec(files["app.py"].decode())
 
 
