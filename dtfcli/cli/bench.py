@@ -107,7 +107,8 @@ def bench(
         triton=triton,
         **from_settings,
     )
-    report = measure(models, bench_options, render.note)
+    with render.Steps() as show:
+        report = measure(models, bench_options, show)
     render.emit_json(report) if json else bench_view.show(report)
 
 

@@ -111,13 +111,14 @@ def convert(
       dtf convert model.gguf -o routed --save 20% --recover 1M --text novels.parquet
       dtf convert model.gguf -o control --to random --text novels.parquet
     """
-    wanted = _options(save, capacity, max_loss, text, to, recover, seed, loading)
     from dtfcli.cli import convert_view, render
-    from dtfcli.conversion.convert import convert_model
-    from dtfcli.loading.source import open_source
 
-    source = open_source(model, loading.revision, trust_remote_code=loading.trust_remote_code)
-    with convert_view.progress() as show:
+    with render.Steps() as show:
+        wanted = _options(save, capacity, max_loss, text, to, recover, seed, loading)
+        from dtfcli.conversion.convert import convert_model
+        from dtfcli.loading.source import open_source
+
+        source = open_source(model, loading.revision, trust_remote_code=loading.trust_remote_code)
         report = convert_model(source, output, wanted, show)
     if json:
         render.emit_json(report.to_dict() | {"folder": output})

@@ -230,4 +230,4 @@ def _dry_run(settings: "Settings", processes: int | None, json: bool) -> None:
         return
     render.emit(dry_run.settings.to_toml())
     rows = train_view.account_rows(dry_run.account, dry_run.plan, dry_run.settings, processes or 1)
-    render.out.print(render.table(["Cost", "", ""], rows))
+    render.show_table(["Cost", "", ""], rows)
