@@ -97,11 +97,11 @@ def compare(
 
     \b
     Examples:
-      dtf compare quickstart --vary model=dtf,mod,random,layerdrop,dense --seeds 2 training.max_steps=60
-      dtf compare quickstart --vary model=dtf,mod --vary model.capacity=0.25,0.5 --plan
-      dtf compare quickstart --point 'plain: model.prior_factor=0.0625' --point 'wide: model.prior_factor=0.25'
+      dtf compare quickstart --vary model=dtf,mod,random,layerdrop,dense --seeds 2
+      dtf compare quickstart --vary model=dtf,mod --vary model.capacity=0.25,0.5
+      dtf compare quickstart --point 'a: model=dense' --point 'b: model.capacity=0.2'
       dtf compare --from outputs/2026-01-31/dtf-1 --from outputs/2026-01-31/mod-1
-      dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm --cluster-option partition=gpu
+      dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm
     """
     from dtfcli.cli import compare_view, render
     from dtfcli.studies.cluster import parse_options

@@ -105,10 +105,10 @@ def convert(
 
     \b
     Examples:
-      dtf convert HuggingFaceTB/SmolLM2-135M -o smollm2-routed
-      dtf convert HuggingFaceTB/SmolLM2-135M -o smollm2-routed --save 20% --text notes/
+      dtf convert HuggingFaceTB/SmolLM2-135M -o routed
+      dtf convert HuggingFaceTB/SmolLM2-135M -o routed --save 20% --text notes/
       dtf convert model.gguf -o routed --max-loss 0.05 --text novels.parquet
-      dtf convert model.gguf -o routed --save 20% --recover 1M --text novels.parquet
+      dtf convert model.gguf -o routed --recover 1M --text novels.parquet
       dtf convert model.gguf -o control --to random --text novels.parquet
     """
     from dtfcli.cli import convert_view, render

@@ -23,7 +23,7 @@ def demo(model: options.Model, host: Host = "localhost", port: Port = 7860, *, l
     Examples:
       dtf demo outputs/2026-01-31/converted
       dtf demo MODEL --capacity 0.5 --port 8080
-      dtf push MODEL REPO --space OWNER/NAME     # the same page as a Space on the Hub
+      dtf push MODEL REPO --space OWNER/NAME   # the same page as a Space
     """
     from dtfcli.cli import render
     from dtfcli.demo.page import Demo, require_demo

@@ -103,7 +103,7 @@ def show_report(report: "EvalReport") -> None:
             rows.append([name, metric, figure, *cells] if place == 0 else ["", metric, figure, "", "", ""])
     routed = report.routed_share is not None
     columns = ["task", "metric", "score", "items", "shots", *(["routed"] if routed else [])]
-    render.out.print(_heading(report), markup=False, soft_wrap=True)
+    render.out.print(_heading(report), markup=False, soft_wrap=not render.out.is_terminal)
     render.show_table(columns, [row if routed else row[:-1] for row in rows])
     _show_remarks([report])
 
@@ -112,7 +112,7 @@ def show_side_by_side(reports: list["EvalReport"], differences: list["ScoreDiffe
     """Print the scores of several models, and their differences to the first."""
     letters = [chr(ord("A") + place) for place in range(len(reports))]
     for letter, report in zip(letters, reports, strict=True):
-        render.out.print(f"{letter}  {_heading(report)}", markup=False, soft_wrap=True)
+        render.out.print(f"{letter}  {_heading(report)}", markup=False, soft_wrap=not render.out.is_terminal)
     by_score = {(d.model, d.task, d.metric): d for d in differences}
     rows = []
     for name in _top_level(reports[0]):

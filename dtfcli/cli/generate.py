@@ -62,11 +62,11 @@ def generate(
     \b
     Examples:
       dtf generate outputs/2026-01-31/quickstart "def main("
-      dtf generate MODEL "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
+      dtf generate MODEL "Once upon a time" --temperature 0.8 --seed 1
       dtf generate MODEL "import " --capacity 0.25      # route fewer tokens
       dtf generate MODEL "import " --quantize int8      # weights in 8 bits
       echo "A sentence to continue:" | dtf generate MODEL
-      dtf generate MODEL --prompts prompts.jsonl --output answers.jsonl --batch-size 32
+      dtf generate MODEL --prompts prompts.jsonl --output answers.jsonl
     """
     from dtfcli.cli import generate_view, render
 

@@ -92,10 +92,10 @@ def inspect_routing(
     Examples:
       dtf inspect-routing outputs/2026-01-31/quickstart
       dtf inspect-routing MODEL "The cat sat on the mat." --capacity 0.25
-      dtf inspect-routing MODEL --file module.py --html routing.html --png routing.png
-      dtf inspect-routing MODEL --file novels.parquet --limit 100 --output routing.json
+      dtf inspect-routing MODEL --file module.py --html routing.html
+      dtf inspect-routing MODEL --file novels.parquet --output routing.json
       dtf inspect-routing MODEL --file novels.parquet --limit 20 --against-oracle
-      dtf inspect-routing DENSE_MODEL --file novels.parquet --limit 20 --sensitivity
+      dtf inspect-routing DENSE_MODEL --file novels.parquet --sensitivity
     """
     from dtfcli.cli import inspect_view, render
 

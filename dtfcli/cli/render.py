@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -41,12 +42,19 @@ def emit_json(document: Any) -> None:
 
 def note(text: str) -> None:
     """A remark on stderr, dimmed; brackets are text, not markup."""
-    err.print(text, style="dim", markup=False, soft_wrap=True)
+    err.print(_wrapped(text), style="dim", markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Warn on stderr."""
-    err.print(f"Warning: {text}", style="yellow", markup=False, soft_wrap=True)
+    err.print(_wrapped(f"Warning: {text}"), style="yellow", markup=False, soft_wrap=True)
+
+
+def _wrapped(text: str) -> str:
+    """Broken between words in a terminal; elsewhere a line stays one."""
+    if not err.is_terminal:
+        return text
+    return "\n".join(fill(line, err.width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
 
 
 def fail(text: str) -> None:

@@ -128,7 +128,8 @@ def _start_line(event: "TrainEvent") -> str:
     if not event.total_steps:
         return f"No training step (training.max_steps = 0); the run folder is {event.message}"
     whole, trained = event.metrics["parameters"] or 0, event.metrics["trainable"] or 0
-    return f"Training {trained:,} of {whole:,} parameters in {event.message}"
+    again = f", on from step {event.step}" if event.step else ""
+    return f"Training {trained:,} of {whole:,} parameters in {event.message}{again}"
 
 
 def view_of(settings: "Settings") -> PlainView | LiveView:
