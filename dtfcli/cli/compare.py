@@ -99,7 +99,7 @@ def compare(
     Examples:
       dtf compare quickstart --vary model=dtf,mod,random,layerdrop,dense --seeds 2
       dtf compare quickstart --vary model=dtf,mod --vary model.capacity=0.25,0.5
-      dtf compare quickstart --point 'a: model=dense' --point 'b: model.capacity=0.2'
+      dtf compare quickstart --point 'a: model=dense' --point 'b: model=mod'
       dtf compare --from outputs/2026-01-31/dtf-1 --from outputs/2026-01-31/mod-1
       dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm
     """

@@ -124,14 +124,15 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
     if not run.objective.blocks:
         fit_scores(run)
         return
-    run.report("phase", "Calibrating thresholds")
+    phase = "Calibrating thresholds"
+    run.report("phase", phase)
     most = run.settings.training.calibration_tokens
     batches = calibration_batches(
         run.data.train, min(most, tokens or most), run.plan.micro_batch_size, run.settings.run.seed
     )
     # In the precision that the losses are measured in: thresholds are quantiles of its scores.
     with run.accelerator.autocast(), run.states.outside():
-        run.model.calibrate(batches, capacities=capacities)
+        run.model.calibrate(batches, capacities, lambda done, passes: run.report("phase", phase, done / passes))
     run.processes.broadcast([table for name, table in run.model.named_buffers() if "thresholds" in name])
 
 
