@@ -73,6 +73,7 @@ class LiveView:
             left_column(),
             console=err,
             expand=True,
+            speed_estimate_period=3600,
         )
         self._steps_task: Any = None
         self._latest: dict[str, float | None] = {}

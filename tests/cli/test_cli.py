@@ -187,6 +187,14 @@ def test_libraries_are_not_heard() -> None:
     assert (result.stdout, result.stderr) == ("", "")
 
 
+def test_a_picture_of_what_a_command_prints(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.screenshot", str(tmp_path / "a.svg"), "--until", "thesis"]
+    subprocess.run([*command, "--", "dtf", "presets", "list"], stdout=subprocess.DEVNULL, check=True)
+    drawn = (tmp_path / "a.svg").read_text("utf-8")
+    assert "quickstart" in drawn
+    assert "thesis-mod" not in drawn
+
+
 def test_an_ascii_terminal_is_no_reason_to_fail() -> None:
     result = _process("generate", "--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert result.returncode == 0
