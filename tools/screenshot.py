@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from itertools import takewhile
+from textwrap import shorten
 
 from rich.console import Console
 from rich.text import Text
@@ -34,7 +35,7 @@ def main() -> None:
     shown = takewhile(lambda line: not (chosen.until and line.plain.startswith(chosen.until)), lines)
     picture = Console(width=chosen.width, record=True, force_terminal=True, color_system="truecolor", highlight=False)
     picture.print(Text("\n").join(shown))
-    picture.save_svg(chosen.target, title=shlex.join(chosen.command))
+    picture.save_svg(chosen.target, title=shorten(shlex.join(chosen.command), chosen.width - 20, placeholder=" …"))
 
 
 if __name__ == "__main__":

@@ -163,6 +163,6 @@ def left_column() -> Any:
 
     class Left(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(left(task.time_remaining) if task.total else "")
+            return Text(left(task.time_remaining) if task.total and not task.finished else "")
 
     return Left()
