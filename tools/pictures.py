@@ -1,8 +1,9 @@
-"""The pictures of one model in README and docs: terminal, figure, page and demo.
+"""The pictures of one model in README and docs: the figure and the page of `dtf inspect-routing`, and `dtf demo`.
 
 python -m tools.pictures MODEL FILE
 
-FILE holds the text; that of the docs is the first paragraph of a novel. Chromium takes the pictures of pages.
+FILE holds the text; that of the docs is the beginning of a novel. Chromium takes the pictures of pages.
+`tools.screenshot` draws what the terminal shows.
 """
 
 import shutil
@@ -17,24 +18,14 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from playwright.sync_api import sync_playwright
-from rich.console import Console
-from rich.text import Text
-
-from dtfcli.cli import inspect_view, render
-from dtfcli.inspection.statistics import summarize
-from dtfcli.inspection.text import inspect_text
-from dtfcli.loading.load import load_model, load_tokenizer
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-SHOWN = 320
-"""Characters of the text in the terminal, at most, in whole sentences."""
 PROMPT = "The keeper of the lighthouse climbed the stairs, and"
 URL = "http://localhost:7861"
 
 
 def main(model: str, file: str) -> None:
     """Make all of them."""
-    draw_terminal(model, file)
     page = IMAGES.parent / "inspect.html"
     dtf = [sys.executable, "-m", "dtfcli"]
     subprocess.run(
@@ -53,20 +44,6 @@ def main(model: str, file: str) -> None:
             draw_demo(browser.new_page(viewport={"width": 1200, "height": 600}))
         browser.close()
     page.unlink()
-
-
-def draw_terminal(model: str, file: str) -> None:
-    """What `dtf inspect-routing` prints, as an SVG."""
-    render.out = Console(width=92, record=True, force_terminal=True, color_system="truecolor", highlight=False)
-    sentences = Path(file).read_text("utf-8")[:SHOWN].rpartition(".")[0] + "."
-    report = inspect_text(load_model(model), load_tokenizer(model), sentences)
-    inspect_view.show(report, summarize(report))
-    text, _, _ = render.out.export_text(styles=True).partition("Layers")  # the first table
-    picture = Console(width=92, record=True, force_terminal=True, color_system="truecolor", highlight=False)
-    picture.print(Text.from_ansi(text.rstrip()))
-    picture.save_svg(
-        str(IMAGES / "routing.svg"), title=f"dtf inspect-routing {Path(model).name} --file {Path(file).name}"
-    )
 
 
 @contextmanager

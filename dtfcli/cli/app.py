@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 failed while running, 2 the user's input is wrong, 130 int
 
 import os
 import sys
+from collections.abc import Callable
+from inspect import getdoc
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -62,17 +64,26 @@ def root(
     """
 
 
-app.command("convert")(convert)
-app.command("train")(train)
-app.command("compare")(compare)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("serve")(serve)
-app.command("demo")(demo)
-app.command("inspect-routing")(inspect_routing)
-app.command("bench")(bench)
-app.command("push")(push)
-app.command("env")(env.env)
+def _help(command: Callable[..., None]) -> str:
+    """A docstring whose paragraphs are as wide as the terminal; examples keep their lines."""
+    paragraphs = (getdoc(command) or "").split("\n\n")
+    return "\n\n".join(part if part.startswith("\b") else part.replace("\n", " ") for part in paragraphs)
+
+
+for _name, _command in (
+    ("convert", convert),
+    ("train", train),
+    ("compare", compare),
+    ("eval", evaluate),
+    ("generate", generate),
+    ("serve", serve),
+    ("demo", demo),
+    ("inspect-routing", inspect_routing),
+    ("bench", bench),
+    ("push", push),
+    ("env", env.env),
+):
+    app.command(_name, help=_help(_command))(_command)
 app.add_typer(presets.app, name="presets")
 
 

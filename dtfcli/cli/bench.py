@@ -77,8 +77,8 @@ def bench(
     \b
     Examples:
       dtf bench quickstart
-      dtf bench quickstart --phases train --threads 1 --seq-len 1024 --batch 2 model.scratch.hidden_size=768
-      dtf bench dtf-qwen2.5-0.5b model.capacity=0.6 --dtype float32 --phases decode
+      dtf bench quickstart --phases train --threads 1 --seq-len 1024 --batch 2
+      dtf bench dtf-qwen2.5-0.5b model.capacity=0.6 --phases decode
       dtf bench outputs/2026-01-31/quickstart --capacities 0.75,0.5,0.25 --json
     """
     import torch
@@ -107,7 +107,8 @@ def bench(
         triton=triton,
         **from_settings,
     )
-    report = measure(models, bench_options, render.note)
+    with render.Steps() as show:
+        report = measure(models, bench_options, show)
     render.emit_json(report) if json else bench_view.show(report)
 
 

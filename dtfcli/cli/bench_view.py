@@ -17,23 +17,19 @@ def show(report: "BenchReport") -> None:
             [
                 r.architecture,
                 f"{r.capacity:g}",
-                f"{r.forward_ms:.0f}",
-                f"{r.backward_ms:.0f}",
-                f"{r.optimizer_ms:.0f}",
+                f"{r.forward_ms:.0f} + {r.backward_ms:.0f} + {r.optimizer_ms:.0f}",
                 f"{r.time_ratio:.3f}",
                 "" if r.cpu_ratio is None else f"{r.cpu_ratio:.3f}",
                 f"{r.flop_ratio:.3f}",
-                f"{r.time_ratio / r.flop_ratio:.3f}",
                 "" if r.peak_bytes is None else f"{r.peak_bytes / 2**30:.2f}",
                 f"{r.tokens_per_second:,.0f}",
                 "" if r.utilization is None else f"{r.utilization:.0%}",
             ]
             for r in report.training
         ]
-        columns = ["model", "γ", "forward ms", "backward ms", "optimizer ms", "time ratio", "CPU ratio", "FLOP ratio"]
-        columns += ["ratio", "peak GiB", "tokens/s", "of peak"]
         title = f"training step, batch {report.batch} of {report.seq_len} tokens; {where}"
-        render.out.print(render.table(columns, rows, title=title))
+        render.show_table(["model", "γ", "ms", "time", "CPU", "theory", "GiB", "tokens/s", "peak"], rows, title)
+        render.out.print("ms: forward + backward + optimizer; GiB: at most; peak: share of the machine's", style="dim")
     if report.results:
         rows = [
             [
@@ -41,20 +37,18 @@ def show(report: "BenchReport") -> None:
                 r.architecture,
                 f"{r.capacity:g}",
                 f"{r.routed_share:.3f}",
-                f"{r.dense_ms:.1f}",
                 f"{r.routed_ms:.1f}",
                 f"{r.time_ratio:.3f}",
                 f"{r.theory:.3f}",
-                f"{r.time_ratio / r.theory:.3f}",
                 f"{r.cache_ratio:.3f}",
                 f"{r.tokens_per_second:,.1f}",
             ]
             for r in report.results
         ]
-        columns = ["phase", "model", "γ", "routed", "dense ms", "ms", "time ratio", "theory", "ratio", "cache"]
         title = f"batch {report.batch}, prompt {report.seq_len}, then {report.new_tokens} tokens; {where}"
-        render.out.print(render.table([*columns, "tokens/s"], rows, title=title))
+        render.show_table(["phase", "model", "γ", "routed", "ms", "time", "theory", "cache", "tokens/s"], rows, title)
     render.out.print(
-        "time ratio and cache: over dense; ratio: time ratio over theory; "
-        f"theory: FLOPs (training, prefill), weights read (decode); matmul peak {report.matmul_gflops:,.0f} GFLOP/s"
+        "time, CPU, theory and cache: over dense; theory: FLOPs (training, prefill), weights read (decode); "
+        f"matmul peak {report.matmul_gflops:,.0f} GFLOP/s",
+        style="dim",
     )

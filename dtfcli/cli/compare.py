@@ -98,11 +98,11 @@ def compare(
 
     \b
     Examples:
-      dtf compare quickstart --vary model=dtf,mod,random,layerdrop,dense --seeds 2 training.max_steps=60
-      dtf compare quickstart --vary model=dtf,mod --vary model.capacity=0.25,0.5 --plan
-      dtf compare quickstart --point 'plain: model.prior_factor=0.0625' --point 'wide: model.prior_factor=0.25'
+      dtf compare quickstart --vary model=dtf,mod,random,layerdrop,dense --seeds 2
+      dtf compare quickstart --vary model=dtf,mod --vary model.capacity=0.25,0.5
+      dtf compare quickstart --point 'a: model=dense' --point 'b: model=mod'
       dtf compare --from outputs/2026-01-31/dtf-1 --from outputs/2026-01-31/mod-1
-      dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm --cluster-option partition=gpu
+      dtf compare dtf-qwen2.5-0.5b --vary model=dtf,mod --cluster slurm
     """
     from dtfcli.cli import compare_view, render
     from dtfcli.studies.cluster import parse_options
@@ -181,15 +181,17 @@ def _trained(
 
 
 def _measured(runs: "list[PlannedRun]") -> "list[Finished]":
+    from dtfcli.cli import render
     from dtfcli.studies.execute import folder_of
     from dtfcli.studies.measure import Finished, measure
 
-    folders = [folder_of(run.settings) for run in runs]
-    return [
-        Finished(run.point, run.seed, folder, measure(folder))
-        for run, folder in zip(runs, folders, strict=True)
-        if folder is not None
-    ]
+    found = [(run, folder) for run in runs if (folder := folder_of(run.settings)) is not None]
+    finished = []
+    with render.Steps() as show:
+        for count, (run, folder) in enumerate(found):
+            show("Measuring losses", count / len(found))
+            finished.append(Finished(run.point, run.seed, folder, measure(folder)))
+    return finished
 
 
 def _report(runs: "list[Finished]", against: list[str] | None, no_bench: bool) -> "StudyReport":
@@ -205,7 +207,11 @@ def _report(runs: "list[Finished]", against: list[str] | None, no_bench: bool) -
         from dtfcli.cli import render
         from dtfcli.studies.timing import time_models
 
-        timings = time_models({run.point.name: run.folder for run in reversed(runs)}, render.note)
+        with render.Steps() as show:
+            timings = time_models({run.point.name: run.folder for run in reversed(runs)}, show)
+        for point in points:
+            if point.name not in timings:
+                render.note(f"{point.name}: its time is not measured, since each layer has a capacity of its own")
     return make_report(", ".join(point.name for point in points), runs, pairs, timings)
 
 

@@ -23,34 +23,34 @@ class StudyProgress:
 
         self._runs: dict[str, Progress] = {run.settings.run.name: Progress(run, "waiting") for run in runs}
         self._started = time.monotonic()
-        self._live = Live(console=render.err, refresh_per_second=2, transient=True)
+        self._live = Live(console=render.err, get_renderable=self._table, refresh_per_second=2, transient=True)
+        self._lines = render.Lines(self._line)
 
     def __enter__(self) -> "StudyProgress":
         if render.err.is_terminal:
             self._live.start()
+        self._lines.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live.is_started:
-            self._live.stop()
+        self._lines.__exit__()
+        self._live.stop()
 
     def __call__(self, progress: "Progress") -> None:
         """Take the progress of a run."""
-        name = progress.run.settings.run.name
-        before = self._runs[name].state
-        self._runs[name] = progress
-        if self._live.is_started:
-            self._live.update(self._table())
-        elif progress.state != before:
-            render.note(f"{progress.run.point.name}, seed {progress.run.seed}: {progress.state}")
+        self._runs[progress.run.settings.run.name] = progress
 
     def _table(self) -> Any:
+        return _states(self._line(), self._runs.values())
+
+    def _line(self) -> str:
+        done = sum(run.state in ("finished", "reused") for run in self._runs.values())
         share = sum(
             1.0 if run.state in ("finished", "reused") else run.step / run.total_steps if run.total_steps else 0.0
             for run in self._runs.values()
         ) / len(self._runs)
         left = (time.monotonic() - self._started) * (1 - share) / share if share else None
-        return _states("study" if left is None else f"study, about {left / 60:.0f} min left", self._runs.values())
+        return f"{done} of {len(self._runs)} runs finished  {render.left(left)}".rstrip()
 
 
 def _entry(progress: "Progress") -> dict[str, Any]:
@@ -108,7 +108,7 @@ def show_plan(runs: "list[PlannedRun]", json: bool) -> None:
         [e["point"], e["seed"], e["run"], f"{e['tokens']:,}", f"{e['bytes'] / 2**20:,.0f}", "finished" * e["finished"]]
         for e in entries
     ]
-    render.out.print(render.table(["point", "seed", "run", "tokens", "MiB", ""], rows, title=f"{len(runs)} runs"))
+    render.show_table(["point", "seed", "run", "tokens", "MiB", ""], rows, title=f"{len(runs)} runs")
     render.out.print(f"to train: {tokens:,} tokens, about {minutes:.0f} min, {size / 2**20:,.0f} MiB")
 
 
@@ -125,11 +125,11 @@ def show_report(report: "StudyReport") -> None:
     """Print the points, who routes the same tokens, then what follows."""
     from dtfcli.studies.report import AGREEMENT_LEGEND, COLUMNS, LEGEND
 
-    render.out.print(render.table(COLUMNS, [row.cells for row in report.rows], title="study"))
+    render.show_table(COLUMNS, [row.cells for row in report.rows], title="study")
     render.out.print(LEGEND, style="dim")
     heads, rows = report.agreement_table()
     if rows:
-        render.out.print(render.table(heads, rows, title="who is routed"))
+        render.show_table(heads, rows, title="who is routed")
         render.out.print(AGREEMENT_LEGEND, style="dim")
     for difference in report.differences:
         render.out.print(difference.sentence)

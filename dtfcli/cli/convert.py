@@ -105,19 +105,20 @@ def convert(
 
     \b
     Examples:
-      dtf convert HuggingFaceTB/SmolLM2-135M -o smollm2-routed
-      dtf convert HuggingFaceTB/SmolLM2-135M -o smollm2-routed --save 20% --text notes/
+      dtf convert HuggingFaceTB/SmolLM2-135M -o routed
+      dtf convert HuggingFaceTB/SmolLM2-135M -o routed --save 20% --text notes/
       dtf convert model.gguf -o routed --max-loss 0.05 --text novels.parquet
-      dtf convert model.gguf -o routed --save 20% --recover 1M --text novels.parquet
+      dtf convert model.gguf -o routed --recover 1M --text novels.parquet
       dtf convert model.gguf -o control --to random --text novels.parquet
     """
-    wanted = _options(save, capacity, max_loss, text, to, recover, seed, loading)
     from dtfcli.cli import convert_view, render
-    from dtfcli.conversion.convert import convert_model
-    from dtfcli.loading.source import open_source
 
-    source = open_source(model, loading.revision, trust_remote_code=loading.trust_remote_code)
-    with convert_view.progress() as show:
+    with render.Steps() as show:
+        wanted = _options(save, capacity, max_loss, text, to, recover, seed, loading)
+        from dtfcli.conversion.convert import convert_model
+        from dtfcli.loading.source import open_source
+
+        source = open_source(model, loading.revision, trust_remote_code=loading.trust_remote_code)
         report = convert_model(source, output, wanted, show)
     if json:
         render.emit_json(report.to_dict() | {"folder": output})

@@ -1,8 +1,6 @@
-"""The display of `dtf convert`: a progress bar on stderr in a terminal, and the table of the dial."""
+"""The display of `dtf convert`: the table of the dial."""
 
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,24 +10,11 @@ if TYPE_CHECKING:
     from dtfcli.conversion.report import ConversionReport
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str, float | None], None]]:
-    """A bar for what is going on; silent where stderr is no terminal."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(32), TimeElapsedColumn())
-    with Progress(*columns, console=render.err, disable=not render.err.is_terminal, transient=True) as bar:
-        task = bar.add_task("Starting", total=None)
-        yield lambda message, share: bar.update(
-            task, description=message, total=None if share is None else 1.0, completed=share or 0.0
-        )
-
-
 def show(report: "ConversionReport", folder: Path) -> None:
     """Print the dial, the sentence and the remarks, where things are and what to do next."""
     from dtfcli.conversion.report import COLUMNS, LEGEND, MARKDOWN_FILE
 
-    render.out.print(render.table(COLUMNS, report.rows, title=f"{report.model}, converted"))
+    render.show_table(COLUMNS, report.rows, title=f"{report.model}, converted")
     render.out.print(LEGEND, style="dim", markup=False)
     render.out.print(report.sentence, markup=False)
     for note in report.notes:

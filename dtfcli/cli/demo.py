@@ -30,7 +30,7 @@ def demo(
     Examples:
       dtf demo outputs/2026-01-31/converted
       dtf demo MODEL --capacity 0.5 --port 8080
-      dtf push MODEL REPO --space OWNER/NAME     # the same page as a Space on the Hub
+      dtf push MODEL REPO --space OWNER/NAME   # the same page as a Space
     """
     from dtfcli.serving.access import hide_key, require_access
 

@@ -88,7 +88,7 @@ def evaluate(
       dtf eval MODEL --tasks general --limit 20 --data-dir benchmarks
       dtf eval MODEL --tasks arc_easy,mmlu_anatomy --capacity 0.25
       dtf eval MODEL --tasks arc_easy --quantize int8
-      dtf eval outputs/2026-01-31/quickstart outputs/2026-01-31/mod outputs/2026-01-31/dense
+      dtf eval outputs/2026-01-31/quickstart outputs/2026-01-31/dense
     """
     from dtfcli.cli import eval_view
     from dtfcli.loading.source import open_source

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from dtfcli.cli import render
 
 if TYPE_CHECKING:
@@ -15,31 +13,22 @@ _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "word_perplexity", 
 
 
 class EvalProgress:
-    """For each job a bar with the remaining time on a terminal, and a line elsewhere."""
+    """What is evaluated, with the time left, and the score of each finished job."""
 
     def __init__(self, *, several: bool) -> None:
         """`several`: name the model before each job."""
         self._several = several
         self._model = ""
         self._warned: set[str] = set()
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=render.err,
-            transient=True,
-            disable=not render.err.is_terminal,
-        )
-        self._task = self._bars.add_task("Starting", total=None)
+        self._steps = render.Steps()
+        self._place, self._done, self._count = "", 0, 0
 
     def __enter__(self) -> "EvalProgress":
-        self._bars.start()
+        self._steps.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        self._steps.__exit__()
 
     def __call__(self, event: "EvalEvent") -> None:
         """Show an event."""
@@ -50,15 +39,15 @@ class EvalProgress:
             self._warned.add(event.message)
         elif event.kind == "model":
             self._model = event.message
-            self._bars.reset(self._task, total=None, description=f"Loading {event.message}")
+            self._steps(f"Loading {event.message}")
         elif event.kind == "phase":
-            self._bars.reset(self._task, total=None, description=event.message)
+            self._steps(event.message)
         elif event.kind == "job":
-            self._bars.reset(self._task, total=event.count, description=place)
-            if not render.err.is_terminal:
-                render.note(f"{place}: {event.count} requests …")
+            self._place, self._done, self._count = place, 0, event.count
+            self._steps(place)
         elif event.kind == "answers":
-            self._bars.advance(self._task, event.count)
+            self._done += event.count
+            self._steps(self._place, self._done / self._count)
         elif event.scores:
             score = event.scores.get(event.message) or next(iter(event.scores.values()))
             render.note(f"{place}: {_in_short(score)}")
@@ -114,8 +103,8 @@ def show_report(report: "EvalReport") -> None:
             rows.append([name, metric, figure, *cells] if place == 0 else ["", metric, figure, "", "", ""])
     routed = report.routed_share is not None
     columns = ["task", "metric", "score", "items", "shots", *(["routed"] if routed else [])]
-    render.out.print(_heading(report), markup=False, soft_wrap=True)
-    render.out.print(render.table(columns, [row if routed else row[:-1] for row in rows]))
+    render.out.print(_heading(report), markup=False, soft_wrap=not render.out.is_terminal)
+    render.show_table(columns, [row if routed else row[:-1] for row in rows])
     _show_remarks([report])
 
 
@@ -123,7 +112,7 @@ def show_side_by_side(reports: list["EvalReport"], differences: list["ScoreDiffe
     """Print the scores of several models, and their differences to the first."""
     letters = [chr(ord("A") + place) for place in range(len(reports))]
     for letter, report in zip(letters, reports, strict=True):
-        render.out.print(f"{letter}  {_heading(report)}", markup=False, soft_wrap=True)
+        render.out.print(f"{letter}  {_heading(report)}", markup=False, soft_wrap=not render.out.is_terminal)
     by_score = {(d.model, d.task, d.metric): d for d in differences}
     rows = []
     for name in _top_level(reports[0]):
@@ -134,7 +123,7 @@ def show_side_by_side(reports: list["EvalReport"], differences: list["ScoreDiffe
                 difference = by_score.get((report.model, name, metric))
                 first = [name, metric] if report is reports[0] else ["", ""]
                 rows.append([*first, letter, figure, "" if difference is None else _difference(difference)])
-    render.out.print(render.table(["task", "metric", "", "score", "minus A"], rows))
+    render.show_table(["task", "metric", "", "score", "minus A"], rows)
     paired = "A difference's standard error is over the same items"
     unpaired = "; * over different ones" if any(not d.paired for d in differences) else ""
     render.out.print(f"± one standard error. {paired}{unpaired}.", soft_wrap=True)

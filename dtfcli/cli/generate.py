@@ -2,7 +2,7 @@
 
 import json as json_module
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,19 +62,21 @@ def generate(
     \b
     Examples:
       dtf generate outputs/2026-01-31/quickstart "def main("
-      dtf generate MODEL "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
+      dtf generate MODEL "Once upon a time" --temperature 0.8 --seed 1
       dtf generate MODEL "import " --capacity 0.25      # route fewer tokens
       dtf generate MODEL "import " --quantize int8      # weights in 8 bits
       echo "A sentence to continue:" | dtf generate MODEL
-      dtf generate MODEL --prompts prompts.jsonl --output answers.jsonl --batch-size 32
+      dtf generate MODEL --prompts prompts.jsonl --output answers.jsonl
     """
     from dtfcli.cli import generate_view, render
-    from dtfcli.generation import Sampling, generate_many
-    from dtfcli.generation import generate as continue_text
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     text = _prompts(prompt, prompts, output, json)
-    loaded, tokenizer = loading.open(model)
+    with render.Steps():
+        from dtfcli.generation import Sampling, generate_many
+        from dtfcli.generation import generate as continue_text
+
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+        loaded, tokenizer = loading.open(model)
     decoding: dict[str, Any] = {"chat": chat, "use_cache": not no_cache}
 
     if text is None:
@@ -83,7 +85,7 @@ def generate(
         run(Chat(loaded, tokenizer, sampling, **decoding, show_stats=stats))
     elif isinstance(text, list):
         results = generate_many(loaded, tokenizer, text, sampling, **decoding, batch_size=batch_size)
-        _keep_continuations(render.track(results, len(text), "generating"), output, json)
+        _keep_continuations(_shown(results, len(text)), output, json)
     elif json:
         document = asdict(continue_text(loaded, tokenizer, text, sampling, **decoding))
         render.emit_json(document if loading.quantize is None else document | {"quantization": loaded.quantization})
@@ -118,6 +120,15 @@ def _prompts(prompt: str | None, prompts: Path | None, output: Path | None, json
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input is not UTF-8 text ({error.reason}); pipe text.") from error
+
+
+def _shown(results: Iterable[Any], total: int) -> Iterator[Any]:
+    from dtfcli.cli import render
+
+    with render.Steps("Generating") as show:
+        for count, result in enumerate(results, 1):
+            show("Generating", count / total)
+            yield result
 
 
 def _read_prompts(path: Path) -> list[str]:

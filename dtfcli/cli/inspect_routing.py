@@ -11,6 +11,7 @@ from dtfcli.cli import options
 from dtfcli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dtfcli.cli.render import Steps
     from dtfcli.inspection.corpus import Corpus, CorpusRouting
     from dtfcli.inspection.sensitivity import Sensitivity
     from dtfcli.inspection.statistics import Summary
@@ -91,10 +92,10 @@ def inspect_routing(
     Examples:
       dtf inspect-routing outputs/2026-01-31/quickstart
       dtf inspect-routing MODEL "The cat sat on the mat." --capacity 0.25
-      dtf inspect-routing MODEL --file module.py --html routing.html --png routing.png
-      dtf inspect-routing MODEL --file novels.parquet --limit 100 --output routing.json
+      dtf inspect-routing MODEL --file module.py --html routing.html
+      dtf inspect-routing MODEL --file novels.parquet --output routing.json
       dtf inspect-routing MODEL --file novels.parquet --limit 20 --against-oracle
-      dtf inspect-routing DENSE_MODEL --file novels.parquet --limit 20 --sensitivity
+      dtf inspect-routing DENSE_MODEL --file novels.parquet --sensitivity
     """
     from dtfcli.cli import inspect_view, render
 
@@ -156,22 +157,27 @@ def _route(
     model: str, loading: options.Loading, material: "str | Corpus", oracle: bool
 ) -> "tuple[TextRouting | CorpusRouting, Summary]":
     """What the model does with a text, or in sum with every document of a corpus."""
-    from dtfcli.cli import inspect_view, render
-    from dtfcli.inspection.corpus import inspect_corpus
-    from dtfcli.inspection.statistics import summarize
-    from dtfcli.inspection.text import inspect_text, require_routed
+    from dtfcli.cli import render
 
-    loaded, tokenizer = loading.open(model)
-    require_routed(loaded, model)
+    with render.Steps() as show:
+        from dtfcli.inspection.corpus import inspect_corpus
+        from dtfcli.inspection.statistics import summarize
+        from dtfcli.inspection.text import inspect_text, require_routed
+
+        loaded, tokenizer = loading.open(model)
+        require_routed(loaded, model)
+        show("Routing")
+        if isinstance(material, str):
+            text = inspect_text(loaded, tokenizer, material, name=model, oracle=oracle)
+        else:
+            on_document = _on_document(show, "Routing", material)
+            corpus = inspect_corpus(loaded, tokenizer, material, name=model, oracle=oracle, on_document=on_document)
     if isinstance(material, str):
-        text = inspect_text(loaded, tokenizer, material, name=model, oracle=oracle)
         if len(text.windows) > 1:
             size = f"the model's {loaded.config.max_position_embeddings:,} positions"
             windows = f"{len(text.windows)} windows, each routed on its own"
             render.note(f"{len(text.source):,} tokens are more than {size}: cut into {windows}.")
         return text, summarize(text)
-    with inspect_view.progress(material.limit) as on_document:
-        corpus = inspect_corpus(loaded, tokenizer, material, name=model, oracle=oracle, on_document=on_document)
     if corpus.cut_documents:
         render.note(f"{corpus.cut_documents} documents are longer than the model's positions: cut into windows.")
     return corpus, corpus.summary
@@ -194,11 +200,19 @@ def _write_drawings(
 
 def _leave_out_layers(model: str, loading: options.Loading, material: "str | Corpus") -> "Sensitivity":
     """The cost of each layer, on a text or a corpus."""
-    from dtfcli.cli import inspect_view
-    from dtfcli.inspection.corpus import read
-    from dtfcli.inspection.sensitivity import sensitivity
+    from dtfcli.cli import render
 
-    loaded, tokenizer = loading.open(model)
-    with inspect_view.progress(1 if isinstance(material, str) else material.limit) as on_document:
-        texts = [material] if isinstance(material, str) else read(material, on_document)
+    with render.Steps() as show:
+        from dtfcli.inspection.corpus import read
+        from dtfcli.inspection.sensitivity import sensitivity
+
+        loaded, tokenizer = loading.open(model)
+        step = "Leaving out layers"
+        show(step)
+        texts = [material] if isinstance(material, str) else read(material, _on_document(show, step, material))
         return sensitivity(loaded, tokenizer, texts, name=model)
+
+
+def _on_document(show: "Steps", step: str, corpus: "Corpus") -> Callable[[int, float | None], None]:
+    """Shows a step of which so many documents, or such a share of the work, are done."""
+    return lambda count, share: show(step, count / corpus.limit if corpus.limit else share)

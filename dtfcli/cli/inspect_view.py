@@ -1,8 +1,6 @@
 """The terminal output of `dtf inspect-routing`: colored text, heat map, tables."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
@@ -59,27 +57,12 @@ def show_sensitivity(sensitivity: "Sensitivity") -> None:
     from dtfcli.inspection.tables import sensitivity_table
 
     targets = sensitivity.losses[None].targets
-    counts = f"{len(targets):,} texts, {int(targets.sum()):,} tokens"
+    texts = "1 text" if len(targets) == 1 else f"{len(targets):,} texts"
+    counts = f"{texts}, {int(targets.sum()):,} tokens"
     render.out.print(Text(f"{counts}, loss {sensitivity.loss:.3f} nats with all layers", "dim"))
     _show_table(sensitivity_table(sensitivity))
     order = ",".join(map(str, sensitivity.order))
     render.out.print(f"\nrouted layers, the costliest first: model.layer_order=[{order}]", markup=False)
-
-
-@contextmanager
-def progress(limit: int | None) -> Iterator[Callable[[int, float | None], None]]:
-    """A bar on stderr, if that is a terminal; yields a function of the documents read and the share of the work."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    documents = TextColumn("{task.fields[documents]} documents")
-    columns = (TextColumn("Routing"), BarColumn(), documents, TimeElapsedColumn())
-    with Progress(*columns, console=render.err, disable=not render.err.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=1.0, documents=0)
-
-        def on_document(count: int, share: float | None) -> None:
-            bar.update(task, completed=count / limit if limit else share or 0.0, documents=count)
-
-        yield on_document
 
 
 def _headline(report: "TextRouting | CorpusRouting", summary: "Summary") -> None:
@@ -195,7 +178,8 @@ def _show_table(data: "TableData") -> None:
 
     rows = [[_cell(kind, value) for (_, kind), value in zip(data.columns, row, strict=True)] for row in data.rows]
     title = Text(f"\n{data.title}", "bold").append(f"\n{data.note}", "not bold dim")
-    render.out.print(title, render.table([name for name, _ in data.columns], rows), sep="\n")
+    render.out.print(title)
+    render.show_table([name for name, _ in data.columns], rows)
 
 
 def _cell(kind: str, value: Any) -> str:

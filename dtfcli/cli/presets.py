@@ -36,7 +36,7 @@ def list_presets(json: options.Json = False) -> None:
     if json:
         render.emit_json([{"name": name, "summary": summary} for name, summary in rows])
     else:
-        render.out.print(render.table(["Preset", "What it is for"], rows))
+        render.show_table(["Preset", "What it is for"], rows)
 
 
 @app.command()

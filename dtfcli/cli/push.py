@@ -67,8 +67,8 @@ def push(
       dtf push outputs/2026-01-31/quickstart my-first-dtf --dry-run preview
       dtf push outputs/2026-01-31/quickstart my-first-dtf --private
       dtf push outputs/2026-01-31/lora my-dtf --merge
-      dtf push MODEL my-group/dtf-0.5b --eval-results eval/latest.json --revision v2
-      dtf push MODEL me/my-dtf --space me/my-dtf-demo      # and a Space with a slider for γ
+      dtf push MODEL my-group/dtf-0.5b --eval-results eval/latest.json
+      dtf push MODEL me/my-dtf --space me/my-dtf-demo   # and a Space
     """
     from dtfcli.cli import render
     from dtfcli.hub.push import preview

@@ -92,7 +92,7 @@ def train(
     Examples:
       dtf train quickstart
       dtf train quickstart model=mod run.name=mod-run1 training.max_steps=200
-      dtf train dtf-smollm2-135m data.sources='[{path="novels.parquet"}]' data.seq_len=512
+      dtf train dtf-smollm2-135m data.sources='[{path="novels.parquet"}]'
       dtf train recover --base smollm2-routed --text novels.parquet
       dtf train thesis-dtf --dry-run
       dtf train dtf-qwen2.5-0.5b --num-processes 8
@@ -229,4 +229,4 @@ def _dry_run(settings: "Settings", processes: int | None, json: bool) -> None:
         return
     render.emit(dry_run.settings.to_toml())
     rows = train_view.account_rows(dry_run.account, dry_run.plan, dry_run.settings, processes or 1)
-    render.out.print(render.table(["Cost", "", ""], rows))
+    render.show_table(["Cost", "", ""], rows)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from dtfcli.cli.render import err, note, warn
+from dtfcli.cli.render import Lines, Steps, err, left_column, note, warn
 
 if TYPE_CHECKING:
     from dtfcli.cost.accounting import Account
@@ -26,29 +26,30 @@ _CURVE_WIDTH = 48
 
 
 class PlainView:
-    """One line for each logged step, evaluation and phase."""
+    """A line for each evaluation; in between the latest step or phase, every ten seconds at most."""
 
     def __init__(self) -> None:
-        self._phase = ""
+        self._line = "Starting …"
+        self._lines = Lines(lambda: self._line)
 
     def __enter__(self) -> "PlainView":
+        self._lines.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._lines.__exit__()
 
     def __call__(self, event: "TrainEvent") -> None:
         """Show an event."""
         place, metrics = f"step {event.step}/{event.total_steps}", event.metrics
         if event.kind == "warning":
             warn(event.message)
-        elif event.kind == "phase" and event.message != self._phase:
-            note(f"{event.message} …")
-            self._phase = event.message
+        elif event.kind == "phase":
+            self._line = f"{event.message} …"
         elif event.kind == "start":
             note(_start_line(event))
-        elif event.kind == "step" and "tokens_per_second" in metrics:
-            note(f"{place}  loss {metrics['train/loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s")
+        elif event.kind == "step" and (rate := metrics.get("tokens_per_second")) is not None:
+            self._line = f"{place}  loss {metrics['train/loss']:.4f}  {rate:,.0f} tokens/s"
         elif event.kind == "evaluation":
             shown = (
                 ("val/loss", "val", ".4f"),
@@ -64,18 +65,15 @@ class LiveView:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._phase = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), console=err, transient=True
-        )
-        self._phase_task = self._phase.add_task("Starting", total=None)
+        self._phase = Steps()
         self._steps = Progress(
             TextColumn(f"[bold]{name}"),
             BarColumn(None),
             MofNCompleteColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            left_column(),
             console=err,
             expand=True,
+            speed_estimate_period=3600,
         )
         self._steps_task: Any = None
         self._latest: dict[str, float | None] = {}
@@ -98,8 +96,7 @@ class LiveView:
             self._steps_task = self._steps.add_task("", total=event.total_steps, completed=event.step)
             note(_start_line(event))
         if event.kind == "phase":
-            total = None if event.fraction is None else 1.0
-            self._phase.update(self._phase_task, description=event.message, total=total, completed=event.fraction or 0)
+            self._phase(event.message, event.fraction)
         if event.kind == "step":
             self._steps.update(self._steps_task, completed=event.step)
             self._losses.append(event.metrics["train/loss"] or 0.0)
@@ -111,7 +108,7 @@ class LiveView:
             parts += [self._steps, self._figures()]
             if len(self._losses) > 1:
                 parts.append(Text(sparkline(list(self._losses), _CURVE_WIDTH), style="cyan"))
-        return Group(*parts, self._phase)
+        return Group(*parts, self._phase.bar)
 
     def _figures(self) -> Text:
         line = Text()
@@ -132,7 +129,8 @@ def _start_line(event: "TrainEvent") -> str:
     if not event.total_steps:
         return f"No training step (training.max_steps = 0); the run folder is {event.message}"
     whole, trained = event.metrics["parameters"] or 0, event.metrics["trainable"] or 0
-    return f"Training {trained:,} of {whole:,} parameters in {event.message}"
+    again = f", on from step {event.step}" if event.step else ""
+    return f"Training {trained:,} of {whole:,} parameters in {event.message}{again}"
 
 
 def view_of(settings: "Settings") -> PlainView | LiveView:

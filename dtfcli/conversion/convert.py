@@ -310,7 +310,7 @@ class _Dial:
     def measure_chosen(self) -> Point:
         """The chosen point on all rows."""
         found = self._compare({self.capacity: len(self.rows.ids)})
-        times = decoding_times(self.dense, self.model, self.rows, [self.capacity])
+        times = self._times([self.capacity])
         return self._point(self.capacity, found[self.capacity], times[self.capacity])
 
     def measure(self, options: ConversionOptions) -> tuple[Point, list[Point]]:
@@ -325,8 +325,7 @@ class _Dial:
         found = self._compare(few | ({} if searching else {self.capacity: len(self.rows.ids)}))
         if options.max_loss is not None:
             found |= self._search(options.max_loss, {capacity: found[capacity] for capacity in few})
-        with self.costs.part("Timing decoded tokens"):
-            times = decoding_times(self.dense, self.model, self.rows, list(found))
+        times = self._times(list(found))
         points = {capacity: self._point(capacity, each, times[capacity]) for capacity, each in found.items()}
         return points[self.capacity], [points[capacity] for capacity in few]
 
@@ -342,6 +341,13 @@ class _Dial:
                 lambda share: self.costs.on_progress(name, share),
             )
         return found
+
+    def _times(self, capacities: list[float]) -> dict[float, float]:
+        name = "Timing decoded tokens"
+        with self.costs.part(name):
+            return decoding_times(
+                self.dense, self.model, self.rows, capacities, lambda share: self.costs.on_progress(name, share)
+            )
 
     def _search(self, most: float, dial: Mapping[float, Compared]) -> dict[float, Compared]:
         """The largest saving whose gap over all rows is at most `most`, by trying: gaps grow like a power of it."""

@@ -187,7 +187,9 @@ def _compared(sums: _Sums, units: Sequence[int], targets: int) -> Compared:
 
 
 @torch.inference_mode()
-def decoding_times(dense: Any, routed: Any, rows: Rows, capacities: Sequence[float]) -> dict[float, float]:
+def decoding_times(
+    dense: Any, routed: Any, rows: Rows, capacities: Sequence[float], on_share: Callable[[float], None]
+) -> dict[float, float]:
     """Seconds of a decoded token over dense, by γ: all take turns over the same tokens, in the weights' precision."""
     ids = rows.ids[:1, : _PROMPT + _NEW_TOKENS].to(dense.device)
     prompt, tokens = ids[:, :_PROMPT], ids[:, _PROMPT:].split(1, dim=1)
@@ -204,4 +206,5 @@ def decoding_times(dense: Any, routed: Any, rows: Rows, capacities: Sequence[flo
             with nullcontext() if name is None else routed.routing_mode("threshold", name):
                 time_taken, _ = _timed(model, token, use_cache=True, **{CACHE_NAME: caches[name]})
             seconds[name] += time_taken * (number >= _WARM)
+        on_share((number + 1) / len(tokens))
     return {capacity: seconds[capacity] / seconds[None] for capacity in capacities}

@@ -4,7 +4,7 @@ A threshold is the (1 − γ) quantile of a routed layer's scores (`share_thresh
 own γ and one for each γ of `CAPACITY_GRID`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,10 @@ def track_thresholds(records: list[RoutingRecord], routers: Mapping[int, Router]
 
 @torch.no_grad()
 def calibrate_layers(
-    stack: Any, batches: Sequence[Mapping[str, Tensor]], targets: Iterable[tuple[str, float | None]]
+    stack: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    targets: Sequence[tuple[str, float | None]],
+    on_pass: Callable[[int, int], None] | None = None,
 ) -> None:
     """Measure thresholds on batches that advance through the stack together, layer by layer.
 
@@ -40,13 +43,14 @@ def calibrate_layers(
         stack: a routed stack in eval mode.
         batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
         targets: causal mode and γ of the grid (None: the model's own), in the order in which they are measured.
+        on_pass: called with the number of targets that are measured, and with the number of all.
     """
     states = [stack.prepare(stack.embed_tokens(b["input_ids"]), b.get("attention_mask")) for b in batches]
     first, last = min(stack.routers), max(stack.routers)
     for index in range(first):
         for state in states:
             stack.run_layer(index, state)
-    for mode, capacity in targets:
+    for count, (mode, capacity) in enumerate(targets, 1):
         passes = passes_at(states, mode, capacity)
         for index in range(first, last + 1):
             if isinstance(stack.layers[index], RoutedLayerMixin):
@@ -54,6 +58,8 @@ def calibrate_layers(
             if index < last:  # nothing above is routed
                 for state in passes:
                     stack.run_layer(index, state)
+        if on_pass is not None:
+            on_pass(count, len(targets))
     stack.forget_checks()
 
 

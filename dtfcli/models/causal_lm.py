@@ -212,7 +212,12 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
         finally:
             self.set_routing(*before)
 
-    def calibrate(self, batches: Iterable[Mapping[str, Tensor]], capacities: Iterable[float] | None = None) -> None:
+    def calibrate(
+        self,
+        batches: Iterable[Mapping[str, Tensor]],
+        capacities: Iterable[float] | None = None,
+        on_pass: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Measure the thresholds of causal routing on text of the kind that will be routed.
 
         For each γ one forward pass over all batches: each routed layer takes the quantile of the scores it sees, the
@@ -223,6 +228,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             batches: mappings with "input_ids" [B, T] and, for padded rows, "attention_mask" [B, T].
             capacities: γ of the grid to measure besides the model's own; None: the whole grid (twelve passes), so that
                 any γ can be asked for; (): the model's own alone.
+            on_pass: called with the number of passes that are done, and with the number of all.
 
         Raises:
             ValueError: no batches, or a capacity that is not in the grid.
@@ -239,7 +245,7 @@ class DynamicCausalLMMixin(DynamicPreTrainedMixin, StockLM):
             targets += [("predictor", capacity) for capacity in grid]
         was_training = self.training
         self.eval()
-        calibrate_layers(self.model, on_device, targets)
+        calibrate_layers(self.model, on_device, targets, on_pass)
         self.train(was_training)
 
     def fit_routing(

@@ -24,7 +24,7 @@ def _copy(models: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def time_models(runs: Mapping[str, Path], tell: Callable[[str], None]) -> dict[str, Timing]:
-    """Prefill and decoding of routed models over their own dense backbone.
+    """Prefill and decoding of routed models over their own dense backbone; nothing of one with a capacity per layer.
 
     Args:
         runs: a run folder of each point.
@@ -37,7 +37,6 @@ def time_models(runs: Mapping[str, Path], tell: Callable[[str], None]) -> dict[s
             timings[name] = Timing(1.0, 1.0)
             continue
         if not isinstance(model.capacity, float):
-            tell(f"{name}: its time is not measured, since each layer has a capacity of its own")
             continue
         longest = model.config.max_position_embeddings
         models = {"dense": to_dense(model), model.config.architecture: model}

@@ -92,10 +92,13 @@ def fit_routing(settings: Settings, model: Any, rows: Any, device: torch.device,
 
 def fit_scores(run: Run) -> None:
     """Fit scores and thresholds of routed MLPs again; forecasts stay as they have learned."""
-    run.report("phase", "Fitting scores and thresholds")
+    phase = "Fitting scores and thresholds"
+    run.report("phase", phase)
     batches = whole_rows(run.data.train, run.settings.training.calibration_tokens, run.settings.run.seed)
     with run.accelerator.autocast(), run.states.outside():
-        mlp_fitting.fit_routing(run.model, batches, forecasts=False)
+        mlp_fitting.fit_routing(
+            run.model, batches, lambda done, mlps: run.report("phase", phase, done / mlps), forecasts=False
+        )
     routers = [mlp.router for mlp in routed_mlps(run.model).values()]
     run.processes.broadcast([tensor.data for router in routers for tensor in router.state_dict().values()])
     for router in routers:
@@ -124,14 +127,15 @@ def calibrate(run: Run, capacities: tuple[float, ...] | None = None, tokens: int
     if not run.objective.blocks:
         fit_scores(run)
         return
-    run.report("phase", "Calibrating thresholds")
+    phase = "Calibrating thresholds"
+    run.report("phase", phase)
     most = run.settings.training.calibration_tokens
     batches = calibration_batches(
         run.data.train, min(most, tokens or most), run.plan.micro_batch_size, run.settings.run.seed
     )
     # In the precision that the losses are measured in: thresholds are quantiles of its scores.
     with run.accelerator.autocast(), run.states.outside():
-        run.model.calibrate(batches, capacities=capacities)
+        run.model.calibrate(batches, capacities, lambda done, passes: run.report("phase", phase, done / passes))
     run.processes.broadcast([table for name, table in run.model.named_buffers() if "thresholds" in name])
 
 

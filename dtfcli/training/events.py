@@ -53,20 +53,22 @@ class PhaseTimes:
 
 
 class Stopwatch:
-    """Tokens per second of training alone: evaluations and checkpoints are paused for."""
+    """Tokens per second of training alone: without evaluations, checkpoints and the first step (warm-up)."""
 
     def __init__(self) -> None:
-        self.seconds, self.tokens = 0.0, 0
+        self.seconds, self.tokens, self._warm = 0.0, 0, False
 
     def start(self) -> None:
         self._began = time.perf_counter()
 
     def stop(self, tokens: int) -> None:
-        self.seconds += time.perf_counter() - self._began
-        self.tokens += tokens
+        if self._warm:
+            self.seconds += time.perf_counter() - self._began
+            self.tokens += tokens
+        self._warm = True
 
-    def take_rate(self) -> float:
-        """Tokens per second since the last call."""
-        rate = self.tokens / max(self.seconds, 1e-9)
+    def take_rate(self) -> float | None:
+        """Tokens per second since the last call; None: of the first step alone."""
+        rate = self.tokens / self.seconds if self.tokens else None
         self.seconds, self.tokens = 0.0, 0
         return rate

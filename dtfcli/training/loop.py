@@ -144,13 +144,13 @@ def log_step(run: Run, losses: dict[str, Any]) -> None:
         run.report("step", metrics={"train/loss": losses["train/loss"]})
         return
     rate = run.watch.take_rate()
-    flops = training_step_flops(run.model, run.plan.seq_len) * rate
+    flops = training_step_flops(run.model, run.plan.seq_len)
     line: dict[str, Any] = {"step": run.state.step, "tokens": run.tokens}
     line |= {name: value.item() if torch.is_tensor(value) else value for name, value in losses.items()}
     for layer, scalars in run.model.router_scalars().items() if run.objective.routed else ():
         line |= {f"router/{layer}/{name}": value for name, value in scalars.items()}
     peak = run.peak_flops * run.processes.world_size if run.peak_flops else None
-    line |= {"tokens_per_second": rate, "mfu": flops / peak if peak else None}
+    line |= {"tokens_per_second": rate, "mfu": flops * rate / peak if peak and rate else None}
     run.report("step", metrics=run.log.write(line))
 
 

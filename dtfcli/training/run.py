@@ -75,6 +75,8 @@ class Run:
         """Tokens trained on so far."""
         return self.state.step * self.plan.tokens_per_step
 
-    def report(self, kind: Any, message: str = "", metrics: dict[str, Any] | None = None) -> None:
+    def report(
+        self, kind: Any, message: str = "", fraction: float | None = None, metrics: dict[str, Any] | None = None
+    ) -> None:
         """Emit an event of this step."""
-        self.emit(TrainEvent(kind, message, self.state.step, self.plan.total_steps, metrics=metrics or {}))
+        self.emit(TrainEvent(kind, message, self.state.step, self.plan.total_steps, fraction, metrics or {}))

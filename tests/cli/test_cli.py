@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import typer
 
 import dtfcli
+from dtfcli.cli import render
+from dtfcli.cli.app import app
 from dtfcli.cli.render import emit_json
 from dtfcli.errors import ConfigError, DTFError
 from tests.conftest import Outcome
@@ -151,6 +154,45 @@ def test_terminal_settings_are_respected() -> None:
     listed = _process("presets", "list", COLUMNS="60").stdout
     assert "\x1b[" not in listed
     assert max(map(len, listed.splitlines())) <= 60
+
+
+def test_a_pipe_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(render, "_LINE_EVERY_SECONDS", 0.1)
+    with render.Steps() as show:
+        for done in range(1, 251):
+            show("Fitting", done / 1000)
+            time.sleep(0.001)
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 8
+    assert all(line.startswith("Fitting ") and line.endswith(" left") for line in lines)
+
+
+def test_a_wide_table_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(render.out, "_width", 40)
+    render.show_table([f"column {i}" for i in range(6)], [[str(i) * 9 for i in range(6)]])
+    assert capsys.readouterr().out.splitlines()[1].split() == [str(i) * 9 for i in range(6)]
+
+
+def test_examples_fit_a_narrow_terminal() -> None:
+    texts = [command.help or "" for command in typer.main.get_command(app).commands.values()]
+    assert [line for text in texts for line in text.splitlines() if line.startswith("  ") and len(line) > 78] == []
+
+
+@pytest.mark.slow
+def test_libraries_are_not_heard() -> None:
+    """torchao, bitsandbytes and torch remark on missing kernels when they are imported."""
+    code = "import importlib, dtfcli.quiet as q\nq.quiet_imports()\nfor name in ('torchao', 'bitsandbytes', 'peft'):\n"
+    code += " try: importlib.import_module(name)\n except ImportError: pass"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_a_picture_of_what_a_command_prints(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.screenshot", str(tmp_path / "a.svg"), "--until", "thesis"]
+    subprocess.run([*command, "--", "dtf", "presets", "list"], stdout=subprocess.DEVNULL, check=True)
+    drawn = (tmp_path / "a.svg").read_text("utf-8")
+    assert "quickstart" in drawn
+    assert "thesis-mod" not in drawn
 
 
 def test_an_ascii_terminal_is_no_reason_to_fail() -> None:
