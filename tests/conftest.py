@@ -46,7 +46,10 @@ class Outcome:
 @pytest.fixture
 def dtf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run `dtf` with these arguments in this process; returns exit code, stdout and stderr."""
+    from dtfcli.cli import render
     from dtfcli.cli.app import main
+
+    monkeypatch.setattr(render, "_LINE_EVERY_SECONDS", 3600.0)  # a slow machine prints no progress either
 
     def run(*arguments: str) -> Outcome:
         capsys.readouterr()
