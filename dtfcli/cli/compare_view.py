@@ -37,8 +37,11 @@ class StudyProgress:
         self._live.stop()
 
     def __call__(self, progress: "Progress") -> None:
-        """Take the progress of a run."""
-        self._runs[progress.run.settings.run.name] = progress
+        """Take the progress of a run; what became of it has a line of its own where there is no table."""
+        name = progress.run.settings.run.name
+        before, self._runs[name] = self._runs[name].state, progress
+        if progress.state != before and not render.err.is_terminal:
+            render.note(f"{progress.run.point.name}, seed {progress.run.seed}: {progress.state}")
 
     def _table(self) -> Any:
         return _states(self._line(), self._runs.values())
