@@ -144,7 +144,7 @@ class Steps:
     def _line(self) -> str:
         task = self.bar.tasks[0]
         share = f" {task.completed:.0%} {left(task.time_remaining)}" if task.completed else " …"
-        return task.description + share
+        return (task.description + share).rstrip()
 
 
 def left(seconds: float | None) -> str:
