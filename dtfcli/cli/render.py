@@ -131,7 +131,8 @@ class Steps:
 
     def __exit__(self, *_: object) -> None:
         self._lines.__exit__()
-        self.bar.stop()
+        if not self.bar.disable:  # rich 13.9 would print an empty line
+            self.bar.stop()
 
     def __call__(self, message: str, share: float | None = None) -> None:
         """Show a step and the share of it that is done, if that is known."""

@@ -165,8 +165,7 @@ def test_a_pipe_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys
             time.sleep(0.001)
     lines = capsys.readouterr().err.splitlines()
     assert 1 <= len(lines) <= 8
-    # rich 13.9 does not yet know the speed of a bar that is not shown.
-    assert all(re.fullmatch(r"Fitting \d+%( \d+:\d\d left)?", line) for line in lines), lines
+    assert all(re.fullmatch(r"Fitting \d+% \d+:\d\d left", line) for line in lines), lines
 
 
 def test_a_wide_table_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
