@@ -160,23 +160,46 @@ def _within(positions: int, stock: Any) -> Any:
 
 def _streamed(stock: Any, positions: int, *given: Any, **named: Any) -> Any:
     _fit(positions, *given)
+    _end_with_its_client(stock, named["request_id"])
     return stock(*given, **named)
 
 
 async def _whole(stock: Any, positions: int, *given: Any, **named: Any) -> Any:
     """As the stock method; if nobody waits any more, it computes no further token."""
     _fit(positions, *given)
+    if _end_with_its_client(stock, named["request_id"]):
+        return await stock(*given, **named)
     model, processor, inputs, config = given
     is_over = [False]
     inputs = {**inputs, "stopping_criteria": [lambda ids, *_, **__: torch.full((len(ids),), is_over[0])]}
-    answer = asyncio.ensure_future(stock(model, processor, inputs, config, **named))
     try:
-        return await asyncio.shield(answer)
+        return await asyncio.shield(stock(model, processor, inputs, config, **named))
     except asyncio.CancelledError:
         is_over[0] = True
-        if batches := getattr(stock.__self__, "_cb", None):
-            batches.cancel_request(named["request_id"])
         raise
+
+
+def _end_with_its_client(stock: Any, request: str) -> bool:
+    """Whether the request is part of a continuous batch; there nothing of it stays when its client is served or gone.
+
+    The stock server gives up a request only where its stream has begun, and keeps the handler of its tokens for ever.
+    """
+    batches = getattr(stock.__self__, "_cb", None)
+    if batches is None:
+        return False
+    handlers = batches.output_router.result_handlers
+    # A stream's own handler comes after the request: what is computed in between waits for it in the event loop.
+    batches.register_result_handler(request, lambda output: request in handlers and handlers[request][0](output))
+    batches.output_router.output_queue.put = lambda *_, **__: None  # of tokens that nobody waits for
+
+    def forget(_: Any) -> None:
+        if handlers.pop(request, None):
+            batches.cancel_request(request)
+
+    task = asyncio.current_task()
+    assert task is not None
+    task.add_done_callback(forget)
+    return True
 
 
 def _fit(positions: int, model: Any, processor: Any, inputs: Any, config: Any) -> None:
