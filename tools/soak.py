@@ -3,9 +3,10 @@
 python -m tools.soak MODEL [--clients 32] [--seconds 600] [--out soak.json] [--url http://127.0.0.1:8000]
 
 A server with continuous batching is started on the loopback address. One client asks, then sixteen, then --clients:
-half of the answers are streamed, a fifth of the clients hang up half-way, a tenth ask what no server can answer. Then
-more ask at once than the server takes, and two signals end it. Stdout gets a table, --out all figures; the exit status
-is 1 if a check failed. With --url the server runs already; what it holds is not seen then.
+half of the answers are streamed, a fifth of the clients hang up half-way, a tenth ask what no server can answer, and a
+tenth want a sample instead of the likeliest text. Then more ask at once than the server takes, and two signals end it.
+Stdout gets a table, --out all figures; the exit status is 1 if a check failed. With --url the server runs already; what
+it holds is not seen then.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from dtfcli.serving.requests import Limits
 
 NEAR = 1e-5
 """Two logits, or a routing score and its threshold, may change places if they are nearer than this."""
-HANG_UP, WRONG, STREAMED = 0.2, 0.1, 0.5
+HANG_UP, WRONG, SAMPLED, STREAMED = 0.2, 0.1, 0.1, 0.5
 AT_ONCE = Limits(1).requests
 SHORT = 64
 """Tokens of the prompts by which one client is compared with sixteen."""
@@ -125,7 +126,7 @@ class Clients:
         changes: list[tuple[dict[str, Any], str]] = [
             ({"model": "another"}, "one model"),
             ({"prompt": 7}, "prompt: should be"),
-            ({"prompt": " a" * pool.positions}, f"the model has {pool.positions} positions"),
+            ({"prompt": " a" * pool.positions}, f"at most {pool.positions} fit"),
             ({"max_tokens": "many"}, "max_tokens: should be"),
             ({"max_tokens": pool.positions + 1}, f"1 to {pool.positions}"),
             ({"picture": "a"}, "picture: no field"),
@@ -135,10 +136,10 @@ class Clients:
     def body(self, prompt: str, tokens: int, **more: Any) -> dict[str, Any]:
         return {"model": self.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0} | more
 
-    async def ask(self, question: Question, stream: bool, leaves_after: int = 10**9) -> int:
-        """Ask, read at most so many pieces of a stream, and compare. Returns the status."""
+    async def ask(self, question: Question, stream: bool, leaves_after: int = 10**9, heat: float = 0) -> int:
+        """Ask, read at most so many pieces of a stream, and compare if it is no sample. Returns the status."""
         begun, text, tokens = time.perf_counter(), "", 0
-        body = self.body(question.prompt, len(question.answer), stream=stream)
+        body = self.body(question.prompt, len(question.answer), stream=stream, temperature=heat)
         async with self.http.stream("POST", "/completions", json=body) as answer:
             if answer.status_code != 200:
                 self.tally.seen[str(answer.status_code)] += 1
@@ -157,8 +158,8 @@ class Clients:
                 if (pieces := pieces + 1) > leaves_after:
                     break
         is_left = not tokens and pieces > leaves_after
-        self.tally.seen["left" if is_left else "streamed" if stream else "whole"] += 1
-        self.tally.note(self.pool.fault(question, text, not is_left))
+        self.tally.seen["left" if is_left else "sampled" if heat else "streamed" if stream else "whole"] += 1
+        self.tally.note("" if heat else self.pool.fault(question, text, not is_left))
         if not is_left:
             self.tally.whole.append(time.perf_counter() - begun)
             self.tally.tokens += tokens
@@ -177,8 +178,10 @@ class Clients:
         while time.perf_counter() < until:
             question, draw, stream = chance.choice(questions), chance.random(), chance.random() < STREAMED
             try:
-                if is_kind or draw > HANG_UP + WRONG:
+                if is_kind or draw > HANG_UP + WRONG + SAMPLED:
                     await self.ask(question, stream)
+                elif draw > HANG_UP + WRONG:
+                    await self.ask(question, stream, heat=1.0)
                 elif draw > HANG_UP:
                     await self.ask_wrongly(*chance.choice(self.wrong))
                 elif stream:
@@ -276,7 +279,7 @@ def serving(model: str) -> Iterator[tuple[str, Server]]:
 async def compare(clients: Clients, seconds: float, report: Report) -> dict[str, float]:
     """Tokens a second of one client and of sixteen, with short prompts and with all."""
     rates, questions = dict[str, float](), clients.pool.questions
-    await clients.all_ask(1, 0.1, questions)
+    await clients.ask(questions[0], False, heat=0.7)  # the first request decides nothing for the others
     for kind, asked in (("short", [q for q in questions if len(q.ids) <= SHORT]), ("mixed", questions)):
         for number in (1, 16):
             name = f"{kind} prompts, {number} at once"
@@ -351,7 +354,7 @@ async def soak(pool: Pool, url: str, server: Server | None, given: argparse.Name
     report, limits = Report(), httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=f"{url}/v1", timeout=600, limits=limits, trust_env=False) as http:
         clients = Clients(http, pool, given.model)
-        rates = await compare(clients, max(2.0, given.seconds / 20), report)
+        rates = await compare(clients, max(1.0, given.seconds / 20), report)
         figures = await load(clients, server, given.clients, given.seconds, report)
         await crowd(clients, report)
         if server:
