@@ -72,9 +72,10 @@ class Batches:
 
     def choose(self, state: Any, scores: torch.Tensor) -> torch.Tensor:
         """Scores [1, V] of which the largest is the request's choice, from the logits [1, V] of its next token."""
-        if state.request_id not in self.requests:  # its client is gone
+        request = self.requests.get(state.request_id)  # none, once its client is gone
+        if request is None:
             return scores
-        config, processors = self.requests[state.request_id]
+        config, processors = request
         if not (processors or config.do_sample):
             return scores
         ids = torch.tensor([[*state.initial_tokens, *state.generated_tokens]], device=scores.device)
