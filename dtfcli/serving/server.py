@@ -16,23 +16,20 @@ from importlib import import_module
 from types import MethodType
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
 from dtfcli.errors import ConfigError
-from dtfcli.generation import dense_cache_bytes
 from dtfcli.quiet import quiet_libraries
 from dtfcli.serving.access import EVERYBODY, Access
+from dtfcli.serving.batches import PAGE, RUNNER, Batches, paged_cache
 from dtfcli.serving.requests import Limits, RequestGate
 
 _SERVING = "transformers.cli.serving"
 """The package of the server."""
 _POSITIONS = 2**15
 """Of a model whose configuration has no limit."""
-_PAGE = 256
-"""Tokens of a block of the paged cache, as Transformers has it."""
 
 
 def require_server(host: str, port: int) -> None:
@@ -90,7 +87,7 @@ def serve(
     """
     from transformers.cli.serve import Serve
 
-    limits = Limits(tokens=getattr(model.config, "max_position_embeddings", None) or _POSITIONS)
+    positions = getattr(model.config, "max_position_embeddings", None) or _POSITIONS
     gates: list[RequestGate] = []
 
     def build(stock: Any, *given: Any, **named: Any) -> Any:
@@ -102,14 +99,20 @@ def serve(
             "OneModel", (stock,), {"_load_processor": lambda *_, **__: tokenizer, "_load_model": lambda *_, **__: model}
         )
 
-    sizes = _paged_cache(model) if continuous_batching and model.device.type == "cpu" else {}
+    sizes, batches = {}, Batches(model) if continuous_batching else None
+    if continuous_batching and model.device.type == "cpu":
+        sizes = paged_cache(model, positions)
+        positions = min(positions, sizes["cb_num_blocks"] * PAGE)
+    limits = Limits(tokens=positions)
     server: Any = object.__new__(Serve)  # it runs inside of its constructor
     with ExitStack() as stack:
         stack.enter_context(_instead(f"{_SERVING}.model_manager", "ModelManager", one_model))
-        stack.enter_context(_instead(f"{_SERVING}.utils", "GenerationState", partial(_within, limits.tokens)))
+        stack.enter_context(_instead(f"{_SERVING}.utils", "GenerationState", partial(_within, positions, batches)))
         stack.enter_context(_instead(f"{_SERVING}.server", "build_server", lambda stock: partial(build, stock)))
         stack.enter_context(_instead("uvicorn", "Server", lambda stock: _ending(stock, gates)))
-        if continuous_batching:  # else its thread keeps the process
+        if batches:
+            stack.enter_context(_instead(*RUNNER, batches.runner))
+            # Else its thread keeps the process.
             stack.callback(lambda: hasattr(server, "_generation_state") and server._generation_state.shutdown())
         stack.enter_context(quiet_libraries(verbose=True))
         server.__init__(force_model=name, continuous_batching=continuous_batching, host=host, port=port, **sizes)
@@ -145,17 +148,28 @@ def _ending(stock: Any, gates: list[RequestGate]) -> Any:
     return Server
 
 
-def _within(positions: int, stock: Any) -> Any:
+def _within(positions: int, batches: Batches | None, stock: Any) -> Any:
     """The server's state of generation, in which a text ends at the model's positions, or with its request."""
 
     class Within(stock):
         def get_manager(self, *given: Any, **named: Any) -> Any:
             manager = super().get_manager(*given, **named)
-            for name, ours in (("generate_streaming", _streamed), ("generate_non_streaming", _whole)):
-                setattr(manager, name, partial(ours, MethodType(getattr(type(manager), name), manager), positions))
+            ours: dict[str, Any] = {"generate_streaming": _streamed, "generate_non_streaming": _whole}
+            if batches and hasattr(manager, "_cb"):
+                manager.init_cb = partial(batches.open, MethodType(type(manager).init_cb, manager))
+                ours = dict.fromkeys(ours, partial(_batched, batches))
+            for name, function in ours.items():
+                setattr(manager, name, partial(function, MethodType(getattr(type(manager), name), manager), positions))
             return manager
 
     return Within
+
+
+def _batched(batches: Batches, stock: Any, positions: int, *given: Any, request_id: str, **named: Any) -> Any:
+    _fit(positions, *given)
+    _, _, inputs, config = given
+    batches.enter(stock.__self__._cb, request_id, len(inputs["input_ids"]), config)
+    return stock(*given, request_id=request_id, **named)
 
 
 def _streamed(stock: Any, positions: int, *given: Any, **named: Any) -> Any:
@@ -169,13 +183,10 @@ async def _whole(stock: Any, positions: int, *given: Any, **named: Any) -> Any:
     model, processor, inputs, config = given
     is_over = [False]
     inputs = {**inputs, "stopping_criteria": [lambda ids, *_, **__: torch.full((len(ids),), is_over[0])]}
-    answer = asyncio.ensure_future(stock(model, processor, inputs, config, **named))
     try:
-        return await asyncio.shield(answer)
+        return await asyncio.shield(stock(model, processor, inputs, config, **named))
     except asyncio.CancelledError:
         is_over[0] = True
-        if batches := getattr(stock.__self__, "_cb", None):
-            batches.cancel_request(named["request_id"])
         raise
 
 
@@ -186,15 +197,5 @@ def _fit(positions: int, model: Any, processor: Any, inputs: Any, config: Any) -
     ids = inputs["input_ids"]
     length = len(ids) if isinstance(ids, list) else ids.shape[-1]
     if length >= positions:
-        raise HTTPException(400, f"The prompt has {length} tokens; the model has {positions} positions.")
+        raise HTTPException(400, f"The prompt has {length} tokens; with the answer at most {positions} fit.")
     config.max_new_tokens = min(config.max_new_tokens, positions - length)
-
-
-def _paged_cache(model: Any) -> dict[str, int]:
-    """Sizes for a processor: eight texts of the model's positions, at most a quarter of the memory that is free.
-
-    Transformers would take nine tenths of the machine's memory, whoever uses it.
-    """
-    texts = 8 * model.config.max_position_embeddings
-    positions = min(texts, psutil.virtual_memory().available // 4 // dense_cache_bytes(model, 1))
-    return {"cb_num_blocks": max(1, positions // _PAGE), "cb_max_batch_tokens": 512}

@@ -19,14 +19,12 @@ import openai
 import pytest
 from transformers.cli.serving.model_manager import ModelManager
 
-import dtfcli
 from dtfcli import load_model, load_tokenizer
 from dtfcli.cli.app import run
 from dtfcli.generation import Sampling, generate
-from dtfcli.models.mlp_fitting import fit_routing
 from dtfcli.serving import server as serving
 from tests.conftest import Outcome
-from tests.tiny import dense_model, routed_model, tokens, word_tokenizer
+from tests.tiny import routed_model, word_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w1{% endif %}"
@@ -63,15 +61,11 @@ class Server:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The final model of a run, with a chat template."""
     folder = tmp_path_factory.mktemp("runs") / "mine" / "final_model"
-    _saved(routed_model(), folder)
-    return folder
-
-
-def _saved(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
+    routed_model().save_pretrained(folder)
     tokenizer = word_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +75,9 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @contextmanager
-def serving_run(model_folder: Path, log: Path, *options: str, ends: int = signal.SIGINT) -> Iterator[Server]:
-    """`dtf serve RUN` with a key on a free port; ended by Ctrl-C or by another signal."""
-    command = [sys.executable, "-m", "dtfcli", "serve", str(model_folder.parent), "--api-key", KEY, *options]
+def serving_run(model_folder: Path, log: Path) -> Iterator[Server]:
+    """`dtf serve RUN` with a key on a free port; ended by Ctrl-C."""
+    command = [sys.executable, "-m", "dtfcli", "serve", str(model_folder.parent), "--api-key", KEY]
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", "0", "--device", "cpu"],
@@ -100,9 +94,9 @@ def serving_run(model_folder: Path, log: Path, *options: str, ends: int = signal
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60, http_client=http)
         yield Server(str(model_folder.parent), client, model_folder, process.pid, log)
         client.close()
-        process.send_signal(ends)
+        process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=60)
-        assert process.returncode == (130 if ends == signal.SIGINT else -ends), log.read_text()
+        assert process.returncode == 130, log.read_text()
         assert printed == ""  # logs go to stderr
     finally:
         process.kill()
@@ -137,34 +131,6 @@ def test_requests_at_once_are_answered_as_the_model_generates(server: Server) ->
     with ThreadPoolExecutor(len(requests)) as pool:
         answers = list(pool.map(lambda request: request[0](request[1]), requests))
     assert answers == [server.expected(question) for _, question in requests]
-
-
-@pytest.mark.slow
-def test_routed_mlps_are_served_in_continuous_batches_and_finished_after_sigterm(tmp_path: Path) -> None:
-    model, folder = dtfcli.route_mlps(dense_model(), capacity=0.6), tmp_path / "mine" / "final_model"
-    fit_routing(model, [{"input_ids": tokens(8, 40)}])
-    _saved(model, folder)
-    with serving_run(folder, tmp_path / "stderr", "--continuous-batching", ends=signal.SIGTERM) as server:
-        with ThreadPoolExecutor(len(QUESTIONS)) as pool:
-            answers = list(pool.map(server.chat, QUESTIONS))
-        assert [answer.choices[0].message.content for answer in answers] == [server.expected(q) for q in QUESTIONS]
-        stream = server.chat(QUESTIONS[0], max_tokens=400, stream=True)
-        next(stream)
-        os.kill(server.pid, signal.SIGTERM)
-        assert _refusal(server).status_code == 503
-        *_, last = stream
-        assert (last.choices[0].finish_reason, last.usage.completion_tokens) == ("length", 400)
-
-
-def _refusal(server: Server) -> openai.APIStatusError:
-    """The first refused request of those that follow each other."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        try:
-            server.client.models.list()
-        except openai.APIStatusError as error:
-            return error
-    pytest.fail("every request is answered")
 
 
 @pytest.mark.slow
