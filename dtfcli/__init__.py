@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dtfcli.models.modeling_dynamic import DynamicLlamaForCausalLM, DynamicQwenForCausalLM
     from dtfcli.settings import load_settings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "evaluate": "dtfcli.evaluation.runner",

@@ -85,7 +85,7 @@ def _facts(**changes: Any) -> ModelFacts:
         "base_on_hub": True,
         "datasets": [("roneneldan/TinyStories", "", 1.0, True), ("local text (.jsonl)", "", 0.5, False)],
         "settings": SETTINGS,
-        "version": "0.1.0",
+        "version": "0.2.0",
     }
     return ModelFacts(**values | changes)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_one_commit_of_exactly_the_files_of_a_dry_run(
     assert hub.requests == []
     result = dtf("push", str(saved["mod"]), NEW)
     assert (result.code, result.stdout.splitlines()[-1]) == (0, f"{hub.url}/me/new")
-    assert hub.messages(NEW) == ["initial commit", "Upload mod model with dtf 0.1.0"]
+    assert hub.messages(NEW) == ["initial commit", f"Upload mod model with dtf {version('dtfcli')}"]
     files = hub.files(NEW)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "modeling_dynamic.py"} <= set(files)
@@ -201,7 +202,7 @@ def test_waiting_is_bounded_and_the_next_push_goes_on(hub: Hub, saved: dict[str,
     assert sum(waits) < 60
     hub.faults = []
     push(saved["dense"], NEW)  # into the repository that the first one left empty
-    assert hub.messages(NEW) == ["initial commit", "Upload dense model with dtf 0.1.0"]
+    assert hub.messages(NEW) == ["initial commit", f"Upload dense model with dtf {version('dtfcli')}"]
 
 
 def test_a_commit_whose_answer_got_lost_is_not_made_twice(hub: Hub, saved: dict[str, Path]) -> None:
@@ -209,7 +210,7 @@ def test_a_commit_whose_answer_got_lost_is_not_made_twice(hub: Hub, saved: dict[
     with pytest.raises(HubError, match="a request whose answer got lost; push again"):
         push(saved["dense"], NEW)
     result = push(saved["dense"], NEW)
-    assert hub.messages(NEW) == ["initial commit", "Upload dense model with dtf 0.1.0"]
+    assert hub.messages(NEW) == ["initial commit", f"Upload dense model with dtf {version('dtfcli')}"]
     assert result.commit == hub.repositories[NEW].branches["main"][-1].oid
 
 
