@@ -138,8 +138,7 @@ class EveryKey(OwnKeys):
         tokens, offered, slides = context.shape[1], self.offered, self.slides(context)
         if offered is None:
             offered = context.padding_mask
-        every_token = (slots.routed is None or tokens == 1) and slots.position.shape[1] == tokens
-        if offered is None and every_token and not slides and (context.past == 0 or tokens == 1):
+        if offered is None and slots.whole and not slides and (context.past == 0 or tokens == 1):
             return None  # each sees all keys up to its own
         position = slots.position + context.past
         key_position = torch.arange(self.keys.shape[2], device=position.device)

@@ -70,6 +70,27 @@ def test_bytes_are_those_of_the_tokens_whose_keys_are_asked_for(case: Case, batc
         assert all(layer.nbytes <= batch * 40 * a_token for layer in dense)  # a window's may be cropped
 
 
+@pytest.mark.parametrize("kv_tokens", ["routed", "all"])
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_a_layer_computes_for_its_fullest_row(kv_tokens: str, batch: int) -> None:
+    """No slot stays free in a row alone, and a layer that no token enters runs nothing."""
+    model = routed_model("llama", "mod", kv_tokens=kv_tokens)
+    computed: dict[int, int] = {}
+    for index in model.model.routed:
+        model.model.layers[index].mlp.register_forward_pre_hook(
+            lambda _, inputs, index=index: computed.update({index: inputs[0].shape[1]})
+        )
+    cache, widths = RoutedCache(model.config), set()
+    for part in tokens(batch, 50).split([20, *[1] * 30], 1):
+        computed.clear()
+        records = model(part, past_key_values=cache, output_routing=True).routing
+        fullest = {record.layer: int(record.selected.sum(1).max()) for record in records}
+        assert computed == {layer: width for layer, width in fullest.items() if width}
+        widths |= set(fullest.values())
+    assert {0, 1} < widths
+
+
 @torch.no_grad()
 def test_what_a_long_text_costs_to_count_stays_bounded() -> None:
     """One entry for each decoded token would make every step slower than the one before."""
