@@ -1,11 +1,11 @@
 """The key/value cache of a routed model: a routed layer keeps the tokens it routed, and no others.
 
-Rows differ in how many tokens they store. Each row's tokens lie at the front of its slots in position order. How many
-is a plain Python number where routing looks at the device anyway (`append`), and stays on the device where it does not
-(`place`); each is made from the other when it is asked for. `get_seq_length()` answers in positions (tokens seen), not
-in stored keys: masks, rotary positions and cropping follow the text.
+Rows differ in how many tokens they store. Each row's tokens lie at the front of its slots in position order. The device
+knows how many they are; the host knows a bound, and asks (`count`) where that is free or the bound is too high.
+`get_seq_length()` answers in positions (tokens seen), not in stored keys: masks, rotary positions and cropping follow
+the text.
 
-Shape suffixes: B rows, H key/value heads, S positions seen, N slots stored, K new slots, E size of a head.
+Shape suffixes: B rows, H key/value heads, S positions seen, N slots, K new slots, E size of a head.
 """
 
 from inspect import signature
@@ -87,118 +87,69 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
     """Keys and values of the tokens that a layer routed.
 
     Attributes:
-        keys, values: [B, H, N, E]; row b uses the first counts[b] slots.
-        entered: bool [B, S], which positions are stored; what cropping counts.
+        keys, values: [B, H, N, E]; row b uses the first stored[b] slots.
+        stored: int64 [B], on the device; made with the first positions.
+        most: no row stores more than this, as far as the host knows.
+        even: every row stores as many, as the host knows.
     """
+
+    stored: Tensor
 
     is_croppable = True
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: list[int] | None = []
-        self._stored: Tensor | None = None
-        self._most = 0
+        self.most, self.even = 0, True
         self._parts: list[Tensor] = []
 
     @property
-    def counts(self) -> list[int]:
-        """Stored tokens of each row. Waits for the device if tokens were placed since anybody looked."""
-        if self._counts is None:
-            assert self._stored is not None, "either the host or the device knows"
-            self._counts = self._stored.tolist()
-        return self._counts
-
-    @counts.setter
-    def counts(self, counts: list[int]) -> None:
-        self._counts = counts
-
-    @property
-    def stored(self) -> Tensor:
-        """The same on the device, int64 [B]."""
-        if self._stored is None:
-            self._stored = torch.tensor(self.counts, device=self._parts[0].device)
-        return self._stored
-
-    @property
-    def most(self) -> int:
-        """No row stores more than this; exact where the host knows the counts."""
-        return self._most if self._counts is None else max(self._counts, default=0)
-
-    def may_lack_slots(self, width: int) -> bool:
-        """Whether this many slots more may be too many for what is allocated, as far as the host knows."""
-        return self._counts is None and self.keys is not None and self._most + width > self.keys.shape[2]
+    def lacks_slots(self) -> bool:
+        """Whether one token more may be too many for what is allocated, as far as the host knows."""
+        return self.keys is not None and self.most >= self.keys.shape[2]
 
     @property
     def entered(self) -> Tensor | None:
-        """Joined now and then, and on demand: decoding a token does not need it."""
+        """Which positions are stored, bool [B, S]. Joined on demand: decoding a token does not need it."""
         return torch.cat(self._parts, dim=1) if self._parts else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Start with no slots, in the shape, dtype and device of these states [R, H, K, E]."""
+        """Start with these states, [B, H, K, E]."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch, (_, heads, _, size) = self._parts[0].shape[0], key_states.shape
-        self.keys = key_states.new_empty(batch, heads, 0, size)
-        self.values = value_states.new_empty(batch, heads, 0, value_states.shape[3])
-        self.is_initialized = True
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
 
     def advance(self, selected: Tensor) -> None:
         """Count new positions, bool [B, T], True where the token is being stored."""
+        if not self._parts:
+            self.stored = selected.new_zeros(len(selected), dtype=torch.long)
         self._parts.append(selected)
         if len(self._parts) > _SPARE_SLOTS:
             self._parts = [torch.cat(self._parts, dim=1)]
-        if self._counts == []:
-            self._counts = [0] * selected.shape[0]
 
-    def append(self, keys: Tensor, values: Tensor, rows: list[int], counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Store new tokens of some rows; returns all that those rows have, [R, H, N', E].
+    def next_slots(self, width: int) -> Tensor:
+        """Where the next tokens of each row go, int64 [B, width]."""
+        return self.stored.unsqueeze(1) + torch.arange(width, device=self.stored.device)
 
-        Args:
-            keys, values: [R, H, K, E]; the first slots of a row are stored, the others are free.
-            rows: the R increasing row indices.
-            counts: new tokens of each of those rows.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        everyone = len(rows) == len(self.counts)
-        before, self._stored = [self.counts[row] for row in rows], None
-        for row, count in zip(rows, counts, strict=True):
-            self.counts[row] += count
-        longest = max(self.counts[row] for row in rows)
-        if everyone and not any(before):
-            # What lies in free slots is overwritten before any mask shows it.
-            kept_keys, kept_values = self.keys, self.values = keys, values
-        else:
-            kept_keys, kept_values = self.reserve(longest)
-            for r, (row, start, count) in enumerate(zip(rows, before, counts, strict=True)):
-                kept_keys[row, :, start : start + count] = keys[r, :, :count]
-                kept_values[row, :, start : start + count] = values[r, :, :count]
-        kept_keys, kept_values = kept_keys[:, :, :longest], kept_values[:, :, :longest]
-        if everyone:
-            return kept_keys, kept_values
-        index = torch.tensor(rows, device=keys.device)
-        return kept_keys.index_select(0, index), kept_values.index_select(0, index)
-
-    def place(self, keys: Tensor, values: Tensor, routed: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens of all rows without looking at the device; returns all that may be stored, [B, H, N', E].
+    def place(self, keys: Tensor, values: Tensor, routed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Store new tokens of all rows; returns all that may be stored, [B, H, N', E].
 
         Args:
             keys, values: [B, H, K, E].
-            routed: bool [B, K], which of them are stored: the first ones of each row.
+            routed: bool [B, K], which of them are stored: the first ones of each row; None: all.
         """
-        if not self.is_initialized:
+        width = keys.shape[2]
+        # What lies in free slots is overwritten before any mask shows it.
+        if self.most == 0:
             self.lazy_initialization(keys, values)
-        before, most, width = self.stored, self.most, keys.shape[2]
-        if most == 0:
-            kept_keys, kept_values = self.keys, self.values = keys, values
+            kept_keys, kept_values = keys, values
         else:
-            kept_keys, kept_values = self.reserve(most + width)
-            # What lies in free slots is overwritten before any mask shows it.
-            slots = (before.unsqueeze(1) + torch.arange(width, device=before.device)).view(-1, 1, width, 1)
+            kept_keys, kept_values = self.reserve(self.most + width)
+            slots = self.next_slots(width).view(-1, 1, width, 1)
             kept_keys.scatter_(2, slots.expand_as(keys), keys)
             kept_values.scatter_(2, slots.expand_as(values), values)
-        self._counts, self._most, self._stored = None, most + width, before + routed.sum(1)
-        return kept_keys[:, :, : self._most], kept_values[:, :, : self._most]
+        self.stored = self.stored + (width if routed is None else routed.sum(1))
+        self.most, self.even = self.most + width, self.even and routed is None
+        return kept_keys[:, :, : self.most], kept_values[:, :, : self.most]
 
     def reserve(self, slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values with at least this many slots and some to come, in tensors that may be written to."""
@@ -221,7 +172,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
         return torch.nn.functional.pad(order, (0, missing))[:, :count]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a routed layer stores the tokens it routed through `append`")
+        raise NotImplementedError("a routed layer stores the tokens it routed through `place`")
 
     def get_seq_length(self) -> int:
         return sum(part.shape[1] for part in self._parts)
@@ -240,13 +191,12 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
             return 0
         stored = 0
         if self.keys is not None and self.values is not None:
-            stored = sum(self.counts) * self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3])
+            stored = int(entered.sum()) * self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3])
             stored *= self.keys.element_size()
         return stored + entered.nbytes + self.surprise_nbytes
 
     def _set_entered(self, entered: Tensor) -> None:
-        self._parts, self._most = [entered], self.most
-        self._stored, self._counts = entered.sum(1), None
+        self._parts, self.stored, self.even = [entered], entered.sum(1), False
 
     def _map(self, change: Any) -> None:
         super()._map(change)
@@ -255,7 +205,7 @@ class RoutedLayerCache(SurpriseHistory, CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = self.surprise = None
-        self._parts, self._counts, self._stored, self.is_initialized = [], [], None, False
+        self._parts, self.most, self.even, self.is_initialized = [], 0, True, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last positions; their number is negative, as in Transformers."""
@@ -297,17 +247,20 @@ class RoutedCache(Cache):
             layers=[RoutedLayerCache() if i in routed else FullLayerCache() for i in range(config.num_hidden_layers)]
         )
 
-    def reserve(self) -> None:
-        """Make slots for one more token in every layer; waits for the device where a layer may have too few.
+    def count(self, syncs: bool) -> None:
+        """Ask the device how many tokens the layers store, and make slots for some more.
 
-        As far as the host knows, every token that is placed could be a stored one; after 31 of them it has to look.
+        As far as the host knows, every slot that is placed could be a stored token; after 31 tokens it has to ask.
+
+        Args:
+            syncs: whether asking is free; else only where a layer may have no slot left.
         """
-        stores = [layer for layer in self.layers if isinstance(layer, RoutedLayerCache)]
-        if any(store.may_lack_slots(1) for store in stores):
-            for store, counts in zip(stores, torch.stack([store.stored for store in stores]).tolist(), strict=True):
-                store.counts = counts
-                if store.keys is not None:
-                    store.reserve(store.most + _SPARE_SLOTS)
+        stores = [layer for layer in self.layers if isinstance(layer, RoutedLayerCache) and layer.keys is not None]
+        if not any(not store.even and (syncs or store.lacks_slots) for store in stores):
+            return
+        for store, counts in zip(stores, torch.stack([store.stored for store in stores]).tolist(), strict=True):
+            store.most, store.even = max(counts), min(counts) == max(counts)
+            store.reserve(store.most + _SPARE_SLOTS)
 
     def to_static(self, seen: Tensor | None) -> StaticState:
         """Give the keys and values so far their fixed places; nothing if they have them.
@@ -367,7 +320,7 @@ class RoutedCache(Cache):
     def routed_shares(self) -> dict[int, float]:
         """For each layer that keeps routed tokens alone, the share of the positions seen that it keeps."""
         return {
-            index: sum(layer.counts) / max(1, layer.entered.numel())
+            index: int(layer.entered.sum()) / max(1, layer.entered.numel())
             for index, layer in enumerate(self.layers)
             if isinstance(layer, RoutedLayerCache) and layer.entered is not None
         }

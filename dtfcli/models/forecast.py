@@ -60,9 +60,9 @@ class KnownUpdates(NamedTuple):
 
     slots: Slots
     before: Tensor
-    """x of each slot, [R, K, D]."""
+    """x of each slot, [B, K, D]."""
     after: Tensor
-    """x + Δ(x), [R, K, D]."""
+    """x + Δ(x), [B, K, D]."""
 
 
 class RegressionTargets(NamedTuple):
@@ -100,7 +100,7 @@ def regression_targets(
 
 
 def _put(like: Tensor, into: Tensor | None, slots: Slots, values: Tensor) -> Tensor:
-    """[B, T] with `values` [R, K] at the places of the slots whose token is a routed one; 0 where there is nothing."""
+    """[B, T] with `values` [B, K] at the places of the slots whose token is a routed one; 0 where there is nothing."""
     into = (torch.zeros_like(like) if into is None else into).unsqueeze(-1)
     if slots.routed is not None:
         values = torch.where(slots.routed, values, gather_tokens(into, slots).squeeze(-1))

@@ -20,11 +20,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .cache import CACHE_NAME
 from .context import RoutingContext
 from .forecast import Forecast, KnownUpdates, RegressionTargets, regression_targets
-from .keys import EveryKey, OwnKeys, PlacedKeys, StoredKeys
+from .keys import EveryKey, OwnKeys, PlacedKeys
 from .router import TopKPredictor
 from .routers import router_of
 from .routing import Scores, gated_update, select_explored, select_threshold, select_topk, topk_capacity
-from .slots import Slots, assign_group, assign_slots, every_slot, gather_tokens, row_groups, scatter_tokens
+from .slots import Slots, assign_slots, every_slot, gather_tokens, scatter_tokens
 from .static import EnteredRows
 from .stock import StockLayer
 from .surprise import PriorFFN, Surprise, surprise
@@ -107,35 +107,34 @@ class RoutedLayerMixin(StockLayer):
         # A checkpointed layer's outputs become part of its graph; the threshold it will recompute with must not.
         return select_threshold(ranked, threshold, context.is_token, sinks), threshold.detach()
 
-    def groups(self, selected: Tensor, context: RoutingContext) -> tuple[list[tuple[list[int], Slots]], list[int]]:
-        """Rows that go through the block together, with their slots; and how many tokens of each row enter.
+    def slots(self, selected: Tensor, context: RoutingContext) -> tuple[Slots | None, int | None]:
+        """Where the tokens that enter sit, None if there are none; how many they are, None if only the device knows.
 
         `topk` never synchronizes with the device: every row has the same number of slots. A causal mode synchronizes
         once, because its number of slots depends on the scores, unless the context has a number; at γ = 0 and γ = 1 it
-        does not. In training all rows go together, and never without any slot: every process of a distributed run has
-        to enter every layer. Rows and counts are empty where the host does not know them.
+        does not. Its rows have as many slots as the fullest of them needs. Training never goes without any slot: every
+        process of a distributed run has to enter every layer.
         """
         (rows, tokens), capacity = context.shape, self.capacity(context)
         if capacity == 0.0:
-            return [], [0] * rows
+            return None, 0
         if capacity == 1.0 and context.is_token is None:
-            return [(list(range(rows)), every_slot(rows, tokens, context.device))], [tokens] * rows
+            return every_slot(rows, tokens, context.device), rows * tokens
         if context.mode == "topk":
             width = topk_capacity(capacity, tokens)
             slots = assign_slots(selected, width)
-            if context.is_token is not None:
-                return [([], slots)], []
-            return [([], slots._replace(routed=None))], [width] * rows  # K of T, in every row
+            return (slots, None) if context.is_token is not None else (slots._replace(routed=None), rows * width)
         if context.slots_per_row is not None:
-            everyone = every_slot(rows, tokens, context.device)
-            width = context.slots_per_row[self.layer_idx]
-            return [([], everyone._replace(routed=selected) if tokens == 1 else assign_slots(selected, width))], []
-        if self.training:
-            return [([], assign_slots(selected, max(1, int(selected.sum(1).max()))))], []
+            return assign_slots(selected, context.slots_per_row[self.layer_idx]), None
         # The one synchronization. A sum of one column would be an operation for nothing.
-        counts = [int(row[0]) for row in selected.tolist()] if selected.shape[1] == 1 else selected.sum(1).tolist()
-        rows_together = row_groups(counts)
-        return [(rows, assign_group(selected, rows, [counts[row] for row in rows])) for rows in rows_together], counts
+        counts = [int(row[0]) for row in selected.tolist()] if tokens == 1 else selected.sum(1).tolist()
+        width = max(counts) or int(self.training)
+        if width == 0:
+            return None, 0
+        if min(counts) == tokens:
+            return every_slot(rows, tokens, context.device), rows * tokens
+        slots = assign_slots(selected, width)
+        return slots._replace(routed=None) if min(counts) == width else slots, sum(counts)
 
     def forward(
         self,
@@ -163,31 +162,27 @@ class RoutedLayerMixin(StockLayer):
         store = None if cache is None else cache.layers[self.layer_idx]
         ranked, scores, logits = self.rank(hidden_states, below, context, store)
         selected, threshold = self.select(ranked, context)
-        groups, counts = self.groups(selected, context)
-        inputs = LayerInputs(
-            hidden_states,
-            self._keys(hidden_states, position_embeddings, selected, counts, store),
-            position_embeddings,
-            kwargs,
-        )
-        updated = skipped = self.skip(hidden_states, selected, counts)
+        slots, count = self.slots(selected, context)
+        keys = self._keys(hidden_states, position_embeddings, selected, slots, store)
+        inputs = LayerInputs(hidden_states, keys, position_embeddings, kwargs)
+        updated = skipped = self.skip(hidden_states, selected, count)
         known = []
-        for rows, slots in groups:
-            x_RKD, processed = self._processed(rows, slots, inputs, context)
-            gate_RK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
-            skipped_RKD = x_RKD if skipped is hidden_states else gather_tokens(skipped, slots)
-            y_RKD = gated_update(skipped_RKD, processed, gate_RK, self.config.gate)
+        if slots is not None:
+            x_BKD, processed = self._processed(slots, inputs, context)
+            gate_BK = gather_tokens(scores.gate.unsqueeze(-1), slots).squeeze(-1)
+            skipped_BKD = x_BKD if skipped is hidden_states else gather_tokens(skipped, slots)
+            y_BKD = gated_update(skipped_BKD, processed, gate_BK, self.config.gate)
             if slots.routed is not None:
-                y_RKD = torch.where(slots.routed.unsqueeze(-1), y_RKD, skipped_RKD)
-            updated = scatter_tokens(updated, slots, y_RKD)
-            known.append(KnownUpdates(slots, x_RKD, processed))
+                y_BKD = torch.where(slots.routed.unsqueeze(-1), y_BKD, skipped_BKD)
+            updated = scatter_tokens(skipped, slots, y_BKD)
+            known.append(KnownUpdates(slots, x_BKD, processed))
         learns = self.training and self.config.learns_from_updates
         targets = self._targets(known, selected, inputs, context) if learns else RegressionTargets()
         observed = [each.detach() for each in below] if below else [None, None]
         shown = _of_all_tokens(hidden_states, known) if context.shows_updates else ()
         return updated, ranked, selected, threshold, *scores[1:], logits, *observed, *targets, *shown
 
-    def skip(self, x: Tensor, selected: Tensor, counts: list[int]) -> Tensor:
+    def skip(self, x: Tensor, selected: Tensor, count: int | None) -> Tensor:
         """What tokens are without the routed part: x, or x + f(x) with a forecast; [B, T, D].
 
         Tokens that enter need it for the gate alone: its gradient, or with a soft gate its value.
@@ -195,33 +190,30 @@ class RoutedLayerMixin(StockLayer):
         Args:
             x: [B, T, D].
             selected: bool [B, T].
-            counts: selected tokens of each row; empty where the host does not know them.
+            count: how many are selected; None: the host does not know.
         """
         if self.forecast is None:
             return x
         gated = self.config.gate == "soft" and not self.config.learns_scores
-        if self.training or gated or not counts:
+        if self.training or gated or count is None:
             return x + self.forecast(x)
-        if sum(counts) == selected.numel():
+        if count == selected.numel():
             return x
         flat = x.flatten(0, 1)
-        places = torch.nonzero_static(~selected.flatten(), size=selected.numel() - sum(counts)).squeeze(1)
+        places = torch.nonzero_static(~selected.flatten(), size=selected.numel() - count).squeeze(1)
         skipping = flat.index_select(0, places)
         return flat.index_copy(0, places, (skipping + self.forecast(skipping)).to(x.dtype)).view_as(x)
 
-    def _processed(
-        self, rows: list[int], slots: Slots, inputs: LayerInputs, context: RoutingContext
-    ) -> tuple[Tensor, Tensor]:
-        """What the tokens of some slots are before and after the routed part, [R, K, D] each."""
-        x_RKD = gather_tokens(inputs.hidden_states, slots)
+    def _processed(self, slots: Slots, inputs: LayerInputs, context: RoutingContext) -> tuple[Tensor, Tensor]:
+        """What the tokens of some slots are before and after the routed part, [B, K, D] each."""
+        x_BKD = gather_tokens(inputs.hidden_states, slots)
         with EnteredRows(slots.routed) if context.triton_kernels and slots.routed is not None else nullcontext():
-            keys = inputs.keys.of_rows(rows, slots)
             cos, sin = (gather_tokens(part, slots) for part in inputs.position_embeddings)
-            return x_RKD, super().forward(
-                x_RKD,
-                attention_mask=keys.mask(x_RKD, slots, context, self.config),
+            return x_BKD, super().forward(
+                x_BKD,
+                attention_mask=inputs.keys.mask(x_BKD, slots, context, self.config),
                 position_embeddings=(cos, sin),
-                **{CACHE_NAME: keys},
+                **{CACHE_NAME: inputs.keys},
                 **inputs.more,
             )
 
@@ -249,7 +241,7 @@ class RoutedLayerMixin(StockLayer):
             keys = self._all_keys(inputs.hidden_states, inputs.position_embeddings)
             offered = selected if self.router.by_token else None
             inputs = inputs._replace(keys=EveryKey(*keys, offered, window=self.window))
-        return KnownUpdates(slots, *self._processed([], slots, inputs, context))
+        return KnownUpdates(slots, *self._processed(slots, inputs, context))
 
     def _all_keys(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, [B, H, T, E] each."""
@@ -268,7 +260,7 @@ class RoutedLayerMixin(StockLayer):
         return keys, values
 
     def _keys(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], selected: Tensor, counts: list[int], store: Any
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], selected: Tensor, slots: Slots | None, store: Any
     ) -> OwnKeys:
         """Whose keys and values the routed tokens attend to; what the cache keeps is kept here."""
         if self.config.keeps_every_key:
@@ -277,7 +269,7 @@ class RoutedLayerMixin(StockLayer):
         if store is None:
             return OwnKeys(window=self.window)
         store.advance(selected)
-        return StoredKeys(store, counts, window=self.window) if counts else PlacedKeys(store, window=self.window)
+        return PlacedKeys(store, None if slots is None else slots.routed, window=self.window)
 
 
 def _of_all_tokens(x: Tensor, known: list[KnownUpdates]) -> tuple[Tensor, Tensor]:

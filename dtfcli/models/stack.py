@@ -270,8 +270,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         capacities, slots = self.capacities(), None
         if not syncs:
             slots = {i: slots_per_row(share, tokens, self.config.sink_tokens) for i, share in capacities.items()}
-            if isinstance(cache, RoutedCache):
-                cache.reserve()
+        if cache is not None:
+            cache.count(syncs)
         thresholds = self.thresholds()
         if self.training:  # as they are now: tracking moves them before checkpointing runs the layers again
             thresholds = {i: threshold.clone() for i, threshold in thresholds.items()}

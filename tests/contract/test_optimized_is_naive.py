@@ -14,13 +14,7 @@ from dtfcli.models import routing, routing_naive, surprise
 from dtfcli.models.conversion import convert, route_mlps
 from dtfcli.models.losses import causal_lm_loss, embedded_with_head, reference_causal_lm_loss
 from dtfcli.models.modeling_routed_mlp import routed_mlps
-from dtfcli.models.slots import (
-    assign_group,
-    assign_slots,
-    gather_tokens,
-    row_groups,
-    scatter_tokens,
-)
+from dtfcli.models.slots import assign_slots, gather_tokens, scatter_tokens
 from tests.budget import examples
 from tests.tiny import dense_model, shared_routed_model, tokens
 
@@ -187,28 +181,6 @@ def test_slots_gather_and_scatter(data: st.DataObject) -> None:
     torch.testing.assert_close(written, hidden_states * factor)
     (gradient,) = torch.autograd.grad(written.sum(), hidden_states)
     torch.testing.assert_close(gradient, factor.expand_as(gradient))
-
-
-@given(data=st.data(), padding=st.sampled_from([0.0, 0.03, 0.5]), small=st.sampled_from([0, 6, 256]))
-@settings(max_examples=examples(100))
-def test_rows_in_groups(data: st.DataObject, padding: float, small: int) -> None:
-    """Groups of rows, gathered and written back one after another, are what all rows together are."""
-    selected, places = rows_and_mask(data)
-    counts = selected.sum(1).tolist()
-    groups = row_groups(counts, padding, small)
-    assert sorted(row for group in groups for row in group) == [row for row, count in enumerate(counts) if count]
-    hidden_states = torch.randn(*selected.shape, 3)
-    written = hidden_states
-    for rows in groups:
-        slots = assign_group(selected, rows, [counts[row] for row in rows])
-        taken = gather_tokens(hidden_states, slots)
-        routed = torch.ones(slots.position.shape, dtype=torch.bool) if slots.routed is None else slots.routed
-        for r, row in enumerate(rows):
-            assert slots.position[r][routed[r]].tolist() == places[row]
-            assert torch.equal(taken[r], hidden_states[row, slots.position[r]])
-        assert routed.shape[1] == max(counts[row] for row in rows)
-        written = scatter_tokens(written, slots, torch.where(routed.unsqueeze(-1), taken * 2, taken))
-    torch.testing.assert_close(written, hidden_states * torch.where(selected, 2.0, 1.0).unsqueeze(-1))
 
 
 def test_straight_through_writes_the_block_itself() -> None:
