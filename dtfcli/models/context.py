@@ -26,8 +26,7 @@ class RoutingContext:
             padding.
         past: S.
         chosen: who enters, bool [B, T], in layers whose router is not to choose (as many of each row in `topk`).
-        slots_per_row: slots of each routed layer where the host does not ask the device how many tokens enter; None: it
-            asks.
+        syncs: whether each routed layer asks the device how many tokens enter, so that no slot stays free.
         noise: uniform numbers [B, T] that draw the tokens to explore; None: none are.
         shows_updates: whether layers return what each token is before and after their routed part.
         triton_kernels: whether linear maps of a layer that no row enters read no weights (`static`).
@@ -43,7 +42,7 @@ class RoutingContext:
     padding_mask: Tensor | None = None
     past: int = 0
     chosen: Mapping[int, Tensor] = field(default_factory=dict)
-    slots_per_row: Mapping[int, int] | None = None
+    syncs: bool = True
     noise: Tensor | None = None
     shows_updates: bool = False
     triton_kernels: bool = False

@@ -111,7 +111,7 @@ class RoutedLayerMixin(StockLayer):
         """Where the tokens that enter sit, None if there are none; how many they are, None if only the device knows.
 
         `topk` never synchronizes with the device: every row has the same number of slots. A causal mode synchronizes
-        once, because its number of slots depends on the scores, unless the context has a number; at γ = 0 and γ = 1 it
+        once, because its number of slots depends on the scores; at γ = 0, at γ = 1 and where the context forbids it, it
         does not. Its rows have as many slots as the fullest of them needs. Training never goes without any slot: every
         process of a distributed run has to enter every layer.
         """
@@ -124,8 +124,8 @@ class RoutedLayerMixin(StockLayer):
             width = topk_capacity(capacity, tokens)
             slots = assign_slots(selected, width)
             return (slots, None) if context.is_token is not None else (slots._replace(routed=None), rows * width)
-        if context.slots_per_row is not None:
-            return assign_slots(selected, context.slots_per_row[self.layer_idx]), None
+        if not context.syncs:
+            return assign_slots(selected, tokens), None
         # The one synchronization. A sum of one column would be an operation for nothing.
         counts = [int(row[0]) for row in selected.tolist()] if tokens == 1 else selected.sum(1).tolist()
         width = max(counts) or int(self.training)

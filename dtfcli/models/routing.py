@@ -13,7 +13,6 @@ follows the language model's gradient. `surprise` (the thesis) measures what the
 tokens of a row, K slots for routed tokens, D hidden size. Scores are float32.
 """
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -83,14 +82,6 @@ def _capacity_table(capacity: float, tokens: int, device: torch.device) -> Tenso
 def topk_capacity(capacity: float, length: int) -> int:
     """K = max(1, ⌊γ · L⌋) routed tokens for a row of L real ones; 0 at γ = 0 and for a row of padding alone."""
     return max(1, int(capacity * length)) if length and capacity else 0
-
-
-def slots_per_row(capacity: float, length: int, sinks: int) -> int:
-    """Slots that are enough for almost every row of L tokens routed by a threshold calibrated to γ; at most L.
-
-    Texts differ from the calibrated share by some points, short ones by chance too: γ L + 0.04 L + 2 √L, and the sinks.
-    """
-    return min(length, sinks + math.ceil((capacity + 0.04) * length + 2 * math.sqrt(length)))
 
 
 def select_topk(scores: Tensor, capacity: float, is_token: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:

@@ -6,8 +6,8 @@ through each layer. The notable choices:
 - training routes by `topk`; eval routes by the mode saved with the model, `threshold` unless chosen otherwise;
 - masks and rotary embeddings are made once for each kind of attention (with and without a sliding window), by
   Transformers where that does not synchronize with the device;
-- training never synchronizes. Eval does in every routed layer on a CPU, where that is free and saves time; elsewhere
-  once a pass, and never for a single token.
+- training never synchronizes. Eval does once in every routed layer of a prompt, and never for a single token, unless it
+  runs on a CPU, where that is free and saves time.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,6 @@ from .layers import DecisionLayerMixin, RoutedLayerMixin
 from .outputs import RoutedModelOutput, RoutingRecord
 from .pretrained import DynamicPreTrainedMixin
 from .router import Router
-from .routing import slots_per_row
 from .static import StaticState
 from .stock import StockStack
 from .triton_kernels import available
@@ -59,9 +58,8 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         training_mode: how training routes, "topk" or "threshold".
         training_capacities: γ of each routed layer while training, where it is not the model's own.
         capacity_override: γ of all routed layers in eval; None: the model's own.
-        syncs: whether each routed layer of a causal pass asks the device how many tokens enter, so that no slot stays
-            free; None: on a CPU, where asking costs nothing. Else a pass asks once, at its end, whether the slots were
-            enough, and is repeated if they were not; the pass of a single token never asks.
+        syncs: whether each routed layer of a single token asks the device how many tokens enter, so that no slot stays
+            free, as it does for a prompt; None: on a CPU, where asking costs nothing.
         triton_kernels: whether the Triton kernels are used (`use_triton_kernels`).
     """
 
@@ -128,16 +126,10 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         self.check_inputs(input_ids, inputs_embeds, attention_mask, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        syncs = self._may_sync(inputs_embeds, kwargs)
-        given = (inputs_embeds, attention_mask, position_ids, cache)
-        state = self.prepare(*given, syncs=syncs)
+        state = self.prepare(inputs_embeds, attention_mask, position_ids, cache)
         self._require_thresholds(state.context)
-        self._run(state, **kwargs)
-        if not self._slots_sufficed(state, attention_mask):
-            if cache is not None:
-                cache.crop(-inputs_embeds.shape[1])
-            state = self.prepare(*given)
-            self._run(state, **kwargs)
+        for index in range(len(self.layers)):
+            self.run_layer(index, state, **kwargs)
         if cache is not None and cache.static is not None:
             cache.static.advance()
         if self.training:
@@ -151,31 +143,6 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             positions=state.positions,
             **{CACHE_NAME: cache},
         )
-
-    def _run(self, state: ForwardState, **kwargs: Any) -> None:
-        """Take a batch through all layers."""
-        for index in range(len(self.layers)):
-            self.run_layer(index, state, **kwargs)
-
-    def _may_sync(self, inputs_embeds: Tensor, options: Mapping[str, Any]) -> bool:
-        """Whether the layers of a pass over these ask the device how many tokens enter."""
-        free = inputs_embeds.device.type == "cpu" if self.syncs is None else self.syncs
-        if free or self.training or self.mode not in CAUSAL_MODES:
-            return True
-        # What is captured on the way has to be that of a single run.
-        captured = ("output_hidden_states", "output_attentions")
-        return any(options.get(name, getattr(self.config, name, False)) for name in captured)
-
-    def _slots_sufficed(self, state: ForwardState, attention_mask: Tensor | None) -> bool:
-        """Whether what a pass assumed was right: every token had a slot, and a row alone has no padding."""
-        context = state.context
-        slots = context.slots_per_row
-        if slots is None or context.shape[1] == 1:
-            return True
-        assumed = [record.selected.sum(1).max() <= slots[record.layer] for record in state.records]
-        if attention_mask is not None and context.padding_mask is None:
-            assumed.append(attention_mask.to(context.device).all())
-        return bool(torch.stack(assumed).all()) if assumed else True
 
     def check_inputs(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, cache: Any
@@ -246,13 +213,11 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: RoutedCache | None = None,
-        syncs: bool = True,
     ) -> ForwardState:
         """A batch [B, T, D] before its first layer. Positions count real tokens, so padding shifts nothing.
 
         Args:
             inputs_embeds, attention_mask, position_ids, cache: as of `forward`.
-            syncs: whether routed layers may ask the device how many tokens enter; else `_slots_sufficed` checks.
         """
         (batch, tokens), device = inputs_embeds.shape[:2], inputs_embeds.device
         past = 0 if cache is None else cache.get_seq_length()
@@ -262,14 +227,14 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
                 static = cache.to_static(None if padding_mask is None else padding_mask[:, :past])
                 return self._prepare_static(inputs_embeds, position_ids, cache, static)
             cache.to_dynamic()
-        if padding_mask is not None and self._has_no_padding(padding_mask, tokens, syncs):
+        syncs = tokens > 1 or (device.type == "cpu" if self.syncs is None else self.syncs)
+        # `generate` always gives a mask, mostly for nothing.
+        asks = syncs and not self.training and self.mode in CAUSAL_MODES
+        if padding_mask is not None and asks and bool(padding_mask.all()):
             padding_mask = None
         given_positions = position_ids
         if position_ids is None:
             position_ids = _positions(padding_mask, past, tokens, device)
-        capacities, slots = self.capacities(), None
-        if not syncs:
-            slots = {i: slots_per_row(share, tokens, self.config.sink_tokens) for i, share in capacities.items()}
         if cache is not None:
             cache.count(syncs)
         thresholds = self.thresholds()
@@ -280,11 +245,11 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             mode=self.mode,
             shape=(batch, tokens),
             device=device,
-            capacities=capacities,
+            capacities=self.capacities(),
             thresholds=thresholds,
             padding_mask=padding_mask,
             past=past,
-            slots_per_row=slots,
+            syncs=syncs,
             noise=torch.rand(batch, tokens, device=device) if self.training and self.config.explores else None,
         )
         return self._state(
@@ -309,7 +274,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             device=inputs_embeds.device,
             capacities=self.capacities(),
             thresholds=self.thresholds(),
-            slots_per_row=dict.fromkeys(self.routed, 1),
+            syncs=False,
             triton_kernels=self.triton_kernels,
             filled=filled,
             position=static.position,
@@ -342,18 +307,6 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         hidden_states = inputs_embeds if scale is None else inputs_embeds * scale
         return ForwardState(hidden_states, context, layer_inputs, position_ids)
 
-    def _has_no_padding(self, padding_mask: Tensor, tokens: int, syncs: bool) -> bool:
-        """Whether a mask, bool [B, S + T], can be left out. `generate` always gives one, mostly for nothing.
-
-        A causal mode may synchronize here. For a row alone the answer is assumed (`_slots_sufficed` checks it later),
-        and a single token takes its mask as it is.
-        """
-        if self.training or self.mode not in CAUSAL_MODES:
-            return False
-        if syncs or (len(padding_mask) > 1 and tokens > 1):
-            return bool(padding_mask.all())
-        return tokens > 1
-
     def _mask(
         self,
         kind: str,
@@ -370,12 +323,10 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
             # whether given positions begin again within a row: ours do not. With one, whether there is padding.
             create = create_sliding_window_causal_mask if slides else create_causal_mask
             return create(self.config, inputs_embeds, padding_mask, cache, given_positions)
-        positions = torch.arange(padding_mask.shape[1], device=padding_mask.device)
-        new = positions[-inputs_embeds.shape[1] :, None]
-        visible = positions <= new
+        visible = padding_mask.clone()
         if slides:
-            visible = visible & (positions > new - self.config.sliding_window)
-        return (padding_mask.unsqueeze(1) & visible).unsqueeze(1)
+            visible[:, : -self.config.sliding_window] = False
+        return visible[:, None, None]
 
     def run_layer(self, index: int, state: ForwardState, **kwargs: Any) -> None:
         """Take a batch through one layer."""
