@@ -110,7 +110,7 @@ class EvalReport:
         batch_size: rows; "auto" where they were fitted to memory.
         seconds: of this run of the command.
         reused: requests answered by an earlier run that was stopped.
-        quantize: int8 or int4, where the model's weights were quantized for the evaluation.
+        quantize: int8, where the model's weights were quantized for the evaluation.
         quantization: what that changed (`loading.quantization.Quantization`).
         items: for a comparison with another model; not part of the document.
     """
