@@ -24,14 +24,12 @@ class Reading:
         labels: headings of the figures that each token has in a layer, by their names, in order.
         leading: the figure whose mean says most about a group of tokens; None: there is none.
         explanation: of the labels: sentences for the note next to the table of layers.
-        ends: names of 0 and 1, for figures that lie between the two.
     """
 
     rule: str
     labels: Mapping[str, str]
     leading: str | None = None
     explanation: str = ""
-    ends: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 READINGS = {
@@ -62,14 +60,12 @@ READINGS = {
         },
         "static_surprise",
         "by CE: routed tokens whose score owes more to CE than to CU. rank CE: CE's part in the score's variance.",
-        {"s_ce": ("0", "1"), "s_cu": ("0", "1"), "gate": ("0", "1"), "ce_part": ("CU", "CE")},
     ),
 }
 """By the name of a score."""
 OTHER = Reading(
     "A layer computes the tokens with high scores.",
     {"score": "score", "gate": "gate", "true_cost": "true update"},
-    ends={"gate": ("0", "1")},
 )
 """Of every other score, such as Mixture-of-Depths'."""
 

@@ -45,9 +45,9 @@ def draw_study(report: StudyReport, path: Path) -> None:
 
     styles = styles_of(row.name for row in report.rows)
     first = 1.2 + 0.28 * len(report.differences)
-    figure = Figure(figsize=(12, first + 18), layout="constrained", dpi=100)
+    figure = Figure(figsize=(12, first + 13.5), layout="constrained", dpi=100)
     places: list[Any] = [["differences"] * 2, *(["loss", "loss 2"], ["accuracy", "accuracy 2"], ["curves", "routers"])]
-    axes = figure.subplot_mosaic([*places, ["agreement"] * 2], height_ratios=[first, 4.5, 4.5, 4.5, 4.5])
+    axes = figure.subplot_mosaic(places, height_ratios=[first, 4.5, 4.5, 4.5])
     figure.suptitle(_plain(report.title), x=0.01, ha="left", fontweight="bold", fontsize=10, wrap=True)
     _differences(axes["differences"], report, styles)
     costs = (
@@ -60,11 +60,9 @@ def draw_study(report: StudyReport, path: Path) -> None:
     axes["loss"].legend(fontsize=8)
     _curves(axes["curves"], report.curves, styles, "causal val/loss, nats")
     _curves(axes["routers"], report.share_curves, styles, "routed share, held-out text", report.spread_curves)
-    _agreement(axes["agreement"], report)
-    for name, axis in axes.items():
-        if name != "agreement":
-            axis.grid(alpha=0.25)
-            axis.spines[["top"]].set_visible(False)
+    for axis in axes.values():
+        axis.grid(alpha=0.25)
+        axis.spines[["top"]].set_visible(False)
     figure.savefig(path, format="png")
 
 
@@ -136,19 +134,3 @@ def draw_pareto(
         axis.plot(*zip(*sorted(points), strict=True), color=color, linewidth=0.8, alpha=0.6)
     axis.set_xlabel(label)
     axis.set_ylabel("next-token accuracy, held-out text" if accuracy else "causal val/loss, nats")
-
-
-def _agreement(axis: Any, report: StudyReport) -> None:
-    """κ of any two points as colored squares with their numbers."""
-    heads, rows = report.agreement_table()
-    axis.set_title("agreement of routed tokens, Cohen's κ", fontsize=9)
-    if not rows:
-        axis.set_axis_off()
-        return
-    numbers = [[float(cell) if cell else float("nan") for cell in row[1:]] for row in rows]
-    axis.imshow(numbers, cmap="BrBG", vmin=-1, vmax=1)
-    for y, row in enumerate(rows):
-        for x, cell in enumerate(row[1:]):
-            axis.text(x, y, cell, ha="center", va="center", fontsize=7)
-    axis.set_xticks(range(len(rows)), [_plain(name) for name in heads[1:]], rotation=30, ha="right", fontsize=7)
-    axis.set_yticks(range(len(rows)), [_plain(name) for name in heads[1:]], fontsize=7)
