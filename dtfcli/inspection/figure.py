@@ -17,7 +17,7 @@ from PIL import Image
 
 from dtfcli.inspection.corpus import CorpusRouting
 from dtfcli.inspection.palette import SEQUENTIAL, blend, readable_on
-from dtfcli.inspection.statistics import GroupRow, Summary
+from dtfcli.inspection.statistics import Summary
 from dtfcli.inspection.tables import key_figures
 from dtfcli.inspection.text import TextRouting
 from dtfcli.inspection.tokens import visible
@@ -45,7 +45,7 @@ _MONO: dict[str, Any] = {
 def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Path) -> None:
     """Draw a report into a .png file; of a long text the beginning, and it says so."""
     lines, shown = _wrap(report) if isinstance(report, TextRouting) else ([], 0)
-    rows = max(len(summary.layers), sum(min(1, len(g)) + len(g) for g in _shown_groups(summary).values()))
+    rows = max(len(summary.layers), len(summary.groups.get("class", [])))
     text_height = _LINE * len(lines)
     map_height = 0.0 if not lines else max(0.9, min(2.6, 0.2 * len(summary.layers)))
     layers_height = 0.3 * len(summary.layers) + 0.15
@@ -210,28 +210,18 @@ def _draw_costs(axes: Axes, summary: Summary, label: str) -> None:
     _quiet(axes)
 
 
-def _shown_groups(summary: Summary) -> dict[str, list[GroupRow]]:
-    return {name: summary.groups[name] for name in ("class", "frequency") if name in summary.groups}
-
-
 def _draw_groups(axes: Axes, summary: Summary) -> None:
-    """Routed share of each token class and frequency, with two standard errors."""
-    labels, places, y = [], [], 0
+    """Routed share of each token class, with two standard errors."""
+    rows = summary.groups.get("class", [])
     at_the_right = _SMALL | {"ha": "right", "transform": axes.get_yaxis_transform()}  # x as a share of the axes
-    for name, rows in _shown_groups(summary).items():
-        axes.text(-0.02, y, name, style="italic", **at_the_right)
-        y += 1
-        for row in rows:
-            axes.barh(y, row.routed_share, color=blend(_STOPS, 0.42), height=0.72)
-            error = 2 * (row.routed_error or 0.0)
-            axes.plot([row.routed_share - error, row.routed_share + error], [y, y], color=_INK, linewidth=1)
-            axes.text(1.0, y, f"{row.tokens:,}", **at_the_right)
-            labels.append(row.name)
-            places.append(y)
-            y += 1
+    for y, row in enumerate(rows):
+        axes.barh(y, row.routed_share, color=blend(_STOPS, 0.42), height=0.72)
+        error = 2 * (row.routed_error or 0.0)
+        axes.plot([row.routed_share - error, row.routed_share + error], [y, y], color=_INK, linewidth=1)
+        axes.text(1.0, y, f"{row.tokens:,}", **at_the_right)
     axes.axvline(summary.routed_share, color=_ACCENT, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
-    axes.set_yticks(places, labels)
-    axes.set_ylim(y - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_title("Routed share by kind of token, ±2 s.e.; tokens at the right", x=-0.28, **_TITLE)
     _quiet(axes, shares=True)
 
