@@ -45,12 +45,12 @@ _MONO: dict[str, Any] = {
 def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Path) -> None:
     """Draw a report into a .png file; of a long text the beginning, and it says so."""
     lines, shown = _wrap(report) if isinstance(report, TextRouting) else ([], 0)
-    rows = max(len(summary.layers), len(summary.groups.get("class", [])))
+    groups_height = 0.3 * len(summary.groups.get("class", [])) + 0.15
     text_height = _LINE * len(lines)
     map_height = 0.0 if not lines else max(0.9, min(2.6, 0.2 * len(summary.layers)))
     layers_height = 0.3 * len(summary.layers) + 0.15
     has_costs = "predicted_cost" in summary.layers[0].means
-    bars_height = max(1.6, 0.215 * rows, 2 * layers_height + 0.9 if has_costs else 0)
+    bars_height = max(layers_height, groups_height + (layers_height + 0.75 if has_costs else 0))
     head = 1.25 if lines else 1.6  # a chart has its title above it
     gaps = head + (0.75 if lines else 0.0) + (0.95 if lines else 0.0) + 0.9
     height = text_height + map_height + bars_height + gaps
@@ -74,11 +74,11 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
         _draw_map(place(_MARGIN + 0.35, top, inner - 0.35, map_height), report)
         top += map_height + 0.9
     half = inner / 2 - 0.5
-    _draw_layers(place(_MARGIN + 0.35, top, half - 0.35, min(bars_height, layers_height)), report, summary)
+    _draw_layers(place(_MARGIN + 0.35, top, half - 0.35, layers_height), report, summary)
     if has_costs:
-        costs = place(_MARGIN + 0.35, top + layers_height + 0.75, half - 0.35, layers_height)
+        costs = place(_MARGIN + half + 2.2, top + groups_height + 0.75, half - 1.2, layers_height)
         _draw_costs(costs, summary, report.reading.labels["predicted_cost"])
-    _draw_groups(place(_MARGIN + half + 2.2, top, half - 1.2, bars_height), summary)
+    _draw_groups(place(_MARGIN + half + 2.2, top, half - 1.2, groups_height), summary)
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -206,7 +206,7 @@ def _draw_costs(axes: Axes, summary: Summary, label: str) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title(f"Mean {label} by layer: ● routed, ○ skipping, | threshold", **_TITLE)
+    axes.set_title(f"Mean {label} by layer: ● routed, ○ skipping, | threshold", x=-0.28, **_TITLE)
     _quiet(axes)
 
 
