@@ -1,4 +1,4 @@
-"""A report as a picture: the text colored by depth, layers × tokens, shares by layer and token class, costs."""
+"""A report as a picture: the text colored by depth, layers × tokens, shares by layer and token class."""
 
 import io
 import unicodedata
@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from dtfcli.inspection.corpus import CorpusRouting
@@ -27,7 +26,7 @@ _MARGIN = 0.55
 _LINE = 0.235
 _COLUMNS = 132
 _LINES_SHOWN = 44
-_INK, _SOFT, _EDGE, _PAPER = "#1d1b18", "#6a655c", "#dcd7cd", "#fbfaf7"
+_INK, _SOFT, _PAPER = "#1d1b18", "#6a655c", "#fbfaf7"
 _STOPS = SEQUENTIAL[0]
 _ACCENT = blend(_STOPS, 0.62)
 _RAMP = LinearSegmentedColormap.from_list("depth", list(_STOPS))
@@ -49,8 +48,7 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
     text_height = _LINE * len(lines)
     map_height = 0.0 if not lines else max(0.9, min(2.6, 0.2 * len(summary.layers)))
     layers_height = 0.3 * len(summary.layers) + 0.15
-    has_costs = "predicted_cost" in summary.layers[0].means
-    bars_height = max(layers_height, groups_height + (layers_height + 0.75 if has_costs else 0))
+    bars_height = max(layers_height, groups_height)
     head = 1.25 if lines else 1.6  # a chart has its title above it
     gaps = head + (0.75 if lines else 0.0) + (0.95 if lines else 0.0) + 0.9
     height = text_height + map_height + bars_height + gaps
@@ -75,9 +73,6 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
         top += map_height + 0.9
     half = inner / 2 - 0.5
     _draw_layers(place(_MARGIN + 0.35, top, half - 0.35, layers_height), report, summary)
-    if has_costs:
-        costs = place(_MARGIN + half + 2.2, top + groups_height + 0.75, half - 1.2, layers_height)
-        _draw_costs(costs, summary, report.reading.labels["predicted_cost"])
     _draw_groups(place(_MARGIN + half + 2.2, top, half - 1.2, groups_height), summary)
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes.
@@ -187,27 +182,6 @@ def _draw_layers(axes: Axes, report: TextRouting | CorpusRouting, summary: Summa
     axes.set_ylim(-0.6, len(places) - 0.4)
     axes.set_title("Routed share by layer; the line is γ", **_TITLE)
     _quiet(axes, shares=True)
-
-
-def _draw_costs(axes: Axes, summary: Summary, label: str) -> None:
-    """Means of the predicted cost, on a logarithmic scale, on both sides of each layer's threshold."""
-    places = np.arange(len(summary.layers))
-    for y, layer in enumerate(summary.layers):
-        axes.axhline(y, color=_EDGE, linewidth=0.8, zorder=0)
-        if layer.shown_threshold is not None:
-            axes.plot([layer.shown_threshold] * 2, [y - 0.42, y + 0.42], color=_INK, linewidth=1.3)
-    sides = ([layer.routed_means for layer in summary.layers], [layer.skipping_means for layer in summary.layers])
-    for means, edge, face in zip(sides, (_ACCENT, _SOFT), (_ACCENT, _PAPER), strict=True):
-        values = [mean.get("predicted_cost", np.nan) for mean in means]
-        axes.scatter(values, places, s=26, edgecolors=edge, facecolors=face)
-    axes.set_xscale("log")
-    axes.set_ylim(-0.6, len(places) - 0.4)
-    axes.set_yticks(places, [str(layer.layer) for layer in summary.layers])
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title(f"Mean {label} by layer: ● routed, ○ skipping, | threshold", x=-0.28, **_TITLE)
-    _quiet(axes)
 
 
 def _draw_groups(axes: Axes, summary: Summary) -> None:
