@@ -24,7 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dtfcli.data.files import STDLIB, StdlibReader
-from dtfcli.data.sources import SourceReport
+from dtfcli.data.sources import SourceReport, Where
 from dtfcli.runs.folder import FINAL_MODEL
 from dtfcli.settings.data import Source
 
@@ -143,7 +143,7 @@ def compare_adapted(novels: Path, output: Path, model: Path, points: Mapping[str
 
 def small_documents(novels: Path) -> dict[str, Iterator[str]]:
     """Documents of the parent and of the study, which share none."""
-    modules = [text for _, text in StdlibReader("source", Source(path=STDLIB)).texts(SourceReport(STDLIB))]
+    modules = [text for _, text in StdlibReader(Where(), Source(path=STDLIB)).texts(SourceReport(STDLIB))]
 
     def parent() -> Iterator[str]:
         yield from (text for text in passages(novels / "train.parquet", "\n\n") if is_chosen(text, 4))

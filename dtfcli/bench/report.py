@@ -18,7 +18,6 @@ class BenchOptions:
         new_tokens: tokens decoded one by one after the prompt.
         repeats: training steps and prefill passes of each model, in turns, after one of warm-up.
         calibration_tokens: random tokens on which thresholds are measured.
-        micro_batches: of an optimizer step; the time of one is their mean. Weights are cast once for all of them.
         stock: also measure the dense model as Transformers trains it.
         compiled: compile layers, as `training.compile` does; in decoding only with a static cache.
         kernels: of norms and SwiGLU, as `training.kernels`; also those of "stock".
@@ -34,7 +33,6 @@ class BenchOptions:
     new_tokens: int = 64
     repeats: int = 7
     calibration_tokens: int = 4096
-    micro_batches: int = 1
     stock: bool = False
     compiled: bool = False
     kernels: str = "torch"

@@ -100,7 +100,7 @@ def bench_training(
         note(f"train, round {number + 1} of {options.repeats}" if number >= 0 else "train, a round of warm-up")
         for entry in entries:
             _choose_capacity(entry.model, entry.capacity)
-            times = _timed_step(entry.objective, input_ids, options.dtype, options.micro_batches)
+            times = _timed_step(entry.objective, input_ids, options.dtype)
             if number >= 0:
                 entry.rounds.append(times)
     dense.zero_grad(set_to_none=True)
@@ -150,31 +150,22 @@ def _choose_capacity(model: Any, capacity: float) -> None:
             model.set_routing()
 
 
-def _timed_step(
-    objective: nn.Module, input_ids: Tensor, dtype: torch.dtype, micro_batches: int = 1
-) -> dict[str, float]:
-    """Seconds of a forward and a backward pass, the mean over the micro-batches of an update that starts afresh."""
+def _timed_step(objective: nn.Module, input_ids: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of the forward and the backward pass of a step."""
     device = input_ids.device
     objective.train()
     objective.zero_grad(set_to_none=True)
-    forward = backward = 0.0
     synchronize(device)
-    began_cpu = time.process_time()
-    # As in `training.loop.update`: one autocast around all micro-batches, none around their backward passes.
+    began_cpu, began = time.process_time(), time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for _ in range(micro_batches):
-            began = time.perf_counter()
-            loss = objective(input_ids)
-            synchronize(device)
-            between = time.perf_counter()
-            with torch.autocast(device.type, enabled=False):
-                loss.backward()
-            synchronize(device)
-            forward += between - began
-            backward += time.perf_counter() - between
-    parts = {"forward": forward, "backward": backward, "wall": forward + backward}
-    parts["cpu"] = time.process_time() - began_cpu
-    return {name: seconds / micro_batches for name, seconds in parts.items()}
+        loss = objective(input_ids)
+    synchronize(device)
+    between = time.perf_counter()
+    loss.backward()
+    synchronize(device)
+    end = time.perf_counter()
+    times = {"forward": between - began, "backward": end - between, "wall": end - began}
+    return times | {"cpu": time.process_time() - began_cpu}
 
 
 def _optimizer_seconds(objective: nn.Module, repeats: int = 3) -> float:

@@ -30,9 +30,6 @@ Repeats = Annotated[
     int, typer.Option("--repeats", min=1, help="Training steps and prefill passes of each model, in turns.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of a CPU; all cores unless given.")]
-MicroBatches = Annotated[
-    int, typer.Option("--micro-batches", min=1, help="Of an update in training: a step is the mean of one.")
-]
 Stock = Annotated[bool, typer.Option("--stock", help="Also train the dense model as Transformers does: much memory.")]
 Static = Annotated[
     bool, typer.Option("--static", help="Decode with a static cache, on a GPU by a CUDA graph: all layers compute.")
@@ -59,7 +56,6 @@ def bench(
     capacities: Capacities = "0.5,0.125",
     repeats: Repeats = 7,
     threads: Threads = None,
-    micro_batches: MicroBatches = 1,
     stock: Stock = False,
     static: Static = False,
     triton: Triton = False,
@@ -101,7 +97,6 @@ def bench(
         new_tokens=new_tokens,
         repeats=repeats,
         calibration_tokens=calibration_tokens,
-        micro_batches=micro_batches,
         stock=stock,
         static=static,
         triton=triton,

@@ -129,8 +129,7 @@ def _heat_map(report: "TextRouting", width: int) -> "Text":
                 third = min(2, 3 * bisect_left(scores, score) // max(1, len(scores)))
                 heat.append(*(("▒▓█"[third], "rgb(225,90,20)") if selected else ("·", "rgb(110,110,120)")))
             heat.append("\n")
-    leading = report.reading.leading
-    name = report.reading.labels[leading] if leading == "predicted_cost" else "score"
+    name = report.reading.labels.get("predicted_cost", "score")
     skipping = "took the forecast" if report.bypass == "forecast" else "passed by"
     heat.append(f"· {skipping}  ▒▓█ routed, low to high {name}\n", "dim")
     return heat
@@ -165,12 +164,6 @@ def _show_tables(report: "TextRouting | CorpusRouting", summary: "Summary") -> N
 
     for data in all_tables(report, summary):
         _show_table(data)
-    if summary.depth_with_loss is not None:
-        following = summary.depth_with_next_loss
-        line = "\nthe number of layers that computed a token correlates with its loss with r = "
-        line += f"{summary.depth_with_loss:+.2f}"
-        line += "" if following is None else f", with the next token's with {following:+.2f}"
-        render.out.print(line, markup=False)
 
 
 def _show_table(data: "TableData") -> None:

@@ -71,11 +71,11 @@ Capacity = Annotated[
     ),
 ]
 Quantize = Annotated[
-    Literal["int8", "int4"] | None,
+    Literal["int8"] | None,
     _common(
         "--quantize",
-        "Hold the backbone's projections in 8 or 4 bits a weight, and print the cost: int8 changes little, int4 takes "
-        "less memory and costs more. Routers and thresholds stay as they are.",
+        "Hold the backbone's projections in 8 bits a weight, and print the cost. Routers and thresholds stay as they "
+        "are.",
         show_default=False,
     ),
 ]

@@ -9,7 +9,6 @@ Notable choices:
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,7 +37,7 @@ _EXCERPT = 8192
 """Characters of a stretch of text that a recovery reads."""
 _CHARACTERS = 8
 """Of a token, at most, in nearly all text."""
-_OURS = "data.sources[0]"
+_OPTIONS = {"path": "--text", "name": "--text OWNER/NAME:CONFIG, CONFIG"}
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,16 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover:
     """
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     wanted = (max(FIT_TOKENS, _FIT_PER_UNIT * config.hidden_size), MEASURE_TOKENS)
-    with _in_words(name):
-        source = Source.named(name or DEFAULT_TEXT, streaming=True)
-        texts, digests = _some_documents(open_sources([source])[0], sum(wanted) + recover, seed)
+    source = Source.named(name or DEFAULT_TEXT, streaming=True)
+    try:
+        texts, digests = _some_documents(open_sources([source], options=_OPTIONS)[0], sum(wanted) + recover, seed)
+    except (DataError, ConfigError) as error:
+        if name is not None:
+            raise
+        raise type(error)(
+            f"--text is not given, and its default, {DEFAULT_TEXT} on the Hub, cannot be read: give a file, a folder "
+            "or a data set of yours (--text FILE)."
+        ) from error
     remark = ""
     if len(set(digests)) == 1:
         cut = texts[0].rfind(" ", 0, len(texts[0]) * wanted[0] // sum(wanted)) + 1
@@ -146,7 +152,7 @@ def _some_documents(reader: SourceReader, tokens: int, seed: int) -> tuple[list[
             kept[document.digest] = document.text
             left -= min(len(document.text), LENGTH * _CHARACTERS)
     if not kept:
-        raise DataError(f"{_OURS}.path = '{reader.path}': no document to use; add files with text.")
+        raise DataError(f"{reader.label}: no document to use; add files with text.")
     return list(kept.values()), list(kept)
 
 
@@ -218,30 +224,3 @@ class _Cutter:
             if len(pending) >= self._body:
                 yield unit, pending[: self._body]
                 pending = []
-
-
-@contextmanager
-def _in_words(name: str | None) -> Iterator[None]:
-    """Errors of `data` in terms of the option."""
-    try:
-        yield
-    except (DataError, ConfigError) as error:
-        text = str(error)
-        if name is None:
-            raise type(error)(
-                f"--text is not given, and its default, {DEFAULT_TEXT} on the Hub, cannot be read: give a file, a "
-                "folder or a data set of yours (--text FILE)."
-            ) from error
-        for ours, theirs in (
-            (
-                f"set {_OURS}.text_field to one of",
-                "name the column of the text so, or give another file; its columns are",
-            ),
-            (f"{_OURS}.name = (none) of", "--text needs a configuration, OWNER/NAME:CONFIG, of"),
-            (f"{_OURS}.path =", "--text"),
-            (f"{_OURS}.split = 'train'", "--text"),
-            ("set split to one of them, or name", "name"),
-            (_OURS, "--text"),
-        ):
-            text = text.replace(ours, theirs)
-        raise type(error)(text) from error

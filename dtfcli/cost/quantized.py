@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from dtfcli.errors import DTFError
-from dtfcli.loading.devices import resolve_device
 from dtfcli.loading.load import load_model_and_tokenizer
 from dtfcli.loading.quantization import Quantization, check_quantize, quantize
 from dtfcli.loading.source import ModelSource
@@ -44,19 +43,19 @@ def load_quantized(source: ModelSource, kind: str, **options: Any) -> tuple[Any,
 
     Args:
         source: the model's files.
-        kind: int8 or int4.
+        kind: int8.
         options: the other arguments of `load_model_and_tokenizer`.
 
     Raises:
         ConfigError, CheckpointError, HubError: as `load_model`.
     """
-    check_quantize(kind, resolve_device(str(options.get("device", "auto"))))
+    check_quantize(kind)
     model, tokenizer = load_model_and_tokenizer(source, **options)
-    quantize_and_measure(model, tokenizer, kind)
+    quantize_and_measure(model, tokenizer)
     return model, tokenizer
 
 
-def quantize_and_measure(model: Any, tokenizer: Any, kind: str) -> Quantization:
+def quantize_and_measure(model: Any, tokenizer: Any) -> Quantization:
     """Quantize a model in place as `quantize` does, with loss and routed share of the sample before and after.
 
     Routing is the model's own if that is causal, else by threshold. Nothing is measured without thresholds for the
@@ -66,7 +65,7 @@ def quantize_and_measure(model: Any, tokenizer: Any, kind: str) -> Quantization:
         ids = tokenizer(SAMPLE)["input_ids"]
     ids = ids[: min(_MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or _MOST_TOKENS)]
     before = _measure(model, ids)
-    quantization = quantize(model, kind)
+    quantization = quantize(model)
     after = _measure(model, ids)
     if before is not None and after is not None:
         figures: dict[str, Any] = {"loss_before": before[0], "routed_before": before[1]}

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -24,7 +24,7 @@ from typing import Any
 
 from dtfcli.data.files import STDLIB, SUFFIXES, FileReader, FolderReader, StdlibReader
 from dtfcli.data.hub import HubReader
-from dtfcli.data.sources import SourceReader, SourceReport, similar_path
+from dtfcli.data.sources import SourceReader, SourceReport, Where, similar_path
 from dtfcli.errors import DataError, reason_of
 from dtfcli.settings.data import Source
 
@@ -70,6 +70,7 @@ def documents(
     *,
     seed: int,
     max_documents: int | None = None,
+    options: Mapping[str, str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Iterator[Document]:
     """The documents of `data.sources`, one source after the other (in turns under `max_documents`).
@@ -78,12 +79,13 @@ def documents(
         sources: Entries of `data.sources`.
         seed: Decides, with the content, which documents a `ratio` below 1 keeps.
         max_documents: Stop after this many, taken from the sources in turns.
+        options: As of `open_sources`.
         on_progress: Called with a message and the share that has been read.
 
     Raises:
         ConfigError, DataError: as `open_sources`; a source cannot be read, or holds no document.
     """
-    readers = open_sources(sources, on_progress=on_progress)
+    readers = open_sources(sources, options=options, on_progress=on_progress)
     reports = [reader.new_report() for reader in readers]
     return read_documents(readers, reports, seed=seed, max_documents=max_documents, on_progress=on_progress)
 
@@ -168,7 +170,7 @@ def _conversation(index: int, reader: SourceReader, row: Any, report: SourceRepo
     for turn in turns:
         if not (isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))):
             raise DataError(
-                f"{reader.where}.messages_field = '{reader.messages_field}': a turn of a conversation in "
+                f"{reader.where.given('messages_field', reader.messages_field)}: a turn of a conversation in "
                 f'\'{reader.path}\' is no {{"role": "…", "content": "…"}}: {str(turn)[:80]}.'
             )
     if not any(turn["role"] == ASSISTANT and turn["content"].strip() for turn in turns):
@@ -193,20 +195,28 @@ def no_document(reader: SourceReader, report: SourceReport) -> DataError:
     dropped = any(reason.startswith("beyond ratio") for reason in report.skipped)
     remedy = "raise the ratio or add text" if dropped else "add files with text"
     details = report.describe_skipped() or "it has no rows"
-    return DataError(f"{reader.where}.path = '{reader.path}': no document to use ({details}); {remedy}.")
+    return DataError(f"{reader.label}: no document to use ({details}); {remedy}.")
 
 
-def open_sources(sources: Sequence[Source], *, on_progress: OnProgress | None = None) -> list[SourceReader]:
+def open_sources(
+    sources: Sequence[Source], *, options: Mapping[str, str] | None = None, on_progress: OnProgress | None = None
+) -> list[SourceReader]:
     """Check the entries of `data.sources` and find what they name; texts are read later.
+
+    Args:
+        sources: The entries.
+        options: Of a command that names the source by options, by the setting whose place they take; for messages.
+        on_progress: Called before something is fetched from the Hub.
 
     Raises:
         ConfigError: A setting that nothing reads, or a Hub configuration or split that does not exist.
         DataError: A path that does not exist, a Hub data set that cannot be opened.
     """
-    return [_open(f"data.sources[{i}]", source, on_progress) for i, source in enumerate(sources)]
+    places = (Where(f"data.sources[{i}]", options or {}) for i in range(len(sources)))
+    return [_open(where, source, on_progress) for where, source in zip(places, sources, strict=True)]
 
 
-def _open(where: str, source: Source, on_progress: OnProgress | None) -> SourceReader:
+def _open(where: Where, source: Source, on_progress: OnProgress | None) -> SourceReader:
     if source.path == STDLIB:
         return StdlibReader(where, source)
     try:
@@ -217,21 +227,21 @@ def _open(where: str, source: Source, on_progress: OnProgress | None) -> SourceR
             return FileReader(where, source, path)
         exists = path.exists()
     except (OSError, RuntimeError) as error:  # no permission to look, a name too long, an unknown ~user
-        raise DataError(f"{where}.path = '{source.path}': {reason_of(error)}.") from error
+        raise DataError(f"{where.given('path', source.path)}: {reason_of(error)}.") from error
     if exists:
-        raise DataError(f"{where}.path = '{source.path}': neither a file nor a folder.")
-    _check_not_a_lost_path(where, source.path, path)
+        raise DataError(f"{where.given('path', source.path)}: neither a file nor a folder.")
+    _check_not_a_lost_path(where.given("path", source.path), source.path, path)
     if on_progress is not None:
         on_progress(f"Loading {source.path} from the Hub", None)
     return HubReader(where, source)
 
 
-def _check_not_a_lost_path(where: str, name: str, path: Path) -> None:
+def _check_not_a_lost_path(label: str, name: str, path: Path) -> None:
     """Raise for a name that is meant as a local path, so that the Hub is not asked for it."""
     if difflib.get_close_matches(name, [STDLIB], cutoff=0.8):
-        raise DataError(f"{where}.path = '{name}': no such source. Did you mean '{STDLIB}'?")
+        raise DataError(f"{label}: no such source. Did you mean '{STDLIB}'?")
     hint = similar_path(path)
     no_hub_id = not _HUB_ID.fullmatch(name) or name.startswith(".") or path.suffix.lower() in SUFFIXES
     if no_hub_id or (len(path.parts) > 1 and hint):
         remedy = hint or f" Name an existing folder or file, a Hub data set (owner/name) or '{STDLIB}'."
-        raise DataError(f"{where}.path = '{name}': no such file or folder.{remedy}")
+        raise DataError(f"{label}: no such file or folder.{remedy}")

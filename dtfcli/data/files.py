@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dtfcli.data.sources import DEFAULT_FIELD, Shard, SourceReader, SourceReport
+from dtfcli.data.sources import DEFAULT_FIELD, Shard, SourceReader, SourceReport, Where
 from dtfcli.errors import DataError, leads_out, reason_of
 from dtfcli.settings.data import Source
 
@@ -58,7 +58,7 @@ class _Unusable(Exception):
 class _LocalReader(SourceReader):
     """Files on this machine, in the order given."""
 
-    def __init__(self, where: str, source: Source, root: Path):
+    def __init__(self, where: Where, source: Source, root: Path):
         super().__init__(where, source)
         self.root = Path(os.path.abspath(root))
         self.files: list[Path] = []
@@ -169,7 +169,7 @@ class _LocalReader(SourceReader):
 class FileReader(_LocalReader):
     """A single file."""
 
-    def __init__(self, where: str, source: Source, root: Path):
+    def __init__(self, where: Where, source: Source, root: Path):
         super().__init__(where, source, root)
         suffix = root.suffix.lower()
         if suffix not in SUFFIXES:
@@ -185,7 +185,7 @@ class FileReader(_LocalReader):
 class FolderReader(_LocalReader):
     """Every .txt .md .py .jsonl .parquet file beneath a folder, hidden files and other splits left out."""
 
-    def __init__(self, where: str, source: Source, root: Path):
+    def __init__(self, where: Where, source: Source, root: Path):
         super().__init__(where, source, root)
         self.skipped: Counter[str] = Counter()
         self.other_splits: set[str] = set()
@@ -201,8 +201,8 @@ class FolderReader(_LocalReader):
         if not self.files:
             splits = ", ".join(sorted(self.other_splits)) or "none"
             raise DataError(
-                f"{where}.split = '{source.split}': the folder '{source.path}' has no files of this split "
-                f"(splits found: {splits}); set split to one of them, or name a file."
+                f"{where.given('split', source.split)}: the folder '{source.path}' has no files of this split "
+                f"(splits found: {splits}); {where.remedy('split', 'one of them')}name a file."
             )
         tables = [file for file in self.files if file.suffix.lower() in TABLE_SUFFIXES]
         if not tables:
@@ -247,7 +247,7 @@ class FolderReader(_LocalReader):
 class StdlibReader(_LocalReader):
     """The running interpreter's standard library: its sources and the topics of its language reference."""
 
-    def __init__(self, where: str, source: Source):
+    def __init__(self, where: Where, source: Source):
         super().__init__(where, source, Path(sysconfig.get_path("stdlib")))
         if source.split != "train":
             self._refuse("split", f"{STDLIB} has no splits")

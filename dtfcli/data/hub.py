@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dtfcli.data.sources import Shard, SourceReader, SourceReport, similar_path
+from dtfcli.data.sources import Shard, SourceReader, SourceReport, Where, similar_path
 from dtfcli.errors import ConfigError, DataError, reason_of
 from dtfcli.quiet import quiet_libraries
 from dtfcli.settings.data import Source
@@ -35,7 +35,7 @@ class SourceLost(DataError):
 class HubReader(SourceReader):
     """A data set of the Hugging Face Hub, through `datasets` and its cache."""
 
-    def __init__(self, where: str, source: Source):
+    def __init__(self, where: Where, source: Source):
         super().__init__(where, source)
         import datasets.packaged_modules
 
@@ -155,7 +155,7 @@ def _is_passing(error: BaseException) -> bool:
     return False
 
 
-def _explain_hub_error(error: Exception, label: str, where: str, source: Source) -> ConfigError | DataError:
+def _explain_hub_error(error: Exception, label: str, where: Where, source: Source) -> ConfigError | DataError:
     from datasets.exceptions import DatasetNotFoundError
 
     if isinstance(error, DatasetNotFoundError):
@@ -169,10 +169,9 @@ def _explain_hub_error(error: Exception, label: str, where: str, source: Source)
             f"{similar_path(Path(source.path))} Remedy: name a local folder or file."
         )
     if isinstance(error, ValueError) and "split" in str(error):
-        return ConfigError(f"{where}.split = '{source.split}' of '{source.path}': {reason_of(error)}.")
+        return ConfigError(f"{where.given('split', source.split)} of '{source.path}': {reason_of(error)}.")
     if isinstance(error, ValueError) and "onfig" in str(error):
         listed = re.search(r"(available configs|Available): \[.*?\]", str(error), re.DOTALL)
         detail = listed.group(0) if listed else reason_of(error)
-        shown = f"'{source.name}'" if source.name else "(none)"
-        return ConfigError(f"{where}.name = {shown} of '{source.path}': {detail}.")
+        return ConfigError(f"{where.given('name', source.name or '(none)')} of '{source.path}': {detail}.")
     return DataError(f"{label}: the Hub data set cannot be opened: {reason_of(error)}.")

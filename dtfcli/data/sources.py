@@ -38,14 +38,39 @@ class SourceReport:
         return ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
 
 
+@dataclass(frozen=True)
+class Where:
+    """How messages name a source.
+
+    Attributes:
+        group: of its settings.
+        options: of a command, by the setting whose place they take, "path" at least; none: the source is in settings.
+    """
+
+    group: str = "data.sources[0]"
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def given(self, setting: str, value: str) -> str:
+        """A setting and its value as the user gave them, or, where no option has its place, as they are."""
+        if not self.options:
+            return f"{self.group}.{setting} = '{value}'"
+        option = self.options.get(setting)
+        return f"{self.options['path']}: {setting} '{value}'" if option is None else f"{option} '{value}'"
+
+    def remedy(self, setting: str, text: str) -> str:
+        """A part of a remedy that tells to set something; empty where nothing sets it."""
+        key = self.options.get(setting) if self.options else f"{self.group}.{setting}"
+        return f"set {key} to {text}, or " if key else ""
+
+
 class SourceReader:
     """One opened source."""
 
-    def __init__(self, where: str, source: Source):
+    def __init__(self, where: Where, source: Source):
         self.where, self.path, self.ratio = where, source.path, float(source.ratio)
         self.name, self.split, self.text_field = source.name, source.split, source.text_field
         self.messages_field = source.messages_field
-        self.label = f"{where}.path = '{source.path}'"
+        self.label = where.given("path", source.path)
 
     def new_report(self) -> SourceReport:
         """An empty report under this source's name."""
@@ -78,7 +103,7 @@ class SourceReader:
         if columns.get(requested):
             return requested
         listed = ", ".join(columns) or "none"
-        where = f"{self.where}.{'messages_field' if self.messages_field else 'text_field'} = '{requested}'"
+        where = self.where.given("messages_field" if self.messages_field else "text_field", requested)
         if self.messages_field and requested in columns:
             raise DataError(f"{where}: this column of {what} holds no lists of {{role, content}}; use text_field.")
         if requested in columns:
@@ -88,11 +113,12 @@ class SourceReader:
         candidates = [name for name in _OTHER_FIELDS if columns.get(name)]
         if len(candidates) == 1:
             return candidates[0]
-        raise DataError(f"{what}: no column '{DEFAULT_FIELD}'; set {self.where}.text_field to one of: {listed}.")
+        remedy = self.where.remedy("text_field", "one of them")
+        raise DataError(f"{what}: no column '{DEFAULT_FIELD}', but {listed}; {remedy}give another file.")
 
     def _refuse(self, setting: str, why: str) -> None:
-        value = getattr(self, setting)
-        raise ConfigError(f"{self.where}.{setting} = '{value}' is not read: {why}; leave it out.")
+        given = self.where.given(setting, getattr(self, setting))
+        raise ConfigError(f"{given} is not read: {why}; leave it out.")
 
 
 class Shard:

@@ -16,12 +16,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dtfcli.errors import ConfigError, DTFError, plain, read_json_object, reading
+from dtfcli.errors import ConfigError, plain, read_json_object, reading
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.loading.quantization import plain_tensors
 from dtfcli.loading.source import ModelSource
 from dtfcli.models.configuration_fields import CAUSAL_MODES, ROUTING_MODES
-from dtfcli.runs.files import replaced_file
+from dtfcli.runs.files import explained_write_errors, replaced_file
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, SETTINGS_FILE
 from dtfcli.shares import ShareMeter
 
@@ -110,7 +110,7 @@ class EvalReport:
         batch_size: rows; "auto" where they were fitted to memory.
         seconds: of this run of the command.
         reused: requests answered by an earlier run that was stopped.
-        quantize: int8 or int4, where the model's weights were quantized for the evaluation.
+        quantize: int8, where the model's weights were quantized for the evaluation.
         quantization: what that changed (`loading.quantization.Quantization`).
         items: for a comparison with another model; not part of the document.
     """
@@ -308,11 +308,7 @@ def write_document(document: Any, path: Path) -> None:
     Raises:
         DTFError: it cannot be written.
     """
-    try:
+    with explained_write_errors(path, "name another place with --output FILE"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as partial:
             partial.write_text(json.dumps(plain(document), ensure_ascii=False, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise DTFError(
-            f"{path}: cannot be written ({error.strerror}); name another place with --output FILE."
-        ) from error

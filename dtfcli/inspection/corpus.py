@@ -1,7 +1,6 @@
 """Routing over the documents of a file or folder: read one at a time, added up, and forgotten."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dtfcli.data.documents import documents
-from dtfcli.errors import ConfigError, DataError
 from dtfcli.inspection.statistics import RoutingStatistics, Summary
 from dtfcli.inspection.text import Inspected, inspect_text, inspected
 from dtfcli.settings.data import Source
 
 OnDocument = Callable[[int, float | None], None]
+_OPTIONS = {"path": "--file", "text_field": "--text-field"}
 
 
 @dataclass(frozen=True)
@@ -91,20 +90,9 @@ def read(corpus: Corpus, on_document: OnDocument | None = None) -> Iterator[str]
         nonlocal share
         share = fraction or share
 
-    with _named_as_option():
-        source = Source(path=str(corpus.file), text_field=corpus.text_field)
-        texts = documents([source], seed=0, max_documents=corpus.limit, on_progress=on_progress)
-        for count, document in enumerate(texts, 1):
-            yield document.text
-            if on_document is not None:
-                on_document(count, share)
-
-
-@contextmanager
-def _named_as_option() -> Iterator[None]:
-    """Errors of the readers name settings of training; say which options they are here."""
-    try:
-        yield
-    except (DataError, ConfigError) as error:
-        message = str(error).replace("data.sources[0].path =", "--file").replace("data.sources[0].path", "--file")
-        raise type(error)(message.replace("data.sources[0].text_field", "--text-field")) from error
+    source = Source(path=str(corpus.file), text_field=corpus.text_field)
+    texts = documents([source], seed=0, max_documents=corpus.limit, options=_OPTIONS, on_progress=on_progress)
+    for count, document in enumerate(texts, 1):
+        yield document.text
+        if on_document is not None:
+            on_document(count, share)

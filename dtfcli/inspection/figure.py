@@ -1,4 +1,4 @@
-"""A report as a picture: the text colored by depth, layers × tokens, shares by layer and token class, costs."""
+"""A report as a picture: the text colored by depth, layers × tokens, shares by layer and token class."""
 
 import io
 import unicodedata
@@ -12,12 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from dtfcli.inspection.corpus import CorpusRouting
 from dtfcli.inspection.palette import SEQUENTIAL, blend, readable_on
-from dtfcli.inspection.statistics import GroupRow, Summary
+from dtfcli.inspection.statistics import Summary
 from dtfcli.inspection.tables import key_figures
 from dtfcli.inspection.text import TextRouting
 from dtfcli.inspection.tokens import visible
@@ -27,7 +26,7 @@ _MARGIN = 0.55
 _LINE = 0.235
 _COLUMNS = 132
 _LINES_SHOWN = 44
-_INK, _SOFT, _EDGE, _PAPER = "#1d1b18", "#6a655c", "#dcd7cd", "#fbfaf7"
+_INK, _SOFT, _PAPER = "#1d1b18", "#6a655c", "#fbfaf7"
 _STOPS = SEQUENTIAL[0]
 _ACCENT = blend(_STOPS, 0.62)
 _RAMP = LinearSegmentedColormap.from_list("depth", list(_STOPS))
@@ -45,12 +44,11 @@ _MONO: dict[str, Any] = {
 def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Path) -> None:
     """Draw a report into a .png file; of a long text the beginning, and it says so."""
     lines, shown = _wrap(report) if isinstance(report, TextRouting) else ([], 0)
-    rows = max(len(summary.layers), sum(min(1, len(g)) + len(g) for g in _shown_groups(summary).values()))
+    groups_height = 0.3 * len(summary.groups.get("class", [])) + 0.15
     text_height = _LINE * len(lines)
     map_height = 0.0 if not lines else max(0.9, min(2.6, 0.2 * len(summary.layers)))
     layers_height = 0.3 * len(summary.layers) + 0.15
-    has_costs = "predicted_cost" in summary.layers[0].means
-    bars_height = max(1.6, 0.215 * rows, 2 * layers_height + 0.9 if has_costs else 0)
+    bars_height = max(layers_height, groups_height)
     head = 1.25 if lines else 1.6  # a chart has its title above it
     gaps = head + (0.75 if lines else 0.0) + (0.95 if lines else 0.0) + 0.9
     height = text_height + map_height + bars_height + gaps
@@ -74,11 +72,8 @@ def draw_figure(report: TextRouting | CorpusRouting, summary: Summary, path: Pat
         _draw_map(place(_MARGIN + 0.35, top, inner - 0.35, map_height), report)
         top += map_height + 0.9
     half = inner / 2 - 0.5
-    _draw_layers(place(_MARGIN + 0.35, top, half - 0.35, min(bars_height, layers_height)), report, summary)
-    if has_costs:
-        costs = place(_MARGIN + 0.35, top + layers_height + 0.75, half - 0.35, layers_height)
-        _draw_costs(costs, summary, report.reading.labels["predicted_cost"])
-    _draw_groups(place(_MARGIN + half + 2.2, top, half - 1.2, bars_height), summary)
+    _draw_layers(place(_MARGIN + 0.35, top, half - 0.35, layers_height), report, summary)
+    _draw_groups(place(_MARGIN + half + 2.2, top, half - 1.2, groups_height), summary)
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -189,49 +184,18 @@ def _draw_layers(axes: Axes, report: TextRouting | CorpusRouting, summary: Summa
     _quiet(axes, shares=True)
 
 
-def _draw_costs(axes: Axes, summary: Summary, label: str) -> None:
-    """Means of the predicted cost, on a logarithmic scale, on both sides of each layer's threshold."""
-    places = np.arange(len(summary.layers))
-    for y, layer in enumerate(summary.layers):
-        axes.axhline(y, color=_EDGE, linewidth=0.8, zorder=0)
-        if layer.shown_threshold is not None:
-            axes.plot([layer.shown_threshold] * 2, [y - 0.42, y + 0.42], color=_INK, linewidth=1.3)
-    sides = ([layer.routed_means for layer in summary.layers], [layer.skipping_means for layer in summary.layers])
-    for means, edge, face in zip(sides, (_ACCENT, _SOFT), (_ACCENT, _PAPER), strict=True):
-        values = [mean.get("predicted_cost", np.nan) for mean in means]
-        axes.scatter(values, places, s=26, edgecolors=edge, facecolors=face)
-    axes.set_xscale("log")
-    axes.set_ylim(-0.6, len(places) - 0.4)
-    axes.set_yticks(places, [str(layer.layer) for layer in summary.layers])
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title(f"Mean {label} by layer: ● routed, ○ skipping, | threshold", **_TITLE)
-    _quiet(axes)
-
-
-def _shown_groups(summary: Summary) -> dict[str, list[GroupRow]]:
-    return {name: summary.groups[name] for name in ("class", "frequency") if name in summary.groups}
-
-
 def _draw_groups(axes: Axes, summary: Summary) -> None:
-    """Routed share of each token class and frequency, with two standard errors."""
-    labels, places, y = [], [], 0
+    """Routed share of each token class, with two standard errors."""
+    rows = summary.groups.get("class", [])
     at_the_right = _SMALL | {"ha": "right", "transform": axes.get_yaxis_transform()}  # x as a share of the axes
-    for name, rows in _shown_groups(summary).items():
-        axes.text(-0.02, y, name, style="italic", **at_the_right)
-        y += 1
-        for row in rows:
-            axes.barh(y, row.routed_share, color=blend(_STOPS, 0.42), height=0.72)
-            error = 2 * (row.routed_error or 0.0)
-            axes.plot([row.routed_share - error, row.routed_share + error], [y, y], color=_INK, linewidth=1)
-            axes.text(1.0, y, f"{row.tokens:,}", **at_the_right)
-            labels.append(row.name)
-            places.append(y)
-            y += 1
+    for y, row in enumerate(rows):
+        axes.barh(y, row.routed_share, color=blend(_STOPS, 0.42), height=0.72)
+        error = 2 * (row.routed_error or 0.0)
+        axes.plot([row.routed_share - error, row.routed_share + error], [y, y], color=_INK, linewidth=1)
+        axes.text(1.0, y, f"{row.tokens:,}", **at_the_right)
     axes.axvline(summary.routed_share, color=_ACCENT, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
-    axes.set_yticks(places, labels)
-    axes.set_ylim(y - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_title("Routed share by kind of token, ±2 s.e.; tokens at the right", x=-0.28, **_TITLE)
     _quiet(axes, shares=True)
 

@@ -6,8 +6,8 @@ const T = text ? text.pieces.length : 0;
 const layers = text ? text.layers : [];
 const L = layers.length;
 const TOP = 16; // levels of a ramp, counted from 0
+const ROWS = 200; // of a table of tokens
 const $ = (id) => document.getElementById(id);
-const NAMES = text ? { selected: "routed", ...text.labels } : {}; // of the figures of a layer
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e0fff}]/gu;
 
 function visible(value) {
@@ -107,7 +107,7 @@ function drawTable(table) {
   const element = document.createElement("table");
   element.dataset.key = table.key;
   const body = document.createElement("tbody");
-  const fill = (rows) => body.replaceChildren(...rows.map((row) => {
+  const fill = (rows) => body.replaceChildren(...rows.slice(0, ROWS).map((row) => {
     const tr = document.createElement("tr");
     tr.append(...row.map((value, i) => cell(table.columns[i].kind, value)));
     return tr;
@@ -119,49 +119,16 @@ function drawTable(table) {
   panel.append(scroll, make("p", table.note, "note"));
   return panel;
 }
-
-// ---- what the colors mean
-
-const state = { measure: "depth", layer: 0, at: 0, hits: [] };
-const chosen = layers.map((layer) => layer.selected);
-const at = (l, name, t) => (name === "selected" ? Number(chosen[l][t]) : layers[l].measures[name][t]);
-const ranks = new Map();
-/** Rank in [0, 1] of every token's value; ties share their first rank, tokens without a value get null. */
-function rankOf(id, values) {
-  if (!ranks.has(id)) {
-    const order = values.map((v, i) => [v, i]).filter(([v]) => v !== null).sort((a, b) => a[0] - b[0]);
-    const result = new Array(values.length).fill(null);
-    let first = 0;
-    order.forEach(([v, i], k) => {
-      if (k && order[k - 1][0] !== v) first = k;
-      result[i] = order.length > 1 ? first / (order.length - 1) : 0;
-    });
-    ranks.set(id, result);
-  }
-  return ranks.get(id);
+function tokenTable() {
+  const columns = [{ name: "token", kind: "count" }, { name: "text", kind: "text" }, { name: "class", kind: "text" }, { name: "depth", kind: "number" }, { name: "loss", kind: "number" }];
+  const rows = text.ids.map((_, t) => [t, quoted(t), text.classNames[text.classes[t]], text.depth[t], text.loss[t]]);
+  return { key: "tokens", title: "Tokens", note: "At most " + ROWS + "; sort by depth for the most and the least routed.", columns, rows };
 }
-const ENDS = text ? { selected: [text.skipping, "routed"], ...text.ends } : {}; // of figures between 0 and 1
-/** For the measure in force: a class for each token, and the legend's ends. */
-function coloring() {
-  const { measure, layer } = state;
-  if (measure === "depth") return { of: (t) => "c" + Math.round((TOP * text.depth[t]) / Math.max(1, L)), ends: ["0", String(L)], steps: L <= 8 ? L : 0 };
-  if (measure === "loss") {
-    const rank = rankOf("loss", text.loss);
-    return { of: (t) => level(rank[t]), ends: ["well predicted", "badly"] };
-  }
-  if (measure in ENDS) {
-    return { of: (t) => level(Math.min(1, Math.max(0, at(layer, measure, t)))), ends: ENDS[measure], steps: measure === "selected" ? 1 : 0 };
-  }
-  const values = layers[layer].measures[measure];
-  const rank = rankOf(measure + layer, values);
-  const order = values.filter((v) => v !== null).sort((a, b) => a - b);
-  return { of: (t) => level(rank[t]), ends: [number(order[0]), number(order[order.length - 1])], note: "by rank" };
-}
-const level = (share) => (share === null ? "plain" : "c" + Math.round(TOP * share));
 
-// ---- the text
+// ---- the text, colored by depth
 
 const spans = []; // of each token, its pieces on the page
+const shadeOf = (t) => "c" + Math.round((TOP * text.depth[t]) / Math.max(1, L));
 function drawText() {
   const reading = $("reading");
   if (text.code) reading.classList.add("code");
@@ -175,7 +142,7 @@ function drawText() {
   };
   newLine();
   const add = (t, content, name) => {
-    const span = make("span", content, "t" + (name ? " " + name : ""));
+    const span = make("span", content, "t " + shadeOf(t) + (name ? " " + name : ""));
     span.dataset.t = t;
     spans[t].push(span);
     line.append(span);
@@ -203,346 +170,124 @@ function drawText() {
   plain(text.tail);
   reading.append(page);
 }
-let painted = [];
-function paint() {
-  const { of, ends, steps, note } = coloring();
-  for (let t = 0; t < T; t++) {
-    const name = of(t);
-    if (painted[t] === name) continue;
-    for (const span of spans[t]) {
-      if (painted[t]) span.classList.remove(painted[t]);
-      span.classList.add(name);
-    }
-    painted[t] = name;
-  }
+function drawLegend() {
   const ramp = make("span", null, "ramp");
-  if (steps) {
-    for (let i = 0; i <= steps; i++) ramp.append(make("i", steps > 1 ? String(i) : "", "wide c" + Math.round((TOP * i) / steps)));
-  } else for (let i = 0; i <= TOP; i++) ramp.append(make("i", null, "c" + i));
-  const inner = steps > 1 ? [make("span", "layers"), ramp] : [make("span", ends[0]), ramp, make("span", ends[1])];
-  if (note) inner.push(make("span", note));
-  $("legend").replaceChildren(...inner);
-  const perLayer = state.measure in NAMES;
-  $("measure").value = state.measure;
-  $("layer").value = String(perLayer ? state.layer : -1);
-  $("lower").disabled = perLayer && state.layer === 0;
-  $("upper").disabled = perLayer && state.layer === L - 1;
+  for (let i = 0; i <= TOP; i++) ramp.append(make("i", null, "c" + i));
+  $("legend").append(make("span", "layers that computed a token: 0"), ramp, make("span", L));
 }
+
+// ---- the cursor, and the figures of the token under it
+
+let cursor = 0;
 function moveTo(t, scroll) {
-  t = Math.max(0, Math.min(T - 1, t));
-  for (const span of spans[state.at]) span.classList.remove("at");
-  state.at = t;
-  for (const span of spans[t]) span.classList.add("at");
-  if (scroll && spans[t].length) spans[t][0].scrollIntoView({ block: "nearest", inline: "nearest" });
-  drawDetail();
-  requestDraw();
+  for (const span of spans[cursor]) span.classList.remove("at");
+  cursor = Math.max(0, Math.min(T - 1, t));
+  for (const span of spans[cursor]) span.classList.add("at");
+  if (scroll && spans[cursor].length) spans[cursor][0].scrollIntoView({ block: "nearest", inline: "nearest" });
+  drawDetail(cursor);
+  requestAnimationFrame(drawMap);
 }
-function drawDetail() {
-  const t = state.at, box = $("detail");
+function drawDetail(t) {
   const list = document.createElement("dl");
   const row = (name, value) => list.append(make("dt", name), make("dd", value));
   row("token", t + " of " + T + " · id " + text.ids[t]);
   row("class", text.classNames[text.classes[t]]);
-  row("depth", text.depth[t] + " of " + L + (sinks.has(t) ? " (a sink, always routed)" : ""));
+  row("depth", text.depth[t] + " of " + L + (text.sinks.includes(t) ? " (a sink, always routed)" : ""));
   row("loss", text.loss[t] === null ? "– (nothing before it)" : number(text.loss[t]) + " nats");
-  const table = document.createElement("table");
-  const measures = figuresOf(0), withThreshold = layers[0].threshold !== null;
-  const head = document.createElement("tr");
-  ["layer", "", ...measures.map((name) => NAMES[name])].forEach((name) => head.append(make("th", name)));
-  if (withThreshold) head.insertBefore(make("th", "threshold"), head.children[3] || null);
-  const body = layers.map((layer, l) => {
-    const tr = document.createElement("tr");
-    const mark = make("td", chosen[l][t] === "1" ? "●" : "○");
-    mark.setAttribute("aria-label", way(l, t));
-    tr.append(make("td", layer.layer), mark);
-    measures.forEach((name) => tr.append(make("td", brief(at(l, name, t)))));
-    if (withThreshold) tr.insertBefore(make("td", brief(layer.threshold)), tr.children[3] || null);
-    return tr;
-  });
-  const thead = document.createElement("thead"), tbody = document.createElement("tbody");
+  const measures = Object.keys(text.labels).filter((name) => name in layers[0].measures);
+  const head = document.createElement("tr"), thead = document.createElement("thead"), tbody = document.createElement("tbody");
+  head.append(...["layer", "", ...measures.map((name) => text.labels[name]), "threshold"].map((name) => make("th", name)));
   thead.append(head);
-  tbody.append(...body.reverse());
+  for (const layer of layers.slice().reverse()) {
+    const tr = document.createElement("tr"), routed = layer.selected[t] === "1";
+    const mark = make("td", routed ? "●" : "○");
+    mark.setAttribute("aria-label", routed ? "routed" : text.skipping);
+    const figures = [...measures.map((name) => layer.measures[name][t]), layer.threshold];
+    tr.append(make("td", layer.layer), mark, ...figures.map((value) => make("td", brief(value))));
+    tbody.append(tr);
+  }
+  const table = document.createElement("table"), scroll = make("div", null, "scroll");
   table.append(thead, tbody);
-  const scroll = make("div", null, "scroll");
   scroll.append(table);
-  box.replaceChildren(make("p", quoted(t), "token"), list, scroll, make("p", "● routed   ○ " + text.skipping, "note"));
+  $("detail").replaceChildren(make("p", quoted(t), "token"), list, scroll, make("p", "● routed   ○ " + text.skipping, "note"));
 }
 const brief = (value) => (value === null ? "–" : value === 0 ? "0" : Number(value.toPrecision(3)).toString());
-const way = (l, t) => (chosen[l][t] === "1" ? "routed" : text.skipping);
-/** The figures that a layer has, in the order of their labels. */
-const figuresOf = (l) => Object.keys(text.labels).filter((name) => name in layers[l].measures);
-const sinks = new Set(text ? text.sinks : []);
 
-// ---- the heat map
+// ---- the heat map: layers × the tokens around the cursor
 
-const shade = { c: [], line: "", ink: "", soft: "", focus: "", font: "" };
-function readColors() {
-  const style = getComputedStyle(document.documentElement);
-  for (let i = 0; i <= TOP; i++) shade.c[i] = style.getPropertyValue("--c" + i).trim();
-  for (const name of ["line", "ink", "soft", "focus"]) shade[name] = style.getPropertyValue("--" + name).trim();
-  shade.font = "11px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace";
-}
-function surface(canvas, height) {
-  const ratio = window.devicePixelRatio || 1, width = canvas.clientWidth;
-  canvas.style.height = height + "px";
-  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round(height * ratio);
-  }
-  const pen = canvas.getContext("2d");
-  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  pen.clearRect(0, 0, width, height);
-  return [pen, width];
-}
-const LEFT = 30, CELL = 14;
-const rowHeight = () => Math.max(10, Math.min(20, Math.floor(280 / L)));
+const LEFT = 30, CELL = 14, LABELS = 74;
+const high = Math.max(10, Math.min(20, Math.floor(280 / L)));
 const view = { first: 0, count: 0 };
-/** Level of a cell of the close view: nothing where the token passed by, else by the rank of its score. */
-function heat(l, t) {
-  return chosen[l][t] === "1" ? 6 + Math.round(10 * rankOf("score" + l, layers[l].score)[t]) : 0;
+/** Levels of a layer's tokens: nothing where one passed by, else by the rank of its score. */
+function levels(layer) {
+  const order = layer.score.map((score, t) => [score, t]).sort((a, b) => a[0] - b[0]);
+  const result = new Array(T).fill(0);
+  order.forEach(([, t], rank) => { if (layer.selected[t] === "1") result[t] = 6 + Math.round((10 * rank) / Math.max(1, T - 1)); });
+  return result;
 }
-let overviewImage = null;
-function drawOverview() {
-  const canvas = $("overview"), height = Math.max(48, 6 * L);
-  const [pen, width] = surface(canvas, height);
-  const room = width - LEFT, columns = Math.min(T, Math.floor(room));
-  const version = columns + "/" + height + "/" + shade.c.join();
-  if (!overviewImage || overviewImage.version !== version) {
-    const image = document.createElement("canvas");
-    image.width = columns, image.height = L;
-    const brush = image.getContext("2d");
-    for (let l = 0; l < L; l++) for (let x = 0; x < columns; x++) {
-      const first = Math.floor((x * T) / columns), stop = Math.max(first + 1, Math.floor(((x + 1) * T) / columns));
-      let routed = 0;
-      for (let t = first; t < stop; t++) routed += chosen[l][t] === "1";
-      brush.fillStyle = shade.c[Math.round((TOP * routed) / (stop - first))];
-      brush.fillRect(x, L - 1 - l, 1, 1);
-    }
-    overviewImage = { version, image };
-  }
-  pen.imageSmoothingEnabled = false;
-  pen.drawImage(overviewImage.image, LEFT, 0, room, height);
-  pen.strokeStyle = shade.focus, pen.lineWidth = 2;
-  pen.strokeRect(LEFT + (room * view.first) / T + 1, 1, Math.max(3, (room * view.count) / T - 2), height - 2);
-}
-function drawClose() {
-  const canvas = $("close"), high = rowHeight(), labels = 74;
-  const [pen, width] = surface(canvas, L * high + labels);
+const heat = layers.map(levels);
+function drawMap() {
+  const canvas = $("map"), ratio = window.devicePixelRatio || 1, width = canvas.clientWidth, height = L * high + LABELS;
+  canvas.style.height = height + "px";
+  canvas.width = Math.round(width * ratio), canvas.height = Math.round(height * ratio);
+  const pen = canvas.getContext("2d"), style = getComputedStyle(canvas), color = (name) => style.getPropertyValue("--" + name).trim();
+  pen.scale(ratio, ratio);
   view.count = Math.min(T, Math.floor((width - LEFT) / CELL));
-  view.first = Math.max(0, Math.min(T - view.count, state.at - (view.count >> 1)));
-  pen.font = shade.font, pen.textBaseline = "middle";
+  view.first = Math.max(0, Math.min(T - view.count, cursor - (view.count >> 1)));
+  pen.font = "11px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace";
+  pen.textBaseline = "middle", pen.textAlign = "right";
+  const shades = Array.from({ length: TOP + 1 }, (_, i) => color("c" + i)), soft = color("soft"), ink = color("ink");
   for (let l = 0; l < L; l++) {
     const y = (L - 1 - l) * high;
-    pen.fillStyle = shade.soft, pen.textAlign = "right";
+    pen.fillStyle = soft;
     if (high >= 11 || l % 2 === 0) pen.fillText(layers[l].layer, LEFT - 7, y + high / 2);
     for (let i = 0; i < view.count; i++) {
-      pen.fillStyle = shade.c[heat(l, view.first + i)];
+      pen.fillStyle = shades[heat[l][view.first + i]];
       pen.fillRect(LEFT + i * CELL, y, CELL - 1, high - 1);
     }
   }
-  const x = LEFT + (state.at - view.first) * CELL;
-  pen.strokeStyle = shade.focus, pen.lineWidth = 2;
-  pen.strokeRect(x, 1, CELL - 1, L * high - 2);
-  pen.textAlign = "right";
+  pen.strokeStyle = color("focus"), pen.lineWidth = 2;
+  pen.strokeRect(LEFT + (cursor - view.first) * CELL, 1, CELL - 1, L * high - 2);
   for (let i = 0; i < view.count; i++) {
     const t = view.first + i;
     pen.save();
     pen.translate(LEFT + i * CELL + CELL / 2, L * high + 6);
     pen.rotate(-Math.PI / 3);
-    pen.fillStyle = t === state.at ? shade.ink : shade.soft;
-    const label = text.pieces[t] === "" ? "…" : quoted(t);
-    pen.fillText(Array.from(label).slice(0, 11).join(""), 0, 0);
+    pen.fillStyle = t === cursor ? ink : soft;
+    pen.fillText(Array.from(text.pieces[t] === "" ? "…" : quoted(t)).slice(0, 11).join(""), 0, 0);
     pen.restore();
   }
 }
-let drawing = false;
-function requestDraw() {
-  if (drawing || !L) return;
-  drawing = true;
-  requestAnimationFrame(() => { drawing = false; drawClose(); drawOverview(); });
-}
-function listenToMaps() {
-  const close = $("close"), overview = $("overview"), tip = $("tip");
-  close.addEventListener("mousemove", (event) => {
-    const t = view.first + Math.floor((event.offsetX - LEFT) / CELL), l = L - 1 - Math.floor(event.offsetY / rowHeight());
-    if (event.offsetX < LEFT || t >= view.first + view.count || l < 0 || l >= L) return;
-    const figures = figuresOf(l).map((name) => NAMES[name] + " " + number(at(l, name, t)));
-    if (layers[l].threshold !== null) figures.push("threshold " + number(layers[l].threshold));
-    tip.hidden = false;
-    tip.textContent = "token " + t + "  " + quoted(t) + "   layer " + layers[l].layer + "  " + way(l, t) + "   " + figures.join("  ");
-  });
-  close.addEventListener("click", (event) => moveTo(view.first + Math.floor((event.offsetX - LEFT) / CELL), true));
-  let held = false;
-  const jump = (event) => moveTo(Math.floor(((event.offsetX - LEFT) / (overview.clientWidth - LEFT)) * T), true);
-  overview.addEventListener("mousedown", (event) => { held = true; jump(event); });
-  overview.addEventListener("mousemove", (event) => held && jump(event));
-  addEventListener("mouseup", () => { held = false; });
-  new ResizeObserver(requestDraw).observe(close);
-}
 
-// ---- every token in a table
+// ---- pointer and keys
 
-function drawTokenTable() {
-  const columns = [{ name: "token", kind: "count" }, { name: "text", kind: "text" }, { name: "class", kind: "text" }, { name: "depth", kind: "number" }, { name: "loss", kind: "number" }, { name: "next loss", kind: "number" }];
-  const leads = text.leading in layers[0].measures;
-  if (leads) columns.push({ name: "mean " + NAMES[text.leading], kind: "number" });
-  const count = new Map();
-  text.ids.forEach((id) => count.set(id, (count.get(id) || 0) + 1));
-  columns.push({ name: "times", kind: "count" });
-  const rows = text.ids.map((id, t) => {
-    const row = [t, quoted(t), text.classNames[text.classes[t]], text.depth[t], text.loss[t], t + 1 < T ? text.loss[t + 1] : null];
-    if (leads) row.push(layers.reduce((sum, layer) => sum + layer.measures[text.leading][t], 0) / L);
-    row.push(count.get(id));
-    return row;
-  });
-  let shown = 25, now = rows;
-  const body = document.createElement("tbody");
-  const fill = () => {
-    body.replaceChildren(...now.slice(0, shown).map((row) => {
-      const tr = document.createElement("tr");
-      row.forEach((value, i) => {
-        const td = cell(columns[i].kind, value);
-        if (i === 1) td.classList.add("glyphs");
-        if (i === 3) td.replaceChildren(make("span", value, "t c" + Math.round((TOP * value) / Math.max(1, L))));
-        tr.append(td);
-      });
-      tr.addEventListener("click", () => moveTo(row[0], true));
-      return tr;
-    }));
-    $("more").hidden = shown >= rows.length;
-    $("token-note").textContent = Math.min(shown, rows.length) + " of " + rows.length + "; sort by depth for the most and the least routed";
-  };
-  $("token-table").append(heading(columns, (i, direction) => { now = ordered(rows, i, direction); fill(); }), body);
-  $("more").addEventListener("click", () => { shown += 200; fill(); });
-  fill();
-  $("token-panel").hidden = false;
-}
-
-// ---- finding, keys, theme
-
-function search() {
-  for (const t of state.hits) for (const span of spans[t]) span.classList.remove("hit");
-  state.hits = [];
-  const query = $("search").value.toLowerCase();
-  if (query) {
-    const starts = [];
-    let whole = "";
-    for (let t = 0; t < T; t++) { whole += text.gaps[t]; starts.push(whole.length); whole += text.pieces[t]; }
-    const lower = whole.toLowerCase();
-    // A few characters change their length in lower case; then only the tokens themselves are searched.
-    if (lower.length === whole.length) {
-      let t = 0;
-      for (let place = lower.indexOf(query); place >= 0; place = lower.indexOf(query, place + query.length)) {
-        while (t + 1 < T && starts[t + 1] <= place) t++;
-        if (state.hits[state.hits.length - 1] !== t) state.hits.push(t);
-      }
-    } else for (let t = 0; t < T; t++) if (text.pieces[t].toLowerCase().includes(query)) state.hits.push(t);
-    for (const t of state.hits) for (const span of spans[t]) span.classList.add("hit");
-  }
-  $("hits").textContent = query ? state.hits.length + " found" : "";
-}
-function nextHit(direction) {
-  if (!state.hits.length) return;
-  const ahead = direction > 0 ? state.hits.find((t) => t > state.at) : state.hits.findLast((t) => t < state.at);
-  moveTo(ahead ?? (direction > 0 ? state.hits[0] : state.hits[state.hits.length - 1]), true);
-}
-function stepLayer(step) {
-  if (!L) return;
-  if (!(state.measure in NAMES)) state.measure = "selected";
-  else state.layer = Math.max(0, Math.min(L - 1, state.layer + step));
-  paint();
-}
-/** The token of the line above or below that is nearest to the cursor. */
-function byLine(step) {
-  const here = spans[state.at][0].getBoundingClientRect();
-  const middle = here.left + here.width / 2;
-  let best = null, row = null;
-  for (let t = state.at + step; t >= 0 && t < T; t += step) {
-    if (!spans[t].length) continue;
-    const box = spans[t][step > 0 ? 0 : spans[t].length - 1].getBoundingClientRect();
-    if (Math.abs(box.top - here.top) < here.height / 2) continue;
-    if (row === null) row = box.top;
-    if (Math.abs(box.top - row) > here.height / 2) break;
-    const gap = Math.abs(box.left + box.width / 2 - middle);
-    if (best === null || gap < best.gap) best = { t, gap };
-  }
-  if (best) moveTo(best.t, true);
-}
-function toggleTheme() {
-  const root = document.documentElement;
-  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.dataset.theme = dark ? "light" : "dark";
-  readColors();
-  requestDraw();
-}
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
-  const typing = event.target.matches("input, select, textarea");
-  if (event.key === "Escape" && typing) return event.target.blur();
-  if (typing) return;
-  const reading = document.activeElement === $("reading");
-  const actions = { "?": () => $("help").showModal(), t: toggleTheme };
-  if (text) {
-    Object.assign(actions, {
-      ArrowLeft: () => moveTo(state.at - 1, true), ArrowRight: () => moveTo(state.at + 1, true),
-      "[": () => stepLayer(-1), "]": () => stepLayer(1),
-      d: () => { state.measure = "depth"; paint(); },
-      "/": () => { $("search").focus(); $("search").select(); },
-    });
-    if (reading) Object.assign(actions, { ArrowUp: () => byLine(-1), ArrowDown: () => byLine(1), Home: () => moveTo(0, true), End: () => moveTo(T - 1, true) });
-  }
-  const action = actions[event.key];
-  if (action) event.preventDefault(), action();
+  const target = { ArrowLeft: cursor - 1, ArrowRight: cursor + 1, Home: 0, End: T - 1 }[event.key];
+  if (target === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  moveTo(target, true);
 }
 function listen() {
-  addEventListener("keydown", onKey);
-  $("theme").addEventListener("click", toggleTheme);
-  $("help-button").addEventListener("click", () => $("help").showModal());
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColors(); requestDraw(); });
-  if (!text) return;
-  $("measure").addEventListener("change", (event) => { state.measure = event.target.value; paint(); });
-  $("layer").addEventListener("change", (event) => {
-    const value = Number(event.target.value);
-    if (value < 0) state.measure = "depth";
-    else {
-      state.layer = value;
-      if (!(state.measure in NAMES)) state.measure = "selected";
-    }
-    paint();
-  });
-  $("lower").addEventListener("click", () => stepLayer(-1));
-  $("upper").addEventListener("click", () => stepLayer(1));
-  $("search").addEventListener("input", search);
-  $("search").addEventListener("keydown", (event) => { if (event.key === "Enter") nextHit(event.shiftKey ? -1 : 1); });
-  const token = (event) => event.target.closest("[data-t]");
-  $("reading").addEventListener("mouseover", (event) => { const span = token(event); if (span) moveTo(Number(span.dataset.t), false); });
-  $("reading").addEventListener("click", (event) => { const span = token(event); if (span) moveTo(Number(span.dataset.t), false); });
-  listenToMaps();
-}
-function offer(select, value, label) {
-  const option = make("option", label);
-  option.value = value;
-  select.append(option);
-}
-function drawControls() {
-  const measure = $("measure"), layer = $("layer");
-  offer(measure, "depth", "depth: routed layers");
-  if (text.loss.some((v) => v !== null)) offer(measure, "loss", "loss of the token");
-  offer(layer, "-1", "all layers");
-  layers.forEach((entry, l) => offer(layer, String(l), "layer " + entry.layer));
-  ["selected", ...figuresOf(0)].forEach((name) => offer(measure, name, NAMES[name] + " of a layer"));
+  const reading = $("reading"), map = $("map");
+  const ofText = (event) => { const span = event.target.closest("[data-t]"); if (span) moveTo(Number(span.dataset.t), false); };
+  for (const kind of ["mouseover", "click"]) reading.addEventListener(kind, ofText);
+  for (const place of [reading, map]) place.addEventListener("keydown", onKey);
+  const ofMap = (event) => Math.max(0, Math.min(T - 1, view.first + Math.floor((event.offsetX - LEFT) / CELL)));
+  map.addEventListener("mousemove", (event) => drawDetail(ofMap(event)));
+  map.addEventListener("mouseleave", () => drawDetail(cursor));
+  map.addEventListener("click", (event) => moveTo(ofMap(event), true));
+  new ResizeObserver(() => requestAnimationFrame(drawMap)).observe(map);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
 }
 
-readColors();
 drawHead();
 if (text) {
-  drawControls();
+  drawLegend();
   drawText();
   $("textual").hidden = false;
-  paint();
   moveTo(0, false);
-  drawTokenTable();
+  listen();
 }
-$("tables").append(...data.tables.map(drawTable));
-listen();
+const tables = text ? [...data.tables, tokenTable()] : data.tables;
+$("tables").append(...tables.map(drawTable));
 document.documentElement.dataset.ready = String(Math.round(performance.now()));

@@ -65,8 +65,6 @@ def _text_data(report: TextRouting) -> dict[str, Any]:
     names = sorted(set(report.classes))
     return {
         "labels": report.reading.labels,
-        "ends": report.reading.ends,
-        "leading": report.reading.leading,
         "skipping": "takes the forecast" if report.bypass == "forecast" else "passed by",
         "pieces": report.source.pieces,
         "gaps": report.source.gaps,

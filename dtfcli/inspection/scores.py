@@ -22,16 +22,12 @@ class Reading:
     Attributes:
         rule: a sentence: which tokens enter a layer.
         labels: headings of the figures that each token has in a layer, by their names, in order.
-        leading: the figure whose mean says most about a group of tokens; None: there is none.
         explanation: of the labels: sentences for the note next to the table of layers.
-        ends: names of 0 and 1, for figures that lie between the two.
     """
 
     rule: str
     labels: Mapping[str, str]
-    leading: str | None = None
     explanation: str = ""
-    ends: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 READINGS = {
@@ -39,14 +35,12 @@ READINGS = {
         "A layer computes a token where the forecast, a cheap guess of what the layer would give, is predicted to be "
         "off by more than the layer's threshold.",
         {"predicted_cost": "predicted error", "true_cost": "true error"},
-        "predicted_cost",
         "Predicted error: how far the router expects a token's forecast to be off, root mean square per element; for "
         "routed MLPs, where that changes the loss more it counts more.",
     ),
     "update_size": Reading(
         "A layer computes a token where the predicted size of the token's update is above the layer's threshold.",
         {"predicted_cost": "predicted update", "true_cost": "true update"},
-        "predicted_cost",
         "Predicted update: how much the router expects the layer to change a token, root mean square per element.",
     ),
     "surprise": Reading(
@@ -60,16 +54,13 @@ READINGS = {
             "ce_part": "CE part",
             "true_cost": "true update",
         },
-        "static_surprise",
         "by CE: routed tokens whose score owes more to CE than to CU. rank CE: CE's part in the score's variance.",
-        {"s_ce": ("0", "1"), "s_cu": ("0", "1"), "gate": ("0", "1"), "ce_part": ("CU", "CE")},
     ),
 }
 """By the name of a score."""
 OTHER = Reading(
     "A layer computes the tokens with high scores.",
     {"score": "score", "gate": "gate", "true_cost": "true update"},
-    ends={"gate": ("0", "1")},
 )
 """Of every other score, such as Mixture-of-Depths'."""
 

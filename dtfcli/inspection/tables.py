@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from dtfcli.inspection.agreement import Agreement
 from dtfcli.inspection.oracle import CHOOSERS
-from dtfcli.inspection.scores import Reading
 from dtfcli.inspection.sensitivity import Sensitivity
-from dtfcli.inspection.statistics import POSITIONS, GroupRow, Summary
+from dtfcli.inspection.statistics import GroupRow, Summary
 from dtfcli.inspection.text import Inspected
 from dtfcli.statistics import Difference
 
@@ -18,7 +17,6 @@ Column = tuple[str, Kind]
 
 _TITLES = {
     "class": ("Token class", "What kind of token. ± standard error, here and below, as if tokens were independent."),
-    "frequency": ("Frequency", "How often the token occurs in all texts."),
     "position": ("Position", "Tokens before it in its row."),
     "loss": ("Loss", "How badly the token was predicted, nats."),
 }
@@ -76,10 +74,9 @@ def key_figures(report: Inspected, summary: Summary) -> list[KeyFigure]:
 
 
 def all_tables(report: Inspected, summary: Summary) -> list[TableData]:
-    """Layers, groups, positions by layer, agreement of modes, and the oracle."""
+    """Layers, groups, agreement of modes, and the oracle."""
     tables = [layers_table(report, summary)]
-    tables += [group_table(grouping, rows, report.reading) for grouping, rows in summary.groups.items()]
-    tables.append(positions_table(summary))
+    tables += [group_table(grouping, rows) for grouping, rows in summary.groups.items()]
     if summary.agreement is not None:
         tables.append(agreement_table(summary.agreement))
     if summary.oracle is not None:
@@ -113,26 +110,11 @@ def layers_table(report: Inspected, summary: Summary) -> TableData:
     return TableData("layers", "Layers", note, columns, [list(row) for row in zip(*cells, strict=True)])
 
 
-def group_table(grouping: str, rows: Sequence[GroupRow], reading: Reading) -> TableData:
-    """Routed share by one way of grouping tokens, the leading figure and the loss."""
+def group_table(grouping: str, rows: Sequence[GroupRow]) -> TableData:
+    """Routed share and loss by one way of grouping tokens."""
     columns: list[Column] = [(grouping, "text"), ("tokens", "count"), ("routed", "share"), ("loss", "number")]
     cells = [[row.name, row.tokens, [row.routed_share, row.routed_error], row.loss] for row in rows]
-    if reading.leading and any(row.leading is not None for row in rows):
-        columns.insert(3, (reading.labels[reading.leading], "number"))
-        for row, line in zip(rows, cells, strict=True):
-            line.insert(3, [row.leading, row.leading_error])
     return TableData(grouping, *_TITLES[grouping], columns, cells)
-
-
-def positions_table(summary: Summary) -> TableData:
-    """Routed share by layer and position."""
-    present = [name for name in POSITIONS if any(name in layer.positions for layer in summary.layers)]
-    columns: list[Column] = [("layer", "count"), *((name, "share") for name in present)]
-    rows = [
-        [layer.layer, *(layer.positions.get(name, {}).get("routed_share") for name in present)]
-        for layer in summary.layers
-    ]
-    return TableData("positions", "Layers by position", "Routed share by a token's position in its row.", columns, rows)
 
 
 def agreement_table(agreement: Agreement) -> TableData:

@@ -51,7 +51,7 @@ def load_model(
         revision: branch, tag or commit of a Hub id.
         attn_implementation: sdpa, eager or flash_attention_2; None: Transformers chooses.
         trust_remote_code: run code that comes with the model; dtf's own classes need none.
-        quantize: int8 or int4: the backbone's projections in so many bits, by torchao; None: as they are.
+        quantize: int8: the backbone's projections in 8 bits, by torchao; None: as they are.
 
     Raises:
         CheckpointError: no model is there, or it is damaged.
@@ -102,7 +102,7 @@ def _load(
 ) -> PreTrainedModel:
     target = resolve_device(str(device))
     if quantize is not None:
-        check_quantize(quantize, target)
+        check_quantize(quantize)
     if dtype == "auto":
         source = source.fetched if source.kind == "hub" else source
         plain = source.kind == "gguf" or source.is_adapter
@@ -115,7 +115,7 @@ def _load(
     _set_routing(model, None if routing == "auto" else routing, capacity)
     model = model.to(target).eval()
     if quantize is not None:
-        quantize_weights(model, quantize)
+        quantize_weights(model)
     return model
 
 

@@ -1,13 +1,13 @@
-"""Weights in fewer bits: the backbone's projections in int8 or int4 to run a model, in nf4 under adapters to train one.
+"""Weights in fewer bits: the backbone's projections in int8 to run a model, in nf4 under adapters to train one.
 
 The notable choices:
 
 - Only linear layers of decoder layers: attention and MLP. Embeddings and head stay as they are, and so does all that
   routing adds: a threshold is a quantile of scores, and scores are what routers make of hidden states.
-- Weights only. torchao has the formats and kernels of int8 (one scale for each output) and int4 (scale and zero for 32
-  inputs of an output), bitsandbytes those of nf4 (QLoRA's).
-- Products with int4 are in bfloat16, whatever the model is in: the kernel for GPUs takes nothing else, and that for a
-  CPU takes sixty times as long in float32.
+- Weights only. torchao has the format and kernels of int8 (one scale for each output), bitsandbytes those of nf4
+  (QLoRA's).
+- Transformers' `TorchAoConfig` would quantize while it opens a folder. Then there is no plain model to compare with,
+  and merged adapters and converted models do not pass through it.
 - Quantized weights are computed from plain ones whenever a model is opened, and never saved: files hold plain weights.
 """
 
@@ -24,18 +24,13 @@ from torch import Tensor, nn
 from dtfcli.errors import ConfigError
 from dtfcli.models.pretrained import is_added
 
-KINDS = ("int8", "int4")
-GROUP = 32
-"""Inputs that share a scale in int4."""
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 """Of a weight in nf4: 4 bits, and for each 64 of them a scale in 8 bits, of which 256 share one in float32."""
-_INT4_OUTPUTS = 16
-"""torch packs so many rows together on a CPU."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The effect of quantizing a model to int8 or int4.
+    """The effect of quantizing a model.
 
     Attributes:
         bytes_before, bytes_after: of all weights of the model.
@@ -44,9 +39,9 @@ class Quantization:
         routed_before, routed_after: share of the sample's tokens that entered routed layers; None: a dense model.
     """
 
-    kind: str
     bytes_before: int
     bytes_after: int
+    kind: str = "int8"
     tokens: int = 0
     loss_before: float | None = None
     loss_after: float | None = None
@@ -54,50 +49,36 @@ class Quantization:
     routed_after: float | None = None
 
 
-class _InBfloat16(nn.Linear):
-    """A linear map whose product is in bfloat16, from and to any precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(torch.bfloat16)).to(x.dtype)
-
-
-def check_quantize(kind: str, device: torch.device) -> None:
-    """Raise a ConfigError, before anything is loaded, for an unknown kind, without torchao, or without a kernel."""
-    if kind not in KINDS:
-        raise ConfigError(f"quantize = {kind!r}: choose {' or '.join(KINDS)}, or leave it out.")
+def check_quantize(kind: str) -> None:
+    """Raise a ConfigError, before anything is loaded, for an unknown kind or without torchao."""
+    if kind != "int8":
+        raise ConfigError(f"quantize = {kind!r}: choose int8, or leave it out.")
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(f"quantize = {kind!r}: torchao is not installed; run pip install 'dtfcli[quantize]'.")
-    if kind == "int4" and device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"quantize = 'int4': runs on cpu and cuda, and this is {device.type}; choose int8.")
 
 
-def quantize(model: Any, kind: str) -> Quantization:
-    """Quantize the projections of a model's decoder layers, in place and on their device.
+def quantize(model: Any) -> Quantization:
+    """Put the projections of a model's decoder layers into int8, in place and on their device.
 
     Args:
         model: dense or routed, without adapters, in the precision that it is to compute in.
-        kind: int8 or int4.
 
     Returns:
         The effect, which is also `quantization_of(model)`.
 
     Raises:
-        ConfigError: the model is quantized already, a layer cannot be, or `check_quantize` refuses.
+        ConfigError: the model is quantized already or has no such layers, or torchao is missing.
     """
-    check_quantize(kind, model.device)
-    _check_plain(model, kind)
+    check_quantize("int8")
+    _check_plain(model)
     layers = dict(projections(model))
-    config, before = _torchao_config(kind, model.device), weight_bytes(model)
-    if kind == "int4":
-        _check_groups(layers, model.device)
-        for layer in layers.values():
-            layer.__class__ = _InBfloat16
-            layer.weight = nn.Parameter(layer.weight.data.to(torch.bfloat16), requires_grad=False)
-    from torchao.quantization import quantize_
+    before = weight_bytes(model)
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(model, config, lambda module, name: name in layers)
+    # torchao would change the settings of torch.compile.
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), lambda module, name: name in layers)
     assert all(_is_quantized(layer.weight) for layer in layers.values()), "torchao left out a layer"
-    model.quantization = Quantization(kind, before, weight_bytes(model))
+    model.quantization = Quantization(before, weight_bytes(model))
     model.save_pretrained = _refuse_to_save
     return model.quantization
 
@@ -139,44 +120,13 @@ def _is_quantized(parameter: Tensor) -> bool:
     return hasattr(parameter, "__tensor_flatten__") or not parameter.is_floating_point()
 
 
-def _check_plain(model: Any, kind: str) -> None:
+def _check_plain(model: Any) -> None:
     if getattr(model.config, "quantization_config", None) is not None or any(map(_is_quantized, model.parameters())):
-        raise ConfigError(f"quantize = {kind!r}: the weights of this model are quantized already; leave it out.")
+        raise ConfigError("quantize = 'int8': the weights of this model are quantized already; leave it out.")
     if getattr(model.model, "triton_kernels", False):
-        raise ConfigError(f"quantize = {kind!r}: our Triton kernels read plain weights; use one of the two.")
+        raise ConfigError("quantize = 'int8': our Triton kernels read plain weights; use one of the two.")
     if next(projections(model), None) is None:
-        raise ConfigError(f"quantize = {kind!r}: {type(model).__name__} has no linear layers in model.layers.")
-
-
-def _check_groups(layers: dict[str, nn.Linear], device: torch.device) -> None:
-    outputs = _INT4_OUTPUTS if device.type == "cpu" else 1
-    for name, layer in layers.items():
-        if layer.in_features % GROUP or layer.out_features % outputs:
-            raise ConfigError(
-                f"quantize = 'int4': {name} has {layer.in_features} inputs and {layer.out_features} outputs, which are "
-                f"no multiples of {GROUP} and {outputs}; choose int8."
-            )
-
-
-def _torchao_config(kind: str, device: torch.device) -> Any:
-    """Torchao's name for a format, without its changes to the settings of torch.compile.
-
-    Transformers' `TorchAoConfig` quantizes while it opens a folder: there is no plain model to compare with, and merged
-    adapters and converted models do not pass through it.
-    """
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-    if kind == "int8":
-        return Int8WeightOnlyConfig(set_inductor_config=False)
-    if device.type == "cuda":
-        return Int4WeightOnlyConfig(GROUP, set_inductor_config=False, int4_packing_format="tile_packed_to_4d")
-    try:
-        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-    except ImportError as error:
-        raise ConfigError(
-            "quantize = 'int4': on a cpu this needs torchao==0.18; install it, or choose int8."
-        ) from error
-    return PrototypeInt4WeightOnlyConfig(GROUP, set_inductor_config=False)
+        raise ConfigError(f"quantize = 'int8': {type(model).__name__} has no linear layers in model.layers.")
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""A study as a picture: differences, learning curves, loss and accuracy against cost, what routers did.
+"""A study as a picture: differences, learning curves, loss against cost, what routers did.
 
 A color is an architecture (or the first axis's value), a line style or a marker the rest of a point's name.
 """
@@ -45,26 +45,20 @@ def draw_study(report: StudyReport, path: Path) -> None:
 
     styles = styles_of(row.name for row in report.rows)
     first = 1.2 + 0.28 * len(report.differences)
-    figure = Figure(figsize=(12, first + 18), layout="constrained", dpi=100)
-    places: list[Any] = [["differences"] * 2, *(["loss", "loss 2"], ["accuracy", "accuracy 2"], ["curves", "routers"])]
-    axes = figure.subplot_mosaic([*places, ["agreement"] * 2], height_ratios=[first, 4.5, 4.5, 4.5, 4.5])
+    figure = Figure(figsize=(12, first + 9), layout="constrained", dpi=100)
+    places: list[Any] = [["differences"] * 2, ["flops", "time"], ["curves", "routers"]]
+    axes = figure.subplot_mosaic(places, height_ratios=[first, 4.5, 4.5])
     figure.suptitle(_plain(report.title), x=0.01, ha="left", fontweight="bold", fontsize=10, wrap=True)
     _differences(axes["differences"], report, styles)
-    costs = (
-        ("FLOPs of a forward pass / dense", lambda row: row.flop_ratio),
-        ("measured time of a decoded token / dense", lambda row: row.timing and row.timing.decode),
-    )
-    for (label, cost), number in zip(costs, ("", " 2"), strict=True):
-        draw_pareto(axes[f"loss{number}"], report.rows, styles, label, cost)
-        draw_pareto(axes[f"accuracy{number}"], report.rows, styles, label, cost, accuracy=True)
-    axes["loss"].legend(fontsize=8)
+    draw_pareto(axes["flops"], report.rows, styles, "FLOPs of a forward pass / dense", lambda row: row.flop_ratio)
+    decoding = "measured time of a decoded token / dense"
+    draw_pareto(axes["time"], report.rows, styles, decoding, lambda row: row.timing.decode if row.timing else None)
+    axes["flops"].legend(fontsize=8)
     _curves(axes["curves"], report.curves, styles, "causal val/loss, nats")
-    _curves(axes["routers"], report.share_curves, styles, "routed share, held-out text", report.spread_curves)
-    _agreement(axes["agreement"], report)
-    for name, axis in axes.items():
-        if name != "agreement":
-            axis.grid(alpha=0.25)
-            axis.spines[["top"]].set_visible(False)
+    _curves(axes["routers"], report.share_curves, styles, "routed share, held-out text")
+    for axis in axes.values():
+        axis.grid(alpha=0.25)
+        axis.spines[["top"]].set_visible(False)
     figure.savefig(path, format="png")
 
 
@@ -86,27 +80,16 @@ def _differences(axis: Any, report: StudyReport, styles: Mapping[str, Style]) ->
     axis.set_xlabel("difference in val/loss, nats (left: better)\nband: 95 % by document, line: 95 % by seed")
 
 
-def _curves(
-    axis: Any,
-    curves: Mapping[str, list[Curve]],
-    styles: Mapping[str, Style],
-    label: str,
-    second: Mapping[str, list[Curve]] | None = None,
-) -> None:
-    """One line for each run; a second set of curves gets the axis on the right and thin lines."""
-    right = axis.twinx() if second and any(any(runs) for runs in second.values()) else None
-    for where, drawn, width in ((axis, curves, 1.3), *([(right, second or {}, 0.5)] if right is not None else [])):
-        for name, runs in drawn.items():
-            style = styles[name]
-            for number, curve in enumerate(runs):
-                if curve:
-                    text = _plain(name) if number == 0 and where is axis else None
-                    where.plot(*zip(*curve, strict=True), style.line, color=style.color, linewidth=width, label=text)
+def _curves(axis: Any, curves: Mapping[str, list[Curve]], styles: Mapping[str, Style], label: str) -> None:
+    """One line for each run."""
+    for name, runs in curves.items():
+        style = styles[name]
+        for number, curve in enumerate(runs):
+            if curve:
+                text = _plain(name) if number == 0 else None
+                axis.plot(*zip(*curve, strict=True), style.line, color=style.color, linewidth=1.3, label=text)
     axis.set_xlabel("updates")
     axis.set_ylabel(label)
-    if right is not None:
-        right.set_ylabel("thin: sd of a router's scores")
-        right.set_yscale("log")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7, ncols=2)
 
@@ -117,38 +100,22 @@ def draw_pareto(
     styles: Mapping[str, Style],
     label: str,
     cost: Callable[[Row], float | None],
-    accuracy: bool = False,
 ) -> None:
-    """Loss (or accuracy) against a cost; points of one architecture are joined, the dense model's value is a line."""
+    """Loss against a cost; points of one architecture are joined, the dense model's value is a line."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         style, dense = styles[row.name], row.routed_share is None
-        value, sd = (row.accuracy, row.accuracy_sd) if accuracy else (row.loss, row.sd)
         if dense:
-            axis.axhline(value, color=style.color, linewidth=1, linestyle=":")
+            axis.axhline(row.loss, color=style.color, linewidth=1, linestyle=":")
         paid = 1.0 if dense else cost(row)
         if paid is None:
             continue
-        lines.setdefault(style.family, []).append((paid, value))
-        axis.errorbar([paid], [value], yerr=sd, fmt=style.marker, color=style.color, capsize=3, label=_plain(row.name))
+        lines.setdefault(style.family, []).append((paid, row.loss))
+        axis.errorbar(
+            [paid], [row.loss], row.sd, fmt=style.marker, color=style.color, capsize=3, label=_plain(row.name)
+        )
     for family, points in lines.items():
         color = next(style.color for style in styles.values() if style.family == family)
         axis.plot(*zip(*sorted(points), strict=True), color=color, linewidth=0.8, alpha=0.6)
     axis.set_xlabel(label)
-    axis.set_ylabel("next-token accuracy, held-out text" if accuracy else "causal val/loss, nats")
-
-
-def _agreement(axis: Any, report: StudyReport) -> None:
-    """κ of any two points as colored squares with their numbers."""
-    heads, rows = report.agreement_table()
-    axis.set_title("agreement of routed tokens, Cohen's κ", fontsize=9)
-    if not rows:
-        axis.set_axis_off()
-        return
-    numbers = [[float(cell) if cell else float("nan") for cell in row[1:]] for row in rows]
-    axis.imshow(numbers, cmap="BrBG", vmin=-1, vmax=1)
-    for y, row in enumerate(rows):
-        for x, cell in enumerate(row[1:]):
-            axis.text(x, y, cell, ha="center", va="center", fontsize=7)
-    axis.set_xticks(range(len(rows)), [_plain(name) for name in heads[1:]], rotation=30, ha="right", fontsize=7)
-    axis.set_yticks(range(len(rows)), [_plain(name) for name in heads[1:]], fontsize=7)
+    axis.set_ylabel("causal val/loss, nats")

@@ -30,7 +30,7 @@ from dtfcli.studies.grid import Point, check_equal_terms, resolved
 _FILE = "measured.npz"
 _VARY = ("model.architecture", "model.capacity")
 """The settings in which runs that exist may differ."""
-_VERSION = 1
+_VERSION = 2
 """Of the file; raise it whenever the meaning or the fields of `Measured` change."""
 
 Curve = list[tuple[int, float]]
@@ -47,7 +47,6 @@ class Measured:
         flops, dense_flops: of a forward pass, for each token, at that share; and of its own dense backbone.
         curve: causal validation loss during the run.
         share_curve: causal routed share on held-out text during the run; empty for a dense model.
-        spread_curve: standard deviation of a router's scores over tokens, mean over layers; empty if it has none.
         routed: by layer, bool [held-out tokens], who entered.
     """
 
@@ -59,7 +58,6 @@ class Measured:
     dense_flops: float
     curve: Curve
     share_curve: Curve
-    spread_curve: Curve
     routed: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
@@ -157,7 +155,6 @@ def measure(run: Path) -> Measured:
         dense_flops=forward_flops_per_token(to_dense(model) if shares else model, rows.shape[1]),
         curve=curve,
         share_curve=_curve(lines, "val/routed_share"),
-        spread_curve=_spread(lines),
         routed=routed,
     )
     _write(run, measured)
@@ -183,23 +180,13 @@ def _read(run: Path) -> Measured | None:
             return None
         selected = np.unpackbits(file["packed"], axis=-1, count=int(file["count"])).astype(bool)
         values["routed"] = dict(zip(file["layers"].tolist(), selected, strict=True))
-    for name in ("curve", "share_curve", "spread_curve"):
+    for name in ("curve", "share_curve"):
         values[name] = [tuple(point) for point in values[name]]
     return Measured(**values)
 
 
 def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
     return [(int(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]
-
-
-def _spread(lines: list[dict[str, Any]]) -> Curve:
-    """Mean over layers of the scores' standard deviations, where they vary at all."""
-    curve = []
-    for line in lines:
-        values = [value for name, value in line.items() if name.endswith("/score_std") and value]
-        if values:
-            curve.append((int(line["step"]), statistics.fmean(values)))
-    return curve
 
 
 @contextmanager

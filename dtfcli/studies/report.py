@@ -102,7 +102,7 @@ class StudyReport:
         rows: one for each point, in the order of the grid.
         agreement: of any two points in the tokens that they route.
         curves: point → list over seeds of causal validation losses during the run.
-        share_curves, spread_curves: the same of the routed share, and of the standard deviation of a router's scores.
+        share_curves: the same of the routed share.
         runs: "point, seed N" → folder.
     """
 
@@ -112,7 +112,6 @@ class StudyReport:
     agreement: list[Agreed]
     curves: dict[str, list[Curve]]
     share_curves: dict[str, list[Curve]]
-    spread_curves: dict[str, list[Curve]]
     runs: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,7 +169,6 @@ def make_report(
         _agreement(by_point),
         {point: [run.measured.curve for run in finished] for point, finished in by_point.items()},
         {point: [run.measured.share_curve for run in finished] for point, finished in by_point.items()},
-        {point: [run.measured.spread_curve for run in finished] for point, finished in by_point.items()},
         {f"{run.point.name}, seed {run.seed}": str(run.folder) for run in runs},
     )
 

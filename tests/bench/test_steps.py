@@ -24,7 +24,7 @@ BENCH = ["bench", "quickstart", *SHAPE, "--device", "cpu", "--seq-len", "32", "-
 
 
 def test_report(dtf: Dtf) -> None:
-    given = "--capacities 0.5,0.25 --stock --threads 1 --micro-batches 2 --new-tokens 3 --calibration-tokens 64 --json"
+    given = "--capacities 0.5,0.25 --stock --threads 1 --new-tokens 3 --calibration-tokens 64 --json"
     result = dtf(*BENCH, *given.split())
     assert result.code == 0, result.stderr
     report = json.loads(result.stdout)

@@ -189,7 +189,7 @@ def test_libraries_are_not_heard() -> None:
 
 
 def test_a_picture_of_what_a_command_prints(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.screenshot", str(tmp_path / "a.svg"), "--until", "thesis"]
+    command = [sys.executable, "-m", "tools.pictures", "terminal", str(tmp_path / "a.svg"), "--until", "thesis"]
     subprocess.run([*command, "--", "dtf", "presets", "list"], stdout=subprocess.DEVNULL, check=True)
     drawn = (tmp_path / "a.svg").read_text("utf-8")
     assert "quickstart" in drawn

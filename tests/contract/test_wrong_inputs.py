@@ -266,8 +266,7 @@ GENERATE = [
     ("generate {model} --prompts prompts.txt", ["--output FILE.jsonl"]),
     ("generate {model} --prompts prompts.txt --output out.jsonl --batch-size 0", ["--batch-size 0", "at least 1"]),
     ("generate {model} a --chat", ["chat"]),
-    ("generate {model} a --quantize int3", ["--quantize", "int3", "int8", "int4"]),
-    ("generate {model} a --quantize int4", ["quantize = 'int4'", "mlp.down_proj has 48 inputs", "choose int8"]),
+    ("generate {model} a --quantize int3", ["--quantize", "int3", "int8"]),
     ("generate {model} a --max_new_token 3", ["Did you mean '--max-new-tokens'"]),
 ]
 
@@ -348,7 +347,7 @@ EVAL = [
     ("eval {dense} --routing threshold", ["routing", "dense"]),
     ("eval {dense} --capacity 0.5", ["capacity", "dense"]),
     ("eval {model} {model}", ["named twice"]),
-    ("eval {model} --quantize nf4", ["--quantize", "nf4", "int8", "int4"]),
+    ("eval {model} --quantize nf4", ["--quantize", "nf4", "int8"]),
     ("eval {model} --device gpu", ["device", "gpu", "cuda"]),
     ("eval {model} --task general", ["--task", "Did you mean '--tasks'"]),
     ("eval {scored} --tasks validation_text", ["validation_text", "no run folder"]),

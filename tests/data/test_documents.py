@@ -14,7 +14,7 @@ import pytest
 from dtfcli.data import files
 from dtfcli.data.documents import documents
 from dtfcli.data.prepare import prepare_data
-from dtfcli.data.sources import SourceReport
+from dtfcli.data.sources import SourceReport, Where
 from dtfcli.errors import ConfigError, DataError
 from tests.data.texts import sentence, source, texts_of
 
@@ -234,7 +234,7 @@ def test_folder_laid_out_by_split(tmp_path: Path, make: Any, tokenizer: Any) -> 
 
 def test_stdlib_has_sources_and_topics_but_no_tests_or_tables() -> None:
     report = SourceReport("python-stdlib")
-    reader = files.StdlibReader("data.sources[0]", source("python-stdlib"))
+    reader = files.StdlibReader(Where(), source("python-stdlib"))
     texts = [text for _, text in reader.texts(report) if text]
     names = {file.relative_to(reader.root).as_posix() for file in reader.files}
     assert {"argparse.py", "json/decoder.py"} <= names

@@ -22,7 +22,6 @@ def measured(seed: int, routed: bool, targets: int = 10, layers_flops: float = 2
         dense_flops=layers_flops,
         curve=[(0, 4.0)],
         share_curve=[],
-        spread_curve=[],
         routed={1: rng.random(20 * targets) < 0.5} if routed else {},
     )
 
