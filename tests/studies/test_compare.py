@@ -46,7 +46,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.slow
 def test_five_outputs_and_nothing_done_twice_also_after_sigkill(dtf: Dtf, command: list[str], tmp_path: Path) -> None:
     """The report of a study that was killed half-way, and went on with two runs at once, is an undisturbed one's."""
-    arguments = [*command, "--vary", "model=mod,random,layerdrop,dense", "--seeds", "2"]
+    arguments = [*command, "--vary", "model=random,layerdrop,dense", "--seeds", "2"]
     process = subprocess.Popen([sys.executable, "-m", "dtfcli", *arguments, "--output", "killed"], env=os.environ)
     deadline = time.monotonic() + 120
     while not list(Path("killed").rglob("final_model/model.safetensors")) and time.monotonic() < deadline:
@@ -54,7 +54,7 @@ def test_five_outputs_and_nothing_done_twice_also_after_sigkill(dtf: Dtf, comman
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {p: p.stat().st_mtime_ns for p in Path("killed").rglob("final_model/model.safetensors")}
-    assert 0 < len(finished) < 8
+    assert 0 < len(finished) < 6
     assert dtf(*arguments, "--output", "killed", "--parallel", "2", "--no-bench").code == 0
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
 
@@ -66,7 +66,7 @@ def test_five_outputs_and_nothing_done_twice_also_after_sigkill(dtf: Dtf, comman
     assert "random" in result.stdout
     report = json.loads((page.parent / "report.json").read_text())
     assert json.loads(Path("killed/report.json").read_text())["differences"] == report["differences"]
-    assert [row["name"] for row in report["rows"]] == ["mod", "random", "layerdrop", "dense"]
+    assert [row["name"] for row in report["rows"]] == ["random", "layerdrop", "dense"]
     assert {d["control"] for d in report["differences"]} == {"random"}
     assert all(d["sentence"] in (page.parent / "report.md").read_text() for d in report["differences"])
     shares = {row["name"]: row["routed_share"] for row in report["rows"]}
@@ -77,7 +77,7 @@ def test_five_outputs_and_nothing_done_twice_also_after_sigkill(dtf: Dtf, comman
     weights = {p: p.stat().st_mtime_ns for p in Path("study").rglob("model.safetensors")}
     again = dtf(*arguments, "--no-bench")
     assert again.code == 0, again.stderr
-    assert again.stderr.count("reused") == 8
+    assert again.stderr.count("reused") == 6
     assert {p: p.stat().st_mtime_ns for p in Path("study").rglob("model.safetensors")} == weights
     assert json.loads((page.parent / "report.json").read_text())["differences"] == report["differences"]
 
