@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,9 +18,9 @@ from dtfcli.errors import DTFError, plain, reading
 
 @contextmanager
 def explained_write_errors(folder: Path, remedy: str = "choose another run.output_dir") -> Iterator[None]:
-    """Turn the errors of a full disk or a missing permission into one line that names the folder and a remedy.
+    """Turn the errors of a full disk, a missing permission or a lost folder into one line with the folder and a remedy.
 
-    safetensors and torch report a full disk with other errors, whose text is searched.
+    safetensors and torch report them with other errors, whose text is searched.
 
     Raises:
         DTFError: the folder cannot be written to.
@@ -27,14 +28,19 @@ def explained_write_errors(folder: Path, remedy: str = "choose another run.outpu
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        number = getattr(error, "errno", None)
         text = str(error)
+        in_text = re.search(r"\(os error (\d+)\)", text)
+        number = int(in_text[1]) if in_text else getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "PytorchStreamWriter" in text:
             reason = "the disk is full; free some space"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in text:
             reason = "no permission to write there"
+        elif number in (errno.ENOENT, errno.ESTALE):
+            reason = "it was removed, or its disk is gone; put it back"
+        elif number is not None:
+            reason = os.strerror(number)
         elif isinstance(error, OSError):
-            reason = error.strerror or text
+            reason = text
         else:
             raise
         raise DTFError(f"{folder}: cannot be written, {reason}, or {remedy}.") from error
@@ -150,7 +156,10 @@ class MetricsLog:
 
     @property
     def bytes(self) -> int:
-        return self.path.stat().st_size if self.writes else 0
+        if not self.writes:
+            return 0
+        with explained_write_errors(self.path.parent):
+            return self.path.stat().st_size
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

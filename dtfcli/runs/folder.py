@@ -7,7 +7,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -105,30 +105,35 @@ def run_settings(folder: Path) -> Settings:
         raise CheckpointError(f"{path}: damaged, the run cannot be resumed. Start a new one.") from error
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Lock a run while it is trained, so that it is not resumed meanwhile; ConfigError where another process has it."""
+def locked(run: Path) -> AbstractContextManager[bool]:
+    """Lock a run while it is trained, so that it is not resumed meanwhile; `locked_file` has the details."""
     busy = f"{run}: another process is training or saving this run; stop it first, or wait until it ends."
-    with locked_file(run / SETTINGS_FILE, busy):
-        yield
+    return locked_file(run / SETTINGS_FILE, busy)
 
 
 @contextmanager
-def locked_file(path: Path, busy: str) -> Iterator[None]:
-    """Lock a file that exists; the system unlocks it when the process ends. A file system without locks has none.
+def locked_file(path: Path, busy: str) -> Iterator[bool]:
+    """Lock a file that exists; the system unlocks it when the process ends, however it does.
+
+    Yields:
+        False where the file system has no locks. Windows is not asked.
 
     Raises:
         ConfigError: another process holds it; the text is `busy`.
+        DTFError: the file cannot be written.
     """
-    with path.open("rb") as file:
+    with explained_write_errors(path.parent):
+        file = path.open("r+b")  # a network file system locks only what can be written
+    with file:
+        works = True
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(busy) from error
         except OSError:
-            pass
-        yield
+            works = False
+        yield works
 
 
 def processes_of(run: Path) -> int | None:

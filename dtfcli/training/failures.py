@@ -51,5 +51,10 @@ def _out_of_memory(settings: Settings) -> str:
         remedies.append("training.gradient_checkpointing=true")
     if world_size() > 1 and training.sharding != "fsdp2":
         remedies.append("training.sharding=fsdp2")
-    remedies.append("lora.enabled=true, or a shorter data.seq_len")
-    return f"Out of memory. Start again with {', '.join(remedies)}; checkpoints that were saved are intact."
+    if not settings.lora.enabled:
+        remedies.append("lora.enabled=true")
+    remedies.append(f"data.seq_len={settings.data.seq_len // 2} (it was {settings.data.seq_len})")
+    return (
+        f"Out of memory. Start a new run with any of {', '.join(remedies)}. What was saved is intact: once more memory "
+        "is free, dtf train --resume goes on from it."
+    )

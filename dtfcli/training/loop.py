@@ -82,11 +82,16 @@ def train_model(settings: Settings, *, resume: Path | None, rename: bool, emit: 
     emit = times = PhaseTimes(emit)
     stop = StopSignal(lambda: emit(TrainEvent("warning", "Stopping after this step; Ctrl-C again stops at once.")))
     with explained_failures(settings), ExitStack() as held:
-        if resume is not None and is_main_process():
-            held.enter_context(locked(resume))
+
+        def lock(folder: Path) -> None:
+            if is_main_process() and not held.enter_context(locked(folder)):
+                emit(TrainEvent("warning", f"{folder}: its file system has no locks; let no other process resume it."))
+
+        if resume is not None:
+            lock(resume)
         run = setup(settings, resume, rename, emit, stop)
-        if resume is None and run.processes.is_main:
-            held.enter_context(locked(run.folder))
+        if resume is None:
+            lock(run.folder)
         with stop, _explained_stops(run):
             fit(run)
             run.rows.close()

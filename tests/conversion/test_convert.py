@@ -1,7 +1,12 @@
 """`dtf convert` on a small random model: the folder, its report, and what a user can get wrong."""
 
 import json
+import random
+import shutil
+import signal
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from dtfcli.loading.load import load_model
 from dtfcli.statistics import Difference
 from dtfcli.training import loop
 from tests.conftest import Outcome
+from tests.faults import Dtf, counter, kill_at_file
 from tests.tiny import SHAPE, dense_model
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -31,8 +37,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small dense models, and text for them in several forms."""
     folder = tmp_path_factory.mktemp("work")
     words = np.array([f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "se") for b in ("ra", "ne", "do", "ki", "pu")])
-    random = np.random.RandomState(0)
-    texts = [" ".join(words[random.randint(0, 25, size)]) for size in [3000] * 20 + [60] * 60]
+    generator = np.random.RandomState(0)
+    texts = [" ".join(words[generator.randint(0, 25, size)]) for size in [3000] * 20 + [60] * 60]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     (folder / "books").mkdir()
     for number, text in enumerate(texts[:6]):
@@ -146,14 +152,14 @@ def test_a_stopped_recovery_goes_on(
 
     def stopping(run: Any) -> dict[str, Any]:
         seen.append(run.state.step)
-        if len(seen) == 5:
+        if len(seen) == 3:
             raise loop.StopRequested
         return loop_step(run)
 
     loop_step = loop.train_step
     monkeypatch.setattr(loop, "train_step", stopping)
     out, left = tmp_path / "out", tmp_path / "out-recovery"
-    command = ["convert", str(work / "dense"), "-o", str(out), "--recover", "20k", "--text", str(work / "text.jsonl")]
+    command = ["convert", str(work / "dense"), "-o", str(out), "--recover", "12k", "--text", str(work / "text.jsonl")]
     stopped = dtf(*command)
     assert stopped.code == 130
     assert "same command goes on" in stopped.stderr
@@ -162,8 +168,51 @@ def test_a_stopped_recovery_goes_on(
     assert other.code == 2
     assert "of another conversion" in other.stderr
     assert dtf(*command).code == 0
-    assert seen == [0, 1, 2, 3, 4, *range(4, 20_000 // 2048)]
+    assert seen == [0, 1, 2, *range(2, 12_000 // 2048)]
     assert [*tmp_path.iterdir()] == [out]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recover", "kills"),
+    [
+        ("--recover 6k", 4),
+        pytest.param("", 20, marks=pytest.mark.long),
+        pytest.param("--recover 6k", 20, marks=pytest.mark.long),
+    ],
+)
+def test_sigkill_at_random_moments(work: Path, tmp_path: Path, recover: str, kills: int) -> None:
+    """The folder is whole or absent; the same command then goes on and ends as if nothing had happened.
+
+    Half of the moments are operations on files, which are rare and where most can go wrong; the others are times.
+    """
+    rng, moments = random.Random(20260131), list[float]()
+
+    def attempt(place: Path, kill_after: float = 300.0, kill_at: int = 0) -> int:
+        """Convert into a folder of `place`, once; returns the exit code."""
+        begin, count.value = partial(kill_at_file, kill_at, place, count), 0
+        options = ["-o", place / "out", "--text", work / "text.jsonl", *recover.split()]
+        return Dtf(tmp_path, "convert", work / "dense", *options, fault=begin).ends(kill_after).code
+
+    def content(place: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (place / "out").iterdir() if path.stem != "report"}
+
+    count, began = counter(), time.monotonic()
+    assert attempt(tmp_path / "whole") == 0
+    seconds, operations, whole = time.monotonic() - began, count.value, content(tmp_path / "whole")
+    place = tmp_path / "killed"
+    while len(moments) < kills:
+        by_file = len(moments) % 2 == 0
+        moments.append(rng.randint(1, operations) if by_file else rng.uniform(0.0, seconds))
+        code = attempt(place, kill_at=int(moments[-1])) if by_file else attempt(place, kill_after=moments[-1])
+        assert code in (0, -signal.SIGKILL), moments
+        if (place / "out").exists():
+            assert content(place) == whole, moments
+            assert (place / "out" / "report.json").stat().st_size > 0
+            shutil.rmtree(place)  # the next one begins again
+    assert (place / "out").exists() or attempt(place) == 0, moments
+    assert content(place) == whole
+    assert [path.name for path in place.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -245,18 +294,6 @@ def test_the_default_text_is_on_the_hub(dtf: Callable[..., Outcome], work: Path,
     outcome = dtf("convert", str(work / "dense"), "-o", str(tmp_path / "out"))
     assert outcome.code == 2
     assert "--text FILE" in outcome.stderr
-
-
-def test_nothing_half_written(
-    dtf: Callable[..., Outcome], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(conversion, "write_report", interrupt)
-    outcome = dtf("convert", str(work / "dense"), "-o", str(tmp_path / "out"), "--text", str(work / "text.jsonl"))
-    assert outcome.code == 130
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_space(dtf: Callable[..., Outcome], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

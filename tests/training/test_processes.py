@@ -164,8 +164,8 @@ def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", [pytest.param("ddp", marks=pytest.mark.long), "fsdp2"])
-def test_two_processes_killed_and_resumed(tmp_path: Path, sharding: str) -> None:
-    """With SIGKILL, all of them: the resumed run ends, bit for bit, like one that `accelerate launch` ran through."""
+def test_one_of_two_processes_is_killed_and_the_run_resumed(tmp_path: Path, sharding: str) -> None:
+    """The other ends soon, and the reason is shown. The resumed run equals one of `accelerate launch` bit for bit."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     launcher = "-m accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no"
     launcher += " --dynamo_backend=no --main_process_port=0"  # without a GPU: gloo
@@ -176,9 +176,15 @@ def test_two_processes_killed_and_resumed(tmp_path: Path, sharding: str) -> None
 
     process = command(killed, *configured(killed, sharding), "--num-processes=2")
     until(process, killed, 4)
-    for member in reversed(family(process)):
-        member.kill()
-    process.communicate(timeout=60)
+    workers = [m for m in family(process)[1:] if "spawn_main" in " ".join(m.cmdline())]
+    workers[1].kill()
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30  # as docs/scaling.md says
+    assert process.returncode == 1
+    assert "process 1 was ended by SIGKILL" in errors
+    assert "Traceback" not in errors
+    assert psutil.wait_procs(workers, timeout=5)[1] == []
     run = the_run(killed)
     assert not (run / "final_model").exists()
     assert processes_of(run) == 2
@@ -210,21 +216,6 @@ def test_one_signal_saves_in_all_processes(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     assert read_state(checkpoint).processes == 2
     assert psutil.wait_procs(members, timeout=20)[1] == []
-
-
-@pytest.mark.slow
-def test_a_lost_process_ends_the_run_with_a_reason(tmp_path: Path) -> None:
-    process = command(tmp_path / "run", *configured(tmp_path / "run", "ddp", max_steps=5000), "--num-processes=2")
-    until(process, tmp_path / "run", 4)  # a checkpoint every three
-    workers = [m for m in family(process)[1:] if "spawn_main" in " ".join(m.cmdline())]
-    workers[1].kill()
-    began = time.monotonic()
-    _, errors = process.communicate(timeout=120)
-    assert time.monotonic() - began < 60
-    assert process.returncode == 1
-    assert "process 1 was ended by SIGKILL" in errors
-    assert "Traceback" not in errors
-    assert list_checkpoints(the_run(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -1,29 +1,30 @@
-"""Interrupted and resumed runs end like undisturbed ones, bit for bit."""
+"""Interrupted and resumed runs end like undisturbed ones, bit for bit. docs/load.md lists the faults."""
 
-import errno
-import json
 import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
-from dtfcli.errors import CheckpointError, ConfigError, DataError, DTFError
+from dtfcli.errors import CheckpointError, DataError
 from dtfcli.experiment import train
+from dtfcli.runs import folder as folders
 from dtfcli.runs.folder import checkpoint_folder, list_checkpoints, newest_run, run_settings
 from dtfcli.training.checkpoint import find_checkpoint, read_state
 from dtfcli.training.events import TrainEvent
-from dtfcli.training.loop import TrainingInterrupted, TrainResult
+from dtfcli.training.loop import TrainResult
+from tests import faults
+from tests.faults import Dtf, at_step
 from tests.training.small_runs import Killed, assert_same, kill_at, resume, small_settings, the_run
 
-ROOT = Path(__file__).parents[2]
 # A prior with dropout, so that the random generators matter, and thresholds that decide what is trained.
 GROUPS: dict[str, Any] = {"model": {"prior_dropout": 0.3}, "training": {"threshold_fraction": 0.5}}
 
@@ -48,56 +49,151 @@ def run(stopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
-def test_killed_before_the_first_checkpoint(tmp_path: Path, undisturbed: TrainResult) -> None:
-    with pytest.raises(Killed):
-        train(small_settings(tmp_path, **GROUPS), on_event=kill_at("step", 1))
-    assert not (the_run(tmp_path) / "final_model").exists()
-    assert_same(resume(the_run(tmp_path)), undisturbed)
-
-
 def test_killed_again_while_finishing(run: Path, undisturbed: TrainResult) -> None:
     """All steps are saved before the run is finished, so that nothing is trained twice."""
     with pytest.raises(Killed):
         resume(run, kill_at("phase", 6))
     assert [read_state(path).step for path in list_checkpoints(run)] == [6, 4]
     steps: list[int] = []
-    resumed = resume(run, lambda event: steps.append(event.step) if event.kind == "step" else None)
+    resume(run, lambda event: steps.append(event.step) if event.kind == "step" else None)
     assert steps == []
-    assert_same(resumed, undisturbed)
+    assert_same(run, undisturbed.run_dir)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="attempts are forked")
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.long)])
-def test_sigkill_at_random_moments(tmp_path: Path, kills: int) -> None:
-    """While it reads, trains, evaluates, writes a checkpoint or its final model: the end is the same."""
-    command = [sys.executable, "-m", "tests.training.killed_runs", str(tmp_path), str(kills), "20260131"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr.decode()[-2000:]
-    moments = json.loads(result.stdout)
-    assert sum(map(len, moments)) == kills
-    whole = the_run(tmp_path / "undisturbed")
-    for number in range(len(moments)):
-        killed = the_run(tmp_path / f"killed-{number}")
-        for file in ("final_model/model.safetensors", "best_model/model.safetensors"):
-            assert (killed / file).read_bytes() == (whole / file).read_bytes(), moments
-        assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
-        assert [c.name for c in list_checkpoints(killed)] == [c.name for c in list_checkpoints(whole)]
+def lose_the_checkpoints(run: Path) -> str:
+    shutil.rmtree(run / "checkpoints")
+    return "has no usable checkpoint: starting from the beginning"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run: Path, undisturbed: TrainResult) -> None:
-    newest, before = list_checkpoints(run)
-    assert (newest.name, before.name) == ("step-000004", "step-000002")
+def damage_the_newest_checkpoint(run: Path) -> str:
+    newest, _ = list_checkpoints(run)
     os.truncate(newest / "model.safetensors", 100)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "tra')
-    events: list[TrainEvent] = []
-    resumed = resume(run, events.append)
-    (warning,) = [event.message for event in events if event.kind == "warning"]
-    assert str(newest) in warning
-    assert any(event.message == f"Resuming from {before}" for event in events)
-    assert_same(resumed, undisturbed)
+    return f"{newest} is damaged (model.safetensors does not match its hash)"
+
+
+def set_the_clock_back(run: Path) -> str:
+    """Every file of the run is from the future, and the checkpoint before the last is its latest."""
+    future = datetime(2099, 1, 1).timestamp()
+    for path in run.rglob("*"):
+        os.utime(path, (future, future + (86400 if "step-000002" in str(path) else 0)))
+    return ""
+
+
+@pytest.mark.parametrize("change", [lose_the_checkpoints, damage_the_newest_checkpoint, set_the_clock_back])
+def test_what_a_run_finds_when_it_goes_on(run: Path, undisturbed: TrainResult, change: Callable[[Path], str]) -> None:
+    warning, events = change(run), list[TrainEvent]()
+    newest, before = f"Resuming from {checkpoint_folder(run, 4)}", f"Resuming from {checkpoint_folder(run, 2)}"
+    resume(run, events.append)
+    assert [warning in event.message for event in events if event.kind == "warning"] == [True] * bool(warning)
+    resumed = [event.message for event in events if event.message.startswith("Resuming from")]
+    assert resumed == {"": [newest]}.get(warning, [before] if "damaged" in warning else [])
+    assert_same(run, undisturbed.run_dir)
+
+
+FAULTS = [
+    (faults.fill_the_disk, 1, "cannot be written, File too large, or choose another run.output_dir"),
+    (faults.use_up_the_memory, 1, "Out of memory. Start a new run with any of training.micro_batch_size=1 (it was 2)"),
+    (faults.interrupt, 130, "Interrupted at step 5 of 6, saved as"),
+    (faults.remove_the_folder, 1, "cannot be written, it was removed, or its disk is gone; put it back"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "code", "words"), FAULTS, ids=[fault.__name__ for fault, *_ in FAULTS])
+def test_a_fault_is_explained_and_loses_nothing(
+    run: Path, tmp_path: Path, undisturbed: TrainResult, fault: Any, code: int, words: str
+) -> None:
+    """In the fifth step, of a process of its own: one line says what to do, and `dtf train --resume` does the rest."""
+    outcome = Dtf(tmp_path, "train", "--resume", run, fault=partial(at_step, 4, fault)).ends()
+    assert outcome.code == code, outcome
+    assert words in outcome.stderr.splitlines()[-1]
+    assert "Traceback" not in outcome.stderr
+    if fault is faults.remove_the_folder:
+        assert not run.exists()
+        return
+    kept = list_checkpoints(run)
+    assert [read_state(path).step for path in kept] == ([5, 4] if code == 130 else [4, 2])
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(path.name for path in kept)
+    assert (run / "curves.png").exists() == (code == 130)
+    outcome = Dtf(tmp_path, "train", "--resume", run).ends()
+    assert outcome.code == 0, outcome
+    assert_same(run, undisturbed.run_dir)
+
+
+@pytest.mark.slow
+def test_one_process_at_a_time_resumes_a_run(run: Path, tmp_path: Path) -> None:
+    """The lock of a killed process is gone with it. A second Ctrl-C stops a run at once, and saves nothing."""
+    hangs = partial(at_step, 5, faults.hang)
+    first = Dtf(tmp_path / "first", "train", "--resume", run, fault=hangs)
+    first.says("It hangs.")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    second = Dtf(tmp_path / "second", "train", "--resume", run).ends()
+    assert second.code == 2
+    assert "another process is training or saving this run; stop it first" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert first.ends(kill_after=0.0).code == -signal.SIGKILL
+
+    third = Dtf(tmp_path / "third", "train", "--resume", run, fault=hangs)
+    third.says("It hangs.")
+    assert third.process.pid is not None
+    os.kill(third.process.pid, signal.SIGINT)
+    third.says("Ctrl-C again stops at once")
+    assert third.ends(kill_after=0.0, number=signal.SIGINT).code == 130
+    assert [read_state(path).step for path in list_checkpoints(run)] == [4, 2]
+
+
+def test_a_file_system_without_locks_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(folders.fcntl, "flock", no_locks)
+    messages: list[str] = []
+
+    def listener(event: TrainEvent) -> None:
+        messages.append(event.message)
+        kill_at("phase", 4)(event)
+
+    with pytest.raises(Killed):
+        resume(run, listener)
+    assert f"{run}: its file system has no locks; let no other process resume it." in messages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.long)])
+def test_sigkill_at_random_moments(tmp_path: Path, kills: int) -> None:
+    """While it reads, trains, evaluates, writes a checkpoint or its final model: the end is the same.
+
+    When a run ends before all kills are spent, another one takes the rest, and so on.
+    """
+    training = {"max_steps": 24, "eval_every": 8, "checkpoint_every": 4, "log_every": 1}
+    rng, moments = random.Random(20260131), list[list[float]]()
+
+    def attempt(folder: Path, kill_after: float = 120.0) -> bool:
+        """Begin the run in a folder, or go on with it; whether it came to its end."""
+        settings = small_settings(folder, model={"prior_dropout": 0.3}, training=training)
+        (folder / "small.toml").write_text(settings.to_toml())
+        begun = [path.parent for path in folder.glob("outputs/*/small/settings.toml")]
+        arguments = ["--resume", *begun] if begun else ["--config", folder / "small.toml"]
+        outcome = Dtf(folder, "train", *arguments).ends(kill_after)
+        assert outcome.code in (0, -signal.SIGKILL), outcome
+        return outcome.code == 0
+
+    began = time.monotonic()
+    assert attempt(tmp_path / "undisturbed")
+    seconds, whole = time.monotonic() - began, the_run(tmp_path / "undisturbed")
+    while (left := kills - sum(map(len, moments))) > 0:
+        folder = tmp_path / f"killed-{len(moments)}"
+        moments.append([])
+        while len(moments[-1]) < left and not attempt(folder, moment := rng.uniform(0.0, seconds)):
+            moments[-1].append(moment)  # the rest of a run takes less time than the whole
+        killed = the_run(folder)
+        assert (killed / "final_model").exists() or attempt(folder)
+        assert_same(killed, whole)
+        assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+        assert [c.name for c in list_checkpoints(killed)] == [c.name for c in list_checkpoints(whole)], moments
 
 
 @pytest.mark.parametrize("damage", ["is missing", "cannot be read", "Input/output error"])
@@ -134,21 +230,9 @@ def test_later_damaged_checkpoints_do_not_count_among_the_kept(run: Path) -> Non
     assert read_state(checkpoint_folder(run, 2)).step == 2
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_state = Accelerator.save_state
-
-    def fill_up(self: Any, folder: str, **options: Any) -> Any:
-        if "step-000004" in folder:
-            (Path(folder) / "model.safetensors").write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save_state(self, folder, **options)
-
-    monkeypatch.setattr(Accelerator, "save_state", fill_up)
-    with pytest.raises(DTFError, match="the disk is full"):
-        train(small_settings(tmp_path))
-    (checkpoint,) = (the_run(tmp_path) / "checkpoints").iterdir()
-    assert (checkpoint.name, read_state(checkpoint).step) == ("step-000002", 2)
-    # Weights as safetensors; everything else loads with weights_only.
+def test_a_checkpoint_holds_nothing_that_runs_code(stopped: Path) -> None:
+    """Weights as safetensors; everything else loads with weights_only."""
+    checkpoint = list_checkpoints(stopped)[0]
     assert {path.name for path in checkpoint.iterdir()} == {
         "model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json",
     }  # fmt: skip
@@ -173,73 +257,3 @@ def test_no_run_to_resume(tmp_path: Path) -> None:
         run_settings(tmp_path / "outputs" / "2026-01-01" / "mime")
     with pytest.raises(CheckpointError, match="there are none"):
         newest_run(tmp_path / "outputs")
-
-
-SCRIPT = """
-import sys, time, torch
-from pathlib import Path
-from dtfcli.errors import DTFError
-from dtfcli.experiment import train
-from tests.training.small_runs import small_settings
-torch.set_num_threads(1)
-
-def listener(event):
-    if event.kind == "step":
-        print(event.step, flush=True)
-        if event.step >= 3:
-            time.sleep(float(sys.argv[2]))
-
-settings = small_settings(Path(sys.argv[1]), training={"max_steps": 400, "eval_every": 400, "checkpoint_every": 400})
-try:
-    train(settings, on_event=listener)
-except DTFError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""
-
-
-def start(folder: Path, pause: float) -> "subprocess.Popen[str]":
-    """A run in a process of its own, past its third step."""
-    small_settings(folder)  # writes the text
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(pause)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    while process.stdout.readline().strip() != "3":
-        assert process.poll() is None
-    return process
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
-    process = start(tmp_path, 0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == TrainingInterrupted.exit_code == 130
-    run = the_run(tmp_path)
-    (saved,) = list_checkpoints(run)
-    step = read_state(saved).step
-    assert step >= 3
-    assert errors.strip().splitlines()[-1] == (
-        f"Interrupted at step {step} of 400, saved as {saved}. Go on with: dtf train --resume {run}"
-    )
-    assert (run / "curves.png").exists()
-
-
-@pytest.mark.slow
-def test_a_run_in_progress_is_not_resumed_and_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    process = start(tmp_path, 20.0)
-    run = the_run(tmp_path)
-    before = sorted(run.rglob("*"))
-    with pytest.raises(ConfigError, match="another process is training"):
-        resume(run)  # two would write the same files
-    assert sorted(run.rglob("*")) == before
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - began < 10
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in errors
-    assert list_checkpoints(run) == []
-    train(run_settings(run).model_copy(update={"training": small_settings(tmp_path).training}), resume=run)

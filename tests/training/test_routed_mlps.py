@@ -105,12 +105,12 @@ def test_forecasts_are_fitted_and_then_learn(
     assert torch.equal(trained["model.layers.1.mlp.router.shares"], started["model.layers.1.mlp.router.shares"])
 
 
-@pytest.mark.parametrize("moment", [("step", 1), ("step", 5), ("phase", 6)])
-def test_a_killed_run_goes_on_bit_for_bit(moment: tuple[str, int], tmp_path: Path, undisturbed: TrainResult) -> None:
-    """Before its first checkpoint, between checkpoints, and while it finishes."""
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_killed_run_goes_on_bit_for_bit(step: int, tmp_path: Path, undisturbed: TrainResult) -> None:
+    """Before its first checkpoint, when all is fitted again, and between checkpoints."""
     with pytest.raises(Killed):
-        train(mlp_settings(tmp_path), on_event=kill_at(*moment))
-    assert_same(resume(the_run(tmp_path)), undisturbed)
+        train(mlp_settings(tmp_path), on_event=kill_at("step", step))
+    assert_same(resume(the_run(tmp_path)).run_dir, undisturbed.run_dir)
 
 
 def test_a_model_that_was_trained_goes_on(undisturbed: TrainResult, tmp_path: Path, monkeypatch: Any) -> None:
