@@ -1,7 +1,7 @@
 """Whose keys and values the routed tokens of a layer attend to, and the mask that goes with them.
 
     OwnKeys     of the routed tokens of the same forward pass (no cache)
-    PlacedKeys  the same, behind what the cache holds for their rows
+    StoredKeys  the same, behind what the cache holds for their rows
     EveryKey    of all tokens, routed or not (`kv_tokens = "all"`)
 
 The stock attention takes these objects for its cache and asks them for keys and values through `update`. A layer with
@@ -91,7 +91,7 @@ class OwnKeys:
 
 
 @dataclass(frozen=True)
-class PlacedKeys(OwnKeys):
+class StoredKeys(OwnKeys):
     """Routed tokens attend to the stored ones of their row and to each other, and are stored themselves.
 
     Attributes:

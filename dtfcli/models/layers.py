@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .cache import CACHE_NAME
 from .context import RoutingContext
 from .forecast import Forecast, KnownUpdates, RegressionTargets, regression_targets
-from .keys import EveryKey, OwnKeys, PlacedKeys
+from .keys import EveryKey, OwnKeys, StoredKeys
 from .router import TopKPredictor
 from .routers import router_of
 from .routing import Scores, gated_update, select_explored, select_threshold, select_topk, topk_capacity
@@ -269,7 +269,7 @@ class RoutedLayerMixin(StockLayer):
         if store is None:
             return OwnKeys(window=self.window)
         store.advance(selected)
-        return PlacedKeys(store, None if slots is None else slots.routed, window=self.window)
+        return StoredKeys(store, None if slots is None else slots.routed, window=self.window)
 
 
 def _of_all_tokens(x: Tensor, known: list[KnownUpdates]) -> tuple[Tensor, Tensor]:
