@@ -210,6 +210,13 @@ def test_what_cannot_be_routed() -> None:
         route_mlps(dense_model("llama").model)
 
 
+def test_offloaded_weights_are_not_drawn_anew() -> None:
+    dense = dense_model("llama")
+    dense.model.layers[2].to("meta")  # what accelerate leaves in its place
+    with pytest.raises(ValueError, match=r"layers\.2\..* is offloaded .* open the model on one device"):
+        route_mlps(dense)
+
+
 def test_shares_are_as_asked() -> None:
     model: Any = route_mlps(dense_model("llama"), capacity=0.6)
     fit_routing(model, [{"input_ids": tokens(600, 20)}])  # scores of a random model go together within a row
