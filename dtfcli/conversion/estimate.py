@@ -1,8 +1,7 @@
 """What a conversion will take, on paper: its size, and the memory and processor time of each part.
 
-A model on the meta device gives the shapes; no weight is read. Peaks count the tensors that live at the worst moment of
-a part. Allocators hold some more, so they are good to a tenth. Letters as in `modeling_routed_mlp`; k is the share of
-tokens that forecasts are fitted to.
+A model on the meta device gives the shapes. Peaks count the tensors that live at the worst moment of a part; allocators
+hold some more. Letters as in `modeling_routed_mlp`; k is the share of tokens that forecasts are fitted to.
 """
 
 import math
@@ -31,7 +30,7 @@ from dtfcli.models.modeling_routed_mlp import inner_linears, routed_mlps
 from dtfcli.models.stock import head_size
 
 _OF_PEAK = 0.5
-"""Share of the machine's peak that a conversion of SmolLM2-135M reached; the rest is memory and small operations."""
+"""Share of the machine's peak that a conversion of SmolLM2-135M reached."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,11 @@ class Estimate:
     """A conversion before it is done.
 
     Attributes:
-        model: its name.
-        parameters: of the dense model.
+        model, parameters: the dense model's name, and how many it has.
         capacity, saving: γ, and the share of the FLOPs that it leaves out.
         routed_layers: indices.
         stays_dense: layers whose MLP cannot route, with the reason.
-        fit_tokens: of the text, to fit.
+        fit_tokens: to fit to.
         weights_bytes, added_bytes: of the dense model, and what routing adds.
         device, dtype, precision: where weights lie, their precision, and that of the computation.
         parts: of the work, each with processor seconds and peak.
@@ -69,18 +67,17 @@ def estimate(source: ModelSource, options: ConversionOptions, tokens: int | None
     """Estimate a conversion that fits routed MLPs.
 
     Args:
-        source: a dense model; its configuration is enough.
-        options: as of the conversion.
+        source, options: of the conversion; a configuration is enough.
         tokens: of the text, to fit; None: as many as are wanted.
 
     Raises:
-        ConfigError, CheckpointError: the model cannot be routed, or the saving cannot be reached.
+        ConfigError, CheckpointError: it cannot be routed, or save so much.
     """
-    device = resolve_device(str(options.loading.get("device", "auto")))
+    device = resolve_device(str(options.loading["device"]))
     with explained_load_errors(source):
         config = known_config(source)
         check_dense(source, config)
-        dtype = weights_dtype(source, options.loading.get("dtype", "auto"), device, config)
+        dtype = weights_dtype(source, options.loading["dtype"], device, config)
         with torch.device("meta"):
             dense: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.device("meta"):
@@ -116,7 +113,7 @@ def peaks(model: Any, weights: int, tokens: int, precision: torch.dtype) -> dict
     d, f, vocabulary = config.hidden_size, _neurons(model), config.vocab_size
     w, c, k = model.dtype.itemsize, precision.itemsize, kept_share(config.capacity)
     cast = weights * c // w if c < w else 0  # autocast keeps its copies of the weights
-    heads = head_size(config) * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    heads = 2 * head_size(config) * (config.num_attention_heads + config.num_key_value_heads)
     saved = config.num_hidden_layers * (c * (heads + 4 * f) + 24 * d) + (c + 20) * vocabulary
     surveyed = max(SURVEYED, 2 * d) * (d * (2 * w + c + 16) + 12 * f)
     passed = min(tokens, CHUNK) * (3 * c * f + 12 * d)
@@ -135,9 +132,8 @@ def _flops(model: Any, tokens: int) -> dict[str, tuple[float, float]]:
     config, routed = model.config, len(model.config.layer_capacities())
     d, f, k = config.hidden_size, _neurons(model), kept_share(config.capacity)
     forward = forward_flops_per_token(model, LENGTH, dense=True)
-    differentiated, surveyed = max(DIFFERENTIATED, 2 * d), max(SURVEYED, 2 * d)
-    measured = 2 * MEASURE_TOKENS + sum(saving > 0 for saving in SAVINGS) * DIAL_TOKENS
-    solved = d**3 * 8 / 3
+    differentiated, surveyed, solved = max(DIFFERENTIATED, 2 * d), max(SURVEYED, 2 * d), d**3 * 8 / 3
+    measured = 2 * MEASURE_TOKENS + len(SAVINGS) * DIAL_TOKENS
     survey = surveyed * (14 * d + 4 * f) * d + 3 * solved + 2 * d * d * f
     fit = tokens * (2 + 12 * k) * d * d + (1 + 2 * config.forecast_maps) * solved
     return {

@@ -4,7 +4,7 @@ How much an error changes the loss; which neurons a forecast keeps; how layers s
 as in `modeling_routed_mlp`. Everything is float32.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -108,10 +108,10 @@ def _few_rows(model: Any, batch: int, rows: int) -> Iterator[None]:
             return list(zip(*map(split, value), strict=True))
         return list(value.split(rows)) if alike else [value] * -(-batch // rows)
 
-    def joined(outputs: list[Any]) -> Any:
+    def joined(outputs: Sequence[Any]) -> Any:
         if isinstance(outputs[0], tuple):
             return tuple(map(joined, zip(*outputs, strict=True)))
-        return torch.cat(list(outputs)) if isinstance(outputs[0], Tensor) else outputs[0]
+        return torch.cat(tuple(outputs)) if isinstance(outputs[0], Tensor) else outputs[0]
 
     def by_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
