@@ -31,6 +31,8 @@ from dtfcli.models.stock import head_size
 
 _OF_PEAK = 0.5
 """Share of the machine's peak that a conversion of SmolLM2-135M reached."""
+_KEPT = 250_000_000
+"""Bytes that a program on a CPU keeps after the survey: libraries, and memory that was freed in pieces."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,13 @@ def estimate(source: ModelSource, options: ConversionOptions, tokens: int | None
     precision, tokens = compute_dtype("auto", device), tokens or wanted_tokens(config)
     most, flops = peaks(model, size(dense), tokens, precision), _flops(model, tokens)
     base = resident("VmRSS") if device.type == "cpu" and reset_resident_peak() else 0
+    kept = {"Fitting": _KEPT, "Measuring": _KEPT} if base else {}
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     speeds = [_OF_PEAK * (matmul_peak(device, kind, clock) or math.nan) for kind in (precision, torch.float32)]
-    parts = [Part(name, sum(map(operator.truediv, flops[name], speeds)), base + peak) for name, peak in most.items()]
+    parts = [
+        Part(name, sum(map(operator.truediv, flops[name], speeds)), base + kept.get(name, 0) + peak)
+        for name, peak in most.items()
+    ]
     return Estimate(
         model=name_of(source),
         parameters=dense.num_parameters(),
@@ -118,7 +124,7 @@ def peaks(model: Any, weights: int, tokens: int, precision: torch.dtype) -> dict
     surveyed = max(SURVEYED, 2 * d) * (d * (2 * w + c + 16) + 12 * f)
     passed = min(tokens, CHUNK) * (3 * c * f + 12 * d)
     fitted = tokens * d * (2 * w + c + k * (w + c + 12)) + 4 * (f + 3 * d) * d
-    logits = rows_together(vocabulary, LENGTH) * LENGTH * vocabulary * (c + 12)
+    logits = rows_together(vocabulary, LENGTH) * LENGTH * vocabulary * (c + 20)
     return {
         "Opening": weights,
         "Surveying": held + max(cast + TOGETHER * saved, cast + surveyed),
