@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 LEAST_RECOVERY = 4096
 
 Output = Annotated[
-    Path,
+    Path | None,
     typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write; new, or empty.", show_default=False),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show parameters, γ, routed layers, and an estimate of memory and processor time, and stop. Reads no "
+        "weights: a config.json is enough.",
+    ),
 ]
 Save = Annotated[
     str | None,
@@ -84,7 +92,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the choice of text,
 @options.opens_models("routing", "capacity", "quantize")
 def convert(
     model: options.Model,
-    output: Output,
+    output: Output = None,
     save: Save = None,
     capacity: Capacity = None,
     max_loss: MaxLoss = None,
@@ -92,6 +100,7 @@ def convert(
     to: To = "dtf",
     recover: Recover = None,
     seed: Seed = 42,
+    dry_run: DryRun = False,
     *,
     loading: options.Loading,
     json: options.Json = False,
@@ -107,6 +116,7 @@ def convert(
     Examples:
       dtf convert HuggingFaceTB/SmolLM2-135M -o routed
       dtf convert HuggingFaceTB/SmolLM2-135M -o routed --save 20% --text notes/
+      dtf convert Qwen/Qwen2.5-7B --dry-run
       dtf convert model.gguf -o routed --max-loss 0.05 --text novels.parquet
       dtf convert model.gguf -o routed --recover 1M --text novels.parquet
       dtf convert model.gguf -o control --to random --text novels.parquet
@@ -114,13 +124,24 @@ def convert(
     from dtfcli.cli import convert_view, render
 
     with render.Steps() as show:
+        if output is None and not dry_run:
+            raise ConfigError("-o FOLDER is missing: the folder to write; or ask for an estimate with --dry-run.")
+        if dry_run and (to == "mod" or recover is not None):
+            raise ConfigError("--dry-run: a recovery and mod are training, which is not estimated; leave them out.")
         wanted = _options(save, capacity, max_loss, text, to, recover, seed, loading)
         from dtfcli.conversion.convert import convert_model
+        from dtfcli.conversion.estimate import estimate
         from dtfcli.loading.source import open_source
 
-        source = open_source(model, loading.revision, trust_remote_code=loading.trust_remote_code)
-        report = convert_model(source, output, wanted, show)
-    if json:
+        trust = loading.trust_remote_code
+        source = open_source(model, loading.revision, trust_remote_code=trust, weights=not dry_run)
+        if output is None or dry_run:
+            account = estimate(source, wanted)
+        else:
+            report = convert_model(source, output, wanted, show)
+    if output is None or dry_run:
+        render.emit_json(account) if json else convert_view.show_estimate(account)
+    elif json:
         render.emit_json(report.to_dict() | {"folder": output})
     else:
         convert_view.show(report, output)

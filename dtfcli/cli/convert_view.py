@@ -7,7 +7,28 @@ from typing import TYPE_CHECKING
 from dtfcli.cli import render
 
 if TYPE_CHECKING:
+    from dtfcli.conversion.estimate import Estimate
     from dtfcli.conversion.report import ConversionReport
+
+
+def show_estimate(account: "Estimate") -> None:
+    """Print what a conversion will take."""
+    weights, added = account.weights_bytes / 1e9, account.added_bytes / 1e9
+    layers = account.routed_layers
+    rows = [
+        ("parameters", f"{account.parameters:,}", f"{weights:.2f} GB in {account.dtype}"),
+        ("added", f"{added:.2f} GB", f"{added / weights:.0%} of the weights"),
+        ("saved", f"{account.saving:.1%}", f"of a forward pass's FLOPs, at γ {account.capacity:.3f}"),
+        ("routed", f"{len(layers)} layers", f"{layers[0]} to {layers[-1]}"),
+        *((f"layer {layer}", "dense", reason) for layer, reason in account.stays_dense.items()),
+        ("tokens to fit", f"{account.fit_tokens:,}", f"computed in {account.precision} on {account.device}"),
+        *((part.name, f"{(part.peak_bytes or 0) / 1e9:.1f} GB", _hours(part.cpu_seconds)) for part in account.parts),
+    ]
+    render.show_table(("", "", "estimated"), rows, title=f"{account.model}, on paper")
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds:.0f} s of processor time" if seconds < 7200 else f"{seconds / 3600:.1f} h of processor time"
 
 
 def show(report: "ConversionReport", folder: Path) -> None:

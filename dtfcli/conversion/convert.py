@@ -35,7 +35,7 @@ from dtfcli.runs.folder import BEST_MODEL, FINAL_MODEL, MERGED_MODEL
 
 Kind = Literal["dtf", "mod", "random", "layerdrop"]
 DEFAULT_SAVING = 0.10
-_DIAL_TOKENS = 1024
+DIAL_TOKENS = 1024
 """Each point of the dial is measured on so many; the chosen one on all."""
 _CALIBRATION_TOKENS = 8192
 _LEAST_SAVING = 0.01
@@ -80,18 +80,21 @@ def convert_model(
         DTFError: the folder cannot be written, or the model computes no finite numbers.
     """
     _check_folder(folder)
-    asked = asdict(options) | {"model": _name(source), "loading": {name: str(x) for name, x in options.loading.items()}}
+    asked = asdict(options) | {
+        "model": name_of(source),
+        "loading": {name: str(x) for name, x in options.loading.items()},
+    }
     recovery = Recovery(folder, asked) if options.recover else None
     costs = _Costs(on_progress)
     with costs.part("Opening the model"):
         dense, tokenizer, saved_dtype = _open(source, options)
         torch.manual_seed(options.seed)
-        model, stays_dense = _route(dense, options)
+        model, stays_dense = route(dense, options)
         _check_space(folder, model)
     with costs.part("Reading text"):
         text = read_text(options.text, tokenizer, dense.config, options.seed, options.recover)
     dial = _Dial(dense, model, text, costs)
-    dial.choose_capacity(options)
+    dial.keep(chosen_capacity(model, options))
     before = None
     if recovery is None:
         chosen, points = _fitted_and_measured(model, text, dial, options)
@@ -105,7 +108,7 @@ def convert_model(
             _fit(model, text, dial.dtype, on_progress, forecasts=False)
         chosen, points = dial.measure(options)
     results = _Results(before, chosen, points)
-    report = _report(_name(source), options, dial, results, stays_dense)
+    report = _report(name_of(source), options, dial, results, stays_dense)
     with costs.part("Saving"), quiet_libraries(), replaced_folder(folder, "choose another folder") as partial:
         _cast(model, saved_dtype)
         model.save_pretrained(partial)
@@ -147,8 +150,8 @@ def _report(
             "recover_tokens": options.recover,
         },
         seed=options.seed,
-        weights_bytes=_bytes(dial.dense),
-        added_bytes=_bytes(model) - _bytes(dial.dense),
+        weights_bytes=size(dial.dense),
+        added_bytes=size(model) - size(dial.dense),
         precision=str(dial.dtype).removeprefix("torch."),
         parts=dial.costs.parts,
         remarks=[
@@ -207,7 +210,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _check_space(folder: Path, model: Any) -> None:
-    needed, free = _bytes(model), shutil.disk_usage(_existing(folder)).free
+    needed, free = size(model), shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise DTFError(
             f"-o {folder}: the model takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some space, or "
@@ -219,11 +222,7 @@ def _open(source: ModelSource, options: ConversionOptions) -> tuple[Any, Any, to
     """The dense model, its tokenizer, and the precision to save in (None: as it is)."""
     with explained_load_errors(source):  # around both: a GGUF file is parsed once
         config = source.configuration
-        if hasattr(config, "layer_capacities"):
-            raise CheckpointError(
-                f"{source.path}: is routed already; convert the dense model that it was made from, or what "
-                "dtfcli.to_dense(model) returns."
-            )
+        check_dense(source, config)
         dense, tokenizer = load_model_and_tokenizer(source, **options.loading)
     if not type(dense).__module__.startswith("transformers."):
         raise CheckpointError(
@@ -234,7 +233,16 @@ def _open(source: ModelSource, options: ConversionOptions) -> tuple[Any, Any, to
     return dense, tokenizer, None if plain else getattr(config, "dtype", None)
 
 
-def _route(dense: Any, options: ConversionOptions) -> tuple[Any, dict[int, str]]:
+def check_dense(source: ModelSource, config: Any) -> None:
+    """CheckpointError if its layers route already."""
+    if hasattr(config, "layer_capacities"):
+        raise CheckpointError(
+            f"{source.path}: is routed already; convert the dense model that it was made from, or what "
+            "dtfcli.to_dense(model) returns."
+        )
+
+
+def route(dense: Any, options: ConversionOptions) -> tuple[Any, dict[int, str]]:
     """The routed model, not fitted, and the layers that should route and cannot, with the reason.
 
     Raises:
@@ -277,6 +285,21 @@ def _fit(
             raise DTFError(f"{error}.") from error
 
 
+def chosen_capacity(model: Any, options: ConversionOptions) -> float:
+    """γ of the fit; with `max_loss` the γ of the usual saving, until losses are measured.
+
+    Raises:
+        ConfigError: the saving is out of reach.
+    """
+    saving = DEFAULT_SAVING if options.save is None else options.save
+    if capacity := options.capacity or capacity_for(model, saving):
+        return capacity
+    most = saved_share(model, LEAST)
+    if options.save is not None:
+        raise ConfigError(f"--save {saving:.1%}: at most {most:.1%} can be saved in this model; ask for less.")
+    return capacity_for(model, most / 2) or LEAST
+
+
 class _Dial:
     """Measures points, and chooses one."""
 
@@ -287,22 +310,7 @@ class _Dial:
         self.dense_loss = float("nan")
         self.capacity = 1.0
 
-    def choose_capacity(self, options: ConversionOptions) -> None:
-        """γ of the fit; with `max_loss` the γ of the usual saving, until losses are measured.
-
-        Raises:
-            ConfigError: the saving is out of reach.
-        """
-        saving = DEFAULT_SAVING if options.save is None else options.save
-        capacity = options.capacity or capacity_for(self.model, saving)
-        if capacity is None:
-            most = saved_share(self.model, LEAST)
-            if options.save is not None:
-                raise ConfigError(f"--save {saving:.1%}: at most {most:.1%} can be saved in this model; ask for less.")
-            capacity = capacity_for(self.model, most / 2) or LEAST
-        self._keep(capacity)
-
-    def _keep(self, capacity: float) -> None:
+    def keep(self, capacity: float) -> None:
         """Make it the model's own γ."""
         self.capacity = self.model.config.capacity = capacity
         self.model.set_routing("threshold")
@@ -320,7 +328,7 @@ class _Dial:
             ConfigError: every saving costs more than `max_loss`.
         """
         dial = [capacity_for(self.model, saving) for saving in SAVINGS]
-        few = {capacity: -(-_DIAL_TOKENS // self.length) for capacity in dial if capacity is not None}
+        few = {capacity: -(-DIAL_TOKENS // self.length) for capacity in dial if capacity is not None}
         searching = options.max_loss is not None
         found = self._compare(few | ({} if searching else {self.capacity: len(self.rows.ids)}))
         if options.max_loss is not None:
@@ -375,7 +383,7 @@ class _Dial:
                 break
             if gap > 0 and before[1] > 0 and saving != before[0]:
                 power = min(4.0, max(0.7, math.log(gap / before[1]) / math.log(saving / before[0])))
-        self._keep(next(iter(best)))
+        self.keep(next(iter(best)))
         return best
 
     def _point(self, capacity: float, each: Compared, token_time: float) -> Point:
@@ -404,11 +412,12 @@ def _cast(model: Any, dtype: torch.dtype | None) -> None:
     model.config.dtype = dtype
 
 
-def _bytes(model: Any) -> int:
+def size(model: Any) -> int:
+    """Bytes of its parameters; tied ones once."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _name(source: ModelSource) -> str:
+def name_of(source: ModelSource) -> str:
     """For people; of a model on this machine without its place, of a run's model the run's name."""
     if source.kind == "hub":
         return source.path

@@ -80,7 +80,7 @@ def compare(
     """
     device = dense.device
     length, vocabulary = rows.ids.shape[1], dense.config.vocab_size
-    step = max(1, min(512, _LOGITS // vocabulary) // length)
+    step = rows_together(vocabulary, length)
     sums, losses = {capacity: _Sums() for capacity in capacities}, list[float]()
     most, done, work = max(capacities.values()), 0, sum(capacities.values()) + max(capacities.values())
     with autocast(device, dtype):
@@ -109,6 +109,11 @@ def compare(
         {capacity: _compared(each, units, targets) for capacity, each in sums.items()},
         sum(losses) / (len(losses) * targets),
     )
+
+
+def rows_together(vocabulary: int, length: int) -> int:
+    """Rows of a pass."""
+    return max(1, min(512, _LOGITS // vocabulary) // length)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:

@@ -92,7 +92,7 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover:
         DataError, ConfigError: it cannot be read, or is too short.
     """
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
-    wanted = (max(FIT_TOKENS, _FIT_PER_UNIT * config.hidden_size), MEASURE_TOKENS)
+    wanted = (wanted_tokens(config), MEASURE_TOKENS)
     source = Source.named(name or DEFAULT_TEXT, streaming=True)
     try:
         texts, digests = _some_documents(open_sources([source], options=_OPTIONS)[0], sum(wanted) + recover, seed)
@@ -131,6 +131,11 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover:
     return ConversionText(
         Path(shown).name if Path(shown).exists() else shown, fit, measure, excerpts, len(set(digests)), remark.strip()
     )
+
+
+def wanted_tokens(config: Any) -> int:
+    """Tokens to fit a model to."""
+    return max(FIT_TOKENS, _FIT_PER_UNIT * config.hidden_size)
 
 
 def _some_documents(reader: SourceReader, tokens: int, seed: int) -> tuple[list[str], list[bytes]]:

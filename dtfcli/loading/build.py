@@ -114,16 +114,17 @@ def _base(settings: Settings) -> ModelSource | None:
 
 def _random_dense(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """The dense backbone with random weights, or with none on the meta device."""
-    base = _base(settings)
+    base, kernel = _base(settings), settings.model.attn_implementation
     with nullcontext() if base is None else explained_load_errors(base):
-        if base is None:
-            config = _scratch_config(settings, tokenizer)
-        elif base.kind == "hub" and base.revision is None and base.path in BASE_CONFIGS:
-            config = AutoConfig.for_model(**BASE_CONFIGS[base.path])
-        else:
-            config = base.configuration
-        kernel = settings.model.attn_implementation
+        config = _scratch_config(settings, tokenizer) if base is None else known_config(base)
         return AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
+
+
+def known_config(source: ModelSource) -> Any:
+    """The configuration of a model: our own copy where there is one, so that a dry run needs no network."""
+    if source.kind == "hub" and source.revision is None and source.path in BASE_CONFIGS:
+        return AutoConfig.for_model(**BASE_CONFIGS[source.path], dtype="bfloat16")
+    return source.configuration
 
 
 def _scratch_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Any:

@@ -115,13 +115,16 @@ def untrusted_code(name: str) -> CheckpointError:
     )
 
 
-def open_source(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSource:
+def open_source(
+    model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
+) -> ModelSource:
     """Find out what MODEL is, and check the files of a folder.
 
     Args:
         model: model or adapter folder, run folder (its final model, else its best), .gguf file, or Hub id[@revision].
         revision: of a Hub id; says the same as @revision.
         trust_remote_code: run code that comes with the model; dtf's own classes need none.
+        weights: a folder has to have some; else its config.json is enough.
 
     Raises:
         CheckpointError: nothing is there, or something that is not a model, or a file that leads out of its folder;
@@ -130,7 +133,7 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
     text = str(model)
     path = Path(text).expanduser()
     if text and path.exists():
-        kind, place = _local(path)
+        kind, place = _local(path, weights)
         if revision:
             raise CheckpointError(f"{text} is on this machine: revision = {revision!r} is for models on the Hub.")
         tensors = sum(check_files(place).values()) if kind == "folder" else 0
@@ -152,14 +155,14 @@ def _looks_local(hub_id: str) -> bool:
     return hub_id.endswith((".gguf", ".safetensors", ".toml")) or (bool(slash) and Path(first).is_dir())
 
 
-def _local(path: Path) -> tuple[Literal["folder", "gguf"], Path]:
+def _local(path: Path, weights: bool) -> tuple[Literal["folder", "gguf"], Path]:
     """Kind and place of a model on this machine."""
     if path.is_file():
         return "gguf", _gguf_file(path)
     if (path / ADAPTER_CONFIG).is_file():
         return "folder", path
     if (path / CONFIG).is_file():
-        if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        if weights and not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
             raise CheckpointError(f"{path}: has a config.json but no weights (model.safetensors); copy them there.")
         return "folder", path
     for name in (FINAL_MODEL, BEST_MODEL):

@@ -202,6 +202,11 @@ def _transplant(source: PreTrainedModel, target_class: type, config: Any, copy: 
     state = {name: tensor for name, tensor in source.state_dict().items() if not is_added(name)}
     if copy:
         state = {name: tensor.clone() for name, tensor in state.items()}
+    offloaded = [name for name, tensor in state.items() if tensor.is_meta]
+    if 0 < len(offloaded) < len(state):  # all: a dry run
+        raise ValueError(
+            f"{offloaded[0]} is offloaded (device_map), so it cannot be read: open the model on one device"
+        )
     device, dtype = source.device, source.dtype
     with torch.device("meta"):
         target = target_class(config)

@@ -1,7 +1,8 @@
 """Fits routed MLPs to text: forecasts, scores and thresholds, by least squares in one forward pass.
 
 Each MLP sees all tokens of the text at once, fits itself, and hands on what it will hand on in use; so layers above are
-fitted to what they will see. Shape suffixes as in `modeling_routed_mlp`. Everything is float32.
+fitted to what they will see. Of all tokens a few vectors are held, in the precision of the computation; what takes more
+goes over `CHUNK` of them at a time. Shape suffixes as in `modeling_routed_mlp`. Everything is float32.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .least_squares import TINY, Normal
+from .least_squares import CHUNK, TINY, Normal
 from .mlp_survey import (
-    CHUNK,
-    NOT_FINITE,
     RIDGE,
     Effect,
     Text,
+    compute,
     kept_tokens,
     measure_effects,
     pass_together,
@@ -138,31 +138,37 @@ def fit_mlp(mlp: RoutedMLP, x: Tensor, which: tuple[Tensor, Tensor], effect: Eff
         ValueError: activations are no finite numbers; names the layer.
     """
     tokens, counted, first = x.reshape(-1, x.shape[-1]), *(each.flatten() for each in which)
-    computed = torch.cat([mlp.compute(chunk) for chunk in tokens.split(CHUNK)])
-    flat, router = tokens.float(), mlp.router
-    if not bool(computed.isfinite().all()):
-        raise ValueError(NOT_FINITE.format(mlp.layer_idx))
-    usual = counted & ~first
+    computed, router, usual = compute(mlp, tokens), mlp.router, counted & ~first
     if rough is not None:
         with torch.autocast(x.device.type, enabled=False):
-            scores = flat @ rough
+            scores = _each(lambda x: x.float() @ rough, tokens)
             enters = scores > scores[usual].quantile(1 - interpolated(router.shares, mlp.capacity).item())
-            kept, weight = kept_tokens(usual / (computed.float().square().mean(1) + TINY), enters)
+            kept, weight = kept_tokens(usual / (_each(_mean_square, computed) + TINY), enters)
             fit_forecast(mlp.forecast, tokens[kept], computed[kept], weight)
-    rest = computed.float() - torch.cat([mlp.forecast(chunk) for chunk in tokens.split(CHUNK)]).float()
+    squares = _each(lambda x, y: _mean_square(y.float() - mlp.forecast(x).float()), tokens, computed)
     with torch.autocast(x.device.type, enabled=False):
-        effects = flat @ effect.direction
-        cost = token_costs(rest, effects - effects[usual].mean())
+        effects = _each(lambda x: x.float() @ effect.direction, tokens)
+        cost = token_costs(squares, effects - effects[usual].mean())
         cost = torch.where(first, cost[usual].max(), cost)
         importance = usual + _FIRST * (first & counted)
         mean = (cost * importance).sum() / importance.sum()
         if not router.random:
-            score = Normal(flat, importance).solve((cost - mean).unsqueeze(1), RIDGE).squeeze(1)
+            score = Normal(tokens, importance).solve((cost - mean).unsqueeze(1), RIDGE).squeeze(1)
             router.weight.copy_(like_bfloat16(score))
             router.cost_offset.copy_(mean)
-        scores = router(flat)
+        scores = _each(router, tokens)
         router.measure(scores[counted])
     return mlp.route(tokens, mlp.enters(scores), computed).view_as(x)
+
+
+def _each(f: Callable[..., Tensor], *x: Tensor) -> Tensor:
+    """A function of tokens, [N, D] each, some at a time."""
+    return torch.cat([f(*some) for some in zip(*(each.split(CHUNK) for each in x), strict=True)])
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    """‖x‖² / D, [N, D] → float32 [N]."""
+    return x.float().square().mean(1)
 
 
 def fit_forecast(forecast: MLPForecast, tokens: Tensor, computed: Tensor, weight: Tensor) -> None:
@@ -173,19 +179,18 @@ def fit_forecast(forecast: MLPForecast, tokens: Tensor, computed: Tensor, weight
         tokens, computed: x̃ and MLP(x̃), [M, D].
         weight: a, float32 [M].
     """
-    x, rest = tokens.float(), computed.float()
-    if forecast.narrow is not None:
-        rest = rest - torch.cat([forecast.narrow(chunk) for chunk in tokens.split(CHUNK)]).float()
-    common = Normal(x, weight).solve(rest, RIDGE)
+    narrow = forecast.narrow
+    rest = computed if narrow is None else _each(lambda x, y: y.float() - narrow(x).float(), tokens, computed)
+    common = Normal(tokens, weight).solve(rest, RIDGE)
     forecast.linear.weight.copy_(common.t())
     if forecast.maps == 1:
         return
-    rest = rest - x @ common
-    forecast.centers.copy_(_directions(x, forecast.maps))
-    cluster = forecast.cluster(x)
+    rest = _each(lambda x, y: y - x.float() @ common, tokens, rest)
+    forecast.centers.copy_(_directions(tokens, forecast.maps))
+    cluster = _each(forecast.cluster, tokens)
     for j in range(forecast.maps):
-        members = (cluster == j).nonzero().squeeze(1)
-        forecast.up[j], forecast.down[j] = _low_rank(x[members], rest[members], weight[members], forecast.up.shape[-1])
+        of = (cluster == j).nonzero().squeeze(1)
+        forecast.up[j], forecast.down[j] = _low_rank(tokens[of].float(), rest[of], weight[of], forecast.up.shape[-1])
 
 
 def _low_rank(x: Tensor, targets: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -202,11 +207,12 @@ def _low_rank(x: Tensor, targets: Tensor, weight: Tensor, rank: int) -> tuple[Te
 
 def _directions(x: Tensor, count: int, rounds: int = 8) -> Tensor:
     """K-means of the directions x / ‖x‖: [N, D] → unit vectors [count, D]."""
-    unit = F.normalize(x, dim=1)
     generator = torch.Generator().manual_seed(0)
-    centers = unit[torch.randperm(len(unit), generator=generator)[:count].to(x.device)].clone()
+    centers = F.normalize(x[torch.randperm(len(x), generator=generator)[:count].to(x.device)].float(), dim=1)
     for _ in range(rounds):
-        cluster = (unit @ centers.t()).argmax(1)
-        sums = torch.zeros_like(centers).index_add_(0, cluster, unit)
+        sums = torch.zeros_like(centers)
+        for chunk in x.split(CHUNK):
+            unit = F.normalize(chunk.float(), dim=1)
+            sums.index_add_(0, (unit @ centers.t()).argmax(1), unit)
         centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centers)
     return centers

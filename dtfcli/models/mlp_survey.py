@@ -4,15 +4,16 @@ How much an error changes the loss; which neurons a forecast keeps; how layers s
 as in `modeling_routed_mlp`. Everything is float32.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .least_squares import TINY, Normal
-from .modeling_routed_mlp import GRID, RoutedMLP, inner_linears, routed_mlps
+from .least_squares import CHUNK, TINY, Normal
+from .modeling_routed_mlp import GRID, RoutedMLP, decoder_layers, inner_linears, routed_mlps
 
 RIDGE, EFFECT_RIDGE = 1e-2, 0.6
 """Added to the diagonals of normal equations, as shares of their means: usually, and for v, whose targets scatter."""
@@ -20,13 +21,11 @@ _EFFECT = 0.5
 """β: how much a score heeds the effect of an error on the loss, beside its size."""
 _ENTERING, _ENTERING_EVERY = 0.05, 8
 """Weight, in a forecast's fit, of tokens that enter: γ may be another one tomorrow. One in so many stands for all."""
-_SURVEYED, _DIFFERENTIATED = 4096, 2048
+SURVEYED, DIFFERENTIATED = 4096, 2048
 """Tokens of the survey, and of the effects; at least two for each dimension."""
-_TOGETHER = 256
+TOGETHER = 256
 """Tokens that are differentiated together: their activations are kept for the backward pass."""
-CHUNK = 8192
-"""Tokens that go through an MLP together: its inner activations are many times larger than its output."""
-NOT_FINITE = (
+_NOT_FINITE = (
     "layer {}: its MLP gives numbers that are not finite on this text, so nothing can be fitted. "
     "Open the model in another dtype (float32 or bfloat16), or fit it to another text"
 )
@@ -76,6 +75,8 @@ class Text(NamedTuple):
 def pass_together(model: Any, text: Text, instead: Callable[[RoutedMLP, Tensor, Tensor, Tensor], Tensor]) -> None:
     """One pass of the stack over a whole text, in which routed MLPs do something else.
 
+    Only what one layer hands to the next is held for all tokens.
+
     Args:
         model: with routed MLPs.
         text: of any number of tokens.
@@ -87,10 +88,49 @@ def pass_together(model: Any, text: Text, instead: Callable[[RoutedMLP, Tensor, 
     was_training = model.training
     model.eval()
     try:
-        with model.replaced(lambda mlp, x: instead(mlp, x, mask, first)):
+        rows = max(1, CHUNK // ids.shape[1])
+        with model.replaced(lambda mlp, x: instead(mlp, x, mask, first)), _few_rows(model, len(ids), rows):
             model.get_decoder()(input_ids=ids, use_cache=False, **padded)
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def _few_rows(model: Any, batch: int, rows: int) -> Iterator[None]:
+    """Parts of decoder layers, but routed MLPs, see so many rows of a batch at a time: inside they hold many copies."""
+    layers = decoder_layers(model) if batch > rows else ()
+    parts = [part for layer in layers for part in layer.children() if not isinstance(part, RoutedMLP)]
+    before = {part: vars(part).get("forward") for part in parts}
+
+    def split(value: Any) -> list[Any]:
+        alike = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+        if isinstance(value, tuple) and value:
+            return list(zip(*map(split, value), strict=True))
+        return list(value.split(rows)) if alike else [value] * -(-batch // rows)
+
+    def joined(outputs: Sequence[Any]) -> Any:
+        if isinstance(outputs[0], tuple):
+            return tuple(map(joined, zip(*outputs, strict=True)))
+        return torch.cat(tuple(outputs)) if isinstance(outputs[0], Tensor) else outputs[0]
+
+    def by_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(value, dict) for value in kwargs.values()):  # keys that layers share: all rows' or none
+                return forward(*args, **kwargs)
+            each = zip(split(args), split(tuple(kwargs.values())), strict=True)
+            return joined([forward(*some, **dict(zip(kwargs, named, strict=True))) for some, named in each])
+
+        return call
+
+    try:
+        for part in parts:
+            vars(part)["forward"] = by_rows(part.forward)
+        yield
+    finally:
+        for part, forward in before.items():
+            vars(part).pop("forward", None)
+            if forward is not None:  # of accelerate, which moves weights
+                vars(part)["forward"] = forward
 
 
 class Effect(NamedTuple):
@@ -122,14 +162,30 @@ def survey(model: Any, text: Text, effects: Mapping[int, Effect]) -> dict[int, T
 
 
 def _surveyed(model: Any, text: Text, effects: Mapping[int, Effect]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Rough scores, float32 [D], and the costs that they predict, float32 [N], by layer; neurons are chosen."""
-    mlps, rough, costs = routed_mlps(model), dict[int, Tensor](), dict[int, Tensor]()
-    if not mlps:
-        return rough, costs
-    for layer, (x, y) in _activations(model, text.some(max(_SURVEYED, 2 * model.config.hidden_size))).items():
-        rough[layer], cost = _survey_mlp(mlps[layer], x.float(), y.float(), effects[layer])
-        costs[layer] = cost + (effects[layer].square + TINY).log()
+    """Rough scores, float32 [D], and the costs that they predict, float32 [N], by layer; neurons are chosen.
+
+    Every token enters every MLP, one layer after the other, so that one layer's activations are held at a time.
+    """
+    rough, costs = dict[int, Tensor](), dict[int, Tensor]()
+
+    def look(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
+        y, usual = compute(mlp, x.flatten(0, 1)).view_as(x), counted & ~first
+        effect = effects[mlp.layer_idx]
+        rough[mlp.layer_idx], cost = _survey_mlp(mlp, x[usual].float(), y[usual].float(), effect)
+        costs[mlp.layer_idx] = cost + (effect.square + TINY).log()
+        return y
+
+    if effects:
+        pass_together(model, text.some(max(SURVEYED, 2 * model.config.hidden_size)), look)
     return rough, costs
+
+
+def compute(mlp: RoutedMLP, x: Tensor) -> Tensor:
+    """MLP(x̃) of all tokens, [N, D] → [N, D], some at a time; ValueError if it is not finite."""
+    y = torch.cat([mlp.compute(chunk) for chunk in x.split(CHUNK)])
+    if not bool(y.isfinite().all()):
+        raise ValueError(_NOT_FINITE.format(mlp.layer_idx))
+    return y
 
 
 def rank_layers(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> list[int]:
@@ -163,11 +219,16 @@ def _survey_mlp(mlp: RoutedMLP, x: Tensor, y: Tensor, effect: Effect) -> tuple[T
                 choose_neurons(mlp, x[kept], weight)
                 rest = y - narrow(x.to(mlp.forecast.linear.weight.dtype)).float()
         error = rest - x @ Normal(x[kept], weight).solve(rest[kept], RIDGE)
-        cost = token_costs(error, effects - effects.mean())
+        cost = token_costs(error.square().mean(1), effects - effects.mean())
         rough = everywhere.solve((cost - cost.mean()).unsqueeze(1), RIDGE).squeeze(1)
         if mlp.router.random:
             rough = mlp.router.weight
     return rough, x @ rough + cost.mean()
+
+
+def kept_share(capacity: float) -> float:
+    """k, the share of tokens that a forecast is fitted to at γ: see `kept_tokens`."""
+    return 1.0 - capacity + capacity / _ENTERING_EVERY
 
 
 def kept_tokens(weight: Tensor, enters: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,22 +241,6 @@ def kept_tokens(weight: Tensor, enters: Tensor) -> tuple[Tensor, Tensor]:
     return kept, torch.where(enters, _ENTERING * _ENTERING_EVERY * weight, weight)[kept]
 
 
-def _activations(model: Any, text: Text) -> dict[int, tuple[Tensor, Tensor]]:
-    """x̃ and MLP(x̃) of the tokens that count, [N, D] each, by layer, with every token in every MLP."""
-    seen: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in routed_mlps(model)}
-
-    def keep(mlp: RoutedMLP, x: Tensor, counted: Tensor, first: Tensor) -> Tensor:
-        y = mlp.compute(x)
-        if not bool(y.isfinite().all()):
-            raise ValueError(NOT_FINITE.format(mlp.layer_idx))
-        seen[mlp.layer_idx].append((x[counted & ~first], y[counted & ~first]))
-        return y
-
-    for chunk in text.chunks(CHUNK):
-        pass_together(model, chunk, keep)
-    return {layer: (torch.cat([x for x, _ in each]), torch.cat([y for _, y in each])) for layer, each in seen.items()}
-
-
 @torch.no_grad()
 def measure_effects(model: Any, text: Text) -> dict[int, Effect]:
     """The effect of each MLP's errors, by layer, from some of a text; every token enters."""
@@ -203,7 +248,7 @@ def measure_effects(model: Any, text: Text) -> dict[int, Effect]:
     trained, was_training = [parameter for parameter in model.parameters() if parameter.requires_grad], model.training
     model.eval().requires_grad_(False)
     try:
-        for chunk in text.some(max(_DIFFERENTIATED, 2 * model.config.hidden_size)).chunks(_TOGETHER):
+        for chunk in text.some(max(DIFFERENTIATED, 2 * model.config.hidden_size)).chunks(TOGETHER):
             for layer, pair in _gradients(model, chunk).items():
                 seen[layer].append(pair)
     finally:
@@ -245,9 +290,9 @@ def _gradients(model: Any, text: Text) -> dict[int, tuple[Tensor, Tensor]]:
     }
 
 
-def token_costs(error: Tensor, effects: Tensor) -> Tensor:
-    """What a score predicts, c = ln(‖e‖² / D) + β v · x̃, float32 [N]: of a forecast's errors [N, D] and v · x̃ [N]."""
-    return (error.square().mean(1) + TINY).log() + _EFFECT * effects
+def token_costs(squares: Tensor, effects: Tensor) -> Tensor:
+    """What a score predicts, c = ln(‖e‖² / D) + β v · x̃, float32 [N]: of a forecast's ‖e‖² / D and v · x̃, [N] each."""
+    return (squares + TINY).log() + _EFFECT * effects
 
 
 def choose_neurons(mlp: RoutedMLP, x: Tensor, weight: Tensor) -> None:

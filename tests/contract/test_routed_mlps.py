@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import dtfcli
-from dtfcli.models import savings
+from dtfcli.models import least_squares, mlp_fitting, mlp_survey, savings
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.conversion import route_mlps
 from dtfcli.models.mlp_fitting import fit_routing
@@ -128,6 +128,25 @@ def test_scores_and_thresholds_are_fitted_alone() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_text_in_parts_gives_the_same_fit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts pass a few rows at a time; masks go with their rows, and what all rows share stays."""
+    dense = dense_model(family)
+    mask = torch.ones(30, 40, dtype=torch.long)
+    mask[::3, 25:] = 0
+    batch, found = {"input_ids": tokens(30, 40), "attention_mask": mask}, list[dict[str, Any]]()
+    for chunk in (8192, 240):
+        for module in (least_squares, mlp_survey, mlp_fitting):
+            monkeypatch.setattr(module, "CHUNK", chunk)
+        model = route_mlps(dense, capacity=0.6)
+        torch.manual_seed(0)
+        fit_routing(model, [batch])
+        found.append(model.state_dict())
+        assert not any("forward" in vars(part) for part in model.modules())
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=0, atol=1e-4, msg=name)
+
+
 def test_back_to_the_dense_model() -> None:
     dense = dense_model("gemma3_text")
     again = dtfcli.to_dense(fitted(dense))
@@ -189,6 +208,13 @@ def test_what_cannot_be_routed() -> None:
         route_mlps(dense_model("llama"), 0.1, capacity=0.5)
     with pytest.raises(ValueError, match="language models of Transformers' own"):
         route_mlps(dense_model("llama").model)
+
+
+def test_offloaded_weights_are_not_drawn_anew() -> None:
+    dense = dense_model("llama")
+    dense.model.layers[2].to("meta")  # what accelerate leaves in its place
+    with pytest.raises(ValueError, match=r"layers\.2\..* is offloaded .* open the model on one device"):
+        route_mlps(dense)
 
 
 def test_shares_are_as_asked() -> None:
