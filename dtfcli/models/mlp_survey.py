@@ -103,7 +103,7 @@ def _few_rows(model: Any, batch: int, rows: int) -> Iterator[None]:
     before = {part: vars(part).get("forward") for part in parts}
 
     def split(value: Any) -> list[Any]:
-        alike = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+        alike = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch  # one dimension: positions
         if isinstance(value, tuple) and value:
             return list(zip(*map(split, value), strict=True))
         return list(value.split(rows)) if alike else [value] * -(-batch // rows)
