@@ -79,7 +79,8 @@ def estimate(source: ModelSource, options: ConversionOptions, tokens: int | None
     with explained_load_errors(source):
         config = known_config(source)
         check_dense(source, config)
-        dtype = weights_dtype(source, options.loading["dtype"], device, config)
+        saved = None if source.kind == "gguf" or source.is_adapter else config.dtype
+        dtype = weights_dtype(saved, options.loading["dtype"], device)
         with torch.device("meta"):
             dense: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.device("meta"):

@@ -103,9 +103,11 @@ def _load(
     target = resolve_device(str(device))
     if quantize is not None:
         check_quantize(quantize)
-    if dtype == "auto" and source.kind == "hub":
-        source = source.fetched
-    model: Any = load_weights(source, weights_dtype(source, dtype, target), attn_implementation)
+    saved = None
+    if dtype == "auto":
+        source = source.fetched if source.kind == "hub" else source
+        saved = None if source.kind == "gguf" or source.is_adapter else source.configuration.dtype
+    model: Any = load_weights(source, weights_dtype(saved, dtype, target), attn_implementation)
     _set_routing(model, None if routing == "auto" else routing, capacity)
     model = model.to(target).eval()
     if quantize is not None:
@@ -199,15 +201,14 @@ def _routed_like(base: Any, config: Any) -> PreTrainedModel:
     return base
 
 
-def weights_dtype(source: ModelSource, dtype: str | torch.dtype, device: torch.device, config: Any = None) -> Any:
-    """The precision that a model is opened in, by the `dtype` of `load_model`; `config`: where it is known already.
+def weights_dtype(saved: torch.dtype | None, dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision that a model is opened in, by the `dtype` of `load_model`; "auto": as saved, None float32.
 
     Raises:
         ConfigError: an unknown dtype.
     """
     if dtype == "auto":
-        plain = source.kind == "gguf" or source.is_adapter
-        return torch.float32 if plain else _fast_dtype((config or source.configuration).dtype, device)
+        return _fast_dtype(saved, device)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype = {dtype!r}: choose one of auto, {', '.join(DTYPES)}.")
