@@ -19,7 +19,7 @@ INSTALLED := .venv/.installed
 help:
 	@sed -n 's/^# //p' Makefile | head -8
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml dtfcli/__init__.py  # which has the version
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
