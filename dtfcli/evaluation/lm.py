@@ -6,6 +6,7 @@ Prompts, tokenization, scoring and stop sequences are HFLM's. Differences:
   counted as routed in any mode. A routed model gets the mask here, and forms logits for the continuations alone, not
   for a prompt of 25 examples times the vocabulary. A dense model is called as HFLM calls it: other matrix shapes would
   change the last digits of its scores.
+- Log-likelihoods are summed in float32, not in the model's precision: in bfloat16 a sum of -200 has steps of 1.
 - Batches are the same as HFLM's but are formed here, one at a time: a batch with known answers is not run again.
 """
 
@@ -50,7 +51,7 @@ class RoutedLM(HFLM):
             tokenizer: the model's, with an end-of-text token.
             batch_size: rows at a time; None: as many as fit into memory.
         """
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1, softmax_dtype=torch.float32)
         self._rows = batch_size
         self._routed = is_routed(model)
         self.routing: str = model.routing if self._routed else "dense"

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .context import RoutingContext
+from .least_squares import TINY, Normal
 from .outputs import RoutingRecord
 from .router import Router, move_average
-from .routing import TINY, Scores, least_squares, masked_mean, mean_square, normalized
+from .routing import Scores, masked_mean, mean_square, normalized
 
 
 def log_size(x: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class UpdateSizeRouter(Router):
         cost = self.cost(update, guess)
         mean = (cost * weight).sum() / weight.sum().clamp(min=1)
         inputs = normalized(hidden_states, self.eps)
-        self.weight.copy_(least_squares(inputs, (cost - mean).unsqueeze(1), weight).squeeze(0))
+        self.weight.copy_(Normal(inputs, weight).solve((cost - mean).unsqueeze(1)).squeeze(1))
         self.cost_offset.copy_(masked_mean(cost - inputs @ self.weight, weight))
 
     def tracked(self) -> list[Tensor]:

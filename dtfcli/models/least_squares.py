@@ -7,6 +7,8 @@ from torch import Tensor
 
 TINY = 1e-9
 """Keeps a division or a logarithm finite."""
+RIDGE = 1e-2
+"""Usually added to the diagonal of the normal equations, as a share of its mean."""
 CHUNK = 8192
 """Tokens that are in float32, or go through an MLP, together: its inner activations are many times its output."""
 
@@ -28,7 +30,7 @@ class Normal:
         parts = zip(*(each.split(CHUNK) for each in (self.x, self.share, targets)), strict=True)
         return cast("Tensor", sum((x.float() * share).t() @ y.float() for x, share, y in parts))
 
-    def solve(self, targets: Tensor, ridge: float) -> Tensor:
+    def solve(self, targets: Tensor, ridge: float = RIDGE) -> Tensor:
         """The matrix C with the smallest Σ_t a_t ‖target_t − xᵀ_t C‖² and a slight ridge; [N, E] → [D, E]."""
         return torch.linalg.solve(self.ridged(ridge), self._product(targets))
 

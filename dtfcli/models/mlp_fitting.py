@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from .least_squares import CHUNK, TINY, Normal
 from .mlp_survey import (
-    RIDGE,
     Effect,
     Text,
     compute,
@@ -153,7 +152,7 @@ def fit_mlp(mlp: RoutedMLP, x: Tensor, which: tuple[Tensor, Tensor], effect: Eff
         importance = usual + _FIRST * (first & counted)
         mean = (cost * importance).sum() / importance.sum()
         if not router.random:
-            score = Normal(tokens, importance).solve((cost - mean).unsqueeze(1), RIDGE).squeeze(1)
+            score = Normal(tokens, importance).solve((cost - mean).unsqueeze(1)).squeeze(1)
             router.weight.copy_(like_bfloat16(score))
             router.cost_offset.copy_(mean)
         scores = _each(router, tokens)
@@ -181,7 +180,7 @@ def fit_forecast(forecast: MLPForecast, tokens: Tensor, computed: Tensor, weight
     """
     narrow = forecast.narrow
     rest = computed if narrow is None else _each(lambda x, y: y.float() - narrow(x).float(), tokens, computed)
-    common = Normal(tokens, weight).solve(rest, RIDGE)
+    common = Normal(tokens, weight).solve(rest)
     forecast.linear.weight.copy_(common.t())
     if forecast.maps == 1:
         return

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from .least_squares import CHUNK, TINY, Normal
 from .modeling_routed_mlp import GRID, RoutedMLP, decoder_layers, inner_linears, routed_mlps
 
-RIDGE, EFFECT_RIDGE = 1e-2, 0.6
-"""Added to the diagonals of normal equations, as shares of their means: usually, and for v, whose targets scatter."""
+_EFFECT_RIDGE = 0.6
+"""`RIDGE` of v, whose targets scatter."""
 _EFFECT = 0.5
 """β: how much a score heeds the effect of an error on the loss, beside its size."""
 _ENTERING, _ENTERING_EVERY = 0.05, 8
@@ -218,9 +218,9 @@ def _survey_mlp(mlp: RoutedMLP, x: Tensor, y: Tensor, effect: Effect) -> tuple[T
             if narrow is not None:
                 choose_neurons(mlp, x[kept], weight)
                 rest = y - narrow(x.to(mlp.forecast.linear.weight.dtype)).float()
-        error = rest - x @ Normal(x[kept], weight).solve(rest[kept], RIDGE)
+        error = rest - x @ Normal(x[kept], weight).solve(rest[kept])
         cost = token_costs(error.square().mean(1), effects - effects.mean())
-        rough = everywhere.solve((cost - cost.mean()).unsqueeze(1), RIDGE).squeeze(1)
+        rough = everywhere.solve((cost - cost.mean()).unsqueeze(1)).squeeze(1)
         if mlp.router.random:
             rough = mlp.router.weight
     return rough, x @ rough + cost.mean()
@@ -262,7 +262,7 @@ def _effect(x: Tensor, squares: Tensor) -> Effect:
     """Of x̃ [N, D] and ‖g‖², float32 [N]."""
     logs = (squares + TINY).log()
     logs = logs.clamp(min=logs.quantile(0.02).item())  # what the loss hardly notices is not made out
-    direction = Normal(x := x.float(), torch.ones_like(logs)).solve((logs - logs.mean()).unsqueeze(1), EFFECT_RIDGE)
+    direction = Normal(x := x.float(), torch.ones_like(logs)).solve((logs - logs.mean()).unsqueeze(1), _EFFECT_RIDGE)
     return Effect(squares.mean(), direction.squeeze(1))
 
 
@@ -312,7 +312,7 @@ def choose_neurons(mlp: RoutedMLP, x: Tensor, weight: Tensor) -> None:
     mlp.compute(x.to(last.weight.dtype))
     hook.remove()
     with torch.autocast(x.device.type, enabled=False):
-        unexplained = inner[0] - x @ Normal(x, weight).solve(inner[0], RIDGE)
+        unexplained = inner[0] - x @ Normal(x, weight).solve(inner[0])
         share = weight @ unexplained.square() * last.weight.float().square().sum(0)
     chosen = share.topk(narrow.get_submodule(name).in_features).indices.sort().values
     for each, linear in linears.items():

@@ -1,4 +1,7 @@
-"""What routing computes: pure functions on tensors, each next to its equation.
+"""What routing computes: pure functions on tensors, each next to its equation. Whole blocks route by them.
+
+A routed MLP (`dtf convert`) takes the same idea and fewer steps, all in `modeling_routed_mlp`: it knows one token and
+no positions, so it needs no top-K, no slots and no cache.
 
 The idea, for one routed layer: every token has a score that depends on nothing after it. The tokens with the highest
 scores (`topk`, while training) or with a score above a calibrated threshold (`threshold`, causal) are gathered, pass
@@ -19,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .least_squares import TINY
+
 
 class Scores(NamedTuple):
     """A router's opinion of each token; float32 [B, T] each."""
@@ -37,31 +42,9 @@ def mean_square(x: Tensor, keepdim: bool = False) -> Tensor:
     return x.float().square().mean(-1, keepdim=keepdim)
 
 
-TINY = 1e-9
-"""Added to mean squares before a division or a logarithm."""
-
-
 def normalized(x: Tensor, eps: float) -> Tensor:
     """The normalized state n = x / RMS(x), float32 [..., D]: what forecasts and predicted costs are linear in."""
     return x.float() * torch.rsqrt(mean_square(x, keepdim=True) + eps)
-
-
-_RIDGE = 1e-2
-"""Added to the diagonal of the normal equations, as a share of its mean."""
-
-
-def least_squares(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """The matrix W with the smallest Σ_t weight_t ‖target_t − W input_t‖² and a slight ridge; float32 [E, D].
-
-    Args:
-        inputs: float32 [N, D].
-        targets: float32 [N, E].
-        weight: float32 [N].
-    """
-    weighted = inputs * (weight / weight.sum().clamp(min=TINY)).unsqueeze(1)
-    moments, crossed = weighted.t() @ inputs, weighted.t() @ targets
-    ridge = _RIDGE * moments.diagonal().mean() + TINY
-    return torch.linalg.solve(moments + ridge * torch.eye(len(moments), device=moments.device), crossed).t()
 
 
 def sink_mask(is_token: Tensor | None, sinks: int, shape: tuple[int, int], device: torch.device) -> Tensor | None:

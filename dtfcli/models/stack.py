@@ -6,8 +6,8 @@ through each layer. The notable choices:
 - training routes by `topk`; eval routes by the mode saved with the model, `threshold` unless chosen otherwise;
 - masks and rotary embeddings are made once for each kind of attention (with and without a sliding window), by
   Transformers where that does not synchronize with the device;
-- training never synchronizes. Eval does once in every routed layer of a prompt, and never for a single token, unless it
-  runs on a CPU, where that is free and saves time.
+- training by `topk` never synchronizes. Training by threshold and eval do once in every routed layer, but never for a
+  single token, unless it runs on a CPU, where that is free and saves time.
 """
 
 from collections.abc import Callable, Mapping
@@ -225,7 +225,7 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         if cache is not None and cache.length is not None:
             if tokens == 1 and past:
                 static = cache.to_static(None if padding_mask is None else padding_mask[:, :past])
-                return self._prepare_static(inputs_embeds, position_ids, cache, static)
+                return self._prepare_static(inputs_embeds, padding_mask, position_ids, cache, static)
             cache.to_dynamic()
         syncs = tokens > 1 or (device.type == "cpu" if self.syncs is None else self.syncs)
         # `generate` always gives a mask, mostly for nothing.
@@ -261,10 +261,17 @@ class DynamicModelMixin(DynamicPreTrainedMixin, StockStack):
         )
 
     def _prepare_static(
-        self, inputs_embeds: Tensor, position_ids: Tensor | None, cache: RoutedCache, static: StaticState
+        self,
+        inputs_embeds: Tensor,
+        padding_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: RoutedCache,
+        static: StaticState,
     ) -> ForwardState:
         """A token of each row, [B, 1, D], on top of a static cache."""
         filled = static.filled.index_fill_(1, static.position, True)
+        if padding_mask is not None:
+            filled.index_copy_(1, static.position, padding_mask[:, -1:])
         if position_ids is None:
             position_ids = filled.sum(1, keepdim=True) - 1
         context = StaticContext(

@@ -47,7 +47,8 @@ class StaticState:
         self.length += 1
 
     def crop(self, tokens: int) -> None:
-        """Forget the last positions."""
+        """Forget the last positions, at most all."""
+        tokens = min(tokens, self.length)
         self.position.sub_(tokens)
         self.length -= tokens
         self.filled[:, self.length :] = False

@@ -62,7 +62,9 @@ class PointDifference:
         if self.is_found:
             verdict = "worse" if self.value > 0 else "better"
         error = self.sd if self.sd is not None else (self.by_document[1] - self.by_document[0]) / 2
-        seeds = f"{self.seeds} seeds" if self.seeds >= _ENOUGH_SEEDS else f"only {self.seeds}, too few for a t-test"
+        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        if self.seeds < _ENOUGH_SEEDS:
+            seeds += ", too few for a t-test"
         return f"{self.title}: {self.value:+.3f} ± {error:.3f} nats, p {self.p_holm:.2g} ({seeds}): {verdict}"
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dtfcli.models.conversion import convert
+from dtfcli.models.least_squares import Normal
 from dtfcli.models.pretrained import is_added
-from dtfcli.models.routing import least_squares
 from dtfcli.shares import measured_shares
 from tests.tiny import dense_model, pad, tokens
 
@@ -65,14 +65,13 @@ def test_least_squares_is_the_smallest(count: int, inputs: int, outputs: int, se
         missed = ((y - x @ matrix.t()).square().sum(1) * weight).sum() / weight.sum()
         return missed + ridge * matrix.square().sum()
 
-    found = least_squares(x, y, weight).double()
+    found = Normal(x, weight).solve(y).t().double()
     x, y, weight = x.double(), y.double(), weight.double()
     for _ in range(10):
         step = 0.05 * torch.randn(found.shape, generator=generator).double()
         assert error(found) <= error(found + step) * (1 + 1e-6)  # found in float32
-    more = least_squares(
-        torch.cat([x, 100 + x]).float(), torch.cat([y, y]).float(), torch.cat([weight, 0 * weight]).float()
-    )
+    normal = Normal(torch.cat([x, 100 + x]).float(), torch.cat([weight, 0 * weight]).float())
+    more = normal.solve(torch.cat([y, y]).float()).t()
     torch.testing.assert_close(more, found.float(), rtol=1e-3, atol=1e-4)
 
 
