@@ -1,6 +1,6 @@
 """Text of several kinds for conversion and recovery, with no item of a benchmark in it.
 
-python -m tools.mixed_text OUT --benchmarks FOLDER [--novels FILE.parquet] [--articles FILE.parquet] [--chat MODEL]
+python -m tools.mixed_text OUT [--benchmarks FOLDER] [--novels FILE.parquet] [--articles FILE.parquet] [--chat MODEL]
 
 Novels and articles have a column `text`. Questions and sentences are the training splits of ARC and WinoGrande, twelve
 in a document. Conversations are written by a chat model after nothing but the beginning of a user's turn ("Magpie", Xu
@@ -38,7 +38,7 @@ def main() -> None:
     """Write a file of each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--benchmarks", type=Path, required=True)
+    parser.add_argument("--benchmarks", type=Path, help="a folder of data sets, OWNER/NAME/…; without it, no questions")
     parser.add_argument("--novels", type=Path)
     parser.add_argument("--articles", type=Path)
     parser.add_argument("--most-novels", type=int, default=60)
@@ -48,14 +48,13 @@ def main() -> None:
     parser.add_argument("--most-conversations", type=int, default=320)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    scored = {
-        gram for name, files in SCORED.items() for row in rows(args.benchmarks / name, files) for gram in grams(row)
-    }
-    questions = [
-        question for row in rows(args.benchmarks / "allenai/ai2_arc", "*/train*") if (question := answered(row))
-    ]
-    sentences = [completed(row) for row in rows(args.benchmarks / "allenai/winogrande", "*/train*")]
-    kinds: dict[str, list[str]] = {"questions": questions, "sentences": sentences[: args.most_sentences]}
+    kinds, scored = dict[str, list[str]](), set[str]()
+    if args.benchmarks is not None:
+        found = args.benchmarks
+        scored = {gram for name, files in SCORED.items() for row in rows(found / name, files) for gram in grams(row)}
+        questions = [answered(row) for row in rows(found / "allenai/ai2_arc", "*/train*")]
+        sentences = [completed(row) for row in rows(found / "allenai/winogrande", "*/train*")]
+        kinds = {"questions": [each for each in questions if each], "sentences": sentences[: args.most_sentences]}
     for name, file, most in (
         ("novels", args.novels, args.most_novels),
         ("articles", args.articles, args.most_articles),

@@ -132,9 +132,13 @@ def _free(folder: Path) -> Path:
 def _run(arguments: list[str], *, captured: bool) -> tuple[int, str]:
     """Run dtf; returns its exit status and, if captured, the last line of its stdout."""
     command = [sys.executable, "-m", "dtfcli", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE if captured else None, text=True, encoding="utf-8")
-    lines = (done.stdout or "").splitlines()
-    return done.returncode, lines[-1] if lines else ""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE if captured else None, text=True, encoding="utf-8")
+    try:
+        out = process.communicate()[0]
+    except KeyboardInterrupt:  # it got the signal, too, and saves
+        out = process.communicate()[0]
+    lines = (out or "").splitlines()
+    return process.returncode, lines[-1] if lines else ""
 
 
 def _end(words: Mapping[str, str], seconds: float, *, small: bool) -> None:

@@ -92,6 +92,8 @@ def generate(
     else:
         result = continue_text(loaded, tokenizer, text, sampling, **decoding, on_text=render.write)
         render.write("\n")
+        if result.new_tokens == 0 and max_new_tokens:
+            render.warn("the model ended its answer at once; another prompt or a higher --capacity may help.")
         if stats:
             generate_view.show_stats(result)
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dtfcli.conversion.text import has_control_tokens
 from dtfcli.data.documents import OnProgress
 from dtfcli.errors import ConfigError, DTFError
 from dtfcli.loading.load import load_model
@@ -72,7 +73,7 @@ class Recovery:
                 (new / _TEXT).write_text("".join(_json({"text": text}) + "\n" for text in texts), "utf-8")
                 (new / _ASKED).write_text(_json(self.asked), "utf-8")
         run = self._run()
-        settings = self._settings(model, tokens) if run is None else run_settings(run)
+        settings = self._settings(model, tokens, has_control_tokens(tokenizer)) if run is None else run_settings(run)
 
         def show(event: TrainEvent) -> None:
             if event.kind == "step":
@@ -107,9 +108,10 @@ class Recovery:
         """The run that is there."""
         return next((path.parent for path in self.work.glob(f"*/*/{SETTINGS_FILE}")), None)
 
-    def _settings(self, model: Any, tokens: int) -> Settings:
+    def _settings(self, model: Any, tokens: int, control_tokens: bool) -> Settings:
         preset = load_settings(PRESET)
         longest = getattr(model.config, "max_position_embeddings", None) or preset.data.seq_len
+        source = {"path": str(self.work / _TEXT), "control_tokens": control_tokens}
         length, device = min(preset.data.seq_len, longest), model.device
         return load_settings(
             PRESET,
@@ -117,7 +119,7 @@ class Recovery:
                 f"model.base={_json(str(self.work / _CONVERTED))}",
                 *(f"model.{name}={_json(getattr(model.config, name))}" for name in _AS_CONVERTED),
                 f"model.attn_implementation={model.config._attn_implementation}",
-                f"data.sources={_json([{'path': str(self.work / _TEXT)}])}",
+                f"data.sources={_json([source])}",
                 f"data.cache_dir={_json(str(self.work / 'tokens'))}",
                 f"data.seq_len={length}",
                 "data.validation_fraction=0",

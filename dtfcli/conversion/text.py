@@ -125,12 +125,30 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover:
         )
     if fit.tokens < wanted[0]:
         remark += f" {fit.tokens:,} tokens to fit are few for this model: {wanted[0]:,} were wanted."
+    remark += _chat_remark(tokenizer, fit.ids)
     excerpts = _excerpts(sides[0], recover * _CHARACTERS, seed)
     if sum(map(len, excerpts)) < 2 * recover:
         remark += " The recovery read its text more than once; give more."
     return ConversionText(
         Path(shown).name if Path(shown).exists() else shown, fit, measure, excerpts, len(set(digests)), remark.strip()
     )
+
+
+def has_control_tokens(tokenizer: Any) -> bool:
+    """Whether text of a conversion is read with control tokens: conversations are text in the chat template."""
+    return bool(tokenizer.chat_template)
+
+
+def _chat_remark(tokenizer: Any, ids: Tensor) -> str:
+    """A warning, if the tokenizer has a chat template whose control tokens are nowhere in the text; else nothing."""
+    if not has_control_tokens(tokenizer):
+        return ""
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+    control = {*tokenizer(turn, add_special_tokens=False)["input_ids"]} & {*tokenizer.all_special_ids}
+    control -= {tokenizer.unk_token_id}
+    if not control or torch.isin(ids, torch.tensor(list(control))).any():
+        return ""
+    return " The model chats, and the text has no conversations in its template: its answers will be bad; add some."
 
 
 def wanted_tokens(config: Any) -> int:
@@ -192,7 +210,7 @@ class _Cutter:
     """Texts → rows of tokens."""
 
     def __init__(self, tokenizer: Any, length: int, seed: int) -> None:
-        self._encode: Callable[[list[str]], list[np.ndarray]] = text_encoder(tokenizer)
+        self._encode: Callable[[list[str]], list[np.ndarray]] = text_encoder(tokenizer, has_control_tokens(tokenizer))
         begins = tokenizer("a")["input_ids"][:1]
         self._begin = begins if begins == [tokenizer.bos_token_id] else []
         self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

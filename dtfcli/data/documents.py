@@ -41,11 +41,12 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the position in `data.sources` of the source it came from."""
+    """One text and the position in `data.sources` of the source it came from; whether it has control tokens."""
 
     text: str
     source: int = 0
     messages: tuple[Message, ...] = ()
+    control_tokens: bool = False
 
     @cached_property
     def num_bytes(self) -> int:
@@ -157,7 +158,7 @@ def kept_document(index: int, reader: SourceReader, row: Any, report: SourceRepo
         report.skip("without text")
         return None
     else:
-        document = Document(_valid_text(row), index)
+        document = Document(_valid_text(row), index, control_tokens=reader.control_tokens)
     if document is not None and reader.ratio < 1 and hashed_share(document.digest, seed, "ratio") >= reader.ratio:
         report.skip(f"beyond ratio={reader.ratio:g}")
         return None

@@ -69,7 +69,7 @@ class SourceReader:
     def __init__(self, where: Where, source: Source):
         self.where, self.path, self.ratio = where, source.path, float(source.ratio)
         self.name, self.split, self.text_field = source.name, source.split, source.text_field
-        self.messages_field = source.messages_field
+        self.messages_field, self.control_tokens = source.messages_field, source.control_tokens
         self.label = where.given("path", source.path)
 
     def new_report(self) -> SourceReport:
@@ -79,7 +79,8 @@ class SourceReader:
     def identity(self) -> dict[str, Any]:
         """All that decides which documents this source gives; the token cache is looked up by it."""
         identity = {name: getattr(self, name) for name in ("path", "name", "split", "text_field", "ratio")}
-        return identity | ({"messages_field": self.messages_field} if self.messages_field else {})
+        read = {"messages_field": self.messages_field, "control_tokens": self.control_tokens}
+        return identity | {name: value for name, value in read.items() if value}
 
     def texts(self, report: SourceReport) -> Iterator[tuple[float, Any]]:
         """Pairs of the share of the source read so far and a text (None where a row has none).

@@ -150,8 +150,8 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     return backend
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
-    """A function from texts to their ids (int32), without special tokens added or found in the text.
+def text_encoder(tokenizer: PreTrainedTokenizerBase, control_tokens: bool = False) -> Encode:
+    """A function from texts to their ids (int32), without special tokens added or, unless asked for, found in the text.
 
     Tokens that a tokenizer lists as added but not as special (Qwen's `<|fim_prefix|>` and `<tool_call>`) are
     control tokens too; runs of blanks and the like, which some tokenizers add, are ordinary text. The
@@ -161,21 +161,22 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     if backend is None:
 
         def encode_slowly(texts: list[str]) -> list[np.ndarray]:
-            encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=not control_tokens, verbose=False)
             return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
         return encode_slowly
 
     from tokenizers import AddedToken
 
-    backend.encode_special_tokens = True
-    backend.add_special_tokens(
-        [
-            AddedToken(token.content, special=True, normalized=False)
-            for token in backend.get_added_tokens_decoder().values()
-            if not token.special and _CONTROL_TOKEN.fullmatch(token.content)
-        ]
-    )
+    backend.encode_special_tokens = not control_tokens
+    if not control_tokens:
+        backend.add_special_tokens(
+            [
+                AddedToken(token.content, special=True, normalized=False)
+                for token in backend.get_added_tokens_decoder().values()
+                if not token.special and _CONTROL_TOKEN.fullmatch(token.content)
+            ]
+        )
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -200,7 +201,7 @@ def document_encoder(
         report.bytes -= document.num_bytes
         report.skip(reason)
 
-    encode = text_encoder(tokenizer)
+    encoders = [text_encoder(tokenizer), text_encoder(tokenizer, control_tokens=True)]
     converse = conversation_encoder(tokenizer, refuse) if tokenizer.chat_template else None
     end_of_text = np.array([tokenizer.eos_token_id], dtype=np.int32)
 
@@ -214,13 +215,16 @@ def document_encoder(
 
     def encode_batch(batch: list[Document]) -> Iterator[tuple[Document, np.ndarray]]:
         pieces = [[] if document.messages else list(split_text(document.text)) for document in batch]
-        encoded = iter(encode([piece for document in pieces for piece in document]))
+        encoded = []
+        for kind, encode in enumerate(encoders):
+            of_kind = [each for each, document in zip(pieces, batch, strict=True) if document.control_tokens == kind]
+            encoded.append(iter(encode([piece for parts in of_kind for piece in parts])))
         for document, parts in zip(batch, pieces, strict=True):
             if document.messages:
                 assert converse is not None, "conversations need a tokenizer with a chat template"
                 yield document, converse(document)
             else:
-                yield document, np.concatenate([*(next(encoded) for _ in parts), end_of_text])
+                yield document, np.concatenate([*(next(encoded[document.control_tokens]) for _ in parts), end_of_text])
 
     return encode_all
 

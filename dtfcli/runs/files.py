@@ -98,9 +98,11 @@ def tidy_folders(parent: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Flush a file to the disk before it is renamed: power may fail in between."""
+    """Flush files to the disk before they are renamed: power may fail in between. They get the folder's own mode."""
+    mode = folder.stat().st_mode & 0o666  # safetensors lets nobody else read
     for path in folder.rglob("*"):
         if not path.is_dir():
+            path.chmod(mode)
             _sync(path)
     for path in [*folder.rglob("*/"), folder]:
         _flush_names(path)

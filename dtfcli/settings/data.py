@@ -22,6 +22,10 @@ class Source(Group):
     messages_field: str = Field(
         "", description="Column of conversations, lists of {role, content}, to train on instead of a text_field."
     )
+    control_tokens: bool = Field(
+        False,
+        description="Read `<|im_start|>` and the like in the text as control tokens: for text in a chat template.",
+    )
     weight: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Relative rate of drawing documents from this source when streaming."
     )
@@ -40,6 +44,7 @@ class Source(Group):
         require(self.streaming or self.weight is None, "weight", self.weight, remedy)
         remedy = f"nothing reads it, since messages_field = {self.messages_field} is set; leave one of them out"
         require(not self.messages_field or self.text_field == "text", "text_field", self.text_field, remedy)
+        require(not (self.messages_field and self.control_tokens), "control_tokens", self.control_tokens, remedy)
         return self
 
 

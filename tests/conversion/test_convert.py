@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from dtfcli.statistics import Difference
 from dtfcli.training import loop
 from tests.conftest import Outcome
 from tests.faults import Dtf, counter, kill_at_file
-from tests.tiny import SHAPE, dense_model
+from tests.tiny import SHAPE, dense_model, word_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -170,6 +171,20 @@ def test_a_stopped_recovery_goes_on(
     assert dtf(*command).code == 0
     assert seen == [0, 1, 2, *range(2, 12_000 // 2048)]
     assert [*tmp_path.iterdir()] == [out]
+
+
+def test_text_without_conversations_is_named(tmp_path: Path) -> None:
+    """Of a model that chats."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    config = SimpleNamespace(hidden_size=32, max_position_embeddings=64)
+    texts = {"prose": "a b c " * 4000, "chat": "<turn> a b c " * 4000}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
+    remarks = [read_text(str(tmp_path / f"{name}.txt"), tokenizer, config, 0).remark for name in texts]
+    tokenizer.chat_template = "<turn> {{ messages[0].content }}"
+    chatting = [read_text(str(tmp_path / f"{name}.txt"), tokenizer, config, 0).remark for name in texts]
+    assert ["no conversations" in remark for remark in remarks + chatting] == [False, False, True, False]
 
 
 @pytest.mark.slow

@@ -51,9 +51,10 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     original = tokenization.text_encoder
 
-    def counted(tokenizer: Any) -> Any:
-        calls.append(tokenizer.name_or_path)
-        return original(tokenizer)
+    def counted(tokenizer: Any, control_tokens: bool = False) -> Any:
+        if not control_tokens:
+            calls.append(tokenizer.name_or_path)
+        return original(tokenizer, control_tokens)
 
     monkeypatch.setattr(tokenization, "text_encoder", counted)
     return calls

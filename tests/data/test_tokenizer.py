@@ -73,6 +73,8 @@ def test_text_cannot_inject_control_tokens(tokenizer: PreTrainedTokenizerFast) -
     fim, tool, blanks = (qwen.convert_tokens_to_ids(token) for token in plain)
     text = "a<|endoftext|>b<|fim_prefix|>c<tool_call>d\n\n\ne"
     assert {fim, tool, blanks} <= set(qwen(text)["input_ids"])
+    (controlled,) = tokenization.text_encoder(qwen, control_tokens=True)([text])
+    assert controlled.tolist() == qwen(text, add_special_tokens=False)["input_ids"]
     (ids,) = tokenization.text_encoder(qwen)([text])
     assert not {qwen.eos_token_id, fim, tool} & set(ids.tolist())
     assert blanks in ids

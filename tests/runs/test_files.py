@@ -1,6 +1,7 @@
 """The files of a run folder: the log of metrics, folders that appear whole, failures in words."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,12 @@ def test_settings_of_an_earlier_version(tmp_path: Path) -> None:
     path.write_text("[training]\nrouter_warmup_steps = 3\n")
     with pytest.raises(CheckpointError, match=r"settings\.toml.* training\.router_warmup_steps: .*gone.* Leave it out"):
         run_settings(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes")
+def test_files_are_as_open_as_others(tmp_path: Path) -> None:
+    """Safetensors writes files that nobody else can read."""
+    (tmp_path / "other").touch()
+    with replaced_folder(tmp_path / "model") as partial:
+        (partial / "weights").touch(0o600)
+    assert (tmp_path / "model" / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
