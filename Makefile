@@ -47,7 +47,7 @@ MEETING := tests/contract/test_contract.py tests/contract/test_cache.py tests/co
 MEETING += --deselect tests/cli/test_cli.py::test_help_answers_at_once
 LOWEST := .venv-lowest
 
-$(LOWEST)/.installed: pyproject.toml tools/lowest.py
+$(LOWEST)/.installed: pyproject.toml tools/lowest.py dtfcli/__init__.py
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) -m tools.lowest > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --no-compile --constraint $(LOWEST)/lowest.txt --editable '.[gguf]' \

@@ -191,7 +191,7 @@ def test_text_without_conversations_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recover", "kills"),
     [
-        ("--recover 6k", 4),
+        ("--recover 6k", 3),
         pytest.param("", 20, marks=pytest.mark.long),
         pytest.param("--recover 6k", 20, marks=pytest.mark.long),
     ],
