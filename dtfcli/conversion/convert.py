@@ -17,7 +17,7 @@ from dtfcli.conversion.dial import LEAST, SAVINGS, capacity_for, saved_share
 from dtfcli.conversion.measure import Compared, autocast, compare, decoding_times
 from dtfcli.conversion.recover import Recovery
 from dtfcli.conversion.report import ConversionReport, Part, Point, write_report
-from dtfcli.conversion.text import ConversionText, read_text
+from dtfcli.conversion.text import ConversionText, open_text, read_text
 from dtfcli.cost.peak import reset_resident_peak, resident
 from dtfcli.data.documents import OnProgress
 from dtfcli.errors import CheckpointError, ConfigError, DTFError
@@ -86,6 +86,8 @@ def convert_model(
     }
     recovery = Recovery(folder, asked) if options.recover else None
     costs = _Costs(on_progress)
+    if options.text is not None:
+        open_text(options.text)  # a wrong name is said before the model is opened
     with costs.part("Opening the model"):
         dense, tokenizer, saved_dtype = _open(source, options)
         torch.manual_seed(options.seed)

@@ -78,6 +78,11 @@ class ConversionText:
     remark: str
 
 
+def open_text(name: str | None) -> SourceReader:
+    """What `read_text` reads; raises as it does if nothing is there. No text is read yet."""
+    return open_sources([Source.named(name or DEFAULT_TEXT, streaming=True)], options=_OPTIONS)[0]
+
+
 def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover: int = 0) -> ConversionText:
     """Read text for a model.
 
@@ -93,9 +98,8 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover:
     """
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
     wanted = (wanted_tokens(config), MEASURE_TOKENS)
-    source = Source.named(name or DEFAULT_TEXT, streaming=True)
     try:
-        texts, digests = _some_documents(open_sources([source], options=_OPTIONS)[0], sum(wanted) + recover, seed)
+        texts, digests = _some_documents(open_text(name), sum(wanted) + recover, seed)
     except (DataError, ConfigError) as error:
         if name is not None:
             raise
