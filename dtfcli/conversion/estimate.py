@@ -46,7 +46,7 @@ class Estimate:
         stays_dense: layers whose MLP cannot route, with the reason.
         fit_tokens: to fit to.
         weights_bytes, added_bytes: of the dense model, and what routing adds.
-        device, dtype, precision: where weights lie, their precision, and that of the computation.
+        device, dtype, precision: where weights lie, their precision, and the computation's.
         parts: of the work, each with processor seconds and peak.
     """
 

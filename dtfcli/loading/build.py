@@ -121,7 +121,7 @@ def _random_dense(settings: Settings, tokenizer: PreTrainedTokenizerBase | None)
 
 
 def known_config(source: ModelSource) -> Any:
-    """The configuration of a model: our own copy where there is one, so that a dry run needs no network."""
+    """The configuration of a model: our own copy if we have it, so that a dry run needs no network."""
     if source.kind == "hub" and source.revision is None and source.path in BASE_CONFIGS:
         return AutoConfig.for_model(**BASE_CONFIGS[source.path], dtype="bfloat16")
     return source.configuration

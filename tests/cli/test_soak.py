@@ -14,7 +14,7 @@ from dtfcli.serving.batches import Batches
 from tests.tiny import dense_model, tokens, word_tokenizer
 from tools import soak
 
-MINUTES = {"short prompts, tokens/s of 16 over 1", "memory after a minute"}
+MINUTES = {f"{kind} prompts, tokens/s of 16 over 1" for kind in ("short", "mixed")} | {"memory after a minute"}
 """What a few seconds on a busy machine do not say."""
 
 
