@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from dtfcli.errors import ConfigError
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
+from dtfcli.models.savings import saved_share
 from dtfcli.models.stock import head_size
 from dtfcli.shares import measured_shares
 
@@ -67,6 +68,7 @@ class GenerationStats:
         cache_bytes: of the key/value cache at the end; None without a cache.
         dense_cache_bytes: of a dense model of the same shape, for as many positions.
         routed_share: share of the tokens that routed layers took, None for dense models and for blocks without a cache.
+        saved_share: share of a dense model's FLOPs that skipping left out, without attention's sums; of routed MLPs.
     """
 
     prefill_tokens_per_second: float
@@ -74,6 +76,7 @@ class GenerationStats:
     cache_bytes: int | None
     dense_cache_bytes: int
     routed_share: float | None
+    saved_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,7 @@ def _run(
         cache_bytes=cache_bytes(cache) if use_cache else None,
         dense_cache_bytes=dense_cache_bytes(model, out.sequences.numel() - len(new)),
         routed_share=sum(shares) / len(shares) if shares else None,
+        saved_share=saved_share(model, shares) if isinstance(model, RoutedCausalLM) else None,
     )
     results = []
     for (prompt, row), written in zip(batch, new.tolist(), strict=True):

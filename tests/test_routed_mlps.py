@@ -195,7 +195,7 @@ def test_pushed(folder: Path, dtf: Callable[..., Outcome], tmp_path: Path) -> No
     assert result.code == 0, result.stderr
     assert len(list(tmp_path.glob("*.py"))) == 3
     card = (tmp_path / "README.md").read_text()
-    for words in ("The MLPs of 2 of 6 layers", "vllm serve me/new", "trust_remote_code=True", "capacity=0.5"):
+    for words in ("The MLPs of 2 of 6 layers", "vllm serve me/new", "trust_remote_code=True", "capacity=0.6"):
         assert words in card
     assert "| **10.0%** | 0.600 | +0.0310 ± 0.0088 | 0.830 | 0.080 | 0.610 | 8,192 |" in card
     assert "converted from dense" in card

@@ -27,10 +27,11 @@ DryRun = Annotated[
     ),
 ]
 Save = Annotated[
-    str | None,
+    float | None,
     typer.Option(
         "--save",
         metavar="SHARE",
+        parser=options.share("--save"),
         help="Share of a forward pass's FLOPs to leave out, such as 20% or 0.2. Default: 10%.",
         show_default=False,
     ),
@@ -40,7 +41,8 @@ Capacity = Annotated[
     typer.Option(
         "--capacity",
         metavar="γ",
-        help="Instead: the share of tokens that enter a routed MLP.",
+        parser=options.share("--capacity"),
+        help="Instead: the share of tokens that enter a routed MLP, such as 80% or 0.8.",
         show_default=False,
     ),
 ]
@@ -149,7 +151,7 @@ def convert(
 
 
 def _options(
-    save: str | None,
+    save: float | None,
     capacity: float | None,
     max_loss: float | None,
     text: str | None,
@@ -166,6 +168,8 @@ def _options(
     ]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} say the same in different ways; give one of them.")
+    if save is not None and not 0.0 < save < 1.0:
+        raise ConfigError(f"--save {save:.4g}: a share of the FLOPs, above 0% and below 100%; write 10% or 0.1.")
     if capacity is not None and not 0.0 < capacity <= 1.0:
         raise ConfigError(f"--capacity {capacity:g}: the share of tokens that enter; give one above 0 and at most 1.")
     if max_loss is not None and not 0.0 < max_loss < float("inf"):
@@ -174,12 +178,11 @@ def _options(
         raise ConfigError("--max-loss: mod has to be trained before its loss means anything; give --capacity.")
     if max_loss is not None and recover is not None:
         raise ConfigError("--max-loss: chooses before a recovery, which changes the loss; give --save with --recover.")
-    share = None if save is None else _share(save)
     from dtfcli.conversion.convert import ConversionOptions
 
     return ConversionOptions(
         to=to,
-        save=share,
+        save=save,
         capacity=capacity,
         max_loss=max_loss,
         text=text,
@@ -200,12 +203,3 @@ def _tokens(text: str) -> int:
     if tokens < LEAST_RECOVERY:
         raise ConfigError(f"--recover {text}: tokens, {LEAST_RECOVERY:,} at least; write 300k, 1M or 1000000.")
     return tokens
-
-
-def _share(text: str) -> float:
-    """10% or 0.1."""
-    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*(%?)\s*", text)
-    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
-    if not 0.0 < share < 1.0:
-        raise ConfigError(f"--save {text}: a share of the FLOPs, above 0% and below 100%; write 10% or 0.1.")
-    return share

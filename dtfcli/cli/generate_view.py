@@ -16,4 +16,6 @@ def show_stats(result: Any) -> None:
         parts.append(f"cache {stats.cache_bytes / 2**20:.2f} MiB, {share:.2f} of a dense model's")
     if stats.routed_share is not None:
         parts.append(f"routed share {stats.routed_share:.2f}")
+    if stats.saved_share is not None:
+        parts.append(f"{stats.saved_share:.0%} of the FLOPs saved")
     note(" · ".join(parts))

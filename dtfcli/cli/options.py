@@ -6,6 +6,7 @@ of `Loading` in its place: spelled and explained the same everywhere.
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 def _common(name: str, text: str, **more: Any) -> Any:
     """An option that every command with a model takes."""
     return typer.Option(name, help=text, rich_help_panel="Options every command with a model takes", **more)
+
+
+def share(name: str) -> Callable[[str], float]:
+    """What reads an option's share: 80% or 0.8."""
+
+    def read(text: str) -> float:
+        match = re.fullmatch(r"\s*(-?\d*\.?\d+(?:e-?\d+)?)\s*(%?)\s*", text)
+        if match is None:
+            raise ConfigError(f"{name} {text}: a share; write 80% or 0.8.")
+        return float(match[1]) / (100 if match[2] else 1)
+
+    return read
 
 
 Model = Annotated[
@@ -65,8 +78,9 @@ Capacity = Annotated[
     float | None,
     _common(
         "--capacity",
-        "Share γ of the tokens that a routed layer processes, such as 0.25; unset: the checkpoint's own.",
+        "Share γ of the tokens that a routed layer processes, such as 80% or 0.8; unset: the checkpoint's own.",
         metavar="γ",
+        parser=share("--capacity"),
         show_default=False,
     ),
 ]

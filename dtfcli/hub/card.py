@@ -41,6 +41,7 @@ def model_card(facts: ModelFacts) -> ModelCard:
         size=_rounded(facts.parameters),
         base=_base(facts),
         capacity=_capacity(facts),
+        lower_capacity=_lower_capacity(facts),
         score=facts.config.get("score", RoutingFields.score),
         has_code="auto_map" in facts.config,
         routing_rows=_routing_rows(facts) if facts.routed_layers else [],
@@ -81,6 +82,15 @@ def _capacity(facts: ModelFacts) -> str:
     return (
         f"{', '.join(f'{share:g}' for share in capacity)} by layer" if isinstance(capacity, list) else f"{capacity:g}"
     )
+
+
+def _lower_capacity(facts: ModelFacts) -> float:
+    """A γ to try: of a converted model the next on its dial, of others a half of the usual one."""
+    if not facts.conversion:
+        return 0.25
+    saving = facts.conversion["chosen"]["saving"]
+    lower = [point["capacity"] for point in facts.conversion["dial"] if point["saving"] > saving + 0.02]
+    return round(max(lower, default=facts.conversion["chosen"]["capacity"]), 2)
 
 
 def _routing_rows(facts: ModelFacts) -> Rows:
@@ -204,7 +214,7 @@ def _metadata(facts: ModelFacts) -> ModelCardData:
     on_hub = facts.base if facts.base_on_hub else None
     tags = [*_TAGS.get(facts.architecture, [])]
     if facts.routed_layers:
-        tags += ["mixture-of-depths", "conditional-computation"]
+        tags += [*(() if facts.routes_mlps else ("mixture-of-depths",)), "conditional-computation"]
     if facts.is_adapter:
         tags.append("lora")
     if "auto_map" in facts.config:

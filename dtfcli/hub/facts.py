@@ -66,6 +66,7 @@ class ModelFacts:
         has_curves: whether curves.png is uploaded with the card.
         results: of benchmarks.
         conversion: what `dtf convert` measured, its report.json; empty for other models.
+        chats: whether the tokenizer has a chat template.
         version: of dtf.
     """
 
@@ -86,6 +87,7 @@ class ModelFacts:
     has_curves: bool = False
     results: EvalReport | None = None
     conversion: dict[str, Any] = field(default_factory=dict)
+    chats: bool = False
     version: str = ""
 
     @property
@@ -120,7 +122,9 @@ def gather_facts(
         base, on_hub = source.base, True
     conversion = _conversion(source.named)
     if base is None and conversion:
-        base = Path(str(conversion["model"])).name
+        name = str(conversion["model"])
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None  # a model on this machine has a bare name
+        base = name if on_hub else Path(name).name
     lines = read_metrics(run / METRICS_FILE) if run is not None and (run / METRICS_FILE).is_file() else []
     return ModelFacts(
         repo=repo,
@@ -140,6 +144,7 @@ def gather_facts(
         has_curves=has_curves,
         results=results,
         conversion=conversion,
+        chats=_has_chat_template(source.folder),
         version=metadata.version("dtfcli"),
     )
 
@@ -195,11 +200,19 @@ def _given_results(path: Path, digests: list[str], remedy: str) -> tuple[EvalRep
 def _conversion(folder: Path) -> dict[str, Any]:
     """The report that `dtf convert` wrote into a model folder; empty if there is none, or another program's."""
     path = folder / "report.json"
-    with suppress(ConfigError):
+    with suppress(CheckpointError):
         report = read_json_object(path, "convert the model again") if path.is_file() else {}
         if {"model", "dial", "chosen", "text"} <= report.keys():
             return report
     return {}
+
+
+def _has_chat_template(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    with suppress(CheckpointError):
+        settings = read_json_object(path, "save the tokenizer again") if path.is_file() else {}
+        return (folder / "chat_template.jinja").is_file() or "chat_template" in settings
+    return False
 
 
 def _digest(report: EvalReport) -> str | None:

@@ -337,7 +337,7 @@ WRONG = [
     ("{w}/dense -o out --text {w}/textt.jsonl", 2, ["--text", "textt.jsonl", "Did you mean"]),
     ("{w}/dense -o out --text {w}/text.jsonl --save 90%", 2, ["--save 90", "at most", "ask for less"]),
     ("{w}/dense -o out --save 10", 2, ["--save 10", "10% or 0.1"]),
-    ("{w}/dense -o out --save ten", 2, ["--save ten", "10% or 0.1"]),
+    ("{w}/dense -o out --save ten", 2, ["--save ten", "80% or 0.8"]),
     ("{w}/dense -o out --save 10% --capacity 0.5", 2, ["--save and --capacity", "one of them"]),
     ("{w}/dense -o out --capacity 0", 2, ["--capacity 0", "above 0"]),
     ("{w}/dense -o out --max-loss -1", 2, ["--max-loss -1", "above 0"]),

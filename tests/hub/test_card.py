@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from dtfcli.errors import ConfigError
 from dtfcli.evaluation.report import EvalReport
 from dtfcli.hub.card import model_card
-from dtfcli.hub.facts import ModelFacts
+from dtfcli.hub.facts import LocalModel, ModelFacts, gather_facts
 from dtfcli.hub.upload import PushOptions, prepare_upload
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.runs.public import public_name
@@ -119,6 +119,30 @@ def test_nothing_is_claimed_that_is_not_known() -> None:
     card = str(model_card(_facts(base="somebody/unknown-base")))
     assert "license:" not in card
     assert "No license is stated" in card
+
+
+def test_a_converted_chat_model_is_shown_chatting_and_its_dial_is_turned_on() -> None:
+    points = [
+        {"saving": saving, "capacity": capacity, "loss_gap": saving, "stderr": 0.01, "tokens": 1024}
+        | dict.fromkeys(("agreement", "kl", "routed_share"), 0.5)
+        for saving, capacity in ((0.1, 0.762), (0.2, 0.523))
+    ]
+    conversion = {"model": "a/chat", "dial": points, "chosen": points[0], "before": None, "text": {"fit_tokens": 9}}
+    facts = _facts(config=CONFIG | {"routed_part": "mlp"}, settings={}, conversion=conversion, chats=True)
+    card = model_card(facts)
+    assert "mixture-of-depths" not in _metadata(card)["tags"]
+    assert "apply_chat_template" in str(card)
+    assert "--chat" in str(card)
+    assert "capacity=0.52)" in str(card)
+
+
+def test_a_model_converted_from_the_hub_names_its_base(tmp_path: Path) -> None:
+    for name, base in (("owner/model", "owner/model"), ("model", None), ("/home/jane/model", None)):
+        report = {"model": name, "dial": [], "chosen": {}, "text": {}}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        facts = gather_facts(LocalModel(tmp_path, tmp_path, None, None, {}, []), "me/new", None, None, False)
+        assert (facts.base if facts.base_on_hub else None) == base
+        assert facts.base == (base or "model")
 
 
 def test_a_dense_model_has_no_routing_section() -> None:
