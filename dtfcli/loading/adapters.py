@@ -8,6 +8,7 @@ The notable choices:
 - Adapters are injected into the model instead of wrapped around it: it keeps its class, and with it routing,
   calibration and generation.
 - The base is frozen and never written to: it is stored nowhere, only named.
+- peft is imported where it is used: it takes a second, which a plain model need not wait.
 """
 
 import copy
@@ -16,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dtfcli.loading.model_files import ADAPTER_WEIGHTS
 from dtfcli.loading.source import open_source
 from dtfcli.models.pretrained import is_added
 from dtfcli.settings import Settings
@@ -39,6 +38,8 @@ def adapt(model: Any, settings: Settings) -> Any:
     """
     if not settings.lora.enabled:
         return model
+    from peft import LoraConfig, inject_adapter_in_model
+
     base = open_source(settings.model.base, settings.model.revision or None)
     lora = settings.lora
     config = LoraConfig(
@@ -62,7 +63,7 @@ def adapt(model: Any, settings: Settings) -> Any:
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether a model has adapters."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+    return any(".lora_" in name for name, _ in model.named_parameters())
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The stored tensors of an adapter folder."""
-    return load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    return load_file(folder / ADAPTER_WEIGHTS)
 
 
 def save_adapter(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
@@ -98,7 +99,7 @@ def save_adapter(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
     config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
     stored = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(stored, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     # Without the code that a routed model's folder has: an adapter does not open by itself.
     model.config.to_json_file(folder / "config.json")
     model.generation_config.save_pretrained(folder)
@@ -106,6 +107,8 @@ def save_adapter(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
 
 def merge(model: Any) -> Any:
     """The plain model with the function of an adapted one, which it takes apart."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
@@ -125,11 +128,13 @@ def apply_adapter(model: Any, folder: Path) -> Any:
         ValueError: tensors are missing from the folder, or do not belong to this model; nothing is drawn afresh.
         CheckpointError: its files are damaged.
     """
+    from peft import PeftModel, get_peft_model_state_dict
+
     added = {_PREFIX + name for name in model.state_dict() if is_added(name)}
     with warnings.catch_warnings(action="ignore"):  # of missing keys, which are refused below
         wrapped = PeftModel.from_pretrained(model, str(folder))
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         stored = set(file.keys())
     if (folder / "config.json").is_file():
         expected |= added
