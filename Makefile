@@ -22,7 +22,7 @@ help:
 $(INSTALLED): pyproject.toml dtfcli/__init__.py  # which has the version
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
 # MODEL=HuggingFaceTB/SmolLM2-135M: the same on a pretrained model, which the Hub gives; TEXT=FOLDER: on your own text.

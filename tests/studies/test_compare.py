@@ -1,10 +1,6 @@
 """`dtf compare` from the outside: five outputs, nothing done twice, one line for each wrong input."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Outcome
+from tests.faults import Dtf
 from tests.training.small_runs import write_text
 
-Dtf = Callable[..., Outcome]
+Run = Callable[..., Outcome]
 OUTPUTS = {"report.json", "report.md", "report.png", "report.html"}
 
 
@@ -44,15 +41,14 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.slow
-def test_five_outputs_and_nothing_done_twice_also_after_sigkill(dtf: Dtf, command: list[str], tmp_path: Path) -> None:
+def test_five_outputs_and_nothing_done_twice_also_after_sigkill(dtf: Run, command: list[str], tmp_path: Path) -> None:
     """The report of a study that was killed half-way, and went on with two runs at once, is an undisturbed one's."""
     arguments = [*command, "--vary", "model=random,layerdrop,dense", "--seeds", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "dtfcli", *arguments, "--output", "killed"], env=os.environ)
+    process = Dtf(tmp_path, *arguments, "--output", "killed")
     deadline = time.monotonic() + 120
     while not list(Path("killed").rglob("final_model/model.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.ends(kill_after=0.0)
     finished = {p: p.stat().st_mtime_ns for p in Path("killed").rglob("final_model/model.safetensors")}
     assert 0 < len(finished) < 6
     assert dtf(*arguments, "--output", "killed", "--parallel", "2", "--no-bench").code == 0
@@ -89,7 +85,7 @@ def test_five_outputs_and_nothing_done_twice_also_after_sigkill(dtf: Dtf, comman
     ]
 
 
-def test_the_plan_trains_nothing(dtf: Dtf, command: list[str], tmp_path: Path) -> None:
+def test_the_plan_trains_nothing(dtf: Run, command: list[str], tmp_path: Path) -> None:
     result = dtf(*command, "--vary", "model=dtf,dense", "--vary", "model.capacity=0.25,0.5", "--seeds", "2", "--plan")
     assert result.code == 0, result.stderr
     for text in ("6 runs", "dtf 0.25", "dense", "tokens", "min", "MiB"):
@@ -115,7 +111,7 @@ def test_the_plan_trains_nothing(dtf: Dtf, command: list[str], tmp_path: Path) -
     ],
 )
 def test_wrong_input(
-    dtf: Dtf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    dtf: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = dtf(*arguments)
@@ -125,7 +121,7 @@ def test_wrong_input(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_lacks_something_is_named(dtf: Dtf, command: list[str]) -> None:
+def test_a_run_that_lacks_something_is_named(dtf: Run, command: list[str]) -> None:
     settings = [item for item in command[2:] if not item.startswith("data.validation")]
     assert dtf("train", "quickstart", *settings, "data.validation_fraction=0", "run.name=blind").code == 0
     (run,) = Path("outputs").glob("*/blind")

@@ -33,11 +33,13 @@ def train_in_two(folder: Path, architecture: str, sharding: str, **groups: dict[
     """
     from torch.multiprocessing import start_processes
 
+    import tests.faults  # noqa: F401  # processes are forked from one that has everything loaded
+
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     settings_of(folder, architecture, **groups)  # writes the text, which two processes must not do at a time
-    start_processes(_train, (str(folder), architecture, sharding, port, groups), nprocs=2, start_method="spawn")
+    start_processes(_train, (str(folder), architecture, sharding, port, groups), nprocs=2, start_method="forkserver")
     return {rank: json.loads((folder / f"model-{rank}.json").read_text()) for rank in range(2)}
 
 
