@@ -14,7 +14,7 @@ from dtfcli.errors import ConfigError
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.savings import saved_share
-from dtfcli.models.stock import head_size
+from dtfcli.models.stock import attention_shape
 from dtfcli.shares import measured_shares
 
 
@@ -66,7 +66,7 @@ class GenerationStats:
         prefill_tokens_per_second: prompt tokens over the time to the first new token.
         decode_tokens_per_second: of the tokens after the first; None when there is one alone.
         cache_bytes: of the key/value cache at the end; None without a cache.
-        dense_cache_bytes: of a dense model of the same shape, for as many positions.
+        dense_cache_bytes: of the dense model, for as many positions.
         routed_share: share of the tokens that routed layers took, None for dense models and for blocks without a cache.
         saved_share: share of a dense model's FLOPs that skipping left out, without attention's sums; of routed MLPs.
     """
@@ -267,7 +267,11 @@ def _run(
         prefill_tokens_per_second=sum(len(row) for _, row in batch) / (first - started),
         decode_tokens_per_second=later / (last - first) if later else None,
         cache_bytes=cache_bytes(cache) if use_cache else None,
-        dense_cache_bytes=dense_cache_bytes(model, out.sequences.numel() - len(new)),
+        dense_cache_bytes=(
+            dense_cache_bytes(model, out.sequences.numel() - len(new))
+            if cache is None or hasattr(cache, "nbytes")
+            else cache_bytes(cache)  # a stock one
+        ),
         routed_share=sum(shares) / len(shares) if shares else None,
         saved_share=saved_share(model, shares) if isinstance(model, RoutedCausalLM) else None,
     )
@@ -283,12 +287,14 @@ def cache_bytes(cache: Any) -> int:
     """Bytes of a key/value cache, ours or Transformers'."""
     if hasattr(cache, "nbytes"):
         return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    parts = [part for layer in cache.layers for part in vars(layer).values()]
+    parts += [inner for part in parts if isinstance(part, dict) for inner in part.values()]  # of linear attention
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
 def dense_cache_bytes(model: Any, positions: int) -> int:
     """Bytes of the keys and values of every layer, for a number of positions."""
     config = model.config
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    numbers = 2 * config.num_hidden_layers * heads * head_size(config) * positions
+    _, heads, head_size = attention_shape(config)
+    numbers = 2 * config.num_hidden_layers * heads * head_size * positions
     return numbers * model.dtype.itemsize

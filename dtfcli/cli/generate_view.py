@@ -13,7 +13,8 @@ def show_stats(result: Any) -> None:
         parts.append(f"decode {stats.decode_tokens_per_second:,.1f} tokens/s")
     if stats.cache_bytes is not None:
         share = stats.cache_bytes / stats.dense_cache_bytes
-        parts.append(f"cache {stats.cache_bytes / 2**20:.2f} MiB, {share:.2f} of a dense model's")
+        of_dense = f", {share:.2f} of the dense model's" if share != 1.0 else ""
+        parts.append(f"cache {stats.cache_bytes / 2**20:.2f} MiB{of_dense}")
     if stats.routed_share is not None:
         parts.append(f"routed share {stats.routed_share:.2f}")
     if stats.saved_share is not None:

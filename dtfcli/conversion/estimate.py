@@ -27,7 +27,7 @@ from dtfcli.loading.source import ModelSource
 from dtfcli.models.least_squares import CHUNK
 from dtfcli.models.mlp_survey import DIFFERENTIATED, SURVEYED, TOGETHER, kept_share
 from dtfcli.models.modeling_routed_mlp import inner_linears, routed_mlps
-from dtfcli.models.stock import head_size
+from dtfcli.models.stock import attention_shape
 
 _OF_PEAK = 0.5
 """Share of the machine's peak that a conversion of SmolLM2-135M reached."""
@@ -120,7 +120,8 @@ def peaks(model: Any, weights: int, tokens: int, precision: torch.dtype) -> dict
     d, f, vocabulary = config.hidden_size, _neurons(model), config.vocab_size
     w, c, k = model.dtype.itemsize, precision.itemsize, kept_share(config.capacity)
     cast = weights * c // w if c < w else 0  # autocast keeps its copies of the weights
-    heads = 2 * head_size(config) * (config.num_attention_heads + config.num_key_value_heads)
+    queries, keys, head_size = attention_shape(config)
+    heads = 2 * head_size * (queries + keys)
     saved = config.num_hidden_layers * (c * (heads + 4 * f) + 24 * d) + (c + 20) * vocabulary
     surveyed = max(SURVEYED, 2 * d) * (d * (2 * w + c + 16) + 12 * f)
     passed = min(tokens, CHUNK) * (3 * c * f + 12 * d)

@@ -25,7 +25,7 @@ from dtfcli.models.configuration_fields import has_routed_mlps
 from dtfcli.models.losses import CHUNK_ELEMENTS
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.pretrained import is_added
-from dtfcli.models.stock import head_size
+from dtfcli.models.stock import attention_shape
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 """Finds the layer in a parameter's name."""
@@ -169,7 +169,8 @@ def training_step_flops(model: Any, seq_len: int, measured: Mapping[int, float] 
 
 def _attention_flops(config: Any, seq_len: int) -> float:
     """Of scores and weighted values in one dense layer, per token."""
-    return 4.0 * seq_len * config.num_attention_heads * head_size(config)
+    heads, _, head_size = attention_shape(config)
+    return 4.0 * seq_len * heads * head_size
 
 
 def _learning_flops(model: Any, shares: Mapping[int, float], seq_len: int) -> float:
@@ -257,7 +258,8 @@ def activation_bytes(model: Any, seq_len: int, rows: int, width: int, *, checkpo
     of logits and the gradient of the head. An estimate: allocators and fused kernels differ.
     """
     config = model.config
-    heads = head_size(config) * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    queries, keys, head_size = attention_shape(config)
+    heads = head_size * (2 * queries + 2 * keys)
     block = width * (heads + 4 * config.intermediate_size) + 4 * 6 * config.hidden_size
     shares = routed_shares(config, seq_len)
     mlp_alone = getattr(config, "routed_part", "block") == "mlp"

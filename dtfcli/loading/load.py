@@ -279,7 +279,9 @@ def _explained(source: ModelSource, error: Exception, part: str) -> DTFError:
     if source.kind == "hub" and isinstance(error, OSError):
         return _hub_error(name, error, part)
     remedy = f"Save or download the {part} again."
-    if source.kind == "gguf":
+    if "attention implementation" in str(error):
+        remedy = "Name another with --attn-implementation."
+    elif source.kind == "gguf":
         remedy = "It is damaged or cut off; download the GGUF file again."
     return CheckpointError(f"{name}: the {part} cannot be loaded. {reason_of(error)}. {remedy}")
 

@@ -91,7 +91,7 @@ def quantization_of(model: Any) -> Quantization | None:
 def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Names and modules of the linear layers of attention and MLPs; of an adapted one the base alone."""
     for name, module in model.named_modules():
-        inside = ".layers." in f".{name}" and not is_added(name) and ".lora_" not in name
+        inside = {"layers", "h"} & set(name.split(".")) and not is_added(name) and ".lora_" not in name
         if inside and isinstance(module, nn.Linear):
             yield name, module
 
@@ -123,10 +123,10 @@ def _is_quantized(parameter: Tensor) -> bool:
 def _check_plain(model: Any) -> None:
     if getattr(model.config, "quantization_config", None) is not None or any(map(_is_quantized, model.parameters())):
         raise ConfigError("quantize = 'int8': the weights of this model are quantized already; leave it out.")
-    if getattr(model.model, "triton_kernels", False):
+    if getattr(model.base_model, "triton_kernels", False):
         raise ConfigError("quantize = 'int8': our Triton kernels read plain weights; use one of the two.")
     if next(projections(model), None) is None:
-        raise ConfigError(f"quantize = 'int8': {type(model).__name__} has no linear layers in model.layers.")
+        raise ConfigError(f"quantize = 'int8': {type(model).__name__} has no linear maps in its decoder layers.")
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

@@ -4,6 +4,7 @@ import copy as copy_module
 from collections.abc import Iterable
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def route_mlps(
     if is_routed(dense):
         raise ValueError(f"model is a {stock.__name__}: its layers route already. to_dense gives the dense model")
     if getattr(transformers, stock.__name__, None) is not stock or not stock.__name__.endswith("ForCausalLM"):
-        raise ValueError(f"model is a {stock.__name__}: MLPs route in language models of Transformers' own")
+        raise ValueError(f"model is a {stock.__name__}: MLPs route in models of Transformers called …ForCausalLM")
     if clashes := [name for name in dense.state_dict() if is_added(name)]:
         raise ValueError(f"{stock.__name__} cannot be converted: its {clashes[0]} is called as what routing adds")
     if save is not None and capacity is not None:
@@ -123,6 +124,8 @@ def unfit_layers(layers: Iterable[nn.Module], size: int) -> dict[int, str]:
             reasons[index] = "it has no `mlp`"
         elif any(hasattr(mlp, name) for name in ("experts", "router", "gate")):
             reasons[index] = "its MLP is a mixture of experts"
+        elif len(signature(mlp.forward).parameters) != 1:
+            reasons[index] = "its MLP takes more than hidden states"
         else:
             try:
                 inner_linears(mlp, size)

@@ -138,7 +138,7 @@ class MLPForecast(nn.Module):
     def __init__(self, mlp: nn.Module, size: int, width: int, maps: int) -> None:
         super().__init__()
         self.linear = nn.Linear(size, size, bias=False)
-        self.narrow = narrowed(mlp, size, width) if width else None
+        self.narrow = narrowed(mlp, size, width) if width and _apart(mlp, size) else None
         self.maps = maps
         if maps > 1:
             rank = max(1, size // 16)
@@ -209,11 +209,20 @@ def inner_linears(mlp: nn.Module, size: int) -> tuple[dict[str, nn.Linear], str]
     return linears, last
 
 
+def _apart(mlp: nn.Module, size: int) -> bool:
+    """Whether neurons do not know of each other: there is no norm over them."""
+    linears, last = inner_linears(mlp, size)
+    neurons = linears[last].in_features
+    others = (child for child in mlp.children() if not isinstance(child, nn.Linear))
+    return not any(len(weight) == neurons for other in others for weight in other.parameters() if weight.ndim)
+
+
 def narrowed(mlp: nn.Module, size: int, width: int) -> nn.Module:
     """A module like an MLP, with `width` neurons; its weights are not set."""
     linears, last = inner_linears(mlp, size)
     neurons, narrow = linears[last].in_features, object.__new__(type(mlp))
-    vars(narrow).update(vars(mlp), _modules=dict(mlp._modules))
+    shared = {name: child for name, child in mlp.named_children() if name not in linears}  # an activation's parameters
+    vars(narrow).update(vars(mlp), _modules={}, **shared)
     for name, linear in linears.items():
         sizes = (width, size) if name == last else (size, linear.out_features // neurons * width)
         narrow._modules[name] = nn.Linear(*sizes, bias=linear.bias is not None)
@@ -310,10 +319,10 @@ def routed_mlps(model: nn.Module) -> dict[int, RoutedMLP]:
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a stock model; ValueError if it has none that we find."""
     stack = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = getattr(stack, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no decoder layers called `layers`: it cannot be converted")
-    return layers
+    for name in ("layers", "h"):  # the latter as GPT-2 had it
+        if isinstance(layers := getattr(stack, name, None), nn.ModuleList):
+            return layers
+    raise ValueError(f"{type(model).__name__} has no decoder layers called `layers` or `h`: it cannot be converted")
 
 
 class RoutedBase(PreTrainedModel if TYPE_CHECKING else object):

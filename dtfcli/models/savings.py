@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .modeling_routed_mlp import RoutedMLP, routed_mlps
+from .modeling_routed_mlp import RoutedMLP, decoder_layers, routed_mlps
 from .pretrained import is_added
 
 
@@ -48,7 +48,7 @@ def saved_share(model: Any, capacity: float | list[float] | None = None) -> floa
 
 def dense_flops(model: Any) -> float:
     """FLOPs of the dense model's forward pass, per token."""
-    layers = (named for named in model.get_decoder().layers.named_parameters() if not is_added(named[0]))
+    layers = (named for named in decoder_layers(model).named_parameters() if not is_added(named[0]))
     return _flops(layers, model.config) + 2.0 * model.get_output_embeddings().weight.numel()
 
 

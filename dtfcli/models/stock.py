@@ -17,6 +17,16 @@ else:
     StockLayer = nn.Module
 
 
-def head_size(config: Any) -> int:
-    """Numbers of a head, E, by a stock configuration or a routed one."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def global_value(config: Any, name: str, default: Any = None) -> Any:
+    """A value of a stock configuration; where some layers have one of their own (Gemma 4), that of the others."""
+    try:
+        return getattr(config, name, default)
+    except RuntimeError:  # by which Transformers refuses to choose
+        return config.to_dict().get(name, default)
+
+
+def attention_shape(config: Any) -> tuple[int, int, int]:
+    """Heads, key/value heads, and the numbers of a head, E, by a stock configuration or a routed one."""
+    heads = global_value(config, "num_attention_heads")
+    size = global_value(config, "head_dim") or config.hidden_size // heads
+    return heads, global_value(config, "num_key_value_heads") or heads, size

@@ -38,7 +38,8 @@ class Batches:
 
     def open(self, stock: Any, model: Any, config: Any) -> None:
         """As the stock `init_cb`; on a CPU the batch itself takes the likeliest token."""
-        stock(model, GenerationConfig(do_sample=False, use_cache=False) if self.chooses else config)
+        likeliest = GenerationConfig(do_sample=False, use_cache=False, eos_token_id=config.eos_token_id)
+        stock(model, likeliest if self.chooses else config)
 
     def enter(self, manager: Any, request: str, length: int, config: Any) -> None:
         """Before a request of so many tokens is added: it ends with the task that waits for it."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dtfcli.models.cache import CACHE_NAME
-from dtfcli.models.modeling_routed_mlp import routed_mlps
+from dtfcli.models.modeling_routed_mlp import decoder_layers, routed_mlps
 from dtfcli.models.static import StaticLayerCache
 
 
@@ -23,10 +23,10 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
     (evaluation, the causal modes, a γ that is still annealed) runs as before.
 
     Args:
-        model: routed or stock, with its layers at `model.model.layers`.
+        model: routed or stock, with the layers that `decoder_layers` finds.
         backend: of torch.compile.
     """
-    layers = model.model.layers
+    layers = decoder_layers(model)
     # One for each kind of layer and number of routed tokens, all of the same code object; at most one a layer.
     limit: Any = torch._dynamo.config
     limit.recompile_limit = max(limit.recompile_limit, len(layers) + 1)

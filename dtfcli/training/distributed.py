@@ -49,6 +49,7 @@ from torch.distributed.tensor import DTensor
 
 from dtfcli.errors import ConfigError, DTFError, reading, reason_of
 from dtfcli.loading.devices import compute_dtype, resolve_device
+from dtfcli.models.modeling_routed_mlp import decoder_layers
 from dtfcli.settings import Settings
 from dtfcli.training.plan import for_processes
 
@@ -324,12 +325,13 @@ class Sharded(Replicated):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.processes.device.type, (self.processes.world_size,))
         model: Any = objective.model
+        layers = decoder_layers(model)
         self.replicated: list[nn.Parameter] = []
         half = self.accelerator.mixed_precision == "bf16"
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        for layer in model.model.layers:
+        for layer in layers:
             self._materialize(list(layer.modules()))
             kept = [p for name, p in layer.named_parameters() if "router" in name]
             self.replicated += kept
@@ -337,7 +339,7 @@ class Sharded(Replicated):
             if predictor is not None:  # calibration asks it outside of its layer's forward
                 fully_shard(predictor, mesh=mesh, mp_policy=policy)
             fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=set(kept))
-        inside = {module for layer in model.model.layers for module in layer.modules()}
+        inside = {module for layer in layers for module in layer.modules()}
         self._materialize([module for module in objective.modules() if module not in inside])
         model.tie_weights()
         fully_shard(objective, mesh=mesh, ignored_params=set(self.replicated))

@@ -33,6 +33,11 @@ FAMILIES = [
     "stablelm",
     "phi",
     "nemotron",
+    "apertus",  # its activation has parameters
+    "bitnet",  # has a norm over the neurons
+    "gpt_bigcode",  # calls its layers `h`
+    "gemma4_unified_text",  # layers differ in the size of heads
+    "qwen3_5_text",  # linear attention
 ]
 EXPERTS = ["qwen3_moe", "mixtral"]
 
@@ -206,7 +211,7 @@ def test_what_cannot_be_routed() -> None:
         route_mlps(route_mlps(dense_model("llama")))
     with pytest.raises(ValueError, match="both say how much"):
         route_mlps(dense_model("llama"), 0.1, capacity=0.5)
-    with pytest.raises(ValueError, match="language models of Transformers' own"):
+    with pytest.raises(ValueError, match="in models of Transformers called"):
         route_mlps(dense_model("llama").model)
 
 
