@@ -16,6 +16,7 @@ from dtfcli.runs.files import replaced_folder
 from dtfcli.runs.folder import FINAL_MODEL, MERGED_MODEL, SETTINGS_FILE, run_settings
 from dtfcli.settings import Settings, load_settings
 from dtfcli.training.events import TrainEvent
+from dtfcli.training.failures import OutOfMemory
 from dtfcli.training.loop import TrainingInterrupted, train_model
 
 PRESET = "recover"
@@ -93,6 +94,12 @@ class Recovery:
                 )
         except TrainingInterrupted:
             raise TrainingInterrupted(f"Interrupted; saved in {self.work}. The same command goes on with it.") from None
+        except OutOfMemory as error:
+            less = f"`dtf train {PRESET} --base {self.work / _CONVERTED} --text TEXT training.micro_batch_size=1`"
+            raise DTFError(
+                f"The recovery ran out of memory. What it learned is kept in {self.work}, and the same command goes on "
+                f"with it where more is free. {less} takes less."
+            ) from error
         except DTFError as error:
             raise DTFError(
                 f"The recovery stopped: {error} It is kept in {self.work}, and the same command goes on with it. "

@@ -155,6 +155,8 @@ def test_a_stopped_recovery_goes_on(
         seen.append(run.state.step)
         if len(seen) == 3:
             raise loop.StopRequested
+        if len(seen) == 4:
+            raise torch.OutOfMemoryError
         return loop_step(run)
 
     loop_step = loop.train_step
@@ -168,8 +170,12 @@ def test_a_stopped_recovery_goes_on(
     other = dtf(*command, "--save", "5%")
     assert other.code == 2
     assert "of another conversion" in other.stderr
+    full = dtf(*command)
+    assert full.code == 1
+    assert "--base" in full.stderr
+    assert "ran out of memory" in full.stderr
     assert dtf(*command).code == 0
-    assert seen == [0, 1, 2, *range(2, 12_000 // 2048)]
+    assert seen == [0, 1, 2, 2, *range(2, 12_000 // 2048)]
     assert [*tmp_path.iterdir()] == [out]
 
 
