@@ -108,7 +108,10 @@ def route_mlps(
 
 def _fit_layers(dense: PreTrainedModel, wanted: list[int]) -> list[int]:
     """The wanted layers whose MLPs can route; ValueError if there are none."""
-    unfit = unfit_layers(decoder_layers(dense), dense.config.hidden_size)
+    layers = decoder_layers(dense)
+    if len(layers) <= wanted[-1]:  # of an encoder and a decoder
+        raise ValueError(f"{type(dense).__name__} has {len(layers)} decoder layers, fewer than its configuration says")
+    unfit = unfit_layers(layers, dense.config.hidden_size)
     if fit := [layer for layer in wanted if layer not in unfit]:
         return fit
     reasons = "; ".join(dict.fromkeys(unfit[layer] for layer in wanted))
