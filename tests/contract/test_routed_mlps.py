@@ -42,8 +42,8 @@ FAMILIES = [
 EXPERTS = ["qwen3_moe", "mixtral"]
 
 
-def dense_model(family: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **{"head_dim": 8, "pad_token_id": None} | SHAPE)
+def dense_model(family: str, **changes: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, **{"head_dim": 8, "pad_token_id": None} | SHAPE | changes)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -289,7 +289,8 @@ def test_stock_adapters(tmp_path: Path) -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled() -> None:
-    model, ids = fitted(dense_model("llama")), tokens(2, 24, seed=7)
+    model, ids = fitted(dense_model("llama", num_hidden_layers=5)), tokens(2, 24, seed=7)
+    assert model.routed_layers == [3]
     assert (torch.compile(model)(ids).logits - model(ids).logits).abs().max() < 1e-4
 
 
