@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from dtfcli.conversion.convert import DIAL_TOKENS, ConversionOptions, check_dense, chosen_capacity, name_of, route, size
 from dtfcli.conversion.dial import SAVINGS, saved_share
@@ -24,6 +23,7 @@ from dtfcli.loading.build import known_config
 from dtfcli.loading.devices import compute_dtype, resolve_device
 from dtfcli.loading.load import explained_load_errors, weights_dtype
 from dtfcli.loading.source import ModelSource
+from dtfcli.models.conversion import from_config
 from dtfcli.models.least_squares import CHUNK
 from dtfcli.models.mlp_survey import DIFFERENTIATED, SURVEYED, TOGETHER, kept_share
 from dtfcli.models.modeling_routed_mlp import inner_linears, routed_mlps
@@ -82,12 +82,12 @@ def estimate(source: ModelSource, options: ConversionOptions, tokens: int | None
         saved = None if source.kind == "gguf" or source.is_adapter else config.dtype
         dtype = weights_dtype(saved, options.loading["dtype"], device)
         with torch.device("meta"):
-            dense: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            dense = from_config(config, dtype=dtype)
     with torch.device("meta"):
         model, stays_dense = route(dense, options)
     model.config.capacity = chosen_capacity(model, options)
     model.set_routing()
-    precision, tokens = compute_dtype("auto", device), tokens or wanted_tokens(config)
+    precision, tokens = compute_dtype("auto", device), tokens or wanted_tokens(dense.config)
     most, flops = peaks(model, size(dense), tokens, precision), _flops(model, tokens)
     base = resident("VmRSS") if device.type == "cpu" and reset_resident_peak() else 0
     kept = {"Fitting": _KEPT, "Measuring": _KEPT} if base else {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dtfcli.data.tokenizer import data_tokenizer
 from dtfcli.errors import ConfigError
@@ -19,7 +19,7 @@ from dtfcli.loading.base_configs import BASE_CONFIGS
 from dtfcli.loading.load import explained_load_errors, load_tokenizer, load_weights
 from dtfcli.loading.source import ModelSource, open_source
 from dtfcli.models.configuration_fields import unread_fields
-from dtfcli.models.conversion import convert, routed_config
+from dtfcli.models.conversion import convert, from_config, routed_config
 from dtfcli.models.families import FAMILIES
 from dtfcli.models.modeling_routed_mlp import routed_mlps
 from dtfcli.models.pretrained import is_routed
@@ -117,7 +117,7 @@ def _random_dense(settings: Settings, tokenizer: PreTrainedTokenizerBase | None)
     base, kernel = _base(settings), settings.model.attn_implementation
     with nullcontext() if base is None else explained_load_errors(base):
         config = _scratch_config(settings, tokenizer) if base is None else known_config(base)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=torch.float32)
+        return from_config(config, attn_implementation=kernel, dtype=torch.float32)
 
 
 def known_config(source: ModelSource) -> Any:

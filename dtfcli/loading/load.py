@@ -281,6 +281,8 @@ def _explained(source: ModelSource, error: Exception, part: str) -> DTFError:
     remedy = f"Save or download the {part} again."
     if "attention implementation" in str(error):
         remedy = "Name another with --attn-implementation."
+    elif "no language model of" in str(error):
+        remedy = "Give a model of text."
     elif source.kind == "gguf":
         remedy = "It is damaged or cut off; download the GGUF file again."
     return CheckpointError(f"{name}: the {part} cannot be loaded. {reason_of(error)}. {remedy}")

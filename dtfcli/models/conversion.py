@@ -10,8 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from .configuration_dynamic import CONFIGS
 from .configuration_fields import STRUCK, RoutingFields, check_field, has_routed_mlps
@@ -203,9 +209,12 @@ def _config_values(config: Any) -> dict[str, Any]:
     return values
 
 
-def _transplant(source: PreTrainedModel, target_class: type, config: Any, copy: bool) -> PreTrainedModel:
+def _transplant(
+    source: PreTrainedModel, target_class: type, config: Any, copy: bool, state: dict[str, Tensor] | None = None
+) -> PreTrainedModel:
     """Build `target_class` around the backbone tensors of `source`; only routing's own parameters are new."""
-    state = {name: tensor for name, tensor in source.state_dict().items() if not is_added(name)}
+    if state is None:
+        state = {name: tensor for name, tensor in source.state_dict().items() if not is_added(name)}
     if copy:
         state = {name: tensor.clone() for name, tensor in state.items()}
     offloaded = [name for name, tensor in state.items() if tensor.is_meta]
@@ -274,15 +283,45 @@ def load_dense(
 
 
 def load_whole(path: str, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, with all weights: alone it draws missing ones at random and only warns.
+    """A saved language model with all weights: Transformers draws missing ones at random and only warns.
 
     Raises:
         ValueError: weights are missing, or are not known to the model.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    loaded: Any = _auto_class(options.get("config")).from_pretrained(path, output_loading_info=True, **options)
     model, info = loaded
     for problem, names in (("missing", info["missing_keys"]), ("not known to the model", info["unexpected_keys"])):
         if names:
             some = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
             raise ValueError(f"Weights are {problem}: {some}. The files are damaged or of another model.")
-    return model
+    return text_part(model)
+
+
+def from_config(config: Any, **options: Any) -> Any:
+    """A language model with random weights; options as of Transformers' `from_config`."""
+    return text_part(_auto_class(config).from_config(config, **options))
+
+
+def _auto_class(config: Any) -> Any:
+    """What opens a language model, or one that sees as well."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def text_part(model: Any) -> Any:
+    """The language model inside one that sees or hears as well, with its tensors; any other model as it is.
+
+    Raises:
+        ValueError: Transformers has no class for the language model alone.
+    """
+    config = model.config.get_text_config()
+    if type(config) is type(model.config):
+        return model
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if stock is None:
+        raise ValueError(f"Transformers has no language model of {type(config).__name__} alone")
+    config = copy_module.deepcopy(config)
+    config.tie_word_embeddings = getattr(model.config, "tie_word_embeddings", config.tie_word_embeddings)
+    parts = {stock.base_model_prefix: model.get_decoder(), "lm_head": model.get_output_embeddings()}
+    state = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
+    return _transplant(model, stock, config, copy=False, state=state)

@@ -3,17 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import dtfcli
+from dtfcli.conversion.convert import ConversionOptions
+from dtfcli.conversion.estimate import estimate
 from dtfcli.errors import CheckpointError, ConfigError, DTFError
 from dtfcli.loading.build import build_tokenizer
 from dtfcli.loading.source import open_source
-from tests.tiny import dense_model
+from tests.tiny import SHAPE, dense_model, tokens, word_tokenizer
 from tests.training.small_runs import small_settings
 
 
@@ -120,3 +123,50 @@ def test_load_a_tokenizer(tmp_path: Path) -> None:
     assert loaded.decode(loaded(text, split_special_tokens=True)["input_ids"]) == text
     with pytest.raises(CheckpointError, match="no such file or folder"):
         dtfcli.load_tokenizer(tmp_path / "nowhere" / "else")
+
+
+IMAGE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGE |= {"image_size": 28, "patch_size": 14}
+OPTIONS = ConversionOptions(save=0.01, loading={"device": "cpu", "dtype": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "stock"),
+    [
+        (
+            "gemma3",
+            {"text_config": SHAPE | {"head_dim": 8}, "vision_config": IMAGE, "mm_tokens_per_image": 4},
+            "Gemma3",
+        ),
+        (
+            "mistral3",
+            {
+                "text_config": SHAPE | {"model_type": "mistral", "head_dim": 8},
+                "vision_config": IMAGE | {"model_type": "pixtral"},
+            },
+            "Mistral",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_of_a_model_that_sees_the_language_model_is_opened(
+    tmp_path: Path, family: str, fields: dict[str, Any], stock: str
+) -> None:
+    """With the weights and the function of the whole; it converts as any other."""
+    torch.manual_seed(0)
+    whole: Any = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **fields)).eval()
+    whole.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    model: Any = dtfcli.load_model(tmp_path)
+    assert type(model).__name__ == f"{stock}ForCausalLM"
+    ids = tokens(2, 12)
+    assert torch.equal(model(ids).logits, whole(input_ids=ids).logits)
+    assert dtfcli.route_mlps(model, save=0.01).config.routed_layer_indices == [3, 4]
+    assert estimate(open_source(tmp_path), OPTIONS).parameters == model.num_parameters()
+
+
+def test_a_language_model_that_has_no_class_is_named(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("qwen2_5_vl", vision_config={"depth": 1, "hidden_size": 32, "num_heads": 4})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(DTFError, match=r"no language model of Qwen2_5_VLTextConfig alone\. Give a model of text"):
+        estimate(open_source(tmp_path, weights=False), OPTIONS)
