@@ -110,7 +110,7 @@ def convert_model(
             _fit(model, text, dial.dtype, on_progress, forecasts=False)
         chosen, points = dial.measure(options)
     results = _Results(before, chosen, points)
-    report = _report(name_of(source), options, dial, results, stays_dense)
+    report = _report(source, options, dial, results, stays_dense)
     with costs.part("Saving"), quiet_libraries(), replaced_folder(folder, "choose another folder") as partial:
         _cast(model, saved_dtype)
         model.save_pretrained(partial)
@@ -130,11 +130,15 @@ class _Results(NamedTuple):
 
 
 def _report(
-    name: str, options: ConversionOptions, dial: "_Dial", results: _Results, stays_dense: dict[int, str]
+    source: ModelSource, options: ConversionOptions, dial: "_Dial", results: _Results, stays_dense: dict[int, str]
 ) -> ConversionReport:
     model, text = dial.model, dial.text
+    remarks = [text.remark, "" if options.to != "mod" or options.recover else _UNTRAINED]
+    if source.kind == "gguf":
+        kind = str(model.dtype).removeprefix("torch.")
+        remarks.append(f"The folder has {size(model) / 1e6:,.0f} MB: weights of a .gguf file are saved in {kind}.")
     return ConversionReport(
-        model=name,
+        model=name_of(source),
         to=options.to,
         chosen=results.chosen,
         before=results.before,
@@ -156,9 +160,7 @@ def _report(
         added_bytes=size(model) - size(dial.dense),
         precision=str(dial.dtype).removeprefix("torch."),
         parts=dial.costs.parts,
-        remarks=[
-            remark for remark in (text.remark, "" if options.to != "mod" or options.recover else _UNTRAINED) if remark
-        ],
+        remarks=[remark for remark in remarks if remark],
         versions={name: importlib.metadata.version(name) for name in ("dtfcli", "torch", "transformers")},
     )
 

@@ -148,16 +148,18 @@ def survey(model: Any, text: Text, effects: Mapping[int, Effect]) -> dict[int, T
 
     Every token enters here. A forecast off by e_t raises the loss by about E[(g_t · e_t)²] / 2, an expectation over
     g. Its estimate, ln ‖e_t‖² + ln E‖g‖² and a constant, has one unit in all layers. One threshold for all of them
-    together says which share of the tokens enters each: its γ at the model's γ.
+    together says which share of the tokens enters each: its γ at the model's γ. First tokens of texts have to enter
+    every layer, so no share is below twice theirs.
     """
     mlps = routed_mlps(model)
     rough, costs = _surveyed(model, text, effects)
     if mlps and model.config.architecture == "dtf" and not isinstance(model.config.capacity, list):
         together = torch.cat(list(costs.values())).sort(descending=True).values
+        least = 2 * len(text.ids) / float(text.mask.sum())
         for place in range(1, GRID):
             threshold = together[round(place / GRID * len(together))]
             for layer, cost in costs.items():
-                mlps[layer].router.shares[place] = (cost > threshold).float().mean()
+                mlps[layer].router.shares[place] = (cost > threshold).float().mean().clamp(min=min(least, 1.0))
     return rough
 
 

@@ -133,6 +133,24 @@ def test_scores_and_thresholds_are_fitted_alone() -> None:
 
 
 @torch.no_grad()
+def test_first_tokens_enter_at_any_capacity() -> None:
+    """They carry massive activations: without their MLPs all later tokens are lost."""
+    dense: Any = dense_model("llama")
+    dense.model.embed_tokens.weight[5] *= 20.0
+    dense.model.layers[3].mlp.down_proj.weight *= 0.05  # skipping this layer costs little
+    ids = tokens(32, 40)
+    ids[ids == 5] = 6
+    ids[:, 0] = 5
+    model: Any = route_mlps(dense, capacity=0.6, forecast_maps=2)
+    fit_routing(model, [{"input_ids": ids}])
+    for capacity in (1 / 32, 2 / 32, 0.2, 0.5):
+        with model.routing_mode(capacity=capacity), model.recorded() as records:
+            model(ids)
+        assert all(record.selected[:, 0].all() for record in records), capacity
+        assert sum(record.selected.float().mean() for record in records) / len(records) < capacity + 0.05
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_text_in_parts_gives_the_same_fit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long texts pass a few rows at a time; masks go with their rows, and what all rows share stays."""
