@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import dtfcli
@@ -22,10 +22,11 @@ from dtfcli.loading.adapters import adapt, adapter_state, save_adapter
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.mlp_fitting import fit_routing
 from dtfcli.models.savings import saved_share
+from dtfcli.models.stock import attention_shape
 from dtfcli.settings import load_settings
 from dtfcli.shares import measured_shares
 from tests.conftest import Outcome
-from tests.tiny import dense_model, tokens, word_tokenizer
+from tests.tiny import SHAPE, dense_model, tokens, word_tokenizer
 
 SMALL = ContinuousBatchingConfig(page_size=16, num_blocks=32, max_batch_tokens=64, use_cuda_graph=False)
 """Else the cache takes most of the machine's memory."""
@@ -68,10 +69,20 @@ def test_generated(folder: Path) -> None:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     alone = generate(model, tokenizer, "a b c", GREEDY)
     assert 0 < alone.stats.routed_share < 1
+    assert alone.stats.saved_share == pytest.approx(saved_share(model, alone.stats.routed_share))
     assert alone.stats.cache_bytes == alone.stats.dense_cache_bytes
     together = dict(generate_many(model, tokenizer, ["a b c", "d e f g h"], GREEDY, batch_size=2))
     assert together[0].text == alone.text
     assert generate(model, tokenizer, "a b c", GREEDY, use_cache=False).text == alone.text
+
+
+@pytest.mark.parametrize("family", ["gemma4_unified_text", "qwen3_5_text"])
+def test_of_any_cache_the_bytes_are_counted(family: str) -> None:
+    """Layers that differ in their heads, and linear attention, whose state is no keys and values."""
+    dense: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE | {"head_dim": 8})).eval()
+    stats = generate(dense, word_tokenizer(), "a b c", GREEDY).stats
+    assert stats.cache_bytes == stats.dense_cache_bytes > 0
+    assert attention_shape(dense.config) == (4, 2, 8)
 
 
 def test_batched_continuously() -> None:

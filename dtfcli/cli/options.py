@@ -6,7 +6,6 @@ of `Loading` in its place: spelled and explained the same everywhere.
 
 import inspect
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
@@ -31,10 +30,11 @@ def share(name: str) -> Callable[[str], float]:
     """What reads an option's share: 80% or 0.8."""
 
     def read(text: str) -> float:
-        match = re.fullmatch(r"\s*(-?\d*\.?\d+(?:e-?\d+)?)\s*(%?)\s*", text)
-        if match is None:
-            raise ConfigError(f"{name} {text}: a share; write 80% or 0.8.")
-        return float(match[1]) / (100 if match[2] else 1)
+        number = text.strip().removesuffix("%")
+        try:
+            return float(number) / (100 if "%" in text else 1)
+        except ValueError:
+            raise ConfigError(f"{name} {text}: a share; write 80% or 0.8.") from None
 
     return read
 

@@ -155,11 +155,11 @@ def survey(model: Any, text: Text, effects: Mapping[int, Effect]) -> dict[int, T
     rough, costs = _surveyed(model, text, effects)
     if mlps and model.config.architecture == "dtf" and not isinstance(model.config.capacity, list):
         together = torch.cat(list(costs.values())).sort(descending=True).values
-        least = 2 * len(text.ids) / float(text.mask.sum())
+        least = min(1.0, 2 * len(text.ids) / float(text.mask.sum()))
         for place in range(1, GRID):
             threshold = together[round(place / GRID * len(together))]
             for layer, cost in costs.items():
-                mlps[layer].router.shares[place] = (cost > threshold).float().mean().clamp(min=min(least, 1.0))
+                mlps[layer].router.shares[place] = (cost > threshold).float().mean().clamp(min=least)
     return rough
 
 

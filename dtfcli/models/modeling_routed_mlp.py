@@ -138,7 +138,7 @@ class MLPForecast(nn.Module):
     def __init__(self, mlp: nn.Module, size: int, width: int, maps: int) -> None:
         super().__init__()
         self.linear = nn.Linear(size, size, bias=False)
-        self.narrow = narrowed(mlp, size, width) if width and _apart(mlp, size) else None
+        self.narrow = narrowed(mlp, size, width) if width else None
         self.maps = maps
         if maps > 1:
             rank = max(1, size // 16)
@@ -209,19 +209,13 @@ def inner_linears(mlp: nn.Module, size: int) -> tuple[dict[str, nn.Linear], str]
     return linears, last
 
 
-def _apart(mlp: nn.Module, size: int) -> bool:
-    """Whether neurons do not know of each other: there is no norm over them."""
-    linears, last = inner_linears(mlp, size)
-    neurons = linears[last].in_features
-    others = (child for child in mlp.children() if not isinstance(child, nn.Linear))
-    return not any(len(weight) == neurons for other in others for weight in other.parameters() if weight.ndim)
-
-
-def narrowed(mlp: nn.Module, size: int, width: int) -> nn.Module:
-    """A module like an MLP, with `width` neurons; its weights are not set."""
+def narrowed(mlp: nn.Module, size: int, width: int) -> nn.Module | None:
+    """A module like an MLP, with `width` neurons; its weights are not set. None: a norm needs all neurons together."""
     linears, last = inner_linears(mlp, size)
     neurons, narrow = linears[last].in_features, object.__new__(type(mlp))
     shared = {name: child for name, child in mlp.named_children() if name not in linears}  # an activation's parameters
+    if any(len(weight) == neurons for child in shared.values() for weight in child.parameters() if weight.ndim):
+        return None
     vars(narrow).update(vars(mlp), _modules={}, **shared)
     for name, linear in linears.items():
         sizes = (width, size) if name == last else (size, linear.out_features // neurons * width)

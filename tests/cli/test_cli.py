@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import dtfcli
-from dtfcli.cli import render
+from dtfcli.cli import options, render
 from dtfcli.cli.app import app
 from dtfcli.cli.render import emit_json
 from dtfcli.errors import ConfigError, DTFError
@@ -247,3 +247,14 @@ def test_copying_to_a_file_of_ones_own(dtf: Dtf, tmp_path: Path) -> None:
     assert dtf("presets", "copy", "quickstart", str(file)).stdout == f"{file}\n"
     assert dtf("presets", "validate", str(file)).stdout == f"{file}: valid\n"
     assert dtf("presets", "copy", "quickstart", str(file)).code == 2
+
+
+@pytest.mark.parametrize(("text", "share"), [("80%", 0.8), (" 0.8 ", 0.8), ("1", 1.0), ("12.5 %", 0.125), (".5", 0.5)])
+def test_a_share_may_be_percent(text: str, share: float) -> None:
+    assert options.share("--capacity")(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["ten", "%", "80%%", ""])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--capacity .*: a share; write 80% or 0\.8"):
+        options.share("--capacity")(text)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 import dtfcli
 from dtfcli.conversion.convert import ConversionOptions
@@ -170,3 +170,11 @@ def test_a_language_model_that_has_no_class_is_named(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(DTFError, match=r"no language model of Qwen2_5_VLTextConfig alone\. Give a model of text"):
         estimate(open_source(tmp_path, weights=False), OPTIONS)
+
+
+def test_an_attention_kernel_that_a_model_does_not_have_is_named(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=97)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(DTFError, match=r"Name another with --attn-implementation\.$"):
+        dtfcli.load_model(tmp_path, attn_implementation="sdpa")
+    assert dtfcli.load_model(tmp_path, attn_implementation="eager").num_parameters() > 0
