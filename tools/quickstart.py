@@ -43,7 +43,7 @@ CONVERT = Step(
 )
 WRITE = Step(
     "Continue a prompt twice: at γ = 1, where every token enters every MLP, then at the saving that was kept.",
-    "Look for the place where the two texts part. --capacity sets γ.",
+    "See whether the two texts part, and where. --capacity sets γ.",
     (
         'dtf generate {ROUTED} "{PROMPT}" --max-new-tokens 40 --capacity 1',
         'dtf generate {ROUTED} "{PROMPT}" --max-new-tokens 40',

@@ -92,6 +92,8 @@ def route_mlps(
         raise ValueError(f"model is a {stock.__name__}: its layers route already. to_dense gives the dense model")
     if getattr(transformers, stock.__name__, None) is not stock or not stock.__name__.endswith("ForCausalLM"):
         raise ValueError(f"model is a {stock.__name__}: MLPs route in models of Transformers called …ForCausalLM")
+    if not hasattr(dense.config, "num_hidden_layers"):  # of several parts (Fuyu)
+        raise ValueError(f"model is a {stock.__name__} of several parts: convert the language model inside")
     if clashes := [name for name in dense.state_dict() if is_added(name)]:
         raise ValueError(f"{stock.__name__} cannot be converted: its {clashes[0]} is called as what routing adds")
     if save is not None and capacity is not None:

@@ -210,11 +210,12 @@ def inner_linears(mlp: nn.Module, size: int) -> tuple[dict[str, nn.Linear], str]
 
 
 def narrowed(mlp: nn.Module, size: int, width: int) -> nn.Module | None:
-    """A module like an MLP, with `width` neurons; its weights are not set. None: a norm needs all neurons together."""
+    """A module like an MLP, with `width` neurons; its weights are not set. None: neurons share a parameter."""
     linears, last = inner_linears(mlp, size)
     neurons, narrow = linears[last].in_features, object.__new__(type(mlp))
     shared = {name: child for name, child in mlp.named_children() if name not in linears}  # an activation's parameters
-    if any(len(weight) == neurons for child in shared.values() for weight in child.parameters() if weight.ndim):
+    over_neurons = (len(weight) == neurons for child in shared.values() for weight in child.parameters() if weight.ndim)
+    if next(mlp.parameters(recurse=False), None) is not None or any(over_neurons):
         return None
     vars(narrow).update(vars(mlp), _modules={}, **shared)
     for name, linear in linears.items():

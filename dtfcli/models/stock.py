@@ -18,7 +18,7 @@ else:
 
 
 def global_value(config: Any, name: str, default: Any = None) -> Any:
-    """A value of a stock configuration; where layers differ (Gemma 4), the one that most of them have."""
+    """A value of a stock configuration; where layers differ (Gemma 4), the one outside of its list of layers."""
     try:
         return getattr(config, name, default)
     except RuntimeError:  # by which Transformers refuses to choose
