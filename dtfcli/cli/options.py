@@ -57,8 +57,12 @@ Dtype = Annotated[
     _common("--dtype", "Precision of the weights; auto: by the model and the device."),
 ]
 AttnImplementation = Annotated[
-    Literal["sdpa", "eager", "flash_attention_2"],
-    _common("--attn-implementation", "Attention kernel; flash_attention_2 needs a GPU."),
+    Literal["sdpa", "eager", "flash_attention_2"] | None,
+    _common(
+        "--attn-implementation",
+        "Attention kernel; flash_attention_2 needs a GPU. Unset: sdpa where the model has it, else eager.",
+        show_default=False,
+    ),
 ]
 Revision = Annotated[
     str | None,
@@ -126,7 +130,7 @@ class Loading:
     capacity: Capacity = None
     device: Device = "auto"
     dtype: Dtype = "auto"
-    attn_implementation: AttnImplementation = "sdpa"
+    attn_implementation: AttnImplementation = None
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     quantize: Quantize = None

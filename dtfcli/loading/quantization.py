@@ -125,8 +125,12 @@ def _check_plain(model: Any) -> None:
         raise ConfigError("quantize = 'int8': the weights of this model are quantized already; leave it out.")
     if getattr(model.base_model, "triton_kernels", False):
         raise ConfigError("quantize = 'int8': our Triton kernels read plain weights; use one of the two.")
-    if next(projections(model), None) is None:
+    linears = [type(layer) for _, layer in projections(model)]
+    if not linears:
         raise ConfigError(f"quantize = 'int8': {type(model).__name__} has no linear maps in its decoder layers.")
+    for other in linears:
+        if other.forward is not nn.Linear.forward:  # Falcon transposes its weights, which torchao's cannot
+            raise ConfigError(f"quantize = 'int8': torchao cannot stand in for {other.__name__}; leave it out.")
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dtfcli
 from dtfcli.cost.quantized import SAMPLE, in_words, quantize_and_measure
@@ -110,6 +111,12 @@ def test_kernels_that_read_plain_weights_are_refused() -> None:
     quantize(model)
     with pytest.raises(ValueError, match=r"quantized|install triton"):
         model.model.use_triton_kernels()
+
+
+def test_linear_maps_that_compute_otherwise_are_refused() -> None:
+    config = AutoConfig.for_model("falcon", vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ConfigError, match="torchao cannot stand in for FalconLinear"):
+        quantize(AutoModelForCausalLM.from_config(config))
 
 
 def test_what_cannot_be_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
