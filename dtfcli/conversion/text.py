@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from torch import Tensor
 
@@ -178,6 +179,7 @@ def _some_documents(reader: SourceReader, tokens: int, seed: int) -> tuple[list[
         if document is not None and document.digest not in kept:
             kept[document.digest] = document.text
             left -= min(len(document.text), LENGTH * _CHARACTERS)
+    pyarrow.default_memory_pool().release_unused()  # it keeps what a file took
     if not kept:
         raise DataError(f"{reader.label}: no document to use; add files with text.")
     return list(kept.values()), list(kept)
