@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from dtfcli.conversion.dial import LEAST, SAVINGS, capacity_for, saved_share
-from dtfcli.conversion.measure import Compared, autocast, compare, decoding_times
+from dtfcli.conversion.measure import Compared, compare, decoding_times
 from dtfcli.conversion.recover import Recovery
 from dtfcli.conversion.report import ConversionReport, Part, Point, write_report
 from dtfcli.conversion.text import ConversionText, open_text, read_text
@@ -23,14 +22,16 @@ from dtfcli.data.documents import OnProgress
 from dtfcli.errors import CheckpointError, ConfigError, DTFError
 from dtfcli.loading.devices import compute_dtype
 from dtfcli.loading.load import explained_load_errors, load_model_and_tokenizer
+from dtfcli.loading.quantization import weight_bytes
 from dtfcli.loading.source import ModelSource
 from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.models.conversion import convert, route_mlps, unfit_layers
 from dtfcli.models.mlp_fitting import fit_routing
 from dtfcli.models.mlp_survey import rank_layers
 from dtfcli.models.modeling_routed_mlp import decoder_layers
+from dtfcli.models.pretrained import cast_weights
 from dtfcli.quiet import quiet_libraries
-from dtfcli.runs.files import replaced_folder
+from dtfcli.runs.files import is_writable, nearest, replaced_folder
 from dtfcli.runs.folder import BEST_MODEL, FINAL_MODEL, MERGED_MODEL
 
 Kind = Literal["dtf", "mod", "random", "layerdrop"]
@@ -112,7 +113,8 @@ def convert_model(
     results = _Results(before, chosen, points)
     report = _report(source, options, dial, results, stays_dense)
     with costs.part("Saving"), quiet_libraries(), replaced_folder(folder, "choose another folder") as partial:
-        _cast(model, saved_dtype)
+        if saved_dtype not in (None, model.dtype):
+            cast_weights(model, saved_dtype)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_report(report, partial)
@@ -136,7 +138,9 @@ def _report(
     remarks = [text.remark, "" if options.to != "mod" or options.recover else _UNTRAINED]
     if source.kind == "gguf":
         kind = str(model.dtype).removeprefix("torch.")
-        remarks.append(f"The folder has {size(model) / 1e6:,.0f} MB: weights of a .gguf file are saved in {kind}.")
+        remarks.append(
+            f"The folder has {weight_bytes(model) / 1e6:,.0f} MB: weights of a .gguf file are saved in {kind}."
+        )
     return ConversionReport(
         model=name_of(source),
         to=options.to,
@@ -156,8 +160,8 @@ def _report(
             "recover_tokens": options.recover,
         },
         seed=options.seed,
-        weights_bytes=size(dial.dense),
-        added_bytes=size(model) - size(dial.dense),
+        weights_bytes=weight_bytes(dial.dense),
+        added_bytes=weight_bytes(model) - weight_bytes(dial.dense),
         precision=str(dial.dtype).removeprefix("torch."),
         parts=dial.costs.parts,
         remarks=[remark for remark in remarks if remark],
@@ -203,18 +207,12 @@ def _check_folder(folder: Path) -> None:
         raise ConfigError(f"-o {folder}: exists and is no folder; name another.")
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"-o {folder}: exists and is not empty; name another folder.")
-    parent = _existing(folder)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not is_writable(parent := nearest(folder.absolute().parent)):
         raise ConfigError(f"-o {folder}: {parent} cannot be written to; name another folder.")
 
 
-def _existing(folder: Path) -> Path:
-    """The nearest folder around it that exists."""
-    return next(path for path in folder.absolute().parents if path.exists())
-
-
 def _check_space(folder: Path, model: Any) -> None:
-    needed, free = size(model), shutil.disk_usage(_existing(folder)).free
+    needed, free = weight_bytes(model), shutil.disk_usage(nearest(folder.absolute().parent)).free
     if needed > free:
         raise DTFError(
             f"-o {folder}: the model takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some space, or "
@@ -270,7 +268,7 @@ def _fit(
     model: Any, text: ConversionText, dtype: torch.dtype, on_progress: OnProgress, *, forecasts: bool = True
 ) -> None:
     """Scores and thresholds, and forecasts if they are not to stay; of a model that routes blocks thresholds alone."""
-    with torch.no_grad(), autocast(model.device, dtype):
+    with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         if model.config.routed_part != "mlp":
             rows = text.fit.ids[: max(1, _CALIBRATION_TOKENS // text.fit.ids.shape[1])]
             model.calibrate([{"input_ids": part} for part in rows.split(8)])
@@ -404,21 +402,6 @@ class _Dial:
             prefill_time=each.prefill_time,
             token_time=token_time,
         )
-
-
-def _cast(model: Any, dtype: torch.dtype | None) -> None:
-    """Give the weights, but not the routers', the precision that the dense model was saved in."""
-    if dtype in (None, model.dtype):
-        return
-    for name, parameter in model.named_parameters():
-        if "router" not in name:
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-
-
-def size(model: Any) -> int:
-    """Bytes of its parameters; tied ones once."""
-    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def name_of(source: ModelSource) -> str:

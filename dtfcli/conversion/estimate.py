@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dtfcli.conversion.convert import DIAL_TOKENS, ConversionOptions, check_dense, chosen_capacity, name_of, route, size
+from dtfcli.conversion.convert import DIAL_TOKENS, ConversionOptions, check_dense, chosen_capacity, name_of, route
 from dtfcli.conversion.dial import SAVINGS, saved_share
 from dtfcli.conversion.measure import rows_together
 from dtfcli.conversion.report import Part
@@ -22,6 +22,7 @@ from dtfcli.cost.peak import matmul_peak, reset_resident_peak, resident
 from dtfcli.loading.build import known_config
 from dtfcli.loading.devices import compute_dtype, resolve_device
 from dtfcli.loading.load import explained_load_errors, weights_dtype
+from dtfcli.loading.quantization import weight_bytes
 from dtfcli.loading.source import ModelSource
 from dtfcli.models.conversion import from_config
 from dtfcli.models.least_squares import CHUNK
@@ -88,7 +89,7 @@ def estimate(source: ModelSource, options: ConversionOptions, tokens: int | None
     model.config.capacity = chosen_capacity(model, options)
     model.set_routing()
     precision, tokens = compute_dtype("auto", device), tokens or wanted_tokens(dense.config)
-    most, flops = peaks(model, size(dense), tokens, precision), _flops(model, tokens)
+    most, flops = peaks(model, weight_bytes(dense), tokens, precision), _flops(model, tokens)
     base = resident("VmRSS") if device.type == "cpu" and reset_resident_peak() else 0
     kept = {"Fitting": _KEPT, "Measuring": _KEPT} if base else {}
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -105,8 +106,8 @@ def estimate(source: ModelSource, options: ConversionOptions, tokens: int | None
         routed_layers=list(model.config.layer_capacities()),
         stays_dense=stays_dense,
         fit_tokens=tokens,
-        weights_bytes=size(dense),
-        added_bytes=size(model) - size(dense),
+        weights_bytes=weight_bytes(dense),
+        added_bytes=weight_bytes(model) - weight_bytes(dense),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         precision=str(precision).removeprefix("torch."),
@@ -116,7 +117,7 @@ def estimate(source: ModelSource, options: ConversionOptions, tokens: int | None
 
 def peaks(model: Any, weights: int, tokens: int, precision: torch.dtype) -> dict[str, int]:
     """Bytes of tensors at the worst moment of each part."""
-    config, held = model.config, size(model)
+    config, held = model.config, weight_bytes(model)
     d, f, vocabulary = config.hidden_size, _neurons(model), config.vocab_size
     w, c, k = model.dtype.itemsize, precision.itemsize, kept_share(config.capacity)
     cast = weights * c // w if c < w else 0  # autocast keeps its copies of the weights

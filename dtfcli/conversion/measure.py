@@ -83,7 +83,7 @@ def compare(
     step = rows_together(vocabulary, length)
     sums, losses = {capacity: _Sums() for capacity in capacities}, list[float]()
     most, done, work = max(capacities.values()), 0, sum(capacities.values()) + max(capacities.values())
-    with autocast(device, dtype):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for model in (dense, routed):  # warm
             model(rows.ids[:1].to(device))
         for start in range(0, most, step):
@@ -114,11 +114,6 @@ def compare(
 def rows_together(vocabulary: int, length: int) -> int:
     """Rows of a pass."""
     return max(1, min(512, _LOGITS // vocabulary) // length)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    """Compute in this precision."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def _timed(model: Any, ids: Tensor, **options: Any) -> tuple[float, Tensor]:

@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from dtfcli.loading.model_files import weights_hash
 from dtfcli.loading.quantization import plain_tensors
 from dtfcli.loading.source import ModelSource
 from dtfcli.models.configuration_fields import CAUSAL_MODES, ROUTING_MODES
-from dtfcli.runs.files import explained_write_errors, replaced_file
+from dtfcli.runs.files import explained_write_errors, is_writable, nearest, replaced_file
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, SETTINGS_FILE
 from dtfcli.shares import ShareMeter
 
@@ -277,13 +276,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         ConfigError: it cannot be made or written.
     """
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(
-            f"{folder}: results cannot be written there ({existing} is not writable); give --output FILE."
-        )
+    if not is_writable(parent := nearest(folder)):
+        raise ConfigError(f"{folder}: results cannot be written there ({parent} is not writable); give --output FILE.")
 
 
 def save(document: dict[str, Any], folder: Path) -> Path:

@@ -1,6 +1,5 @@
 """Gathers what is known about a model to push: from its config, its weights, its run and its evaluations."""
 
-import hashlib
 import math
 import re
 from contextlib import suppress
@@ -14,7 +13,7 @@ from dtfcli.evaluation.report import EvalReport
 from dtfcli.loading.model_files import weights_hash
 from dtfcli.models.configuration_fields import has_routed_mlps, resolve_routed_layers
 from dtfcli.models.pretrained import ROUTED_TYPES, is_added
-from dtfcli.runs.files import read_metrics
+from dtfcli.runs.files import file_hash, read_metrics
 from dtfcli.runs.folder import EVALUATIONS, FINAL_MODEL, MERGED_MODEL, METRICS_FILE
 from dtfcli.runs.public import (
     own_evaluation,
@@ -131,7 +130,7 @@ def gather_facts(
         config=without_local_traces(source.config),
         parameters=parameters,
         added_parameters=added,
-        weights_sha256={path.name: _sha256(path) for path in source.weights},
+        weights_sha256={path.name: file_hash(path) for path in source.weights},
         revision=revision if revision != "main" else None,
         routed_layers=_routed_layers(source.config),
         base=base,
@@ -218,11 +217,6 @@ def _has_chat_template(folder: Path) -> bool:
 def _digest(report: EvalReport) -> str | None:
     digest = (report.model_hash or "").removeprefix("sha256:").lower()
     return digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _routed_layers(config: dict[str, Any]) -> list[int]:

@@ -20,7 +20,7 @@ from dtfcli.loading.quantization import check_quantize
 from dtfcli.loading.quantization import quantize as quantize_weights
 from dtfcli.loading.source import ModelSource, open_source, untrusted_code
 from dtfcli.models.conversion import ROUTING_FIELD_NAMES, convert, load_dense, load_whole
-from dtfcli.models.pretrained import is_routed
+from dtfcli.models.pretrained import cast_weights, is_routed
 from dtfcli.quiet import quiet_libraries
 
 _DAMAGE: tuple[type[Exception], ...] = (*BROKEN, SafetensorError, StrictDataclassError, pickle.UnpicklingError)
@@ -180,10 +180,7 @@ def _load_adapter(adapter: ModelSource, dtype: torch.dtype, attn_implementation:
     model = apply_adapter(model, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    for name, parameter in model.named_parameters():
-        if "router" not in name:
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
+    cast_weights(model, dtype)
     return model
 
 

@@ -23,6 +23,14 @@ RENAMED = {r"\.forecast_prior\.": ".forecast.", r"\.router\.level$": ".router.co
 """Names in folders that earlier versions saved, as regular expressions, and what they are now."""
 
 
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights, but not the routers', a precision; the configuration says so."""
+    for name, parameter in model.named_parameters():
+        if "router" not in name:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
 def is_added(name: str) -> bool:
     """Whether a parameter or buffer name is routing's own, not the backbone's."""
     return any(part in name for part in ADDED_NAMES)

@@ -10,7 +10,6 @@ Shape suffixes as in `routing`: B rows, T tokens of a row, D hidden size, W toke
 is float32.
 """
 
-from functools import partial
 from math import ceil, exp, log
 from typing import Any, NamedTuple
 
@@ -59,85 +58,13 @@ class Surprise(NamedTuple):
     """What a decision layer says about each token; float32 [B, T] each but the first."""
 
     posterior: Tensor
-    """[B, T, D], as it was given: passed on in its stead, it has one gradient instead of two that are added."""
+    """[B, T, D], as it was given."""
     static: Tensor
     """D_st = ‖posterior − original‖² / D (3.6): how much the decision layer changed the token."""
     change: Tensor
     """D_ch = ‖posterior − prior‖² / D (3.7): how far the cheap prediction of that change was off."""
     prior_error: Tensor
     """‖prior − stop_grad(posterior)‖² / D (3.4): the value of D_ch, but no gradient reaches the posterior."""
-
-
-_SLICE_ELEMENTS = 2**16
-"""Hidden states whose surprise a CPU computes at once: 256 KiB in float32, so that all steps stay in its cache."""
-
-
-class _Surprise(torch.autograd.Function):
-    """All in one pass over the tokens; the prior itself is never formed, nor anything saved.
-
-    As separate expressions they cost eight float32 copies of the hidden states, and four more sums on the way back.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(original, posterior, guess)
-        ctx.through_original = through_original
-        static, change = _static_and_change(original, posterior, guess)
-        return posterior.view_as(posterior), static, change, change.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_posterior: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        # Contiguous: `_tokens` of a permuted gradient would be a copy, and what is written to it be lost.
-        like = partial(torch.empty_like, memory_format=torch.contiguous_format)
-        results = [like(x) if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
-        to_original, to_posterior, to_guess = (None if x is None else _tokens(x) for x in results)
-        original, posterior, guess = map(_tokens, inputs)
-        static, change, error = (grad.reshape(-1, 1) * (2 / original.shape[-1]) for grad in grads)
-        for at in _slices(inputs[0]):
-            step = _difference(posterior[at], original[at])
-            miss = step - guess[at]
-            step.mul_(static[at])
-            if to_posterior is not None:
-                to_posterior[at] = torch.addcmul(step, miss, change[at]).add_(_tokens(grad_posterior)[at])
-            miss.mul_(-(change[at] + error[at]))
-            if to_guess is not None:
-                to_guess[at] = miss
-            if to_original is not None:
-                to_original[at] = miss.sub_(step) if ctx.through_original else step.neg_()
-        return *results, None
-
-
-def _static_and_change(original: Tensor, posterior: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-    """D_st (3.6) and D_ch (3.7), float32 [B, T] each, a slice of the tokens at a time."""
-    static, change = (original.new_empty(original.shape[:-1], dtype=torch.float32) for _ in range(2))
-    for at in _slices(original):
-        step = _difference(_tokens(posterior)[at], _tokens(original)[at])
-        static.view(-1)[at] = mean_square(step)
-        change.view(-1)[at] = mean_square(step.sub_(_tokens(guess)[at]))
-    return static, change
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[B, T, D] → [B · T, D]."""
-    return x.flatten(0, -2)
-
-
-def _slices(x: Tensor) -> list[slice]:
-    """Slices of the tokens of [B, T, D]: all at once, or on a CPU as many as its cache holds."""
-    tokens, size = x.shape[:-1].numel(), x.shape[-1]
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(0, tokens)]
-    few = max(1, _SLICE_ELEMENTS // size)
-    return [slice(start, start + few) for start in range(0, tokens, few)]
-
-
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """The difference a − b in float32, without copies where one of them is float32 already."""
-    return a - b if torch.float32 in (a.dtype, b.dtype) else a.float() - b
 
 
 def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_original: bool = True) -> Surprise:
@@ -147,11 +74,9 @@ def surprise(original: Tensor, posterior: Tensor, guess: Tensor, through_origina
         original, posterior, guess: [B, T, D], any float dtype.
         through_original: whether gradients of the prior reach `original`, or stop at the guess.
     """
-    if torch.is_grad_enabled():
-        return Surprise(*_Surprise.apply(original, posterior, guess, through_original))
-    static, change = _static_and_change(original, posterior, guess)
-    # A tensor of its own: reentrant checkpointing runs this first, and one object twice would have one gradient.
-    return Surprise(posterior, static, change, change.view_as(change))
+    x, y = original.float(), posterior.float()
+    prior = (x if through_original else x.detach()) + guess
+    return Surprise(posterior, mean_square(y - x), mean_square(y - prior), mean_square(y.detach() - prior))
 
 
 class Recent(NamedTuple):

@@ -1,6 +1,7 @@
 """Writes to a run folder: files appear whole or not at all, and a full disk is explained."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -44,6 +45,22 @@ def explained_write_errors(folder: Path, remedy: str = "choose another run.outpu
         else:
             raise
         raise DTFError(f"{folder}: cannot be written, {reason}, or {remedy}.") from error
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest one around it, that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether it is a folder that files can be made in."""
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ kill at any moment leaves the previous checkpoints as they were. A hash shows a 
 checkpoint before it is used.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter
 from dtfcli.loading.adapters import adapt, adapter_state, is_adapted, load_adapter_state, merge, save_adapter
 from dtfcli.loading.build import build_model
 from dtfcli.quiet import quiet_libraries
-from dtfcli.runs.files import shared_folder
+from dtfcli.runs.files import file_hash, shared_folder
 from dtfcli.runs.folder import MERGED_MODEL, STATE_FILE, checkpoint_folder, list_checkpoints, step_of
 from dtfcli.training.run import Run, TrainingState
 
@@ -41,7 +40,7 @@ def checkpoint(run: Run) -> Path:
         processes.barrier()
         if processes.is_main:
             files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-            hashes = {path.relative_to(partial).as_posix(): _hash(path) for path in files}
+            hashes = {path.relative_to(partial).as_posix(): file_hash(path) for path in files}
             (partial / STATE_FILE).write_text(json.dumps({"state": asdict(state), "sha256": hashes}, indent=2))
     if processes.is_main:
         until_now = [path for path in list_checkpoints(run.folder) if step_of(path) <= state.step]
@@ -116,14 +115,9 @@ def read_state(folder: Path) -> TrainingState:
         if not path.is_file():
             raise ValueError(f"{name} is missing")
         try:
-            matches = _hash(path) == expected
+            matches = file_hash(path) == expected
         except OSError as error:
             raise ValueError(f"{name} cannot be read: {error.strerror}") from error
         if not matches:
             raise ValueError(f"{name} does not match its hash")
     return state
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
