@@ -14,7 +14,7 @@ from dtfcli.errors import ConfigError
 from dtfcli.models.cache import CACHE_NAME
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.savings import saved_share
-from dtfcli.models.stock import attention_shape
+from dtfcli.models.stock import attention_shape, longest_text
 from dtfcli.shares import measured_shares
 
 
@@ -214,7 +214,7 @@ def _token_rows(
             raise ConfigError("the prompt is empty and the tokenizer has no token to start a text with; give a PROMPT.")
         rows = [row or [start] for row in rows]
     longest = max(map(len, rows), default=0)
-    limit = model.config.max_position_embeddings
+    limit = longest_text(model.config)
     if longest + sampling.max_new_tokens > limit:
         raise ConfigError(
             f"the prompt has {longest} tokens and --max-new-tokens is {sampling.max_new_tokens}: together more than "

@@ -21,7 +21,7 @@ from dtfcli.inspection.text import inspect_text
 from dtfcli.loading.adapters import adapt, adapter_state, save_adapter
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.mlp_fitting import fit_routing
-from dtfcli.models.savings import saved_share
+from dtfcli.models.savings import dense_flops, saved_share
 from dtfcli.models.stock import attention_shape
 from dtfcli.settings import load_settings
 from dtfcli.shares import measured_shares
@@ -74,6 +74,46 @@ def test_generated(folder: Path) -> None:
     together = dict(generate_many(model, tokenizer, ["a b c", "d e f g h"], GREEDY, batch_size=2))
     assert together[0].text == alone.text
     assert generate(model, tokenizer, "a b c", GREEDY, use_cache=False).text == alone.text
+
+
+def test_generated_without_some_mlps() -> None:
+    stats = generate(fitted(architecture="layerdrop", capacity=0.5), word_tokenizer(), "a b c", GREEDY).stats
+    assert stats.routed_share == 0.5
+    assert stats.saved_share is not None
+    assert stats.saved_share > 0
+
+
+GPT: dict[str, Any] = {"vocab_size": 97, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 64}
+"""A decoder with other names for everything: `h` for its layers, `c_fc` for a projection."""
+
+
+def fitted_gpt() -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt_bigcode", **GPT | {"initializer_range": 0.2})
+    model: Any = dtfcli.route_mlps(AutoModelForCausalLM.from_config(config).eval(), capacity=0.6)
+    fit_routing(model, [{"input_ids": tokens(8, 40)}])
+    return model
+
+
+def test_counted_inspected_and_adapted_by_other_names(folder: Path) -> None:
+    model = fitted_gpt()
+    dense = forward_flops_per_token(model, 1, dense=True)
+    assert dense == pytest.approx(dense_flops(model), rel=0.05)
+    assert forward_flops_per_token(model, 1) / dense == pytest.approx(1 - saved_share(model), abs=0.02)
+    routing = inspect_text(model, word_tokenizer(), "a b c d", name="gpt")
+    assert len(routing.source) == 4
+    lora = load_settings("quickstart", [f"model.base={folder}", "lora.enabled=true"])
+    adapted = {name.split(".lora_")[0] for name, _ in adapt(model, lora).named_parameters() if ".lora_" in name}
+    assert {name.rpartition(".")[2] for name in adapted} == {"c_attn", "c_fc", "c_proj"}
+    lora = load_settings("quickstart", [f"model.base={folder}", "lora.enabled=true", 'lora.targets=["q_proj"]'])
+    with pytest.raises(ConfigError, match=r"has none of them; its projections are c_attn, c_fc, c_proj\. Leave it out"):
+        adapt(fitted_gpt(), lora)
+
+
+def test_a_text_of_any_length() -> None:
+    """Bloom has no limit."""
+    config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=97)
+    assert generate(AutoModelForCausalLM.from_config(config).eval(), word_tokenizer(), "a b c", GREEDY).stats
 
 
 @pytest.mark.parametrize("family", ["gemma4_unified_text", "qwen3_5_text"])
@@ -198,7 +238,8 @@ def test_pushed(folder: Path, dtf: Callable[..., Outcome], tmp_path: Path) -> No
     """The card says what `dtf convert` has measured."""
     point = {"capacity": 0.6, "loss_gap": 0.031, "stderr": 0.0088, "agreement": 0.83, "kl": 0.08, "routed_share": 0.61}
     chosen, none = point | {"saving": 0.1, "tokens": 8192}, point | {"capacity": 1.0, "saving": 0.0, "tokens": 1024}
-    report = {"model": "/somewhere/dense", "text": {"fit_tokens": 20224}, "dial": [none], "chosen": chosen}
+    lower = point | {"capacity": 0.3, "saving": 0.2, "tokens": 1024}
+    report = {"model": "/somewhere/dense", "text": {"fit_tokens": 20224}, "dial": [none, lower], "chosen": chosen}
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "report.json").write_text(json.dumps(report))
     result = dtf("push", str(tmp_path / "model"), "me/new", "--dry-run", str(tmp_path / "preview"))
@@ -206,7 +247,7 @@ def test_pushed(folder: Path, dtf: Callable[..., Outcome], tmp_path: Path) -> No
     assert result.code == 0, result.stderr
     assert len(list(tmp_path.glob("*.py"))) == 3
     card = (tmp_path / "README.md").read_text()
-    for words in ("The MLPs of 2 of 6 layers", "vllm serve me/new", "trust_remote_code=True", "capacity=0.6"):
+    for words in ("The MLPs of 2 of 6 layers", "vllm serve me/new", "trust_remote_code=True", "capacity=0.3)"):
         assert words in card
     assert "| **10.0%** | 0.600 | +0.0310 ± 0.0088 | 0.830 | 0.080 | 0.610 | 8,192 |" in card
     assert "converted from dense" in card

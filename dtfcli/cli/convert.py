@@ -169,7 +169,7 @@ def _options(
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} say the same in different ways; give one of them.")
     if save is not None and not 0.0 < save < 1.0:
-        raise ConfigError(f"--save {save:.4g}: a share of the FLOPs, above 0% and below 100%; write 10% or 0.1.")
+        raise ConfigError(f"--save {100 * save:g}%: a share of the FLOPs, above 0% and below 100%; write 10% or 0.1.")
     if capacity is not None and not 0.0 < capacity <= 1.0:
         raise ConfigError(f"--capacity {capacity:g}: the share of tokens that enter; give one above 0 and at most 1.")
     if max_loss is not None and not 0.0 < max_loss < float("inf"):

@@ -11,6 +11,7 @@ from dtfcli.conversion.text import has_control_tokens
 from dtfcli.data.documents import OnProgress
 from dtfcli.errors import ConfigError, DTFError
 from dtfcli.loading.load import load_model
+from dtfcli.models.stock import longest_text
 from dtfcli.quiet import quiet_libraries
 from dtfcli.runs.files import replaced_folder
 from dtfcli.runs.folder import FINAL_MODEL, MERGED_MODEL, SETTINGS_FILE, run_settings
@@ -117,9 +118,8 @@ class Recovery:
 
     def _settings(self, model: Any, tokens: int, control_tokens: bool) -> Settings:
         preset = load_settings(PRESET)
-        longest = getattr(model.config, "max_position_embeddings", None) or preset.data.seq_len
         source = {"path": str(self.work / _TEXT), "control_tokens": control_tokens}
-        length, device = min(preset.data.seq_len, longest), model.device
+        length, device = min(preset.data.seq_len, longest_text(model.config)), model.device
         return load_settings(
             PRESET,
             [

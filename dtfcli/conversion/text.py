@@ -25,6 +25,7 @@ from dtfcli.data.packing import split_documents
 from dtfcli.data.sources import SourceReader
 from dtfcli.data.tokenizer import text_encoder
 from dtfcli.errors import ConfigError, DataError
+from dtfcli.models.stock import longest_text
 from dtfcli.settings.data import Source
 
 DEFAULT_TEXT = "HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -97,7 +98,7 @@ def read_text(name: str | None, tokenizer: Any, config: Any, seed: int, recover:
     Raises:
         DataError, ConfigError: it cannot be read, or is too short.
     """
-    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    length = min(LENGTH, longest_text(config))
     wanted = (wanted_tokens(config), MEASURE_TOKENS)
     try:
         texts, digests = _some_documents(open_text(name), sum(wanted) + recover, seed)

@@ -27,7 +27,7 @@ from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.pretrained import is_added
 from dtfcli.models.stock import attention_shape
 
-LAYER = re.compile(r"\.layers\.(\d+)\.")
+LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 """Finds the layer in a parameter's name."""
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

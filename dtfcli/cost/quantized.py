@@ -10,6 +10,7 @@ from dtfcli.loading.load import load_model_and_tokenizer
 from dtfcli.loading.quantization import Quantization, check_quantize, quantize
 from dtfcli.loading.source import ModelSource
 from dtfcli.models.pretrained import is_routed
+from dtfcli.models.stock import longest_text
 from dtfcli.quiet import quiet_libraries
 from dtfcli.shares import measured_shares
 
@@ -63,7 +64,7 @@ def quantize_and_measure(model: Any, tokenizer: Any) -> Quantization:
     """
     with quiet_libraries():  # some say that a text is longer than their model takes
         ids = tokenizer(SAMPLE)["input_ids"]
-    ids = ids[: min(_MOST_TOKENS, getattr(model.config, "max_position_embeddings", None) or _MOST_TOKENS)]
+    ids = ids[: min(_MOST_TOKENS, longest_text(model.config))]
     before = _measure(model, ids)
     quantization = quantize(model)
     after = _measure(model, ids)

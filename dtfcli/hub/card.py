@@ -84,13 +84,13 @@ def _capacity(facts: ModelFacts) -> str:
     )
 
 
-def _lower_capacity(facts: ModelFacts) -> float:
-    """A γ to try: of a converted model the next on its dial, of others a half of the usual one."""
+def _lower_capacity(facts: ModelFacts) -> float | None:
+    """A γ to try: of a converted model the next on its dial, if there is one, of others a half of the usual one."""
     if not facts.conversion:
-        return 0.25
+        return 0.5 if facts.routes_mlps else 0.25
     saving = facts.conversion["chosen"]["saving"]
     lower = [point["capacity"] for point in facts.conversion["dial"] if point["saving"] > saving + 0.02]
-    return round(max(lower, default=facts.conversion["chosen"]["capacity"]), 2)
+    return round(max(lower), 2) if lower else None
 
 
 def _routing_rows(facts: ModelFacts) -> Rows:

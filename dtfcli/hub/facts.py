@@ -210,7 +210,7 @@ def _has_chat_template(folder: Path) -> bool:
     path = folder / "tokenizer_config.json"
     with suppress(CheckpointError):
         settings = read_json_object(path, "save the tokenizer again") if path.is_file() else {}
-        return (folder / "chat_template.jinja").is_file() or "chat_template" in settings
+        return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
     return False
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 
@@ -44,7 +44,7 @@ def _logits(model: Any, states: Tensor) -> Tensor:
     if not isinstance(model, RoutedCausalLM):
         return model.lm_head(states)
     stack = model.get_decoder()
-    stack.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states[None])
+    stack.forward = lambda *_, **__: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
     try:
         return model(input_ids=torch.zeros(1, len(states), dtype=torch.long, device=states.device)).logits[0]
     finally:

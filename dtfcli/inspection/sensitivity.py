@@ -19,6 +19,7 @@ from dtfcli.inspection.tokens import tokenize
 from dtfcli.models.configuration_fields import resolve_routed_layers
 from dtfcli.models.conversion import to_dense
 from dtfcli.models.pretrained import is_routed
+from dtfcli.models.stock import longest_text
 from dtfcli.statistics import Difference, TextLosses
 
 
@@ -86,7 +87,7 @@ def sensitivity(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[
     count = dense.config.num_hidden_layers
     losses: dict[int | None, TextLosses] = {}
     for text in texts:
-        ids, size = tokenize(tokenizer, text).ids, dense.config.max_position_embeddings
+        ids, size = tokenize(tokenizer, text).ids, longest_text(dense.config)
         windows = [torch.tensor([ids[at : at + size]], device=dense.device) for at in range(0, len(ids), size)]
         targets = np.array([len(ids) - len(windows)])
         for layer in (None, *range(count)):

@@ -20,6 +20,7 @@ from dtfcli.inspection.tokens import TokenizedText, tokenize
 from dtfcli.models.modeling_routed_mlp import RoutedCausalLM
 from dtfcli.models.observed import observed_passes
 from dtfcli.models.pretrained import is_routed
+from dtfcli.models.stock import longest_text
 
 Flags = NDArray[np.bool_]
 
@@ -196,7 +197,7 @@ def inspect_text(
             "dtf, mod or random model."
         )
     source = tokenize(tokenizer, text)
-    size = model.config.max_position_embeddings
+    size = longest_text(model.config)
     windows = list(range(0, len(source), size))
     rows = [torch.tensor([source.ids[start : start + size]], device=model.device) for start in windows]
     passes = [_stack(model, row) for row in rows]

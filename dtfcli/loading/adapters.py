@@ -22,10 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dtfcli.errors import ConfigError
 from dtfcli.loading.model_files import ADAPTER_WEIGHTS
+from dtfcli.loading.quantization import projections
 from dtfcli.loading.source import open_source
 from dtfcli.models.pretrained import is_added
 from dtfcli.settings import Settings
+from dtfcli.settings.training import LORA_TARGETS
 
 _PREFIX = "base_model.model."
 _NAME = "default"
@@ -41,7 +44,13 @@ def adapt(model: Any, settings: Settings) -> Any:
     from peft import LoraConfig, inject_adapter_in_model
 
     base = open_source(settings.model.base, settings.model.revision or None)
-    lora = settings.lora
+    lora, there = settings.lora, {name.rpartition(".")[2] for name, _ in projections(model)}
+    targets = there if lora.targets == list(LORA_TARGETS) else there & {*lora.targets}  # the default: all there are
+    if not targets:
+        raise ConfigError(
+            f"lora.targets = {lora.targets}: {type(model).__name__} has none of them; its projections are "
+            f"{', '.join(sorted(there))}. Leave it out to adapt all."
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.path if base.kind == "hub" else str(Path(base.path).resolve()),
@@ -49,7 +58,7 @@ def adapt(model: Any, settings: Settings) -> Any:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
+        target_modules=sorted(targets),
         exclude_modules=r".*\.forecast\..*",  # routed MLPs have projections of the same names in theirs
     )
     trained = [parameter for name, parameter in model.named_parameters() if is_added(name) and parameter.requires_grad]

@@ -278,11 +278,15 @@ def _explained(source: ModelSource, error: Exception, part: str) -> DTFError:
     remedy = f"Save or download the {part} again."
     if "attention implementation" in str(error):
         remedy = "Name another with --attn-implementation."
-    elif "no language model of" in str(error):
+    elif any(words in str(error) for words in _NO_TEXT):
         remedy = "Give a model of text."
     elif source.kind == "gguf":
         remedy = "It is damaged or cut off; download the GGUF file again."
     return CheckpointError(f"{name}: the {part} cannot be loaded. {reason_of(error)}. {remedy}")
+
+
+_NO_TEXT = ("no language model of", "Unrecognized configuration class", "backbone weights do not fit")
+"""What errors about models of images and sound say."""
 
 
 def _hub_error(name: str, error: BaseException | None, part: str) -> DTFError:

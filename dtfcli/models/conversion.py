@@ -290,6 +290,7 @@ def load_whole(path: str, **options: Any) -> Any:
     Raises:
         ValueError: weights are missing, or are not known to the model.
     """
+    _tie_as_whole(options.get("config"))
     loaded: Any = _auto_class(options.get("config")).from_pretrained(path, output_loading_info=True, **options)
     model, info = loaded
     for problem, names in (("missing", info["missing_keys"]), ("not known to the model", info["unexpected_keys"])):
@@ -301,6 +302,7 @@ def load_whole(path: str, **options: Any) -> Any:
 
 def from_config(config: Any, **options: Any) -> Any:
     """A language model with random weights; options as of Transformers' `from_config`."""
+    _tie_as_whole(config)
     return text_part(_auto_class(config).from_config(config, **options))
 
 
@@ -310,8 +312,14 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
+def _tie_as_whole(config: Any) -> None:
+    """Of a model that sees as well the outer configuration says whether embeddings are tied, in Transformers too."""
+    if hasattr(config, "tie_word_embeddings"):
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings
+
+
 def text_part(model: Any) -> Any:
-    """The language model inside one that sees or hears as well, with its tensors; any other model as it is.
+    """The language model inside one that sees as well, with its tensors; any other model as it is.
 
     Raises:
         ValueError: Transformers has no class for the language model alone.
@@ -322,8 +330,8 @@ def text_part(model: Any) -> Any:
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if stock is None:
         raise ValueError(f"Transformers has no language model of {type(config).__name__} alone")
+    _tie_as_whole(model.config)
     config = copy_module.deepcopy(config)
-    config.tie_word_embeddings = getattr(model.config, "tie_word_embeddings", config.tie_word_embeddings)
     parts = {stock.base_model_prefix: model.get_decoder(), "lm_head": model.get_output_embeddings()}
     state = {f"{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state_dict().items()}
     return _transplant(model, stock, config, copy=False, state=state)

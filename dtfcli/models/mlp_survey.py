@@ -4,6 +4,7 @@ How much an error changes the loss; which neurons a forecast keeps; how layers s
 as in `modeling_routed_mlp`. Everything is float32.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -111,7 +112,8 @@ def _few_rows(model: Any, batch: int, rows: int) -> Iterator[None]:
     def joined(outputs: Sequence[Any]) -> Any:
         if isinstance(outputs[0], tuple):
             return tuple(map(joined, zip(*outputs, strict=True)))
-        return torch.cat(tuple(outputs)) if isinstance(outputs[0], Tensor) else outputs[0]
+        rowwise = isinstance(outputs[0], Tensor) and outputs[0].ndim > 1  # else a bias (GPT-NeoX Japanese), or None
+        return torch.cat(tuple(outputs)) if rowwise else outputs[0]
 
     def by_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -149,17 +151,21 @@ def survey(model: Any, text: Text, effects: Mapping[int, Effect]) -> dict[int, T
     Every token enters here. A forecast off by e_t raises the loss by about E[(g_t · e_t)²] / 2, an expectation over
     g. Its estimate, ln ‖e_t‖² + ln E‖g‖² and a constant, has one unit in all layers. One threshold for all of them
     together says which share of the tokens enters each: its γ at the model's γ. First tokens of texts have to enter
-    every layer, so no share is below twice theirs.
+    every layer, so no share is below twice theirs; the threshold makes up for it.
     """
     mlps = routed_mlps(model)
     rough, costs = _surveyed(model, text, effects)
     if mlps and model.config.architecture == "dtf" and not isinstance(model.config.capacity, list):
         together = torch.cat(list(costs.values())).sort(descending=True).values
         least = min(1.0, 2 * len(text.ids) / float(text.mask.sum()))
+
+        def shares(count: int) -> Tensor:
+            return torch.stack([(cost > together[count]).float().mean().clamp(min=least) for cost in costs.values()])
+
         for place in range(1, GRID):
-            threshold = together[round(place / GRID * len(together))]
-            for layer, cost in costs.items():
-                mlps[layer].router.shares[place] = (cost > threshold).float().mean().clamp(min=least)
+            count = bisect_left(range(len(together) - 1), place / GRID, key=lambda count: float(shares(count).mean()))
+            for layer, share in zip(costs, shares(count), strict=True):
+                mlps[layer].router.shares[place] = share
     return rough
 
 

@@ -40,7 +40,7 @@ class MLPRouter(nn.Module):
     Attributes:
         weight: w, float32 [D]; of a random router as it was drawn.
         shares: of the tokens that enter this layer at the γ of the grid, float32 [GRID + 1]. Layers share γ as the
-            survey of `mlp_fitting` finds best; their mean is γ.
+            survey finds best; their mean is γ, unless first tokens alone are more.
         thresholds: τ at the γ of the grid, each a sum of two numbers, float32 [2, GRID + 1]; NaN: not fitted.
         cost_offset: float32 0-d: a score plus this is the predicted cost c of skipping (`mlp_survey.token_costs`).
         current: γ in use and its threshold, float32 0-d; None: to be looked up.
@@ -217,7 +217,8 @@ def narrowed(mlp: nn.Module, size: int, width: int) -> nn.Module | None:
     over_neurons = (len(weight) == neurons for child in shared.values() for weight in child.parameters() if weight.ndim)
     if next(mlp.parameters(recurse=False), None) is not None or any(over_neurons):
         return None
-    vars(narrow).update(vars(mlp), _modules={}, **shared)
+    own = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(mlp).items()}  # hooks, too
+    vars(narrow).update(own, _modules={}, **shared)
     for name, linear in linears.items():
         sizes = (width, size) if name == last else (size, linear.out_features // neurons * width)
         narrow._modules[name] = nn.Linear(*sizes, bias=linear.bias is not None)

@@ -41,7 +41,10 @@ def saved_share(model: Any, capacity: float | list[float] | None = None) -> floa
         model: with routed MLPs.
         capacity: γ, one number or one per routed layer; None: the model's own.
     """
-    shares = model.config.layer_capacities(capacity)
+    if isinstance(capacity, list):
+        shares = dict(zip(model.routed_layers, capacity, strict=True))
+    else:
+        shares = model.config.layer_capacities(capacity)
     saved = sum((1.0 - shares[layer]) * _saved(mlp) for layer, mlp in routed_mlps(model).items())
     return saved / dense_flops(model)
 

@@ -3,6 +3,7 @@
 A mixin such as `RoutedLayerMixin` uses attributes of the stock class behind it, which differs with the backbone.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 else:
     StockModel = StockStack = StockLM = object
     StockLayer = nn.Module
+
+
+def longest_text(config: Any, unlimited: int = sys.maxsize) -> int:
+    """Tokens of the longest text that a model takes; `unlimited` where no limit is configured (Bloom, Mamba)."""
+    return getattr(config, "max_position_embeddings", None) or unlimited
 
 
 def global_value(config: Any, name: str, default: Any = None) -> Any:

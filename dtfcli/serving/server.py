@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
 from dtfcli.errors import ConfigError
+from dtfcli.models.stock import longest_text
 from dtfcli.quiet import quiet_libraries
 from dtfcli.serving.access import EVERYBODY, Access
 from dtfcli.serving.batches import PAGE, RUNNER, Batches, paged_cache
@@ -87,7 +88,7 @@ def serve(
     """
     from transformers.cli.serve import Serve
 
-    positions = getattr(model.config, "max_position_embeddings", None) or _POSITIONS
+    positions = longest_text(model.config, _POSITIONS)
     gates: list[RequestGate] = []
 
     def build(stock: Any, *given: Any, **named: Any) -> Any:

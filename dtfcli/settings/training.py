@@ -124,7 +124,7 @@ class LoraSettings(Group):
     targets: Annotated[list[str], AfterValidator(_check_targets)] = Field(
         default_factory=lambda: list(LORA_TARGETS),
         min_length=1,
-        description="Projections of the backbone's blocks that get adapters.",
+        description="Projections of the backbone's blocks that get adapters; the default takes all, by any name.",
         examples=['["q_proj", "v_proj"]'],
     )
     quantize: Literal["none", "nf4"] = Field(

@@ -12,6 +12,7 @@ from dtfcli.bench.run import bench
 from dtfcli.loading.load import load_model
 from dtfcli.models.conversion import to_dense
 from dtfcli.models.pretrained import is_routed
+from dtfcli.models.stock import longest_text
 from dtfcli.runs.folder import FINAL_MODEL
 from dtfcli.studies.report import Timing
 
@@ -38,7 +39,7 @@ def time_models(runs: Mapping[str, Path], tell: Callable[[str], None]) -> dict[s
             continue
         if not isinstance(model.capacity, float):
             continue
-        longest = model.config.max_position_embeddings
+        longest = longest_text(model.config)
         models = {"dense": to_dense(model), model.config.architecture: model}
         options = BenchOptions(
             capacities=[model.capacity],

@@ -17,6 +17,7 @@ from dtfcli.loading.build import build_model, build_tokenizer
 from dtfcli.loading.devices import compute_dtype
 from dtfcli.loading.quantization import check_nf4, quantize_nf4
 from dtfcli.models.pretrained import is_routed
+from dtfcli.models.stock import longest_text
 from dtfcli.runs.files import MetricsLog, tidy_folders
 from dtfcli.runs.folder import CHECKPOINTS, FINAL_MODEL, METRICS_FILE, create_run_folder, new_run_folder
 from dtfcli.settings import Settings
@@ -110,8 +111,8 @@ def _materials(
         tokenizer = build_tokenizer(settings, on_progress=progress)
         progress("Building the model", None)
         model = build_model(settings, tokenizer=tokenizer, meta=not states.needs_weights)
-        longest, length = getattr(model.config, "max_position_embeddings", None), settings.data.seq_len
-        if longest is not None and length > longest:
+        longest, length = longest_text(model.config), settings.data.seq_len
+        if length > longest:
             raise ConfigError(f"data.seq_len = {length}: {settings.model.base} was made for at most {longest} tokens.")
         data = prepare_data(settings.data, tokenizer, seed=settings.run.seed, on_progress=progress)
     return tokenizer, model, data

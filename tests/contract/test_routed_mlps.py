@@ -51,6 +51,8 @@ SHAPES: list[dict[str, Any]] = [
     {"head_dim": None},
     FEW | {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1},
     {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "is_decoder": True},
+    {"rotary_dim": 8},  # GPT-J, CodeGen
+    {"attention_types": [[["global", "local"], 3]]},  # GPT-Neo
 ]
 
 
@@ -207,7 +209,7 @@ def test_first_tokens_enter_at_any_capacity() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox_japanese"])
 def test_a_text_in_parts_gives_the_same_fit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long texts pass a few rows at a time; masks go with their rows, and what all rows share stays."""
     dense = dense_model(family)
@@ -366,6 +368,31 @@ def test_compiled() -> None:
     model, ids = fitted(dense_model("llama", num_hidden_layers=5)), tokens(2, 24, seed=7)
     assert model.routed_layers == [3]
     assert (torch.compile(model)(ids).logits - model(ids).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_hooks_see_the_mlp_alone() -> None:
+    """Its forecast has a part of the same class."""
+    mlp: Any = fitted(dense_model("llama")).model.layers[3].mlp
+    seen = list[Any]()
+    mlp.register_forward_hook(lambda module, *_: seen.append(module))
+    mlp.forecast(tokens(1, 4).float().expand(32, 4).t())
+    assert not seen
+    mlp(torch.randn(2, 4, 32))
+    assert seen == [mlp]
+
+
+@pytest.mark.parametrize("length", [2, 4, 8, 16])
+@torch.no_grad()
+def test_first_tokens_of_short_texts_are_made_up_for(length: int) -> None:
+    """The mean of shares is γ where γ is more than first tokens take; no share is below twice theirs."""
+    model: Any = route_mlps(dense_model("llama"), capacity=0.6)
+    fit_routing(model, [{"input_ids": tokens(512 // length, length)}])
+    shares = torch.stack([mlp.router.shares for mlp in routed_mlps(model).values()])
+    asked = torch.arange(mlp_survey.GRID + 1) / mlp_survey.GRID
+    least = min(1.0, 2 / length)
+    assert shares[:, 1:].min() >= least - 1e-6
+    assert (shares.mean(0) - asked.clamp(min=least))[1:].abs().max() < 0.01
 
 
 def test_tracing_looks_no_threshold_up() -> None:

@@ -165,6 +165,23 @@ def test_of_a_model_that_sees_the_language_model_is_opened(
     assert estimate(open_source(tmp_path), OPTIONS).parameters == model.num_parameters()
 
 
+def test_the_outer_configuration_says_whether_embeddings_are_tied(tmp_path: Path) -> None:
+    text = SHAPE | {"head_dim": 8, "tie_word_embeddings": False}
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=IMAGE, tie_word_embeddings=True)
+    whole: Any = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    model: Any = dtfcli.load_model(tmp_path)
+    assert type(model).__name__ == "Qwen3_5ForCausalLM"
+    assert torch.equal(model.lm_head.weight, whole.get_input_embeddings().weight)
+
+
+def test_a_model_of_sound_is_not_called_damaged(tmp_path: Path) -> None:
+    AutoConfig.for_model("voxtral").save_pretrained(tmp_path)
+    with pytest.raises(DTFError, match=r"Give a model of text"):
+        estimate(open_source(tmp_path, weights=False), OPTIONS)
+
+
 def test_a_language_model_that_has_no_class_is_named(tmp_path: Path) -> None:
     config = AutoConfig.for_model("qwen2_5_vl", vision_config={"depth": 1, "hidden_size": 32, "num_heads": 4})
     config.save_pretrained(tmp_path)
