@@ -85,9 +85,10 @@ def _capacity(facts: ModelFacts) -> str:
 
 
 def _lower_capacity(facts: ModelFacts) -> float | None:
-    """A γ to try: of a converted model the next on its dial, if there is one, of others a half of the usual one."""
+    """A γ to try, below the model's own: of a converted model the next on its dial, of others a usual one."""
     if not facts.conversion:
-        return 0.5 if facts.routes_mlps else 0.25
+        own, usual = facts.config.get("capacity", RoutingFields.capacity), 0.5 if facts.routes_mlps else 0.25
+        return usual if usual < (min(own) if isinstance(own, list) else own) else None
     saving = facts.conversion["chosen"]["saving"]
     lower = [point["capacity"] for point in facts.conversion["dial"] if point["saving"] > saving + 0.02]
     return round(max(lower), 2) if lower else None

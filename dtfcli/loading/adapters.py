@@ -45,7 +45,7 @@ def adapt(model: Any, settings: Settings) -> Any:
 
     base = open_source(settings.model.base, settings.model.revision or None)
     lora, there = settings.lora, {name.rpartition(".")[2] for name, _ in projections(model)}
-    targets = there if lora.targets == list(LORA_TARGETS) else there & {*lora.targets}  # the default: all there are
+    targets = there if {*lora.targets} == {*LORA_TARGETS} else there & {*lora.targets}  # the default: all there are
     if not targets:
         raise ConfigError(
             f"lora.targets = {lora.targets}: {type(model).__name__} has none of them; its projections are "

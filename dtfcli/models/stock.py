@@ -19,8 +19,9 @@ else:
 
 
 def longest_text(config: Any, unlimited: int = sys.maxsize) -> int:
-    """Tokens of the longest text that a model takes; `unlimited` where no limit is configured (Bloom, Mamba)."""
-    return getattr(config, "max_position_embeddings", None) or unlimited
+    """Tokens of the longest text that a model takes; `unlimited` where it has no limit (Bloom, Mamba, XLNet)."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0  # MPT's
+    return limit if limit > 0 else unlimited
 
 
 def global_value(config: Any, name: str, default: Any = None) -> Any:

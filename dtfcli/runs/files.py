@@ -49,7 +49,7 @@ def explained_write_errors(folder: Path, remedy: str = "choose another run.outpu
 
 def nearest(folder: Path) -> Path:
     """The folder, or the nearest one around it, that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
 
 
 def is_writable(folder: Path) -> bool:
