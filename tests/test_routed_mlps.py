@@ -22,7 +22,7 @@ from dtfcli.loading.adapters import adapt, adapter_state, save_adapter
 from dtfcli.loading.load import load_model, load_tokenizer
 from dtfcli.models.mlp_fitting import fit_routing
 from dtfcli.models.savings import dense_flops, saved_share
-from dtfcli.models.stock import attention_shape
+from dtfcli.models.stock import attention_shape, longest_text
 from dtfcli.settings import load_settings
 from dtfcli.shares import measured_shares
 from tests.conftest import Outcome
@@ -108,6 +108,13 @@ def test_counted_inspected_and_adapted_by_other_names(folder: Path) -> None:
     lora = load_settings("quickstart", [f"model.base={folder}", "lora.enabled=true", 'lora.targets=["q_proj"]'])
     with pytest.raises(ConfigError, match=r"has none of them; its projections are c_attn, c_fc, c_proj\. Leave it out"):
         adapt(fitted_gpt(), lora)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("llama", 64), ("mpt", 64), ("xlnet", None), ("bloom", None)])
+def test_the_longest_text(family: str, limit: int | None) -> None:
+    """By the name that a configuration has for it; XLNet writes −1 for none."""
+    fields = {"max_seq_len" if family == "mpt" else "max_position_embeddings": 64} if limit else {}
+    assert longest_text(AutoConfig.for_model(family, **fields), 7) == (limit or 7)
 
 
 def test_a_text_of_any_length() -> None:

@@ -163,6 +163,7 @@ def _route(
         from dtfcli.inspection.corpus import inspect_corpus
         from dtfcli.inspection.statistics import summarize
         from dtfcli.inspection.text import inspect_text, require_routed
+        from dtfcli.models.stock import longest_text
 
         loaded, tokenizer = loading.open(model)
         require_routed(loaded, model)
@@ -174,7 +175,7 @@ def _route(
             corpus = inspect_corpus(loaded, tokenizer, material, name=model, oracle=oracle, on_document=on_document)
     if isinstance(material, str):
         if len(text.windows) > 1:
-            size = f"the model's {loaded.config.max_position_embeddings:,} positions"
+            size = f"the model's {longest_text(loaded.config):,} positions"
             windows = f"{len(text.windows)} windows, each routed on its own"
             render.note(f"{len(text.source):,} tokens are more than {size}: cut into {windows}.")
         return text, summarize(text)

@@ -313,7 +313,7 @@ def _auto_class(config: Any) -> Any:
 
 
 def _tie_as_whole(config: Any) -> None:
-    """Of a model that sees as well the outer configuration says whether embeddings are tied, in Transformers too."""
+    """The outer configuration of a model that sees as well says whether embeddings are tied; the text's may differ."""
     if hasattr(config, "tie_word_embeddings"):
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings
 

@@ -136,6 +136,16 @@ def test_a_converted_chat_model_is_shown_chatting_and_its_dial_is_turned_on() ->
     assert "capacity=0.52)" in str(card)
 
 
+def test_the_dial_is_turned_down_or_not_at_all() -> None:
+    for config, capacity in (
+        (CONFIG, 0.25),
+        (CONFIG | {"capacity": [0.5, 0.2]}, None),
+        (CONFIG | {"capacity": 0.2}, None),
+    ):
+        card = str(model_card(_facts(config=config)))
+        assert (f"capacity={capacity})" in card) == ("set_routing(" in card) == (capacity is not None)
+
+
 def test_a_model_converted_from_the_hub_names_its_base(tmp_path: Path) -> None:
     for name, base in (("owner/model", "owner/model"), ("model", None), ("/home/jane/model", None)):
         report = {"model": name, "dial": [], "chosen": {}, "text": {}}
